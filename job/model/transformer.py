@@ -1,0 +1,335 @@
+"""A Llama-family decoder under Meta's parameter names, on packed sequences.
+
+Notation: b sequences, t tokens of the packed stream, d model width, h query heads,
+k key/value heads, e channels per head.
+
+There is no padding: a batch is one stream of t tokens in which b sequences lie end to end.
+`PackedLayout` says where each one starts, and attention never crosses a boundary.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SPAN_TOKENS = 128  # on CPU, sequences share one masked attention call up to this many tokens
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3's frequency scaling: slow channels are stretched by `factor`, fast ones kept."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Architecture, in the terms of Meta's params.json.
+
+    `n_layers` counts as Meta counts: with `n_future_tokens` = n, `layers` holds
+    n_layers - n + 1 blocks and `extra_heads` the other n - 1.
+    `ffn_hidden` and `head_dim` override the derived sizes where a model does not follow them.
+    """
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    vocab_size: int
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    ffn_hidden: int | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    n_future_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        _check_architecture(self)
+
+    @property
+    def n_trunk_layers(self) -> int:
+        return self.n_layers - self.n_future_tokens + 1
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.dim // self.n_heads
+
+    @property
+    def ffn_width(self) -> int:
+        """Meta's rounding: 2/3 of 4 d, times the multiplier, up to a multiple of `multiple_of`."""
+        if self.ffn_hidden is not None:
+            return self.ffn_hidden
+        width = int(2 * (4 * self.dim) / 3)
+        if self.ffn_dim_multiplier is not None:
+            width = int(self.ffn_dim_multiplier * width)
+        return self.multiple_of * ((width + self.multiple_of - 1) // self.multiple_of)
+
+
+def _check_architecture(config: TransformerConfig) -> None:
+    """Raise ValueError for sizes that no model can have."""
+    for name in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "n_future_tokens"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, not {value!r}")
+    if config.head_dim is None and config.dim % config.n_heads:
+        raise ValueError(f"dim {config.dim} is not divisible by n_heads {config.n_heads}")
+    if config.n_heads % config.kv_heads:
+        raise ValueError(f"n_heads {config.n_heads} is no multiple of n_kv_heads {config.kv_heads}")
+    if config.head_width % 2:
+        raise ValueError(f"RoPE pairs channels: head width {config.head_width} must be even")
+    if config.n_trunk_layers < 1:
+        raise ValueError(f"n_future_tokens {config.n_future_tokens} exceeds n_layers")
+
+
+def config_field_names() -> set[str]:
+    return {f.name for f in fields(TransformerConfig)}
+
+
+class PackedLayout:
+    """Where the sequences of a packed stream lie.
+
+    Args:
+        lengths: tokens per sequence, in stream order; their sum is t.
+        device: where the stream lies.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+        if not lengths or min(lengths) < 1:
+            raise ValueError("a packed stream needs at least one sequence, and none may be empty")
+        self.lengths = list(lengths)
+        self.device = torch.device(device)
+        ends = torch.tensor([0, *self.lengths]).cumsum(0)
+        self.n_tokens = int(ends[-1])
+        starts = torch.repeat_interleave(ends[:-1], torch.tensor(self.lengths))
+        self.positions = (torch.arange(self.n_tokens) - starts).to(self.device)  # [t]
+        self.boundaries = ends.to(self.device, torch.int32)  # [b + 1]
+        self.max_length = max(self.lengths)
+
+    @functools.cached_property
+    def spans(self) -> tuple[list[int], list[Tensor | None]]:
+        """Token counts and masks of runs of whole sequences; a lone sequence needs no mask."""
+        runs = _group_sequences(self.lengths, SPAN_TOKENS)
+        masks = [None if len(run) == 1 else self._span_mask(run) for run in runs]
+        return [sum(run) for run in runs], masks
+
+    def _span_mask(self, run: list[int]) -> Tensor:
+        """Block-diagonal and causal, bool [span, span]."""
+        ids = torch.repeat_interleave(torch.arange(len(run)), torch.tensor(run))
+        return (ids[:, None] == ids[None, :]).tril().to(self.device)
+
+
+def _group_sequences(lengths: list[int], budget: int) -> list[list[int]]:
+    """Consecutive sequences in runs of at most `budget` tokens (a longer one stands alone)."""
+    runs = [[lengths[0]]]
+    for length in lengths[1:]:
+        if sum(runs[-1]) + length > budget:
+            runs.append([])
+        runs[-1].append(length)
+    return runs
+
+
+def rope_frequencies(config: TransformerConfig) -> Tensor:
+    """Angular frequency per channel pair, float32 [e / 2] (Su et al. 2021, section 3.2.2)."""
+    exponents = torch.arange(0, config.head_width, 2, dtype=torch.float32) / config.head_width
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_scaling is None:
+        return frequencies
+    return _scale_frequencies(frequencies, config.rope_scaling)
+
+
+def _scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama-3.1's scaling: interpolates between stretched and kept frequencies by wavelength."""
+    wavelengths = 2 * math.pi / frequencies
+    turns = scaling.original_max_position_embeddings / wavelengths
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = ((turns - scaling.low_freq_factor) / span).clamp(0.0, 1.0)
+    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+
+
+def rope_table(config: TransformerConfig, positions: Tensor) -> Tensor:
+    """Rotation at each position as unit complex numbers, complex64 [t, 1, e / 2]."""
+    frequencies = rope_frequencies(config).to(positions.device)
+    angles = positions[:, None, None].float() * frequencies
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate neighbouring channel pairs (Meta's layout) of x [t, heads, e]."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the statistic in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads within each sequence of the stream."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width, bias = config.head_width, config.qkv_bias
+        self.width = width
+        self.wq = nn.Linear(config.dim, config.n_heads * width, bias=bias)
+        self.wk = nn.Linear(config.dim, config.kv_heads * width, bias=bias)
+        self.wv = nn.Linear(config.dim, config.kv_heads * width, bias=bias)
+        self.wo = nn.Linear(config.n_heads * width, config.dim, bias=False)
+        self.q_norm = RMSNorm(width, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(width, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, rope: Tensor, layout: PackedLayout) -> Tensor:
+        q = self.wq(x).unflatten(-1, (-1, self.width))  # [t, h, e]
+        k = self.wk(x).unflatten(-1, (-1, self.width))  # [t, k, e]
+        v = self.wv(x).unflatten(-1, (-1, self.width))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        mixed = attend(rotate(q, rope), rotate(k, rope), v, layout)
+        return self.wo(mixed.flatten(-2))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+    """Block-diagonal causal attention: q [t, h, e], k and v [t, k, e] -> [t, h, e]."""
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return _attend_varlen(q, k, v, layout)
+    return _attend_spans(q, k, v, layout)
+
+
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    ends, longest = layout.boundaries, layout.max_length
+    return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
+
+
+def _attend_spans(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    sizes, masks = layout.spans
+    # split, not slices: the gradient of a split is one concatenation
+    parts = (x.transpose(0, 1)[None].split(sizes, 2) for x in (q, k, v))  # [1, heads, span, e]
+    outputs = [
+        F.scaled_dot_product_attention(
+            *span, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        )
+        for *span, mask in zip(*parts, masks, strict=True)
+    ]
+    return torch.cat(outputs, 2)[0].transpose(0, 1)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x) (Shazeer 2020)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_width, bias=False)
+        self.w2 = nn.Linear(config.ffn_width, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on a packed stream [t, d]."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x: Tensor, rope: Tensor, layout: PackedLayout) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, layout)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Trunk(nn.Module):
+    """Embedding, blocks and final norm: what a critic uses of a language model."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_trunk_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+
+    def first_trainable_block(self) -> int:
+        """Index of the first block that gradients must reach; len(layers) if there is none."""
+        if self.tok_embeddings.weight.requires_grad:
+            return 0
+        trainable = (
+            i for i, block in enumerate(self.layers) if any(p.requires_grad for p in block.parameters())
+        )
+        return next(trainable, len(self.layers))
+
+    @torch.no_grad()
+    def prefix(self, tokens: Tensor, layout: PackedLayout) -> Tensor:
+        """Hidden states [t, d] before the first trainable block, without gradients."""
+        return self._run(self.tok_embeddings(tokens), 0, self.first_trainable_block(), layout)
+
+    def suffix(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
+        """Output of the last block [t, d], from the prefix's result on."""
+        return self._run(hidden, self.first_trainable_block(), len(self.layers), layout)
+
+    def hidden(self, tokens: Tensor, layout: PackedLayout) -> Tensor:
+        """Output of the last block [t, d], before the final norm; tokens int [t]."""
+        if self.tok_embeddings.weight.requires_grad:
+            return self._run(self.tok_embeddings(tokens), 0, len(self.layers), layout)
+        return self.suffix(self.prefix(tokens, layout), layout)
+
+    def forward(self, tokens: Tensor, layout: PackedLayout) -> Tensor:
+        """Normed hidden states [t, d]."""
+        return self.norm(self.hidden(tokens, layout))
+
+    def _run(self, x: Tensor, start: int, stop: int, layout: PackedLayout) -> Tensor:
+        rope = rope_table(self.config, layout.positions)
+        for block in self.layers[start:stop]:
+            x = block(x, rope, layout)
+        return x
+
+
+class Transformer(Trunk):
+    """A trunk with its language-model heads, for pre-training.
+
+    Meta's multi-token prediction: head 0 is the last of `layers`; each extra head is one more
+    block on that block's input; norm and output are shared (Gloeckle et al. 2024).
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.extra_heads = nn.ModuleList(Block(config) for _ in range(config.n_future_tokens - 1))
+
+    def head_logits(self, tokens: Tensor, layout: PackedLayout) -> list[Tensor]:
+        """Logits [t, vocab] for the tokens 1, 2, ... n_future_tokens ahead."""
+        rope = rope_table(self.config, layout.positions)
+        shared = self._run(self.tok_embeddings(tokens), 0, len(self.layers) - 1, layout)
+        heads = [self.layers[-1], *self.extra_heads]
+        return [self.output(self.norm(head(shared, rope, layout))) for head in heads]
