@@ -12,7 +12,7 @@ step was wrong, else (1 - p) ** (steps whose result is still to come).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,21 +32,25 @@ class Chain:
 
 
 def chains(
-    count: int, *, min_steps: int, max_steps: int, error_probability: float, seed: int
+    count: int,
+    *,
+    min_steps: int,
+    max_steps: int,
+    error_probability: float,
+    attempts: int,
+    seed: int | Sequence[int],
 ) -> Iterator[Chain]:
-    """`count` chains; the i-th depends on the other arguments and i alone."""
-    for start in range(0, count, _CHUNK):
-        rng = np.random.default_rng([seed, start])
-        for _ in range(min(_CHUNK, count - start)):
-            yield _draw_chain(rng, min_steps, max_steps, error_probability)
-
-
-def _draw_chain(rng: np.random.Generator, low: int, high: int, p: float) -> Chain:
-    steps = int(rng.integers(low, high + 1))
-    digits = rng.integers(0, 10, steps + 1).tolist()
-    signs = rng.choice([1, -1], steps).tolist()
-    slips = np.where(rng.random(steps) < p, rng.integers(1, 10, steps), 0).tolist()
-    return _solve(digits, signs, slips, p)
+    """`count` chains, `attempts` in a row to each problem; the i-th depends on i and the rest."""
+    for start in range(0, count, _CHUNK * attempts):
+        rng = np.random.default_rng([*np.atleast_1d(seed), start])
+        for first in range(start, min(count, start + _CHUNK * attempts), attempts):
+            steps = int(rng.integers(min_steps, max_steps + 1))
+            digits = rng.integers(0, 10, steps + 1).tolist()
+            signs = rng.choice([1, -1], steps).tolist()
+            wrong = rng.random((attempts, steps)) < error_probability
+            slips = np.where(wrong, rng.integers(1, 10, (attempts, steps)), 0).tolist()
+            for slip in slips[: count - first]:
+                yield _solve(digits, signs, slip, error_probability)
 
 
 def _solve(digits: list[int], signs: list[int], slips: list[int], p: float) -> Chain:

@@ -1,0 +1,442 @@
+"""The configuration: typed schema, merge of file and overrides, validation. Free of torch.
+
+Every wrong key, type or value is an InputError that names the key and its source.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from job.outcome import InputError
+
+Schema = TypeVar("Schema")
+EMBEDDED = "embedded"  # as data source: the chains of job.data.arithmetic
+
+
+class BadRows(enum.Enum):
+    error = "error"
+    skip = "skip"
+
+
+class Overlong(enum.Enum):
+    error = "error"
+    skip = "skip"
+    truncate_prompt = "truncate_prompt"
+
+
+class Target(enum.Enum):
+    monte_carlo = "monte_carlo"
+    lambda_return = "lambda_return"
+
+
+class Loss(enum.Enum):
+    mse = "mse"
+    huber = "huber"
+    bce = "bce"
+    pairwise = "pairwise"
+
+
+class ShardingStrategy(enum.Enum):
+    FULL_SHARD = "FULL_SHARD"
+    SHARD_GRAD_OP = "SHARD_GRAD_OP"
+    HYBRID_SHARD = "HYBRID_SHARD"
+    NO_SHARD = "NO_SHARD"
+    REPLICATE_FROZEN = "REPLICATE_FROZEN"
+
+
+@dataclass
+class RunConfig:
+    name: str = MISSING
+    dir: str = MISSING
+
+
+@dataclass
+class ModelConfig:
+    path: str = MISSING  # folder with params.json and consolidated.pth
+    recipe: str | None = None  # pre-training config that makes the trunk where path is missing
+
+
+@dataclass
+class TokenizerConfig:
+    path: str | None = None  # file or folder; default: beside the trunk
+
+
+@dataclass
+class ArithmeticConfig:
+    """Parameters of the embedded data."""
+
+    train_examples: int = 100_000
+    validation_examples: int = 2_000
+    attempts: int = 4  # solutions per problem
+    min_steps: int = 2
+    max_steps: int = 4
+    error_probability: float = 0.15
+    seed: int = 0
+
+
+@dataclass
+class DataConfig:
+    train: str = MISSING  # file, or `embedded`
+    validation: str = MISSING
+    fields: Any = None  # {prompt: NAME, ...} or the preset `alpaca`
+    max_length: int = 2048  # tokens of prompt and response together
+    overlong: Overlong = Overlong.error
+    bad_rows: BadRows = BadRows.error
+    cache_dir: str = "runs/cache"
+    arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
+
+
+@dataclass
+class ValueHeadConfig:
+    bias_init: float | None = None  # default: what the loss makes of the mean reward
+    learning_rate: float | None = None  # default: training.learning_rate
+
+
+@dataclass
+class TrainingConfig:
+    num_unfrozen_layers: int = 4
+    max_steps: int = 1000
+    batch_size: int = 16  # sequences per optimizer step, over all GPUs
+    micro_batch_tokens: int = 8192  # per GPU
+    learning_rate: float = 1e-5
+    lr_decay_factor: float = 1.0
+    min_lr_ratio: float = 0.1
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    threads: int | None = None  # CPU threads of one process; default: torch's own choice
+    value_head: ValueHeadConfig = field(default_factory=ValueHeadConfig)
+
+
+@dataclass
+class ObjectiveConfig:
+    target: Target = Target.monte_carlo
+    loss: Loss = Loss.mse
+    gamma: float = 1.0
+    lambda_start: float = 1.0
+    lambda_end: float = 0.95
+    lambda_steps: int = 1000
+    huber_delta: float = 0.5
+
+
+@dataclass
+class EvaluationConfig:
+    every_steps: int = 100
+    max_sequences: int | None = None  # the first so many of the validation set
+    alarm_evaluations: int = 3  # constant predictions in a row before the alarm
+
+
+@dataclass
+class LoggingConfig:
+    every_steps: int = 10
+
+
+@dataclass
+class FsdpConfig:
+    sharding_strategy: ShardingStrategy = ShardingStrategy.FULL_SHARD
+    mixed_precision: bool = True  # bf16 compute on fp32 masters
+    cpu_offload: bool = False
+    activation_checkpointing: bool = False
+
+
+@dataclass
+class DistributedConfig:
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+
+
+@dataclass
+class MlflowConfig:
+    enabled: bool = True
+    tracking_uri: str | None = None  # default: MLFLOW_TRACKING_URI, else a database beside the runs
+    experiment: str = "critic"
+
+
+@dataclass
+class CriticConfig:
+    """What `job.train` takes."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
+
+
+@dataclass
+class ArchitectureConfig:
+    """The trunk that `job.pretrain` makes, in the terms of params.json."""
+
+    dim: int = 128
+    n_layers: int = 5
+    n_heads: int = 4
+    n_kv_heads: int | None = None
+    multiple_of: int = 32
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    n_future_tokens: int = 2
+
+
+@dataclass
+class PretrainDataConfig:
+    train: str = MISSING  # JSONL with prompt and response, or `embedded`
+    fields: Any = None
+    max_length: int = 2048
+    cache_dir: str = "runs/cache"
+    vocab_size: int = 8192  # of the byte-level BPE tokenizer that is trained first
+    arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
+
+
+@dataclass
+class PretrainTrainingConfig:
+    max_steps: int = 400
+    batch_size: int = 64
+    micro_batch_tokens: int = 8192
+    learning_rate: float = 2e-3
+    min_lr_ratio: float = 0.05
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    threads: int | None = None
+
+
+@dataclass
+class PretrainConfig:
+    """What `job.pretrain` takes."""
+
+    out: str = MISSING
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    data: PretrainDataConfig = field(default_factory=PretrainDataConfig)
+    training: PretrainTrainingConfig = field(default_factory=PretrainTrainingConfig)
+
+
+def load_config(schema: type[Schema], file: str | Path, overrides: Sequence[str] = ()) -> Schema:
+    """Merge schema defaults, YAML file and `key=value` overrides, and check every value.
+
+    Raises:
+        InputError: the file cannot be read; a key is unknown, has no value, or a value has the
+            wrong type or an impossible size. Keys, sources and the nearest valid keys are named.
+    """
+    merged = OmegaConf.structured(schema)
+    for source, layer in [(str(file), _read_yaml(Path(file))), *map(_parse_override, overrides)]:
+        merged = _merge_layer(merged, layer, source)
+    config = cast(Schema, _to_object(merged, file))
+    problems = list(_impossible_values(config))
+    if problems:
+        raise InputError("\n  ".join([f"{file}: impossible configuration", *problems]))
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain nested dicts, enums by name."""
+    container = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    return cast(dict[str, Any], container)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line per key that differs between two nested configurations."""
+    a, b = flatten(old), flatten(new)
+    keys = [key for key in sorted(a | b) if a.get(key, "absent") != b.get(key, "absent")]
+    return [f"{key}: {a.get(key, 'absent')} -> {b.get(key, 'absent')}" for key in keys]
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InputError(f"{path}: cannot read the configuration: {reason}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    except OmegaConfBaseException as error:
+        raise InputError(f"{path}: {_first_line(error)}") from None
+    if not isinstance(loaded, DictConfig):
+        raise InputError(f"{path}: a configuration is a mapping of keys to values")
+    return loaded
+
+
+def _parse_override(text: str) -> tuple[str, DictConfig]:
+    key, equals, _ = text.partition("=")
+    if not equals or not key or any(not part for part in key.split(".")):
+        raise InputError(f"--override {text}: write it as key=value, with dots between key parts")
+    try:
+        return f"--override {text}", OmegaConf.from_dotlist([text])
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise InputError(f"--override {text}: {_first_line(error)}") from None
+
+
+def _merge_layer(base: DictConfig, layer: DictConfig, source: str) -> DictConfig:
+    plain = cast(dict[str, Any], OmegaConf.to_container(layer))
+    unknown = list(_unknown_keys(plain, cast(type, OmegaConf.get_type(base))))
+    if unknown:
+        raise InputError("\n  ".join([f"{source}: {len(unknown)} unknown key(s)", *unknown]))
+    try:
+        return cast(DictConfig, OmegaConf.merge(base, layer))
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise InputError(f"{source}: {where}{_first_line(error)}") from None
+
+
+def _unknown_keys(tree: dict[Any, Any], schema: type, prefix: str = "") -> Iterator[str]:
+    """One line per key of `tree` that the schema lacks, or that should be a section and is not."""
+    sections = _sections(schema)
+    valid = [f.name for f in dataclasses.fields(schema)]
+    for key, value in tree.items():
+        if key not in valid:
+            near = difflib.get_close_matches(str(key), valid, 3, 0.5)
+            hint = f"nearest: {', '.join(near)}; " if near else ""
+            yield f"{prefix}{key}: unknown key ({hint}valid here: {', '.join(valid)})"
+        elif key in sections and isinstance(value, dict):
+            yield from _unknown_keys(value, sections[key], f"{prefix}{key}.")
+        elif key in sections:
+            inside = ", ".join(f.name for f in dataclasses.fields(sections[key]))
+            yield f"{prefix}{key}: a section with {inside}; not {value!r}"
+
+
+def _sections(schema: type) -> dict[str, type]:
+    return {
+        f.name: cast(type, f.default_factory)
+        for f in dataclasses.fields(schema)
+        if dataclasses.is_dataclass(f.default_factory)
+    }
+
+
+def _to_object(merged: DictConfig, file: str | Path) -> object:
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise InputError(
+            f"{file}: no value for {', '.join(missing)}; "
+            f"give one in the file or with --override {missing[0]}=VALUE"
+        )
+    try:
+        return OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        raise InputError(f"{file}: {_first_line(error)}") from None
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise InputError(f"{file}: {where}{_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+# Smallest and largest possible value per key; None is no bound. Keys are the same in the
+# critic's and the pre-training schema wherever both have them.
+_BOUNDS: dict[str, tuple[float | None, float | None]] = {
+    "training.num_unfrozen_layers": (0, None),
+    "training.max_steps": (1, None),
+    "training.batch_size": (1, None),
+    "training.micro_batch_tokens": (2, None),
+    "training.learning_rate": (0, None),
+    "training.value_head.learning_rate": (0, None),
+    "training.lr_decay_factor": (1e-6, 1),
+    "training.min_lr_ratio": (0, 1),
+    "training.warmup_steps": (0, None),
+    "training.weight_decay": (0, None),
+    "training.max_grad_norm": (1e-12, None),
+    "training.seed": (0, None),
+    "training.threads": (1, None),
+    "objective.gamma": (0, 1),
+    "objective.lambda_start": (0, 1),
+    "objective.lambda_end": (0, 1),
+    "objective.lambda_steps": (1, None),
+    "objective.huber_delta": (1e-6, None),
+    "evaluation.every_steps": (1, None),
+    "evaluation.max_sequences": (1, None),
+    "evaluation.alarm_evaluations": (1, None),
+    "logging.every_steps": (1, None),
+    "data.max_length": (2, None),
+    "data.vocab_size": (257, None),
+    "data.arithmetic.train_examples": (1, None),
+    "data.arithmetic.validation_examples": (1, None),
+    "data.arithmetic.attempts": (1, None),
+    "data.arithmetic.min_steps": (1, None),
+    "data.arithmetic.max_steps": (1, None),
+    "data.arithmetic.error_probability": (0, 0.99),
+    "data.arithmetic.seed": (0, None),
+    "architecture.n_future_tokens": (1, None),
+}
+_FIELD_NAMES = ("prompt", "response", "reward", "problem_id")
+
+
+def _impossible_values(config: Any) -> Iterator[str]:
+    """One line per value that has the right type and cannot work."""
+    flat = flatten(to_dict(config))
+    for key, value in flat.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{key}: {value} is not a finite number"
+    for key, (low, high) in _BOUNDS.items():
+        value = flat.get(key)
+        if value is None:
+            continue
+        if low is not None and value < low:
+            yield f"{key}: {value} is below {low:g}, the smallest possible value"
+        if high is not None and value > high:
+            yield f"{key}: {value} is above {high:g}, the largest possible value"
+    if not all(0 <= beta < 1 for beta in config.training.betas):
+        yield f"training.betas: {tuple(config.training.betas)} must lie in [0, 1)"
+    yield from _impossible_data(config)
+    if isinstance(config, CriticConfig):
+        yield from _impossible_critic(config)
+
+
+def _impossible_data(config: CriticConfig | PretrainConfig) -> Iterator[str]:
+    data = config.data
+    if data.arithmetic.min_steps > data.arithmetic.max_steps:
+        yield "data.arithmetic.min_steps: above data.arithmetic.max_steps"
+    if data.max_length > config.training.micro_batch_tokens:
+        yield (
+            f"data.max_length: {data.max_length} does not fit into "
+            f"training.micro_batch_tokens: {config.training.micro_batch_tokens}"
+        )
+    if isinstance(data.fields, str) and data.fields != "alpaca":
+        yield f"data.fields: unknown preset {data.fields!r}; the one preset is alpaca"
+    elif isinstance(data.fields, dict):
+        for key in data.fields:
+            if key not in _FIELD_NAMES:
+                yield f"data.fields.{key}: unknown field; valid: {', '.join(_FIELD_NAMES)}"
+    elif data.fields is not None and not isinstance(data.fields, str):
+        yield f"data.fields: a mapping or the preset alpaca, not {data.fields!r}"
+
+
+def _impossible_critic(config: CriticConfig) -> Iterator[str]:
+    objective, training = config.objective, config.training
+    if objective.loss is Loss.pairwise and objective.target is not Target.monte_carlo:
+        yield "objective.target: the pairwise loss compares outcomes; use monte_carlo"
+    if objective.loss is Loss.pairwise and training.batch_size % 2:
+        yield f"training.batch_size: {training.batch_size} is odd; the pairwise loss takes pairs"
+    if objective.loss is Loss.pairwise and 2 * config.data.max_length > training.micro_batch_tokens:
+        yield "training.micro_batch_tokens: a pair needs 2 x data.max_length"
+    if (config.data.train == EMBEDDED) != (config.data.validation == EMBEDDED):
+        yield "data.train and data.validation: both embedded or neither"
+    if config.distributed.fsdp.cpu_offload:
+        yield "distributed.fsdp.cpu_offload: not built yet; set it to false"

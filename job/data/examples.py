@@ -1,0 +1,197 @@
+"""Labelled solutions from JSONL (plain, .gz, .zst) and Parquet, row by row."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from job.outcome import InputError
+
+ALPACA_FIELDS = {"prompt": "instruction", "response": "output", "reward": "is_correct"}
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".ndjson", ".parquet")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A solution and its label; `optimal[i]` is the best value after response character i."""
+
+    prompt: str
+    response: str
+    reward: float
+    problem_id: str
+    optimal: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used: where it stands and what is wrong with it."""
+
+    file: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+class _RowError(ValueError):
+    """What is wrong with one row."""
+
+
+def read_examples(
+    path: str | Path, fields: Any = None, *, rewards: bool = True
+) -> Iterator[tuple[int, Example | BadRow]]:
+    """Line number and Example or BadRow for each row of a file, never more than one in memory.
+
+    Args:
+        fields: None, a mapping from `prompt`, `response`, `reward`, `problem_id` to the file's
+            names, or `alpaca`.
+        rewards: whether rows must carry a reward; without, it is 0.
+
+    Raises:
+        InputError: the file is missing, of an unknown kind, or damaged.
+    """
+    parse = _row_parser(fields, rewards)
+    for line, raw in _rows(Path(path)):
+        try:
+            yield line, parse(raw() if callable(raw) else raw)
+        except _RowError as error:
+            yield line, BadRow(str(path), line, str(error))
+
+
+def check_readable(path: str | Path) -> None:
+    """Raise InputError unless `path` is a readable file of a kind that `read_examples` knows."""
+    path = Path(path)
+    if not path.name.endswith(_SUFFIXES):
+        raise InputError(f"{path}: unknown kind of data file; known: {', '.join(_SUFFIXES)}")
+    try:
+        with path.open("rb") as stream:
+            if not stream.read(1):
+                raise InputError(f"{path}: the file is empty")
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the data: {error.strerror}") from None
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | Callable[[], dict[str, Any]]]]:
+    check_readable(path)
+    try:
+        yield from _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    except (OSError, EOFError, ValueError, zlib.error, _zstd_error()) as error:
+        raise InputError(f"{path}: damaged file: {error}") from None
+
+
+def _zstd_error() -> type[Exception]:
+    import zstandard
+
+    return cast(type[Exception], zstandard.ZstdError)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:
+    with path.open("rb") as raw, _decompressed(path, raw) as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                yield number, lambda line=line: _parse_json(line)
+
+
+def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+    if path.suffix == ".zst":
+        import zstandard
+
+        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        return cast(BinaryIO, io.BufferedReader(reader))
+    return raw
+
+
+def _parse_json(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise _RowError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise _RowError(f"broken JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(row, dict):
+        raise _RowError(f"a row must be a JSON object, not {type(row).__name__}")
+    return row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow.parquet
+
+    number = 0
+    with pyarrow.parquet.ParquetFile(path) as table:
+        for batch in table.iter_batches(1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+
+
+def _row_parser(fields: Any, rewards: bool) -> Callable[[dict[str, Any]], Example]:
+    names = ALPACA_FIELDS if fields == "alpaca" else dict(fields or {})
+    problem_field = names.get("problem_id")
+
+    def parse(row: dict[str, Any]) -> Example:
+        prompt = _text(row, names.get("prompt", "prompt"))
+        if fields == "alpaca":
+            prompt = _alpaca_prompt(prompt, row)
+        response = _text(row, names.get("response", "response"))
+        if not response.strip():
+            raise _RowError("empty response")
+        reward = _reward(row, names.get("reward", "reward")) if rewards else 0.0
+        return Example(prompt, response, reward, _problem(row, problem_field, prompt))
+
+    return parse
+
+
+def _field(row: dict[str, Any], name: str) -> Any:
+    if name not in row:
+        raise _RowError(f"field {name!r} is missing; the row has {', '.join(map(repr, row))}")
+    return row[name]
+
+
+def _text(row: dict[str, Any], name: str) -> str:
+    value = _field(row, name)
+    if not isinstance(value, str):
+        raise _RowError(f"field {name!r} must be text, not {type(value).__name__}")
+    return value
+
+
+def _reward(row: dict[str, Any], name: str) -> float:
+    value = _field(row, name)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise _RowError(f"field {name!r} must be a number or true/false, not {value!r}")
+    if not 0 <= value <= 1:
+        raise _RowError(f"reward {value} lies outside [0, 1]")
+    return float(value)
+
+
+def _problem(row: dict[str, Any], field: str | None, prompt: str) -> str:
+    """The row's problem; rows without one belong together if their prompts are equal."""
+    value = _field(row, field) if field else row.get("problem_id")
+    if value is None:
+        return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    if not isinstance(value, str | int):
+        raise _RowError(f"problem_id must be text or an integer, not {type(value).__name__}")
+    return str(value)
+
+
+def _alpaca_prompt(instruction: str, row: dict[str, Any]) -> str:
+    """The instruction template of Stanford Alpaca (Taori et al. 2023), with or without input."""
+    context = row.get("input") or ""
+    if not isinstance(context, str):
+        raise _RowError(f"field 'input' must be text, not {type(context).__name__}")
+    lead = "Below is an instruction that describes a task"
+    if context:
+        lead += ", paired with an input that provides further context"
+    lead += ". Write a response that appropriately completes the request."
+    middle = f"\n\n### Input:\n{context}" if context else ""
+    return f"{lead}\n\n### Instruction:\n{instruction}{middle}\n\n### Response:\n"

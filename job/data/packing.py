@@ -1,0 +1,218 @@
+"""Step -> the packed micro-batches of this rank.
+
+Everything is a function of lengths, seed and step: nothing has to be saved to go on with the
+same data. A unit is what must stay together in one micro-batch: a sequence, or a pair of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from job.data.token_cache import TokenizedSet
+from job.model.transformer import PackedLayout
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A packed micro-batch: b sequences, t tokens, n response tokens.
+
+    Attributes:
+        tokens: int64 [t].
+        layout: where the sequences lie.
+        responses: int64 [n], positions of the response tokens in the stream.
+        response_lengths: int64 [b].
+        rewards: float32 [b].
+        problems: uint64 [b] on the host.
+        optimal: float32 [n] on the host, or None.
+        pairs: int64 [p, 2], (better, worse) as positions in this batch; empty without pairs.
+    """
+
+    tokens: Tensor
+    layout: PackedLayout
+    responses: Tensor
+    response_lengths: Tensor
+    rewards: Tensor
+    problems: NDArray[np.uint64]
+    optimal: NDArray[np.float32] | None
+    pairs: Tensor
+
+
+def step_units(n_units: int, per_step: int, step: int, seed: int) -> Indices:
+    """The units of optimizer step `step` (from 0): epochs are seeded permutations, end to end."""
+    start, parts = step * per_step, []
+    while len(parts) == 0 or sum(map(len, parts)) < per_step:
+        epoch, position = divmod(start, n_units)
+        order = np.random.default_rng([seed, epoch]).permutation(n_units)
+        taken = order[position : position + per_step - sum(map(len, parts))]
+        parts.append(taken)
+        start += len(taken)
+    return np.concatenate(parts)
+
+
+def sequence_cost(lengths: Indices, dim: int) -> NDArray[np.float64]:
+    """Relative cost of a block on each sequence: linear layers t, attention t^2 / (6 d)."""
+    return lengths + lengths.astype(np.float64) ** 2 / (6 * dim)
+
+
+def distribute(
+    tokens: Indices, costs: NDArray[np.float64], world: int, budget: int
+) -> list[list[Indices]]:
+    """Units to micro-batches: [rank][micro-batch] -> unit positions, equally many on each rank.
+
+    The fewest micro-batches whose tokens fit the budget; costliest units first, each to the
+    cheapest micro-batch with room (LPT, Graham 1969). A micro-batch may be empty.
+    """
+    per_rank = max(1, -(-int(tokens.sum()) // (world * budget)))
+    while (bins := _fill_bins(tokens, costs, world * per_rank, budget)) is None:
+        per_rank += 1
+    load = [costs[b].sum() for b in bins]
+    order = np.argsort(load, kind="stable")[::-1]
+    return [[bins[i] for i in order[rank::world]] for rank in range(world)]
+
+
+def _fill_bins(
+    tokens: Indices, costs: NDArray[np.float64], n_bins: int, budget: int
+) -> list[Indices] | None:
+    """Unit positions per bin, or None where they do not fit."""
+    if tokens.max(initial=0) > budget:
+        raise ValueError(f"a unit of {tokens.max()} tokens exceeds the budget of {budget}")
+    room = np.full(n_bins, budget)
+    load = np.zeros(n_bins)
+    placed = np.empty(len(tokens), np.int64)
+    for unit in np.argsort(-costs, kind="stable"):
+        choice = int(np.argmin(np.where(room >= tokens[unit], load, np.inf)))
+        if room[choice] < tokens[unit]:
+            return None
+        placed[unit] = choice
+        room[choice] -= tokens[unit]
+        load[choice] += costs[unit]
+    return [np.flatnonzero(placed == b) for b in range(n_bins)]
+
+
+class Packer:
+    """Lays steps and evaluations of one data set out in micro-batches for one rank.
+
+    Args:
+        units: int64 [units, 1 or 2], the sequences of each unit; two are (better, worse).
+        budget: tokens of a micro-batch.
+    """
+
+    def __init__(
+        self,
+        data: TokenizedSet,
+        units: Indices,
+        *,
+        dim: int,
+        budget: int,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.data, self.units, self.budget = data, units, budget
+        self.device, self.rank, self.world = device, rank, world
+        self._tokens = data.lengths[units].sum(1)
+        self._costs = sequence_cost(data.lengths, dim)[units].sum(1)
+
+    def step(self, step: int, sequences: int, seed: int) -> list[Batch]:
+        """This rank's micro-batches of optimizer step `step` (from 0)."""
+        per_step = sequences // self.units.shape[1]
+        return self._pack(step_units(len(self.units), per_step, step, seed))
+
+    def all(self) -> list[list[Indices]]:
+        """Every unit once: [rank][micro-batch] -> units."""
+        return distribute(self._tokens, self._costs, self.world, self.budget)
+
+    def _pack(self, chosen: Indices) -> list[Batch]:
+        plan = distribute(self._tokens[chosen], self._costs[chosen], self.world, self.budget)
+        return [self.assemble(chosen[part]) for part in plan[self.rank]]
+
+    def assemble(self, units: Indices) -> Batch:
+        """One packed micro-batch of the given units."""
+        members = self.units[units]
+        rows = members.ravel()
+        pairs = np.arange(members.size).reshape(members.shape) if members.shape[1] == 2 else None
+        return assemble(self.data, rows, pairs, self.device)
+
+
+def assemble(
+    data: TokenizedSet, rows: Indices, pairs: Indices | None, device: torch.device
+) -> Batch:
+    """Lay sequences `rows` of a data set end to end."""
+    lengths = data.lengths[rows]
+    starts = data.offsets[rows]
+    where = _ranges(starts, lengths)
+    skipped = data.response_starts[rows]
+    in_stream = np.concatenate(([0], np.cumsum(lengths)[:-1]))
+    responses = _ranges(in_stream + skipped, lengths - skipped)
+    return Batch(
+        tokens=torch.from_numpy(data.tokens[where].astype(np.int64)).to(device),
+        layout=PackedLayout(lengths.tolist(), device),
+        responses=torch.from_numpy(responses).to(device),
+        response_lengths=torch.from_numpy(lengths - skipped).to(device),
+        rewards=torch.from_numpy(data.rewards[rows].astype(np.float32)).to(device),
+        problems=data.problems[rows],
+        optimal=None if data.optimal is None else data.optimal[where[responses]],
+        pairs=torch.from_numpy(_no_pairs() if pairs is None else pairs).to(device),
+    )
+
+
+def _ranges(starts: Indices, lengths: Indices) -> Indices:
+    """arange(s, s + l) for each start and length, end to end."""
+    ends = np.cumsum(lengths)
+    within = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    return np.repeat(starts, lengths) + within
+
+
+def _no_pairs() -> Indices:
+    return np.empty((0, 2), np.int64)
+
+
+def single_units(n: int) -> Indices:
+    """Each sequence is a unit of its own: int64 [n, 1]."""
+    return np.arange(n)[:, None]
+
+
+def balanced_pairs(
+    rewards: NDArray[np.float64], problems: NDArray[np.uint64], lengths: Indices
+) -> Indices:
+    """(better, worse) sequences of one problem, in which length says nothing: int64 [pairs, 2].
+
+    Within a problem the pairs closest in length come first, each sequence in one pair at most.
+    Over all, as many winners are longer as are shorter than their losers: the surplus side's
+    pairs of greatest length difference are dropped.
+    """
+    order = np.argsort(problems, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(problems[order])) + 1)
+    found = [pair for group in groups for pair in _match(group, rewards, lengths)]
+    pairs = np.asarray(sorted(found), np.int64).reshape(-1, 2)
+    difference = lengths[pairs[:, 0]] - lengths[pairs[:, 1]]
+    surplus = int((difference > 0).sum() - (difference < 0).sum())
+    side = np.flatnonzero(difference > 0 if surplus > 0 else difference < 0)
+    widest = side[np.argsort(-np.abs(difference[side]), kind="stable")][: abs(surplus)]
+    return np.delete(pairs, widest, 0)
+
+
+def _match(
+    group: Indices, rewards: NDArray[np.float64], lengths: Indices
+) -> Sequence[tuple[int, int]]:
+    candidates = sorted(
+        (abs(int(lengths[i] - lengths[j])), int(i), int(j))
+        for i in group
+        for j in group
+        if rewards[i] > rewards[j]
+    )
+    used: set[int] = set()
+    pairs = []
+    for _, i, j in candidates:
+        if i not in used and j not in used:
+            used |= {i, j}
+            pairs.append((i, j))
+    return pairs

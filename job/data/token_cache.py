@@ -1,0 +1,316 @@
+"""The tokenised form of a data set: built once, kept on disk by content, read memory-mapped.
+
+Two jobs may build the same set at once: each writes a folder of its own, and the first rename
+into place wins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from job.config import (
+    EMBEDDED,
+    ArithmeticConfig,
+    BadRows,
+    DataConfig,
+    Overlong,
+    PretrainDataConfig,
+)
+from job.data import arithmetic
+from job.data.examples import BadRow, Example, check_readable, read_examples
+from job.data.tokenizer import Encoded, Tokenizer
+from job.outcome import InputError
+from job.telemetry.progress import progress
+
+FORMAT = 1  # part of the key: raise it when the stored form changes
+_BATCH = 1024  # examples tokenised together
+_SHOWN = 10  # bad rows shown in an error
+_VALIDATION = 1  # second part of the embedded data's seed; training has 0
+_log = logging.getLogger(__name__)
+
+
+class TokenizedSet:
+    """n tokenised examples, end to end: example i is `tokens[offsets[i]:offsets[i + 1]]`.
+
+    Attributes:
+        tokens: uint32 [all tokens], memory-mapped.
+        offsets: int64 [n + 1].
+        response_starts: int64 [n], counted from the example's first token.
+        rewards: float64 [n].
+        problems: uint64 [n], equal for solutions of one problem.
+        optimal: float32 [all tokens], the best value after each token; None where unknown.
+        folder: where all this is stored, with bad_rows.jsonl.
+        n_skipped: rows left out.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tokens = np.memmap(folder / "tokens.bin", np.uint32, "r")
+        index = np.load(folder / "index.npz")
+        self.offsets: NDArray[np.int64] = index["offsets"]
+        self.response_starts: NDArray[np.int64] = index["response_starts"]
+        self.rewards: NDArray[np.float64] = index["rewards"]
+        self.problems: NDArray[np.uint64] = index["problems"]
+        optimal = folder / "optimal.bin"
+        self.optimal = np.memmap(optimal, np.float32, "r") if optimal.exists() else None
+        self.n_skipped = sum(1 for _ in (folder / "bad_rows.jsonl").open())
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+    @property
+    def response_lengths(self) -> NDArray[np.int64]:
+        return self.lengths - self.response_starts
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where examples come from, and everything that their tokenised form depends on."""
+
+    name: str
+    origin: dict[str, Any]
+    rows: Iterator[tuple[int, Example | BadRow]]
+
+
+def load_split(
+    data: DataConfig | PretrainDataConfig, split: str, tokenizer: Tokenizer
+) -> TokenizedSet:
+    """The tokenised `train` or `validation` set, from the cache or built now.
+
+    Pre-training data is chains without errors, or rows that need no reward; its bad and overlong
+    rows are errors.
+
+    Raises:
+        InputError: bad rows (counted, the first ten shown), or no usable row at all.
+    """
+    labelled = isinstance(data, DataConfig)
+    path = str(getattr(data, split))
+    if path == EMBEDDED:
+        source = _embedded(data.arithmetic, split, labelled)
+    else:
+        source = _file(path, data.fields, labelled)
+    policy = _Policy.of(data)
+    key = {
+        "format": FORMAT,
+        "origin": source.origin,
+        "tokenizer": tokenizer.fingerprint,
+        "policy": {k: getattr(v, "name", v) for k, v in asdict(policy).items()},
+    }
+    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
+    folder = Path(data.cache_dir) / digest
+    if not folder.exists():
+        _build(folder, source, tokenizer, policy)
+    return TokenizedSet(folder)
+
+
+def count_shared_problems(a: TokenizedSet, b: TokenizedSet) -> int:
+    """How many problems occur in both sets."""
+    return len(np.intersect1d(a.problems, b.problems))
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """What becomes of rows that are bad or too long."""
+
+    max_length: int
+    overlong: Overlong = Overlong.error
+    bad_rows: BadRows = BadRows.error
+
+    @classmethod
+    def of(cls, data: DataConfig | PretrainDataConfig) -> _Policy:
+        if isinstance(data, PretrainDataConfig):
+            return cls(data.max_length)
+        return cls(data.max_length, data.overlong, data.bad_rows)
+
+
+def _embedded(config: ArithmeticConfig, split: str, labelled: bool) -> Source:
+    count = config.validation_examples if split == "validation" else config.train_examples
+    settings = {
+        "min_steps": config.min_steps,
+        "max_steps": config.max_steps,
+        "error_probability": config.error_probability if labelled else 0.0,
+        "attempts": config.attempts if labelled else 1,
+        "seed": [config.seed, _VALIDATION if split == "validation" else 0],
+    }
+    drawn = arithmetic.chains(count, **settings)  # type: ignore[arg-type]
+    rows = (
+        (i + 1, Example(c.prompt, c.response, c.reward, _embedded_id(settings, i), c.optimal))
+        for i, c in enumerate(drawn)
+    )
+    return Source(f"embedded {split} data", {"embedded": settings, "count": count}, rows)
+
+
+def _embedded_id(settings: dict[str, Any], i: int) -> str:
+    return f"{settings['seed']}-{i // settings['attempts']}"
+
+
+def _file(path: str, fields: Any, labelled: bool) -> Source:
+    check_readable(path)
+    with Path(path).open("rb") as stream:
+        content = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    origin = {"content": content, "kind": Path(path).suffix, "fields": fields, "labelled": labelled}
+    return Source(path, origin, read_examples(path, fields, rewards=labelled))
+
+
+def _build(folder: Path, source: Source, tokenizer: Tokenizer, policy: _Policy) -> None:
+    """Tokenise a source into `folder`, or raise InputError and leave nothing."""
+    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        scratch.mkdir(parents=True)
+        _write(scratch, source, tokenizer, policy)
+        _move_into_place(scratch, folder)
+    except OSError as error:
+        raise InputError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _move_into_place(scratch: Path, folder: Path) -> None:
+    try:
+        os.rename(scratch, folder)
+    except OSError:
+        if not folder.exists():  # otherwise another job was first, with the same content
+            raise
+
+
+def _write(scratch: Path, source: Source, tokenizer: Tokenizer, policy: _Policy) -> None:
+    writer = _SetWriter(scratch)
+    with writer, progress(f"tokenising {source.name}") as advance:
+        for chunk in _chunks(source.rows):
+            writer.add(source.name, chunk, tokenizer, policy)
+            advance(writer.n_seen, f"{len(writer.bad)} bad" if writer.bad else "")
+    refused = writer.refused
+    if refused:
+        shown = "\n  ".join(map(str, refused[:_SHOWN]))
+        more = f"\n  ... and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
+        raise InputError(
+            f"{source.name}: {len(refused)} bad of {writer.n_seen} rows "
+            f"(data.bad_rows=skip leaves them out)\n  {shown}{more}"
+        )
+    if not writer.rewards:
+        raise InputError(f"{source.name}: no usable row ({writer.n_seen} read)")
+    writer.finish()
+    if writer.bad:
+        _log.warning("%s: skipped %d of %d rows", source.name, len(writer.bad), writer.n_seen)
+
+
+def _chunks(
+    rows: Iterable[tuple[int, Example | BadRow]],
+) -> Iterator[list[tuple[int, Example | BadRow]]]:
+    iterator = iter(rows)
+    while chunk := list(itertools.islice(iterator, _BATCH)):
+        yield chunk
+
+
+class _SetWriter:
+    """Appends tokenised examples to the files of a set; only the index stays in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.n_seen = 0
+        self.bad: list[BadRow] = []
+        self.refused: list[BadRow] = []  # those of `bad` that the policy does not skip
+        self.lengths: list[int] = []
+        self.starts: list[int] = []
+        self.rewards: list[float] = []
+        self.problems: list[int] = []
+        self._tokens: BinaryIO = (folder / "tokens.bin").open("wb")
+        self._optimal: BinaryIO | None = None
+
+    def __enter__(self) -> _SetWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tokens.close()
+        if self._optimal is not None:
+            self._optimal.close()
+
+    def add(
+        self,
+        name: str,
+        chunk: list[tuple[int, Example | BadRow]],
+        tokenizer: Tokenizer,
+        policy: _Policy,
+    ) -> None:
+        self.n_seen += len(chunk)
+        good = [(line, row) for line, row in chunk if isinstance(row, Example)]
+        encoded = tokenizer.encode([(row.prompt, row.response) for _, row in good])
+        for _, row in chunk:
+            if isinstance(row, BadRow):
+                self._leave_out(row, skip=policy.bad_rows is BadRows.skip)
+        for (line, row), tokens in zip(good, encoded, strict=True):
+            self._add_one(BadRow(name, line, ""), row, tokens, tokenizer, policy)
+
+    def _add_one(
+        self, place: BadRow, row: Example, tokens: Encoded, tokenizer: Tokenizer, policy: _Policy
+    ) -> None:
+        fitted = _fit(tokens, tokenizer, policy)
+        if fitted is None:
+            reason = f"{len(tokens.ids)} tokens, more than data.max_length {policy.max_length}"
+            skip = policy.overlong is Overlong.skip or policy.bad_rows is BadRows.skip
+            self._leave_out(BadRow(place.file, place.line, reason), skip=skip)
+            return
+        self._tokens.write(np.asarray(fitted.ids, np.uint32).tobytes())
+        if row.optimal is not None:
+            self._write_optimal(row, fitted)
+        self.lengths.append(len(fitted.ids))
+        self.starts.append(fitted.response_start)
+        self.rewards.append(row.reward)
+        key = hashlib.blake2b(row.problem_id.encode("utf-8", "surrogatepass"), digest_size=8)
+        self.problems.append(int.from_bytes(key.digest(), "little"))
+
+    def _leave_out(self, row: BadRow, *, skip: bool) -> None:
+        self.bad.append(row)
+        if not skip:
+            self.refused.append(row)
+
+    def _write_optimal(self, row: Example, tokens: Encoded) -> None:
+        assert row.optimal is not None
+        if self._optimal is None:
+            self._optimal = (self.folder / "optimal.bin").open("wb")
+        last = np.asarray(tokens.ends) - len(row.prompt) - 1  # last response character read
+        values = np.where(last >= 0, np.asarray(row.optimal)[last], np.nan)
+        self._optimal.write(values.astype(np.float32).tobytes())
+
+    def finish(self) -> None:
+        np.savez(
+            self.folder / "index.npz",
+            offsets=np.concatenate(([0], np.cumsum(self.lengths))).astype(np.int64),
+            response_starts=np.asarray(self.starts, np.int64),
+            rewards=np.asarray(self.rewards, np.float64),
+            problems=np.asarray(self.problems, np.uint64),
+        )
+        lines = (json.dumps(asdict(row)) + "\n" for row in self.bad)
+        (self.folder / "bad_rows.jsonl").write_text("".join(lines))
+
+
+def _fit(tokens: Encoded, tokenizer: Tokenizer, policy: _Policy) -> Encoded | None:
+    """The example within max_length tokens, its prompt cut at the front if allowed; else None."""
+    surplus = len(tokens.ids) - policy.max_length
+    if surplus <= 0:
+        return tokens
+    head = 0 if tokenizer.bos_id is None else 1
+    if policy.overlong is not Overlong.truncate_prompt or tokens.response_start - head < surplus:
+        return None
+    return Encoded(
+        tokens.ids[:head] + tokens.ids[head + surplus :],
+        tokens.ends[:head] + tokens.ends[head + surplus :],
+        tokens.response_start - surplus,
+    )

@@ -1,0 +1,105 @@
+"""A run directory: the single truth of a run.
+
+    config.yaml       the resolved configuration
+    status.json       state, step, and what a reader must know at once
+    metrics.jsonl     deterministic figures, one object a line, `step` first
+    telemetry.jsonl   time, speed and memory, one object a line
+    parameters.json   the parameter report
+    reliability.json  calibration and value by position at the last evaluation
+    critic.safetensors  the trained parameters
+    train.log, plots/, report.html, mlflow.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from job.config import differences
+from job.outcome import InputError
+
+# May differ between two attempts of one run: they change neither data, model nor arithmetic.
+MAY_CHANGE = ("mlflow.", "run.dir", "data.cache_dir", "training.threads")
+
+
+class RunDirectory:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def claim(self, config: dict[str, Any]) -> None:
+        """Make the directory and store the configuration, or check it against the stored one.
+
+        Raises:
+            InputError: the directory cannot be written, or holds another configuration.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.file("config.yaml").exists():
+                self._refuse_other(config)
+            write_atomic(self.file("config.yaml"), yaml.safe_dump(config, sort_keys=False))
+        except OSError as error:
+            raise InputError(f"run.dir: cannot write {self.path}: {error.strerror}") from None
+
+    def _refuse_other(self, config: dict[str, Any]) -> None:
+        changed = [
+            line for line in differences(self.config(), config) if not line.startswith(MAY_CHANGE)
+        ]
+        if changed:
+            raise InputError(
+                f"{self.path}: this run directory holds a different configuration "
+                "(stored -> asked for); choose another run.dir or run.name\n  "
+                + "\n  ".join(changed)
+            )
+
+    def config(self) -> dict[str, Any]:
+        try:
+            stored = yaml.safe_load(self.file("config.yaml").read_text())
+        except (OSError, yaml.YAMLError):
+            raise InputError(f"{self.path}: not a run directory: no readable config.yaml") from None
+        return dict(stored)
+
+    def status(self) -> dict[str, Any]:
+        """The stored status; empty before the first one."""
+        try:
+            return dict(json.loads(self.file("status.json").read_text()))
+        except FileNotFoundError:
+            return {}
+
+    def set_status(self, **changes: Any) -> None:
+        """Change some entries of status.json, leaving the rest."""
+        self.write_json("status.json", self.status() | {"updated": time.time()} | changes)
+
+    def write_json(self, name: str, content: Any) -> None:
+        write_atomic(self.file(name), json.dumps(content, indent=2) + "\n")
+
+    def records(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        """The complete lines of metrics.jsonl or telemetry.jsonl; a torn last line is left out."""
+        try:
+            text = self.file(name).read_text()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
+
+    def start_over(self) -> None:
+        """Remove what an unfinished attempt left."""
+        for name in ("metrics.jsonl", "telemetry.jsonl", "status.json", "mlflow.json"):
+            self.file(name).unlink(missing_ok=True)
+        shutil.rmtree(self.file("plots"), ignore_errors=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file's content so that a reader sees the old or the new one, never a part."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(text)
+    os.replace(scratch, path)

@@ -1,0 +1,163 @@
+"""The critic: a trunk, its final norm and one linear value head.
+
+Unfreezing N of the trunk's blocks (N counts on `len(trunk.layers)`):
+
+    0                  the value head alone, a linear probe
+    1 .. len(layers)   the last N blocks, the final norm and the head
+    more               full training: embeddings too
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from job.model.transformer import PackedLayout, Trunk, TransformerConfig
+from job.outcome import InputError
+
+GRADIENT_BYTES = 4  # per trainable parameter, reduced in float32
+OPTIMIZER_BYTES = 8  # AdamW's two moments in float32
+_log = logging.getLogger(__name__)
+
+
+class Critic(nn.Module):
+    """Values at chosen tokens of a packed stream."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.trunk = Trunk(config)
+        self.value_head = nn.Linear(config.dim, 1)
+
+    def forward(self, tokens: Tensor, layout: PackedLayout, at: Tensor) -> Tensor:
+        """Head outputs, float32 [n], at positions `at` (int64 [n]) of the stream tokens [t]."""
+        return self.evaluate_hidden(self.trunk.hidden(tokens, layout), at)
+
+    def evaluate_hidden(self, hidden: Tensor, at: Tensor) -> Tensor:
+        """Head outputs, float32 [n], from the last block's output [t, d]."""
+        features = self.trunk.norm(hidden[at])
+        with torch.autocast(features.device.type, enabled=False):
+            return self.value_head(features.float())[:, 0]
+
+    @torch.no_grad()
+    def initialise_head(self, bias: float, generator: torch.Generator | None = None) -> None:
+        """Small weights and the given bias: first predictions spread by about 1 / sqrt(d)."""
+        self.value_head.weight.normal_(0, 1 / self.trunk.config.dim, generator=generator)
+        self.value_head.bias.fill_(bias)
+
+
+def unfreeze_last_blocks(critic: Critic, n: int) -> None:
+    """Make the head and the last `n` blocks trainable, and nothing else (see the module).
+
+    Raises:
+        InputError: n is negative or not an integer.
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise InputError(
+            f"training.num_unfrozen_layers: {n!r} must be 0 (head only) or a positive integer"
+        )
+    trunk, n_blocks = critic.trunk, len(critic.trunk.layers)
+    critic.requires_grad_(False)
+    critic.value_head.requires_grad_(True)
+    if n > n_blocks:
+        critic.requires_grad_(True)
+        total = sum(p.numel() for p in critic.parameters())
+        _log.warning(
+            "training.num_unfrozen_layers is %d and the trunk has %d blocks: full training of "
+            "all %s parameters, embeddings included",
+            n,
+            n_blocks,
+            f"{total:,}",
+        )
+    elif n > 0:
+        for block in trunk.layers[n_blocks - n :]:
+            block.requires_grad_(True)
+        trunk.norm.requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class Component:
+    """Parameters of one part of the critic, in counts and bytes."""
+
+    name: str
+    total: int
+    trainable: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+
+@dataclass(frozen=True)
+class ParameterReport:
+    """What is trained, by component: value_head, norm, trunk_blocks, embeddings."""
+
+    num_unfrozen_layers: int
+    num_layers: int
+    components: tuple[Component, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(c.total for c in self.components)
+
+    @property
+    def trainable(self) -> int:
+        return sum(c.trainable for c in self.components)
+
+    @property
+    def trainable_trunk(self) -> int:
+        """Trainable parameters of the trunk's blocks."""
+        return next(c.trainable for c in self.components if c.name == "trunk_blocks")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat `model_...` entries for tracking, and the components."""
+        return {
+            "model_num_unfrozen_layers": self.num_unfrozen_layers,
+            "model_num_layers": self.num_layers,
+            "model_total_params": self.total,
+            "model_trainable_params": self.trainable,
+            "model_trainable_trunk_params": self.trainable_trunk,
+            "model_trainable_share": self.trainable / self.total,
+            "components": [asdict(c) for c in self.components],
+        }
+
+    def __str__(self) -> str:
+        head = f"{'component':<14}{'parameters':>16}{'trainable':>16}{'weights':>11}"
+        lines = [head + f"{'gradients':>11}{'optimizer':>11}"]
+        for c in self.components:
+            sizes = (c.weight_bytes, c.gradient_bytes, c.optimizer_bytes)
+            cells = "".join(f"{size / 1e6:>8,.1f} MB" for size in sizes)
+            lines.append(f"{c.name:<14}{c.total:>16,}{c.trainable:>16,}{cells}")
+        share = f"{self.trainable:,} of {self.total:,} ({self.trainable / self.total:.2%})"
+        return "\n".join([*lines, f"trainable: {share}"])
+
+
+def parameter_report(critic: Critic) -> ParameterReport:
+    """Count a critic's parameters; works on the meta device too."""
+    trunk = critic.trunk
+    parts = {
+        "value_head": critic.value_head,
+        "norm": trunk.norm,
+        "trunk_blocks": trunk.layers,
+        "embeddings": trunk.tok_embeddings,
+    }
+    return ParameterReport(
+        num_unfrozen_layers=len(trunk.layers) - trunk.first_trainable_block(),
+        num_layers=len(trunk.layers),
+        components=tuple(_component(name, part) for name, part in parts.items()),
+    )
+
+
+def _component(name: str, module: nn.Module) -> Component:
+    parameters = list(module.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return Component(
+        name=name,
+        total=sum(p.numel() for p in parameters),
+        trainable=trainable,
+        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        gradient_bytes=trainable * GRADIENT_BYTES,
+        optimizer_bytes=trainable * OPTIMIZER_BYTES,
+    )

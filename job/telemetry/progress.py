@@ -1,0 +1,87 @@
+"""Progress of anything that runs long: a bar on a terminal, plain log lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_SECONDS = 10.0  # between two lines where there is no terminal
+_PLAIN = "%(asctime)s %(levelname)s %(message)s"
+_console = Console(stderr=True)
+
+Advance = Callable[[int, str], None]
+
+
+def set_up_logging() -> None:
+    """Send the log of `job` to stderr: styled on a terminal, plain lines elsewhere."""
+    logger = logging.getLogger("job")
+    logger.setLevel(logging.INFO)
+    if logger.handlers:
+        return
+    if _console.is_terminal:
+        logger.addHandler(RichHandler(console=_console, show_path=False))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter(_PLAIN))
+        logger.addHandler(handler)
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Write the log of `job` to a file as well."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter(_PLAIN))
+    logger = logging.getLogger("job")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def progress(task: str, total: int | None = None) -> Iterator[Advance]:
+    """Yield a function (done, note) that shows how far `task` is."""
+    if _console.is_terminal:
+        with _bar() as bar:
+            row = bar.add_task(task, total=total, note="")
+            yield lambda done, note: bar.update(row, completed=done, note=note)
+    else:
+        yield _line_writer(task, total)
+
+
+def _bar() -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    return Progress(*columns, console=_console, transient=True)
+
+
+def _line_writer(task: str, total: int | None) -> Advance:
+    logger = logging.getLogger("job.progress")
+    started = last = time.monotonic()
+
+    def advance(done: int, note: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < LINE_SECONDS:
+            return
+        last = now
+        left = f", {(now - started) * (total / done - 1):.0f} s left" if total and done else ""
+        of = f"/{total}" if total else ""
+        logger.info("%s %d%s%s  %s", task, done, of, left, note)
+
+    return advance
