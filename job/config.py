@@ -5,6 +5,7 @@ Every wrong key, type or value is an InputError that names the key and its sourc
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import enum
@@ -114,10 +115,11 @@ class TrainingConfig:
     min_lr_ratio: float = 0.1
     warmup_steps: int = 50
     weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     max_grad_norm: float = 1.0
     seed: int = 0
     threads: int | None = None  # CPU threads of one process; default: torch's own choice
+    deterministic: bool = False  # on a GPU: the same bits each time, more slowly
     value_head: ValueHeadConfig = field(default_factory=ValueHeadConfig)
 
 
@@ -213,7 +215,7 @@ class PretrainTrainingConfig:
     min_lr_ratio: float = 0.05
     warmup_steps: int = 50
     weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     max_grad_norm: float = 1.0
     seed: int = 0
     threads: int | None = None
@@ -246,9 +248,22 @@ def load_config(schema: type[Schema], file: str | Path, overrides: Sequence[str]
     return config
 
 
+def command_line(description: str) -> argparse.ArgumentParser:
+    """The options that all commands with a configuration share."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML configuration")
+    parser.add_argument(
+        "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="may repeat"
+    )
+    return parser
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain nested dicts, enums by name."""
-    container = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    structured = OmegaConf.structured(config)
+    container = OmegaConf.to_container(structured, resolve=True, enum_to_str=True)
     return cast(dict[str, Any], container)
 
 
@@ -402,8 +417,9 @@ def _impossible_values(config: Any) -> Iterator[str]:
             yield f"{key}: {value} is below {low:g}, the smallest possible value"
         if high is not None and value > high:
             yield f"{key}: {value} is above {high:g}, the largest possible value"
-    if not all(0 <= beta < 1 for beta in config.training.betas):
-        yield f"training.betas: {tuple(config.training.betas)} must lie in [0, 1)"
+    betas = config.training.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield f"training.betas: {betas} must be two numbers in [0, 1)"
     yield from _impossible_data(config)
     if isinstance(config, CriticConfig):
         yield from _impossible_critic(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import io
@@ -98,7 +99,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]
     with path.open("rb") as raw, _decompressed(path, raw) as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
-                yield number, lambda line=line: _parse_json(line)
+                yield number, functools.partial(_parse_json, line)
 
 
 def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:

@@ -47,13 +47,13 @@ class Batch:
 
 def step_units(n_units: int, per_step: int, step: int, seed: int) -> Indices:
     """The units of optimizer step `step` (from 0): epochs are seeded permutations, end to end."""
-    start, parts = step * per_step, []
-    while len(parts) == 0 or sum(map(len, parts)) < per_step:
+    parts: list[Indices] = []
+    start, stop = step * per_step, (step + 1) * per_step
+    while start < stop:
         epoch, position = divmod(start, n_units)
         order = np.random.default_rng([seed, epoch]).permutation(n_units)
-        taken = order[position : position + per_step - sum(map(len, parts))]
-        parts.append(taken)
-        start += len(taken)
+        parts.append(order[position : position + stop - start])
+        start += len(parts[-1])
     return np.concatenate(parts)
 
 
@@ -126,9 +126,9 @@ class Packer:
         per_step = sequences // self.units.shape[1]
         return self._pack(step_units(len(self.units), per_step, step, seed))
 
-    def all(self) -> list[list[Indices]]:
-        """Every unit once: [rank][micro-batch] -> units."""
-        return distribute(self._tokens, self._costs, self.world, self.budget)
+    def everything(self) -> list[Indices]:
+        """This rank's micro-batches of an evaluation: over all ranks, each unit once."""
+        return distribute(self._tokens, self._costs, self.world, self.budget)[self.rank]
 
     def _pack(self, chosen: Indices) -> list[Batch]:
         plan = distribute(self._tokens[chosen], self._costs[chosen], self.world, self.budget)

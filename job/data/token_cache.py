@@ -10,9 +10,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +29,7 @@ from job.config import (
 from job.data import arithmetic
 from job.data.examples import BadRow, Example, check_readable, read_examples
 from job.data.tokenizer import Encoded, Tokenizer
+from job.durability.files import atomic_folder
 from job.outcome import InputError
 from job.telemetry.progress import progress
 
@@ -59,14 +57,14 @@ class TokenizedSet:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tokens = np.memmap(folder / "tokens.bin", np.uint32, "r")
-        index = np.load(folder / "index.npz")
-        self.offsets: NDArray[np.int64] = index["offsets"]
-        self.response_starts: NDArray[np.int64] = index["response_starts"]
-        self.rewards: NDArray[np.float64] = index["rewards"]
-        self.problems: NDArray[np.uint64] = index["problems"]
+        with np.load(folder / "index.npz") as index:
+            self.offsets: NDArray[np.int64] = index["offsets"]
+            self.response_starts: NDArray[np.int64] = index["response_starts"]
+            self.rewards: NDArray[np.float64] = index["rewards"]
+            self.problems: NDArray[np.uint64] = index["problems"]
         optimal = folder / "optimal.bin"
         self.optimal = np.memmap(optimal, np.float32, "r") if optimal.exists() else None
-        self.n_skipped = sum(1 for _ in (folder / "bad_rows.jsonl").open())
+        self.n_skipped = (folder / "bad_rows.jsonl").read_bytes().count(b"\n")
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -171,23 +169,11 @@ def _file(path: str, fields: Any, labelled: bool) -> Source:
 
 def _build(folder: Path, source: Source, tokenizer: Tokenizer, policy: _Policy) -> None:
     """Tokenise a source into `folder`, or raise InputError and leave nothing."""
-    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
-        scratch.mkdir(parents=True)
-        _write(scratch, source, tokenizer, policy)
-        _move_into_place(scratch, folder)
+        with atomic_folder(folder) as scratch:
+            _write(scratch, source, tokenizer, policy)
     except OSError as error:
         raise InputError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _move_into_place(scratch: Path, folder: Path) -> None:
-    try:
-        os.rename(scratch, folder)
-    except OSError:
-        if not folder.exists():  # otherwise another job was first, with the same content
-            raise
 
 
 def _write(scratch: Path, source: Source, tokenizer: Tokenizer, policy: _Policy) -> None:

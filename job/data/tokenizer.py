@@ -118,8 +118,8 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode_texts(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         results = []
         for text in texts:
-            pieces = self._processor.encode(text, out_type="immutable_proto").pieces
-            results.append(([p.id for p in pieces], [(p.begin, p.end) for p in pieces]))
+            mapping = self._processor.encode_as_offset_mapping(text)
+            results.append((mapping["ids"], mapping["offsets"]))
         return results
 
 

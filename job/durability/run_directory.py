@@ -1,19 +1,18 @@
 """A run directory: the single truth of a run.
 
-    config.yaml       the resolved configuration
-    status.json       state, step, and what a reader must know at once
-    metrics.jsonl     deterministic figures, one object a line, `step` first
-    telemetry.jsonl   time, speed and memory, one object a line
-    parameters.json   the parameter report
-    reliability.json  calibration and value by position at the last evaluation
-    critic.safetensors  the trained parameters
-    train.log, plots/, report.html, mlflow.json
+config.yaml       the resolved configuration
+status.json       state, step, and what a reader must know at once
+metrics.jsonl     deterministic figures, one object a line, `step` first
+telemetry.jsonl   time, speed and memory, one object a line
+parameters.json   the parameter report
+reliability.json  calibration and value by position at the last evaluation
+critic.safetensors  the trained parameters
+train.log, plots/, report.html, mlflow.json
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import yaml
 
 from job.config import differences
+from job.durability.files import write_atomic
 from job.outcome import InputError
 
 # May differ between two attempts of one run: they change neither data, model nor arithmetic.
@@ -96,10 +96,3 @@ class RunDirectory:
         for name in ("metrics.jsonl", "telemetry.jsonl", "status.json", "mlflow.json"):
             self.file(name).unlink(missing_ok=True)
         shutil.rmtree(self.file("plots"), ignore_errors=True)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file's content so that a reader sees the old or the new one, never a part."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text)
-    os.replace(scratch, path)

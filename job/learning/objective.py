@@ -89,7 +89,7 @@ def lambda_return(values: Tensor, batch: Batch, gamma: float, lam: float) -> Ten
     rewards = batch.rewards.repeat_interleave(batch.response_lengths).to(values.dtype)
     bootstrap = gamma * (1 - lam) * values.roll(-1)
     returns = torch.where(last, rewards, bootstrap)
-    carry = torch.where(last, 0.0, gamma * lam).to(values.dtype)
+    carry = (~last).to(values.dtype) * (gamma * lam)
     reach, longest = 1, int(left.max()) + 1
     while reach < longest:
         ahead, ahead_carry = returns[reach:], carry[reach:]

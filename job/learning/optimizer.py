@@ -92,12 +92,10 @@ def _fused_adamw(
         {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
         for (rate, decay), parameters in sorted(groups.items(), reverse=True)
     ]
-    return torch.optim.AdamW(settings, betas=config.betas, fused=True)
+    return torch.optim.AdamW(settings, betas=(config.betas[0], config.betas[1]), fused=True)
 
 
-def _check_partition(
-    critic: Critic, groups: dict[tuple[float, float], list[nn.Parameter]]
-) -> None:
+def _check_partition(critic: Critic, groups: dict[tuple[float, float], list[nn.Parameter]]) -> None:
     grouped = [id(p) for members in groups.values() for p in members]
     trainable = {id(p) for p in critic.parameters() if p.requires_grad}
     assert len(grouped) == len(set(grouped)), "a parameter is in two optimizer groups"

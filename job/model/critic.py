@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from job.model.transformer import PackedLayout, Trunk, TransformerConfig
+from job.model.transformer import PackedLayout, TransformerConfig, Trunk
 from job.outcome import InputError
 
 GRADIENT_BYTES = 4  # per trainable parameter, reduced in float32
@@ -47,6 +48,13 @@ class Critic(nn.Module):
         """Small weights and the given bias: first predictions spread by about 1 / sqrt(d)."""
         self.value_head.weight.normal_(0, 1 / self.trunk.config.dim, generator=generator)
         self.value_head.bias.fill_(bias)
+
+    def save_trained(self, file: Path) -> None:
+        """Write the trainable parameters, and nothing of the frozen base."""
+        from safetensors.torch import save_file
+
+        trained = {n: p.detach().cpu() for n, p in self.named_parameters() if p.requires_grad}
+        save_file(trained, file)
 
 
 def unfreeze_last_blocks(critic: Critic, n: int) -> None:

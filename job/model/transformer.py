@@ -225,19 +225,21 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Ten
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     ends, longest = layout.boundaries, layout.max_length
-    return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
+    mixed = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
+    assert isinstance(mixed, Tensor)  # a pair only where the log-sum-exp is asked for
+    return mixed
 
 
 def _attend_spans(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     sizes, masks = layout.spans
     # split, not slices: the gradient of a split is one concatenation
-    parts = (x.transpose(0, 1)[None].split(sizes, 2) for x in (q, k, v))  # [1, heads, span, e]
+    qs, ks, vs = (x.transpose(0, 1)[None].split(sizes, 2) for x in (q, k, v))  # [1, heads, span, e]
     outputs = [
         F.scaled_dot_product_attention(
-            *span, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+            query, key, value, mask, is_causal=mask is None, enable_gqa=grouped
         )
-        for *span, mask in zip(*parts, masks, strict=True)
+        for query, key, value, mask in zip(qs, ks, vs, masks, strict=True)
     ]
     return torch.cat(outputs, 2)[0].transpose(0, 1)
 
@@ -284,10 +286,10 @@ class Trunk(nn.Module):
         """Index of the first block that gradients must reach; len(layers) if there is none."""
         if self.tok_embeddings.weight.requires_grad:
             return 0
-        trainable = (
-            i for i, block in enumerate(self.layers) if any(p.requires_grad for p in block.parameters())
-        )
-        return next(trainable, len(self.layers))
+        for index, block in enumerate(self.layers):
+            if any(parameter.requires_grad for parameter in block.parameters()):
+                return index
+        return len(self.layers)
 
     @torch.no_grad()
     def prefix(self, tokens: Tensor, layout: PackedLayout) -> Tensor:

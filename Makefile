@@ -1,0 +1,47 @@
+# `make run` and `make test` set everything up in .venv; they need python3 (3.11 or newer) and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN_SET_UP := $(VENV)/.set-up-run
+TEST_SET_UP := $(VENV)/.set-up-test
+
+.PHONY: help run test test-fast lint clean
+
+help:
+	@echo "make run        train the local critics (N=0 and N=2) and compare them: no GPU, minutes"
+	@echo "make test       lint, types and all tests"
+	@echo "make test-fast  the fast tests only"
+	@echo "make clean      remove the virtual environment; runs/ stays"
+
+run: $(RUN_SET_UP)
+	$(BIN)/python -m job.compare --config configs/critic/critic_local.yaml --unfreeze 0 2
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow" -q
+	$(BIN)/python -m pytest -m slow -q
+
+test-fast: $(TEST_SET_UP)
+	$(BIN)/python -m pytest -m "not slow" -q
+
+lint: $(TEST_SET_UP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot make virtual environments (on Debian: the package python3-venv)."; exit 1; }
+
+$(RUN_SET_UP): $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[train]'
+	@touch $@
+
+$(TEST_SET_UP): $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	@touch $@ $(RUN_SET_UP)

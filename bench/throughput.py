@@ -1,0 +1,350 @@
+"""Real tokens per second of one training step, beside a padded transformers loop.
+
+    python bench/throughput.py --out bench/results/throughput.json
+
+A step is data assembly, forward, backward, clipping and optimizer, on CPU in float32. The
+contestants start from the same weights and take turns, step by step, in one process:
+
+    packed          the product: Packer, Critic and Learner
+    padded          transformers' LlamaModel and a linear head, each batch padded to its longest
+                    sequence, the same blocks frozen by requires_grad=False
+    padded, sorted  the same on batches of similar length, as Trainer's group_by_length makes them
+    floor           the matrix products of the linear layers alone, on the packed tokens
+
+Padding does not count as tokens. Before any figure counts, each contestant's first loss must equal
+what the untouched critic gives for the same sequences.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from common import OtherLoad, command_line, peak_memory_mb, say, table, write_record
+from torch import Tensor, nn
+
+from job.config import ObjectiveConfig, TrainingConfig
+from job.data.packing import Indices, Packer, single_units, step_units
+from job.data.token_cache import TokenizedSet
+from job.learning.learner import Learner
+from job.learning.objective import Objective
+from job.model.critic import Critic, unfreeze_last_blocks
+from job.model.transformer import Block, TransformerConfig, Trunk
+from job.telemetry.value_metrics import ValueMetrics
+
+ARCHITECTURE = TransformerConfig(dim=512, n_layers=16, n_heads=8, vocab_size=8192, ffn_hidden=1376)
+TRAINING = TrainingConfig(
+    num_unfrozen_layers=2,
+    batch_size=8,
+    learning_rate=1e-4,
+    warmup_steps=0,
+    min_lr_ratio=1.0,
+)
+SHORTEST, LONGEST = 64, 512  # tokens of a sequence, its prompt included
+PROMPT_SHARE = 4  # one in so many tokens
+BATCHES = 50  # Trainer's group_by_length sorts within 50 batches
+WARM_UP = 3  # steps of each contestant that are not counted
+STEPS_ALONE = 3  # of a contestant in its own process, for its peak memory
+TOLERANCE = 1e-4  # of the first loss
+CPU = torch.device("cpu")
+
+Schedule = Callable[[int], Indices]  # step -> the rows of its batch
+
+
+class Contestant(Protocol):
+    def step(self, step: int) -> float:
+        """Run step `step` (from 0); its loss before the update, NaN where there is none."""
+
+
+# Data
+
+
+def write_examples(folder: Path, vocab_size: int, seed: int) -> TokenizedSet:
+    """Random sequences with random outcomes, in the product's stored form."""
+    count = BATCHES * TRAINING.batch_size
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(SHORTEST, LONGEST, count, endpoint=True)
+    generator.integers(vocab_size, size=lengths.sum(), dtype=np.uint32).tofile(
+        folder / "tokens.bin"
+    )
+    np.savez(
+        folder / "index.npz",
+        offsets=np.concatenate(([0], np.cumsum(lengths))),
+        response_starts=lengths // PROMPT_SHARE,
+        rewards=generator.integers(2, size=count).astype(np.float64),
+        problems=np.arange(count, dtype=np.uint64),
+    )
+    (folder / "bad_rows.jsonl").touch()
+    return TokenizedSet(folder)
+
+
+def shuffled(data: TokenizedSet, seed: int) -> Schedule:
+    """The product's own order."""
+    return lambda step: step_units(len(data), TRAINING.batch_size, step, seed)
+
+
+def sorted_by_length(data: TokenizedSet, seed: int) -> Schedule:
+    """Batches of similar length, in random order."""
+    batches = np.argsort(data.lengths, kind="stable").reshape(-1, TRAINING.batch_size)
+    order = np.random.default_rng(seed).permutation(len(batches))
+    return lambda step: batches[order[step % len(order)]]
+
+
+# The product
+
+
+def make_critic(config: TransformerConfig, seed: int) -> Critic:
+    """A critic with random weights, the last blocks unfrozen."""
+    torch.manual_seed(seed)
+    critic = Critic(config)
+    for name, parameter in critic.trunk.named_parameters():
+        if "norm" in name:  # so that a norm lost in conversion would show
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    critic.initialise_head(0.5)
+    unfreeze_last_blocks(critic, TRAINING.num_unfrozen_layers)
+    return critic
+
+
+def make_packer(data: TokenizedSet, config: TransformerConfig) -> Packer:
+    return Packer(
+        data,
+        single_units(len(data)),
+        dim=config.dim,
+        budget=TRAINING.micro_batch_tokens,
+        device=CPU,
+    )
+
+
+class Packed:
+    """The product: packed sequences, the frozen prefix without gradients."""
+
+    def __init__(self, critic: Critic, data: TokenizedSet, seed: int) -> None:
+        self.seed = seed
+        self.packer = make_packer(data, critic.trunk.config)
+        self.learner = Learner(critic, Objective(ObjectiveConfig()), TRAINING, bf16=False)
+
+    def step(self, step: int) -> float:
+        batches = self.packer.step(step, TRAINING.batch_size, self.seed)
+        return self.learner.step(step, batches, ValueMetrics()).loss
+
+
+@torch.no_grad()
+def expected_loss(critic: Critic, data: TokenizedSet, rows: Indices) -> float:
+    """The critic's loss on rows of the data, in one packed batch."""
+    batch = make_packer(data, critic.trunk.config).assemble(rows)
+    objective = Objective(ObjectiveConfig())
+    outputs = critic(batch.tokens, batch.layout, batch.responses)
+    return objective.loss_sum(outputs, batch, 0).item() / objective.count(batch)
+
+
+# transformers
+
+_LAYER_NAMES = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+class LlamaCritic(nn.Module):
+    """transformers' LlamaModel and a linear head, with the weights of one of our critics."""
+
+    def __init__(self, critic: Critic) -> None:
+        super().__init__()
+        from transformers import LlamaModel
+
+        self.trunk = LlamaModel(llama_config(critic.trunk.config))
+        self.trunk.load_state_dict(llama_weights(critic.trunk))
+        self.value_head = nn.Linear(critic.trunk.config.dim, 1)
+        self.value_head.load_state_dict(critic.value_head.state_dict())
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Values [b, t] of padded sequences [b, t]; the mask is 0 on padding."""
+        output = self.trunk(input_ids=tokens, attention_mask=mask, use_cache=False)
+        return self.value_head(output.last_hidden_state)[..., 0]
+
+    def freeze(self, n_trainable: int) -> None:
+        """Leave the last blocks, the norm and the head trainable."""
+        self.trunk.embed_tokens.requires_grad_(False)
+        self.trunk.layers[: len(self.trunk.layers) - n_trainable].requires_grad_(False)
+
+
+def llama_config(config: TransformerConfig) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=config.dim,
+        intermediate_size=config.ffn_width,
+        num_hidden_layers=config.n_trunk_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_width,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=LONGEST,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+    )
+
+
+def llama_weights(trunk: Trunk) -> dict[str, Tensor]:
+    """A trunk's weights under transformers' names and in its layout."""
+    weights = {
+        "embed_tokens.weight": trunk.tok_embeddings.weight.detach(),
+        "norm.weight": trunk.norm.weight.detach(),
+    }
+    for index, block in enumerate(trunk.layers):
+        for ours, theirs in _LAYER_NAMES.items():
+            weight = block.get_parameter(f"{ours}.weight").detach()
+            if ours in ("attention.wq", "attention.wk"):
+                weight = _pair_halves(weight, trunk.config.head_width)
+            weights[f"layers.{index}.{theirs}.weight"] = weight
+    return weights
+
+
+def _pair_halves(weight: Tensor, width: int) -> Tensor:
+    """Reorder rows: RoPE turns neighbouring channels in Meta's layout, halves in transformers'."""
+    return weight.unflatten(0, (-1, width // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """b sequences padded to t tokens: tokens, masks [b, t] and rewards [b]."""
+
+    tokens: Tensor
+    mask: Tensor
+    responses: Tensor
+    rewards: Tensor
+
+
+def pad(data: TokenizedSet, rows: Indices) -> PaddedBatch:
+    """Pad rows of the data to the longest of them."""
+    sequences = [
+        torch.from_numpy(data.tokens[data.offsets[row] : data.offsets[row + 1]].astype(np.int64))
+        for row in rows
+    ]
+    tokens = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    positions = torch.arange(tokens.shape[1])
+    mask = positions < torch.from_numpy(data.lengths[rows])[:, None]
+    responses = mask & (positions >= torch.from_numpy(data.response_starts[rows])[:, None])
+    rewards = torch.from_numpy(data.rewards[rows].astype(np.float32))
+    return PaddedBatch(tokens, mask.long(), responses, rewards)
+
+
+class Padded:
+    """A plain training loop around transformers' model."""
+
+    def __init__(self, critic: Critic, data: TokenizedSet, schedule: Schedule) -> None:
+        self.model = LlamaCritic(critic)
+        self.model.freeze(TRAINING.num_unfrozen_layers)
+        self.data, self.schedule = data, schedule
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = _adamw(self.trainable)
+
+    def step(self, step: int) -> float:
+        batch = pad(self.data, self.schedule(step))
+        errors = self.model(batch.tokens, batch.mask) - batch.rewards[:, None]
+        loss = (errors.square() * batch.responses).sum() / batch.responses.sum()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trainable, TRAINING.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+def _adamw(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+    """The product's optimizer: no decay of norms and biases."""
+    matrices = [p for p in parameters if p.dim() > 1]
+    vectors = [p for p in parameters if p.dim() == 1]
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": TRAINING.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=TRAINING.learning_rate,
+        betas=(TRAINING.betas[0], TRAINING.betas[1]),
+        fused=True,
+    )
+
+
+# The floor
+
+
+class Floor:
+    """Matrix products into buffers: all linear layers forward, the trainable ones backward."""
+
+    def __init__(self, critic: Critic, data: TokenizedSet, schedule: Schedule) -> None:
+        self.data, self.schedule = data, schedule
+        frozen = critic.trunk.first_trainable_block()
+        self.forward_only = _matrices(critic.trunk.layers[:frozen])
+        self.trained = _matrices(critic.trunk.layers[frozen:])
+        rows = TRAINING.batch_size * LONGEST
+        sizes = {size for matrix in self.trained for size in matrix.shape}
+        self.inputs, self.outputs, self.input_gradients = (
+            {size: torch.randn(rows, size) for size in sizes} for _ in range(3)
+        )
+        self.gradients = {matrix.shape: torch.empty_like(matrix) for matrix in self.trained}
+
+    def step(self, step: int) -> float:
+        t = int(self.data.lengths[self.schedule(step)].sum())
+        for matrix in [*self.forward_only, *self.trained]:
+            out, inner = matrix.shape
+            torch.mm(self.inputs[inner][:t], matrix.T, out=self.outputs[out][:t])
+        for matrix in self.trained:
+            out, inner = matrix.shape
+            upstream = self.outputs[out][:t]
+            torch.mm(upstream.T, self.inputs[inner][:t], out=self.gradients[matrix.shape])
+            torch.mm(upstream, matrix, out=self.input_gradients[inner][:t])
+        return float("nan")
+
+
+def _matrices(blocks: Any) -> list[Tensor]:
+    linears = (m for block in blocks for m in block.modules() if isinstance(m, nn.Linear))
+    return [linear.weight.detach() for linear in linears]
+
+
+# Measurement
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One step: its loss, seconds, real tokens, and tokens computed."""
+
+    loss: float
+    seconds: float
+    tokens: int
+    computed: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contestant and the rows that it trains on."""
+
+    contestant: Contestant
+    schedule: Schedule
+    padded: bool = False
+
+
+MAKERS: dict[str, Callable[[Critic, TokenizedSet, int], Entry]] = {
+    "packed": lambda critic, data, seed: Entry(Packed(critic, data, seed), shuffled(data, seed)),
+    "padded": lambda critic, data, seed: _padded(critic, data, shuffled(data, seed)),
+    "padded, sorted": lambda critic, data, seed: _padded(
+        critic, data, sorted_by_length(data, seed)
+    ),
+    "floor": lambda critic, data, seed: _floor(critic, data, shuffled(data, seed)),
+}

@@ -1,0 +1,108 @@
+"""One optimizer step and one evaluation of a critic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from job.config import TrainingConfig
+from job.data.packing import Batch, Packer
+from job.learning.objective import Objective
+from job.learning.optimizer import build_optimizer, set_learning_rate
+from job.model.critic import Critic
+from job.outcome import InputError
+from job.telemetry.progress import Advance
+from job.telemetry.value_metrics import ValueMetrics
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did: loss before it, global gradient norm, learning rate."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+
+
+class Learner:
+    """A critic with its objective and optimizer."""
+
+    def __init__(
+        self, critic: Critic, objective: Objective, config: TrainingConfig, *, bf16: bool
+    ) -> None:
+        self.critic, self.objective, self.config, self.bf16 = critic, objective, config, bf16
+        self.optimizer = build_optimizer(critic, config)
+        self.trainable = [p for p in critic.parameters() if p.requires_grad]
+        self._checked_gradients = False
+
+    def step(self, step: int, batches: Sequence[Batch], metrics: ValueMetrics) -> StepResult:
+        """Optimizer step `step` (from 0) on its micro-batches; predictions go into `metrics`.
+
+        Raises:
+            InputError: the loss or the gradient norm is not finite.
+        """
+        rate = set_learning_rate(self.optimizer, self.config, step)
+        count = sum(self.objective.count(batch) for batch in batches)
+        losses, outputs = [], []
+        for batch in batches:
+            output = self.outputs(batch)
+            loss = self.objective.loss_sum(output, batch, step) / count
+            loss.backward()
+            losses.append(loss.detach())
+            outputs.append(output.detach())
+        self._check_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.config.max_grad_norm)
+        result = StepResult(math.fsum(loss.item() for loss in losses), norm.item(), rate)
+        _check_finite(step, result)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for batch, output in zip(batches, outputs, strict=True):
+            self._record(metrics, output, batch)
+        return result
+
+    @torch.no_grad()
+    def evaluate(self, packer: Packer, advance: Advance) -> ValueMetrics:
+        """Metrics over every unit of a packer's data."""
+        metrics = ValueMetrics()
+        plan = packer.everything()
+        for done, units in enumerate(plan, 1):
+            batch = packer.assemble(units)
+            self._record(metrics, self.outputs(batch), batch)
+            advance(done, f"of {len(plan)} evaluation batches")
+        return metrics
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """Head outputs at the batch's response tokens, float32 [n]."""
+        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.critic(batch.tokens, batch.layout, batch.responses)
+
+    def _record(self, metrics: ValueMetrics, outputs: Tensor, batch: Batch) -> None:
+        metrics.add(
+            self.objective.values(outputs).cpu().numpy(),
+            self.objective.labels(batch).cpu().numpy(),
+            batch.response_lengths.cpu().numpy(),
+            batch.rewards.cpu().numpy(),
+            batch.problems,
+            batch.optimal,
+        )
+
+    def _check_gradients(self) -> None:
+        """After the first backward: a gradient for each trainable parameter, none for others."""
+        if self._checked_gradients:
+            return
+        self._checked_gradients = True
+        for name, parameter in self.critic.named_parameters():
+            has = parameter.grad is not None
+            assert has == parameter.requires_grad, f"{name}: gradient {has}"
+
+
+def _check_finite(step: int, result: StepResult) -> None:
+    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        raise InputError(
+            f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; "
+            "the weights were left as before this step. Lower training.learning_rate"
+        )

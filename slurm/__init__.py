@@ -1,0 +1,1 @@
+"""What stands outside the container, on login and compute nodes: light, and never torch."""

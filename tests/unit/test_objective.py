@@ -1,0 +1,123 @@
+"""Targets and losses against cases computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from job.config import Loss, ObjectiveConfig, Target
+from job.data.packing import Batch
+from job.learning.objective import Objective, lambda_return
+from job.model.transformer import PackedLayout
+
+
+def _batch(lengths: list[int], rewards: list[float], pairs: list[list[int]] | None = None) -> Batch:
+    """A batch whose sequences are all response."""
+    n = sum(lengths)
+    return Batch(
+        tokens=torch.zeros(n, dtype=torch.int64),
+        layout=PackedLayout(lengths),
+        responses=torch.arange(n),
+        response_lengths=torch.tensor(lengths),
+        rewards=torch.tensor(rewards),
+        problems=np.zeros(len(lengths), np.uint64),
+        optimal=None,
+        pairs=torch.tensor(pairs or [], dtype=torch.int64).reshape(-1, 2),
+    )
+
+
+def _objective(**settings: object) -> Objective:
+    return Objective(ObjectiveConfig(**settings))  # type: ignore[arg-type]
+
+
+def test_monte_carlo_targets_are_the_discounted_outcome() -> None:
+    targets = _objective(gamma=0.5).labels(_batch([3, 2], [1.0, 0.5]))
+    assert targets.tolist() == [0.25, 0.5, 1.0, 0.25, 0.5]
+
+
+def test_lambda_return_by_hand() -> None:
+    # G3 = r = 1; G2 = .9 (.5 * .4 + .5 * 1) = .63; G1 = .9 (.5 * .6 + .5 * .63) = .5535
+    values = torch.tensor([0.2, 0.6, 0.4])
+    returns = lambda_return(values, _batch([3], [1.0]), gamma=0.9, lam=0.5)
+    torch.testing.assert_close(returns, torch.tensor([0.5535, 0.63, 1.0]))
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 0.95, 1.0])
+def test_lambda_return_equals_the_recursion_in_each_sequence(lam: float) -> None:
+    lengths, rewards = [1, 7, 33, 2, 64], [1.0, 0.0, 1.0, 0.25, 1.0]
+    values = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(0)).double()
+    batch, gamma = _batch(lengths, rewards), 0.97
+    expected = []
+    for part, reward in zip(values.split(lengths), rewards, strict=True):
+        g = [reward]
+        for after in reversed(part[1:].tolist()):
+            g.append(gamma * ((1 - lam) * after + lam * g[-1]))
+        expected += g[::-1]
+    returns = lambda_return(values, batch, gamma, lam)
+    torch.testing.assert_close(returns, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_lambda_one_is_monte_carlo() -> None:
+    batch = _batch([4, 6], [1.0, 0.0])
+    returns = lambda_return(torch.rand(10), batch, 0.9, 1.0)
+    torch.testing.assert_close(returns, _objective(gamma=0.9).labels(batch))
+
+
+def test_bootstrapped_targets_carry_no_gradient() -> None:
+    objective = _objective(target=Target.lambda_return, lambda_start=0.5, lambda_end=0.5)
+    outputs = torch.tensor([0.2, 0.6, 0.4], requires_grad=True)
+    batch = _batch([3], [1.0])
+    objective.loss_sum(outputs, batch, 0).backward()
+    targets = objective.targets(outputs, batch, 0)
+    assert not targets.requires_grad
+    torch.testing.assert_close(outputs.grad, 2 * (outputs.detach() - targets))
+
+
+def test_lambda_schedule_is_linear_and_stays() -> None:
+    objective = _objective(lambda_start=1.0, lambda_end=0.8, lambda_steps=10)
+    assert [objective.lambda_at(step) for step in (0, 5, 10, 99)] == pytest.approx(
+        [1, 0.9, 0.8, 0.8]
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        # outputs .5 and -1 against 1 and 1: errors .5 and 2
+        (Loss.mse, 0.25 + 4.0),
+        (Loss.huber, 0.5 * 0.25 + 0.5 * (2 - 0.25)),
+        (Loss.bce, math.log1p(math.exp(-0.5)) + math.log1p(math.exp(1.0))),
+    ],
+)
+def test_losses_by_hand(loss: Loss, expected: float) -> None:
+    objective = _objective(loss=loss, huber_delta=0.5)
+    outputs, batch = torch.tensor([0.5, -1.0]), _batch([2], [1.0])
+    assert objective.loss_sum(outputs, batch, 0).item() == pytest.approx(expected, rel=1e-6)
+    assert objective.count(batch) == 2
+
+
+def test_pairwise_loss_by_hand() -> None:
+    # means 1, 0 and .5; pairs (0 beats 1), (2 beats 1)
+    batch = _batch([2, 1, 2], [1.0, 0.0, 1.0], [[0, 1], [2, 1]])
+    objective = _objective(loss=Loss.pairwise)
+    outputs = torch.tensor([0.5, 1.5, 0.0, 1.0, 0.0])
+    expected = math.log1p(math.exp(-1.0)) + math.log1p(math.exp(-0.5))
+    assert objective.loss_sum(outputs, batch, 0).item() == pytest.approx(expected, rel=1e-6)
+    assert objective.count(batch) == 2
+
+
+def test_initial_bias_predicts_the_mean_reward() -> None:
+    assert _objective().initial_bias(0.3) == 0.3
+    assert _objective(loss=Loss.huber).initial_bias(0.3) == 0.3
+    assert _objective(loss=Loss.bce).initial_bias(0.3) == pytest.approx(math.log(0.3 / 0.7))
+    assert math.isfinite(_objective(loss=Loss.bce).initial_bias(1.0))
+    assert _objective(loss=Loss.pairwise).initial_bias(0.3) == 0.0
+
+
+def test_values_are_probabilities_under_bce_and_outputs_otherwise() -> None:
+    outputs = torch.tensor([0.0, 2.0])
+    assert _objective(loss=Loss.bce).values(outputs).tolist() == pytest.approx([0.5, 0.880797])
+    assert _objective().values(outputs).tolist() == [0.0, 2.0]

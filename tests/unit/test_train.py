@@ -1,0 +1,223 @@
+"""A whole small training, in its run directory."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from job.compare import compare, steps_to_half, summarise
+from job.config import CriticConfig, load_config
+from job.durability.run_directory import RunDirectory
+from job.outcome import InputError
+from job.train import train
+
+PRETRAIN = """
+out: trunk
+architecture: {dim: 32, n_layers: 4, n_heads: 4, n_future_tokens: 2}
+data: {train: embedded, max_length: 64, cache_dir: cache, arithmetic: {train_examples: 256}}
+training: {max_steps: 5, batch_size: 16, micro_batch_tokens: 1024, threads: 1}
+"""
+CRITIC = """
+run: {name: "n${training.num_unfrozen_layers}", dir: "runs/${run.name}"}
+model: {path: trunk, recipe: pretrain.yaml}
+data:
+  train: embedded
+  validation: embedded
+  max_length: 64
+  cache_dir: cache
+  arithmetic: {train_examples: 200, validation_examples: 40}
+training:
+  num_unfrozen_layers: 1
+  max_steps: 8
+  batch_size: 16
+  micro_batch_tokens: 256
+  learning_rate: 0.001
+  warmup_steps: 2
+  threads: 1
+evaluation: {every_steps: 4}
+logging: {every_steps: 2}
+distributed: {fsdp: {mixed_precision: false}}
+mlflow: {enabled: false}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "pretrain.yaml").write_text(PRETRAIN)
+    (tmp_path / "critic.yaml").write_text(CRITIC)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _train(*overrides: str) -> RunDirectory:
+    config = load_config(CriticConfig, "critic.yaml", overrides)
+    train(config)
+    return RunDirectory(config.run.dir)
+
+
+def test_a_run_directory_tells_the_whole_run(folder: Path) -> None:
+    run = _train()
+    status = run.status()
+    assert (status["state"], status["step"], status["max_steps"]) == ("finished", 8, 8)
+    records = run.records()
+    assert [r["step"] for r in records] == list(range(1, 9))
+    assert all(next(iter(r)) == "step" and math.isfinite(r["train/loss"]) for r in records)
+    assert [r["step"] for r in records if "value/mse" in r] == [2, 4, 6, 8]
+    assert [r["step"] for r in records if "validation/value/mse" in r] == [4, 8]
+    named = {"value/mean_prediction", "value/std_prediction", "value/mse"}
+    assert named <= records[-1].keys()
+    assert json.loads(run.file("parameters.json").read_text())["model_num_unfrozen_layers"] == 1
+    telemetry = run.records("telemetry.jsonl")[-1]
+    assert telemetry["step"] == 8
+    assert telemetry["tokens_per_second"] > 0
+    page = run.file("report.html").read_text()
+    assert f"{records[-1]['validation/value/mse']:.4f}" in page
+
+
+def test_only_trained_parameters_are_saved_and_they_have_moved(folder: Path) -> None:
+    run = _train()
+    saved = load_file(run.file("critic.safetensors"))
+    base = torch.load(folder / "trunk/consolidated.pth", weights_only=True)
+    assert {n.split(".")[0] for n in saved} == {"trunk", "value_head"}
+    blocks = {n.split(".")[2] for n in saved if ".layers." in n}
+    assert blocks == {"2"}
+    moved = [n for n in saved if n.startswith("trunk.") and not saved[n].equal(base[n[6:]])]
+    assert len(moved) == len(saved) - 2
+
+
+def test_two_equal_runs_write_the_same_metrics_to_the_bit(folder: Path) -> None:
+    first, second = _train("run.dir=runs/a"), _train("run.dir=runs/b")
+    a, b = (run.file("metrics.jsonl").read_bytes() for run in (first, second))
+    assert a == b
+    other = _train("run.dir=runs/c", "training.seed=1").file("metrics.jsonl").read_bytes()
+    assert other != a
+
+
+def test_the_micro_batch_size_changes_only_rounding(folder: Path) -> None:
+    losses = []
+    for tokens in (128, 4096):
+        run = _train(f"run.dir=runs/{tokens}", f"training.micro_batch_tokens={tokens}")
+        losses.append([r["train/loss"] for r in run.records()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_finished_run_is_left_as_it_is(folder: Path) -> None:
+    run = _train()
+    before = run.file("metrics.jsonl").stat()
+    _train()
+    assert run.file("metrics.jsonl").stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_an_unfinished_run_starts_over(folder: Path) -> None:
+    complete = _train("run.dir=runs/whole").file("metrics.jsonl").read_bytes()
+    run = RunDirectory("runs/n1")
+    run.claim(json.loads(json.dumps(RunDirectory("runs/whole").config())))
+    run.file("metrics.jsonl").write_text('{"step": 1, "train/loss": 9.0}\n')
+    _train()
+    assert run.file("metrics.jsonl").read_bytes() == complete
+
+
+def test_another_configuration_in_the_same_directory_is_refused(folder: Path) -> None:
+    run = _train()
+    before = run.file("metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"training.learning_rate: 0\.001 -> 0\.002"):
+        _train("training.learning_rate=0.002")
+    assert run.file("metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["objective.loss=bce"],
+        ["objective.loss=huber", "objective.gamma=0.99"],
+        ["objective.target=lambda_return", "objective.lambda_end=0.8"],
+        ["objective.loss=pairwise"],
+        ["training.num_unfrozen_layers=0"],
+        ["training.num_unfrozen_layers=4", "training.lr_decay_factor=0.8"],
+        ["distributed.fsdp.mixed_precision=true"],
+    ],
+    ids=" ".join,
+)
+def test_every_objective_and_depth_trains(folder: Path, settings: list[str]) -> None:
+    records = _train(*settings, "run.dir=runs/x").records()
+    assert len(records) == 8
+    assert all(math.isfinite(r["train/loss"]) for r in records)
+    assert records[-1]["validation/value/mse"] < 1.0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_says_so(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"step \d+: loss .*Lower training.learning_rate"):
+        _train("training.learning_rate=1e30", "training.max_grad_norm=1e30")
+    status = RunDirectory("runs/n1").status()
+    assert status["state"] == "failed"
+    assert "not" not in status or status["error"]
+
+
+def test_the_alarm_reaches_the_status_file(folder: Path) -> None:
+    run = _train(
+        "training.num_unfrozen_layers=0",
+        "evaluation.every_steps=1",
+        "training.value_head.learning_rate=0",
+    )
+    assert "CONSTANT PREDICTOR" in run.status()["alarm"]
+    assert "CONSTANT PREDICTOR" in run.file("train.log").read_text()
+    assert "CONSTANT PREDICTOR" in run.file("report.html").read_text()
+
+
+def test_a_trunk_that_another_recipe_made_is_refused(folder: Path) -> None:
+    _train()
+    (folder / "pretrain.yaml").write_text(PRETRAIN.replace("max_steps: 5", "max_steps: 6"))
+    with pytest.raises(InputError, match=r"training\.max_steps: 5 -> 6"):
+        _train("run.dir=runs/other")
+
+
+def test_validation_problems_in_the_training_data_are_counted(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": f"{i}+1?", "response": f"A{i + 1}", "reward": i % 2} for i in range(8)]
+    _write(folder / "train.jsonl", rows[:6])
+    _write(folder / "validation.jsonl", rows[4:])
+    _train("data.train=train.jsonl", "data.validation=validation.jsonl")
+    assert "2 problem(s) are in both training and validation data" in caplog.text
+
+
+def test_skipped_rows_are_listed_beside_the_run(folder: Path) -> None:
+    good = [{"prompt": "1+1?", "response": "A2", "reward": i % 2} for i in range(6)]
+    _write(folder / "train.jsonl", [*good, {"prompt": "1+1?", "response": "A2", "reward": 7}])
+    _write(folder / "validation.jsonl", good)
+    run = _train("data.train=train.jsonl", "data.validation=validation.jsonl", "data.bad_rows=skip")
+    (row,) = run.records("bad_rows.train.jsonl")
+    assert (row["line"], row["reason"]) == (7, "reward 7 lies outside [0, 1]")
+    assert not run.file("bad_rows.validation.jsonl").exists()
+
+
+def _write(path: Path, rows: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.slow
+def test_a_comparison_trains_each_n_and_sums_up(folder: Path) -> None:
+    runs = compare("critic.yaml", [], [0, 1])
+    rows = json.loads((folder / "runs/comparison.json").read_text())
+    assert [row["num_unfrozen_layers"] for row in rows] == [0, 1]
+    for row, path in zip(rows, runs, strict=True):
+        run = RunDirectory(path)
+        last = run.records()[-1]
+        assert row == summarise(run)
+        assert row["mse"] == last["validation/value/mse"]
+        assert row["std"] == last["validation/value/std_prediction"]
+        assert row["mse_optimal"] < row["mse_constant"]
+        assert row["seconds"] > 0
+
+
+def test_steps_to_half_is_the_first_evaluation_at_half_of_the_achievable() -> None:
+    name = "validation/value/achievable_share"
+    evaluations = [{"step": s, name: v} for s, v in ((100, 0.2), (200, 0.5), (300, 0.4))]
+    assert steps_to_half(evaluations) == 200
+    assert steps_to_half(evaluations[:1]) is None
+    assert steps_to_half([{"step": 5}]) is None
