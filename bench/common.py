@@ -39,7 +39,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def write_record(file: Path, results: dict[str, Any], *, seed: int, packages: Sequence[str]) -> None:
+def write_record(
+    file: Path, results: dict[str, Any], *, seed: int, packages: Sequence[str]
+) -> None:
     """Write results with everything that is needed to judge and repeat them."""
     record = {**origin(seed, packages), **results}
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ what the untouched critic gives for the same sequences.
 
 from __future__ import annotations
 
-import json
+import abc
 import statistics
 import subprocess
 import sys
@@ -26,20 +26,20 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from common import OtherLoad, command_line, peak_memory_mb, say, table, write_record
 from torch import Tensor, nn
 
-from job.config import ObjectiveConfig, TrainingConfig
+from job.config import ObjectiveConfig, TrainingConfig, to_dict
 from job.data.packing import Indices, Packer, single_units, step_units
 from job.data.token_cache import TokenizedSet
 from job.learning.learner import Learner
 from job.learning.objective import Objective
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.model.transformer import Block, TransformerConfig, Trunk
+from job.model.transformer import TransformerConfig, Trunk
 from job.telemetry.value_metrics import ValueMetrics
 
 ARCHITECTURE = TransformerConfig(dim=512, n_layers=16, n_heads=8, vocab_size=8192, ffn_hidden=1376)
@@ -59,11 +59,6 @@ TOLERANCE = 1e-4  # of the first loss
 CPU = torch.device("cpu")
 
 Schedule = Callable[[int], Indices]  # step -> the rows of its batch
-
-
-class Contestant(Protocol):
-    def step(self, step: int) -> float:
-        """Run step `step` (from 0); its loss before the update, NaN where there is none."""
 
 
 # Data
@@ -100,6 +95,27 @@ def sorted_by_length(data: TokenizedSet, seed: int) -> Schedule:
     return lambda step: batches[order[step % len(order)]]
 
 
+class Contestant(abc.ABC):
+    """A way to train on the data; the critic gives its weights, or is itself trained."""
+
+    order: Callable[[TokenizedSet, int], Schedule] = staticmethod(shuffled)
+
+    def __init__(self, critic: Critic, data: TokenizedSet, seed: int) -> None:
+        self.data, self.seed = data, seed
+        self.rows = self.order(data, seed)
+
+    @abc.abstractmethod
+    def step(self, step: int) -> float | None:
+        """Run step `step` (from 0); the loss before its update, if there is one."""
+
+    def computed_tokens(self, step: int) -> int:
+        """Tokens of a step, with padding."""
+        return self.real_tokens(step)
+
+    def real_tokens(self, step: int) -> int:
+        return int(self.data.lengths[self.rows(step)].sum())
+
+
 # The product
 
 
@@ -125,11 +141,11 @@ def make_packer(data: TokenizedSet, config: TransformerConfig) -> Packer:
     )
 
 
-class Packed:
+class Packed(Contestant):
     """The product: packed sequences, the frozen prefix without gradients."""
 
     def __init__(self, critic: Critic, data: TokenizedSet, seed: int) -> None:
-        self.seed = seed
+        super().__init__(critic, data, seed)
         self.packer = make_packer(data, critic.trunk.config)
         self.learner = Learner(critic, Objective(ObjectiveConfig()), TRAINING, bf16=False)
 
@@ -246,18 +262,18 @@ def pad(data: TokenizedSet, rows: Indices) -> PaddedBatch:
     return PaddedBatch(tokens, mask.long(), responses, rewards)
 
 
-class Padded:
+class Padded(Contestant):
     """A plain training loop around transformers' model."""
 
-    def __init__(self, critic: Critic, data: TokenizedSet, schedule: Schedule) -> None:
+    def __init__(self, critic: Critic, data: TokenizedSet, seed: int) -> None:
+        super().__init__(critic, data, seed)
         self.model = LlamaCritic(critic)
         self.model.freeze(TRAINING.num_unfrozen_layers)
-        self.data, self.schedule = data, schedule
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = _adamw(self.trainable)
 
     def step(self, step: int) -> float:
-        batch = pad(self.data, self.schedule(step))
+        batch = pad(self.data, self.rows(step))
         errors = self.model(batch.tokens, batch.mask) - batch.rewards[:, None]
         loss = (errors.square() * batch.responses).sum() / batch.responses.sum()
         loss.backward()
@@ -265,6 +281,14 @@ class Padded:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.item()
+
+    def computed_tokens(self, step: int) -> int:
+        lengths = self.data.lengths[self.rows(step)]
+        return len(lengths) * int(lengths.max())
+
+
+class PaddedSorted(Padded):
+    order = staticmethod(sorted_by_length)
 
 
 def _adamw(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
@@ -285,11 +309,11 @@ def _adamw(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
 # The floor
 
 
-class Floor:
+class Floor(Contestant):
     """Matrix products into buffers: all linear layers forward, the trainable ones backward."""
 
-    def __init__(self, critic: Critic, data: TokenizedSet, schedule: Schedule) -> None:
-        self.data, self.schedule = data, schedule
+    def __init__(self, critic: Critic, data: TokenizedSet, seed: int) -> None:
+        super().__init__(critic, data, seed)
         frozen = critic.trunk.first_trainable_block()
         self.forward_only = _matrices(critic.trunk.layers[:frozen])
         self.trained = _matrices(critic.trunk.layers[frozen:])
@@ -300,8 +324,8 @@ class Floor:
         )
         self.gradients = {matrix.shape: torch.empty_like(matrix) for matrix in self.trained}
 
-    def step(self, step: int) -> float:
-        t = int(self.data.lengths[self.schedule(step)].sum())
+    def step(self, step: int) -> None:
+        t = self.real_tokens(step)
         for matrix in [*self.forward_only, *self.trained]:
             out, inner = matrix.shape
             torch.mm(self.inputs[inner][:t], matrix.T, out=self.outputs[out][:t])
@@ -310,7 +334,6 @@ class Floor:
             upstream = self.outputs[out][:t]
             torch.mm(upstream.T, self.inputs[inner][:t], out=self.gradients[matrix.shape])
             torch.mm(upstream, matrix, out=self.input_gradients[inner][:t])
-        return float("nan")
 
 
 def _matrices(blocks: Any) -> list[Tensor]:
@@ -318,33 +341,180 @@ def _matrices(blocks: Any) -> list[Tensor]:
     return [linear.weight.detach() for linear in linears]
 
 
+CONTESTANTS: dict[str, type[Contestant]] = {
+    "packed": Packed,
+    "padded": Padded,
+    "padded, sorted": PaddedSorted,
+    "floor": Floor,
+}
+
+
 # Measurement
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One step: its loss, seconds, real tokens, and tokens computed."""
+    """One step: its time, real tokens, tokens with padding, and loss."""
 
-    loss: float
     seconds: float
     tokens: int
-    computed: int
+    computed_tokens: int
+    loss: float | None
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A contestant and the rows that it trains on."""
-
-    contestant: Contestant
-    schedule: Schedule
-    padded: bool = False
+def take_step(contestant: Contestant, step: int) -> Sample:
+    started = time.perf_counter()
+    loss = contestant.step(step)
+    seconds = time.perf_counter() - started
+    return Sample(seconds, contestant.real_tokens(step), contestant.computed_tokens(step), loss)
 
 
-MAKERS: dict[str, Callable[[Critic, TokenizedSet, int], Entry]] = {
-    "packed": lambda critic, data, seed: Entry(Packed(critic, data, seed), shuffled(data, seed)),
-    "padded": lambda critic, data, seed: _padded(critic, data, shuffled(data, seed)),
-    "padded, sorted": lambda critic, data, seed: _padded(
-        critic, data, sorted_by_length(data, seed)
-    ),
-    "floor": lambda critic, data, seed: _floor(critic, data, shuffled(data, seed)),
-}
+def take_turns(contestants: dict[str, Contestant], steps: int) -> dict[str, list[Sample]]:
+    """The contestants' steps in turn, so that all of them meet the machine in the same state."""
+    samples: dict[str, list[Sample]] = {name: [] for name in contestants}
+    for step in range(steps):
+        for name, contestant in contestants.items():
+            samples[name].append(take_step(contestant, step))
+        times = ", ".join(f"{name} {taken[-1].seconds:.2f} s" for name, taken in samples.items())
+        say(f"step {step + 1} of {steps}: {times}")
+    return samples
+
+
+def check_first_losses(
+    samples: dict[str, list[Sample]], contestants: dict[str, Contestant], critic: Critic
+) -> dict[str, float]:
+    """Relative difference of each first loss from the untouched critic's.
+
+    Raises:
+        AssertionError: the contestants do not compute the same thing.
+    """
+    differences = {}
+    for name, contestant in contestants.items():
+        loss = samples[name][0].loss
+        if loss is not None:
+            expected = expected_loss(critic, contestant.data, contestant.rows(0))
+            differences[name] = abs(loss - expected) / expected
+            assert differences[name] < TOLERANCE, f"{name}: loss {loss}, the critic's {expected}"
+    return differences
+
+
+def summarise(samples: dict[str, list[Sample]]) -> dict[str, dict[str, float]]:
+    """Medians over steps, and their ratios."""
+    speed = {
+        name: statistics.median(sample.tokens / sample.seconds for sample in taken)
+        for name, taken in samples.items()
+    }
+    return {
+        name: {
+            "tokens_per_second": speed[name],
+            "seconds_per_step": statistics.median(sample.seconds for sample in taken),
+            "real_share": sum(s.tokens for s in taken) / sum(s.computed_tokens for s in taken),
+            "packed_is_faster_by": speed["packed"] / speed[name],
+            "share_of_floor": speed[name] / speed["floor"],
+        }
+        for name, taken in samples.items()
+    }
+
+
+def peak_memory(name: str, seed: int) -> float:
+    """Peak resident MB of a contestant that runs a few steps in a process of its own."""
+    command = [sys.executable, __file__, "--alone", name, "--seed", str(seed)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout)
+
+
+def run_alone(name: str, data: TokenizedSet, seed: int) -> float:
+    """Peak resident MB of this process after a few steps of one contestant."""
+    contestant = CONTESTANTS[name](make_critic(ARCHITECTURE, seed), data, seed)
+    for step in range(STEPS_ALONE):
+        contestant.step(step)
+    return peak_memory_mb()
+
+
+def compare(data: TokenizedSet, steps: int, seed: int) -> dict[str, Any]:
+    """Measure all contestants."""
+    peaks = {name: peak_memory(name, seed) for name in CONTESTANTS if name != "floor"}
+    contestants = {
+        name: kind(make_critic(ARCHITECTURE, seed), data, seed)
+        for name, kind in CONTESTANTS.items()
+    }
+    load = OtherLoad()
+    samples = take_turns(contestants, WARM_UP + steps)
+    other_load = load.share()
+    first = check_first_losses(samples, contestants, make_critic(ARCHITECTURE, seed))
+    figures = summarise({name: taken[WARM_UP:] for name, taken in samples.items()})
+    return {
+        "settings": settings(steps),
+        "contestants": {
+            name: {**figure, "peak_memory_mb": peaks.get(name), "first_loss_error": first.get(name)}
+            for name, figure in figures.items()
+        },
+        "largest_loss_difference_packed_padded": largest_loss_difference(samples),
+        "other_load": other_load,
+        "samples": {name: [asdict(s) for s in taken] for name, taken in samples.items()},
+    }
+
+
+def settings(steps: int) -> dict[str, Any]:
+    return {
+        "architecture": asdict(ARCHITECTURE),
+        "training": to_dict(TRAINING),
+        "sequence_tokens": [SHORTEST, LONGEST],
+        "dtype": "float32",
+        "steps": steps,
+        "warm_up_steps": WARM_UP,
+    }
+
+
+def largest_loss_difference(samples: dict[str, list[Sample]]) -> float:
+    """Over all steps of the two contestants that train on the same batches, relative."""
+    pairs = zip(samples["packed"], samples["padded"], strict=True)
+    return max(abs(a.loss - b.loss) / a.loss for a, b in pairs if a.loss and b.loss)
+
+
+# Report
+
+
+def show(results: dict[str, Any]) -> str:
+    header = ["", "real share", "tok/s", "packed is faster by", "share of floor", "peak MB"]
+    rows = [
+        [
+            name,
+            f"{figures['real_share']:.2f}",
+            f"{figures['tokens_per_second']:.0f}",
+            f"{figures['packed_is_faster_by']:.2f}",
+            f"{figures['share_of_floor']:.2f}",
+            "-" if figures["peak_memory_mb"] is None else f"{figures['peak_memory_mb']:.0f}",
+        ]
+        for name, figures in results["contestants"].items()
+    ]
+    errors = [c["first_loss_error"] for c in results["contestants"].values()]
+    return "\n".join(
+        [
+            table(header, rows),
+            f"first losses agree to {max(e for e in errors if e is not None):.0e}, "
+            f"all losses of packed and padded to "
+            f"{results['largest_loss_difference_packed_padded']:.0e}; "
+            f"other processes used {results['other_load']:.1%} of the machine",
+        ]
+    )
+
+
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("--steps", type=int, default=12, help="counted steps (default: 12)")
+    parser.add_argument("--alone", choices=CONTESTANTS, help="print one contestant's peak memory")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_examples(Path(folder), ARCHITECTURE.vocab_size, options.seed)
+        if options.alone:
+            print(run_alone(options.alone, data, options.seed))
+            return
+        results = compare(data, options.steps, options.seed)
+    print(show(results))
+    if options.out:
+        write_record(options.out, results, seed=options.seed, packages=["transformers", "numpy"])
+
+
+if __name__ == "__main__":
+    main()

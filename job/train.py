@@ -71,9 +71,11 @@ def _train(config: CriticConfig, run: RunDirectory) -> None:
         fit(config, learner, data, tracker, run)
         critic.save_trained(run.file("critic.safetensors"))
     run.set_status(state="finished", error=None, seconds=time.monotonic() - started)
-    page = write_report([run.path])
+    try:
+        _log.info("finished: %s", write_report([run.path]))
+    except InputError as error:  # a page that cannot be written does not undo a training
+        _log.warning("finished, without a report: %s", error)
     tracker.finish_mirror()
-    _log.info("finished: %s", page)
 
 
 def fit(

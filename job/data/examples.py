@@ -7,7 +7,7 @@ import gzip
 import hashlib
 import io
 import json
-import math
+import reprlib
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -85,14 +85,14 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | Callable[[], dict[
     check_readable(path)
     try:
         yield from _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
-    except (OSError, EOFError, ValueError, zlib.error, _zstd_error()) as error:
+    except (OSError, EOFError, ValueError, zlib.error, _arrow_error()) as error:
         raise InputError(f"{path}: damaged file: {error}") from None
 
 
-def _zstd_error() -> type[Exception]:
-    import zstandard
+def _arrow_error() -> type[Exception]:
+    import pyarrow
 
-    return cast(type[Exception], zstandard.ZstdError)
+    return cast(type[Exception], pyarrow.ArrowException)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:
@@ -106,10 +106,9 @@ def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
     if path.suffix == ".zst":
-        import zstandard
+        import pyarrow  # its reader refuses a cut-off frame, zstandard's takes it for the end
 
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return cast(BinaryIO, io.BufferedReader(reader))
+        return cast(BinaryIO, io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd")))
     return raw
 
 
@@ -120,6 +119,8 @@ def _parse_json(line: bytes) -> dict[str, Any]:
         raise _RowError(f"not UTF-8: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise _RowError(f"broken JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # thousands of digits or of brackets
+        raise _RowError(f"broken JSON: {error}") from None
     if not isinstance(row, dict):
         raise _RowError(f"a row must be a JSON object, not {type(row).__name__}")
     return row
@@ -144,9 +145,10 @@ def _row_parser(fields: Any, rewards: bool) -> Callable[[dict[str, Any]], Exampl
         prompt = _text(row, names.get("prompt", "prompt"))
         if fields == "alpaca":
             prompt = _alpaca_prompt(prompt, row)
-        response = _text(row, names.get("response", "response"))
+        response_field = names.get("response", "response")
+        response = _text(row, response_field)
         if not response.strip():
-            raise _RowError("empty response")
+            raise _RowError(f"field {response_field!r} is empty")
         reward = _reward(row, names.get("reward", "reward")) if rewards else 0.0
         return Example(prompt, response, reward, _problem(row, problem_field, prompt))
 
@@ -163,15 +165,21 @@ def _text(row: dict[str, Any], name: str) -> str:
     value = _field(row, name)
     if not isinstance(value, str):
         raise _RowError(f"field {name!r} must be text, not {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        where = f"field {name!r}, character {error.start + 1}"
+        raise _RowError(f"{where}: half of a surrogate pair, which is no text") from None
     return value
 
 
 def _reward(row: dict[str, Any], name: str) -> float:
     value = _field(row, name)
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise _RowError(f"field {name!r} must be a number or true/false, not {value!r}")
+    if not isinstance(value, int | float) or value != value:  # NaN
+        shown = reprlib.repr(value)
+        raise _RowError(f"field {name!r} must be a number or true/false, not {shown}")
     if not 0 <= value <= 1:
-        raise _RowError(f"reward {value} lies outside [0, 1]")
+        raise _RowError(f"{name} {reprlib.repr(value)} lies outside [0, 1]")
     return float(value)
 
 
@@ -179,17 +187,16 @@ def _problem(row: dict[str, Any], field: str | None, prompt: str) -> str:
     """The row's problem; rows without one belong together if their prompts are equal."""
     value = _field(row, field) if field else row.get("problem_id")
     if value is None:
-        return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        return hashlib.blake2b(prompt.encode(), digest_size=16).hexdigest()
     if not isinstance(value, str | int):
-        raise _RowError(f"problem_id must be text or an integer, not {type(value).__name__}")
+        name = repr(field or "problem_id")
+        raise _RowError(f"field {name} must be text or an integer, not {type(value).__name__}")
     return str(value)
 
 
 def _alpaca_prompt(instruction: str, row: dict[str, Any]) -> str:
     """The instruction template of Stanford Alpaca (Taori et al. 2023), with or without input."""
-    context = row.get("input") or ""
-    if not isinstance(context, str):
-        raise _RowError(f"field 'input' must be text, not {type(context).__name__}")
+    context = _text(row, "input") if row.get("input") else ""
     lead = "Below is an instruction that describes a task"
     if context:
         lead += ", paired with an input that provides further context"

@@ -33,7 +33,7 @@ from job.durability.files import atomic_folder
 from job.outcome import InputError
 from job.telemetry.progress import progress
 
-FORMAT = 1  # part of the key: raise it when the stored form changes
+FORMAT = 2  # part of the key: raise it when the stored form changes
 _BATCH = 1024  # examples tokenised together
 _SHOWN = 10  # bad rows shown in an error
 _VALIDATION = 1  # second part of the embedded data's seed; training has 0
@@ -113,9 +113,13 @@ def load_split(
     }
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
     folder = Path(data.cache_dir) / digest
-    if not folder.exists():
-        _build(folder, source, tokenizer, policy)
-    return TokenizedSet(folder)
+    try:
+        if not folder.exists():
+            with atomic_folder(folder) as scratch:
+                _write(scratch, source, tokenizer, policy)
+        return TokenizedSet(folder)
+    except OSError as error:
+        raise InputError(f"data.cache_dir: cannot use {folder}: {error.strerror}") from None
 
 
 def count_shared_problems(a: TokenizedSet, b: TokenizedSet) -> int:
@@ -167,16 +171,8 @@ def _file(path: str, fields: Any, labelled: bool) -> Source:
     return Source(path, origin, read_examples(path, fields, rewards=labelled))
 
 
-def _build(folder: Path, source: Source, tokenizer: Tokenizer, policy: _Policy) -> None:
-    """Tokenise a source into `folder`, or raise InputError and leave nothing."""
-    try:
-        with atomic_folder(folder) as scratch:
-            _write(scratch, source, tokenizer, policy)
-    except OSError as error:
-        raise InputError(f"data.cache_dir: cannot write {folder}: {error.strerror}") from None
-
-
 def _write(scratch: Path, source: Source, tokenizer: Tokenizer, policy: _Policy) -> None:
+    """Tokenise a source into a folder, or raise InputError."""
     writer = _SetWriter(scratch)
     with writer, progress(f"tokenising {source.name}") as advance:
         for chunk in _chunks(source.rows):
@@ -236,13 +232,13 @@ class _SetWriter:
         policy: _Policy,
     ) -> None:
         self.n_seen += len(chunk)
-        good = [(line, row) for line, row in chunk if isinstance(row, Example)]
-        encoded = tokenizer.encode([(row.prompt, row.response) for _, row in good])
-        for _, row in chunk:
+        texts = [(row.prompt, row.response) for _, row in chunk if isinstance(row, Example)]
+        encoded = iter(tokenizer.encode(texts))
+        for line, row in chunk:
             if isinstance(row, BadRow):
                 self._leave_out(row, skip=policy.bad_rows is BadRows.skip)
-        for (line, row), tokens in zip(good, encoded, strict=True):
-            self._add_one(BadRow(name, line, ""), row, tokens, tokenizer, policy)
+            else:
+                self._add_one(BadRow(name, line, ""), row, next(encoded), tokenizer, policy)
 
     def _add_one(
         self, place: BadRow, row: Example, tokens: Encoded, tokenizer: Tokenizer, policy: _Policy

@@ -56,7 +56,8 @@ class Tokenizer(ABC):
 
     def _frame(self, n_prompt: int, ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
         ends = [end for _, end in offsets]
-        start = sum(1 for end in ends if end <= n_prompt)
+        # The first bytes of a character in sentencepiece's byte pieces are empty spans before it.
+        start = sum(1 for begin, end in offsets if begin < n_prompt and end <= n_prompt)
         if self.bos_id is not None:
             ids, ends, start = [self.bos_id, *ids], [0, *ends], start + 1
         if self.eos_id is not None:
@@ -77,6 +78,7 @@ class JsonTokenizer(Tokenizer):
             raise InputError(f"{file}: cannot read the tokenizer: {error}") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._tokenizer.post_processor = None  # some cut blanks off the offsets
         settings = _read_settings(file.with_name("tokenizer_config.json"))
         self.bos_id = self._special(settings, "bos_token", _BOS_NAMES)
         if settings.get("add_bos_token") is False:
@@ -86,12 +88,18 @@ class JsonTokenizer(Tokenizer):
         self.fingerprint = _fingerprint(text, self.bos_id, self.eos_id)
 
     def _special(self, settings: dict[str, Any], key: str, names: Iterable[str]) -> int | None:
-        named = settings.get(key)
+        if key not in settings:
+            ids = map(self._tokenizer.token_to_id, names)
+            return next((i for i in ids if i is not None), None)
+        named = settings[key]
         if isinstance(named, dict):  # an AddedToken, as some configurations write it
             named = named.get("content")
-        candidates = [named] if key in settings else names
-        ids = (self._tokenizer.token_to_id(name) for name in candidates if name)
-        return next((i for i in ids if i is not None), None)
+        if named is None:
+            return None
+        found = self._tokenizer.token_to_id(named) if isinstance(named, str) else None
+        if found is None:
+            raise InputError(f"tokenizer_config.json: {key} {named!r} is not in the vocabulary")
+        return found
 
     def _encode_texts(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
@@ -106,7 +114,8 @@ class SentencePieceTokenizer(Tokenizer):
 
         try:
             content = file.read_bytes()
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+            self._processor = sentencepiece.SentencePieceProcessor()
+            self._processor.LoadFromSerializedProto(content)
         except (OSError, RuntimeError) as error:
             raise InputError(f"{file}: cannot read the tokenizer: {error}") from None
         self.vocab_size = self._processor.vocab_size()
@@ -177,7 +186,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(settings, dict):
         raise InputError(f"{file}: a tokenizer configuration is a JSON object")

@@ -13,8 +13,11 @@ from pathlib import Path
 def write_atomic(path: Path, text: str) -> None:
     """Replace a file's content so that a reader sees the old or the new one, never a part."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text)
-    scratch.replace(path)
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 @contextmanager

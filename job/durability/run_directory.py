@@ -64,15 +64,17 @@ class RunDirectory:
 
     def config(self) -> dict[str, Any]:
         try:
-            stored = yaml.safe_load(self.file("config.yaml").read_text())
-        except (OSError, yaml.YAMLError):
-            raise InputError(f"{self.path}: not a run directory: no readable config.yaml") from None
-        return dict(stored)
+            stored = yaml.safe_load(self.file("config.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            stored = None
+        if not isinstance(stored, dict):
+            raise InputError(f"{self.path}: not a run directory: no readable config.yaml")
+        return stored
 
     def status(self) -> dict[str, Any]:
         """The stored status; empty before the first one."""
         try:
-            return dict(json.loads(self.file("status.json").read_text()))
+            return dict(json.loads(self.file("status.json").read_text(encoding="utf-8")))
         except FileNotFoundError:
             return {}
 
@@ -86,7 +88,7 @@ class RunDirectory:
     def records(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
         """The complete lines of metrics.jsonl or telemetry.jsonl; a torn last line is left out."""
         try:
-            text = self.file(name).read_text()
+            text = self.file(name).read_text(encoding="utf-8")
         except FileNotFoundError:
             return []
         return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]

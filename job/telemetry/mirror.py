@@ -234,23 +234,29 @@ class _Syncer:
         return size - self._sent.offsets.get(name, 0)
 
     def _create(self) -> Run:
-        # Noted before the run is made and found by it again, so that an answer lost on the way
-        # leaves no second run behind.
+        # The token is noted before the run is made, and finds it where the answer got lost.
         self._note()
-        token, experiment = self._sent.token, self._experiment()
-        made = self._client.search_runs([experiment], f"tags.mirror_token = '{token}'")
-        run = made[0] if made else self._create_in(experiment)
+        experiment = self._experiment()
+        if not self._made(experiment):
+            self._make(experiment)
+        run, *repeated = self._made(experiment)  # HTTP retries may have made two
+        for extra in repeated:
+            self._client.delete_run(extra.info.run_id)
         self._sent.run_id = run.info.run_id
         self._note()
         return run
 
-    def _create_in(self, experiment: str) -> Run:
+    def _made(self, experiment: str) -> list[Run]:
+        return list(
+            self._client.search_runs([experiment], f"tags.mirror_token = '{self._sent.token}'")
+        )
+
+    def _make(self, experiment: str) -> None:
         first = next(self._telemetry(), {"time": time.time()})
         path = str(self._directory.path.absolute())
         tags = {"run_directory": path, "mirror_token": self._sent.token}
-        return self._client.create_run(
-            experiment, _milliseconds(first["time"]), tags, self._config["run"]["name"]
-        )
+        name = self._config["run"]["name"]
+        self._client.create_run(experiment, _milliseconds(first["time"]), tags, name)
 
     def _experiment(self) -> str:
         from mlflow.exceptions import MlflowException

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Run, ViewType
+from mlflow.entities import Run
 
 from job.durability.files import write_atomic
 from job.outcome import InputError
@@ -142,7 +142,7 @@ def copies(uri: str, experiment: str) -> list[Run]:
     client = MlflowClient(uri)
     found = client.get_experiment_by_name(experiment)
     assert found is not None
-    return list(client.search_runs([found.experiment_id], run_view_type=ViewType.ALL))
+    return list(client.search_runs([found.experiment_id]))
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
@@ -155,7 +155,9 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One for all tests: making one takes two seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    MlflowClient(uri).search_experiments()
+    return uri
 
 
 # --- where to ----------------------------------------------------------------------------------
@@ -375,6 +377,27 @@ def _crashes_at(number: int, example: Example, monkeypatch: pytest.MonkeyPatch) 
     return True
 
 
+def test_a_request_that_went_out_twice_leaves_one_run(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = finished(tmp_path / "lost", database, experiment="lost")
+    create = MlflowClient.create_run
+
+    def repeat_and_lose_the_answer(*arguments: Any) -> None:
+        create(*arguments)
+        create(*arguments)
+        raise TimeoutError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "create_run", repeat_and_lose_the_answer)
+        with pytest.raises(TimeoutError):
+            sync_run(example.path)
+    assert len(copies(database, "lost")) == 2
+    sync_run(example.path)
+    assert_complete(example, tmp_path)
+    assert len(copies(database, "lost")) == 1
+
+
 def test_storage_for_artifacts_that_fails_stops_nothing_else(
     tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -481,8 +504,21 @@ class Gate:
                 if not self.silent:
                     server = socket.create_connection(("127.0.0.1", self._target))
                     self._open.append(server)
-                    self._threads.append(threading.Thread(target=_pass_on, args=(client, server)))
+                    self._threads.append(
+                        threading.Thread(target=self._pass_on, args=(client, server))
+                    )
                     self._threads[-1].start()
+
+    def _pass_on(self, client: socket.socket, server: socket.socket) -> None:
+        other = {client: server, server: client}
+        with suppress(OSError):
+            while True:
+                for ready in select.select([client, server], [], [])[0]:
+                    data = ready.recv(1 << 16)
+                    if not data:
+                        return other[ready].shutdown(socket.SHUT_RDWR)
+                    if not self.silent:
+                        other[ready].sendall(data)
 
     def close(self) -> None:
         # Closing alone does not wake a thread that waits on the socket.
@@ -493,17 +529,6 @@ class Gate:
             thread.join()
         for opened in (self._listener, *self._open):
             opened.close()
-
-
-def _pass_on(client: socket.socket, server: socket.socket) -> None:
-    other = {client: server, server: client}
-    with suppress(OSError):
-        while True:
-            for ready in select.select([client, server], [], [])[0]:
-                data = ready.recv(1 << 16)
-                if not data:
-                    return other[ready].shutdown(socket.SHUT_RDWR)
-                other[ready].sendall(data)
 
 
 @pytest.fixture(scope="module")
