@@ -1,4 +1,4 @@
-"""What the benchmarks share: command line, progress, table, and a record that says where it is from.
+"""What the benchmarks share: command line, progress, table, and records that say whence they come.
 
 Notation: MB are 1e6 bytes.
 """
