@@ -47,16 +47,16 @@ def train(config: CriticConfig) -> None:
         _log.info("%s is finished already: %s", run.path, run.file("report.html"))
         return
     run.start_over()
-    with log_file(run.file("train.log")):
+    with log_file(run.file("train.log")), Tracker(run) as tracker:
         run.set_status(state="running", step=0, max_steps=config.training.max_steps, alarm=None)
         try:
-            _train(config, run)
+            _train(config, run, tracker)
         except BaseException as error:
             run.set_status(state="failed", error=f"{type(error).__name__}: {error}")
             raise
 
 
-def _train(config: CriticConfig, run: RunDirectory) -> None:
+def _train(config: CriticConfig, run: RunDirectory, tracker: Tracker) -> None:
     started = time.monotonic()
     device = set_up_torch(config)
     data = load_data(config, run, device)
@@ -67,15 +67,13 @@ def _train(config: CriticConfig, run: RunDirectory) -> None:
     objective = Objective(config.objective)
     bf16 = config.distributed.fsdp.mixed_precision
     learner = Learner(critic, objective, config.training, bf16=bf16)
-    with Tracker(run) as tracker:
-        fit(config, learner, data, tracker, run)
-        critic.save_trained(run.file("critic.safetensors"))
+    fit(config, learner, data, tracker, run)
+    critic.save_trained(run.file("critic.safetensors"))
     run.set_status(state="finished", error=None, seconds=time.monotonic() - started)
     try:
         _log.info("finished: %s", write_report([run.path]))
     except InputError as error:  # a page that cannot be written does not undo a training
         _log.warning("finished, without a report: %s", error)
-    tracker.finish_mirror()
 
 
 def fit(

@@ -50,7 +50,7 @@ class _RowError(ValueError):
 def read_examples(
     path: str | Path, fields: Any = None, *, rewards: bool = True
 ) -> Iterator[tuple[int, Example | BadRow]]:
-    """Line number and Example or BadRow for each row of a file, never more than one in memory.
+    """Line number and Example or BadRow for each row of a file, few in memory at a time.
 
     Args:
         fields: None, a mapping from `prompt`, `response`, `reward`, `problem_id` to the file's
@@ -130,7 +130,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow.parquet
 
     number = 0
-    with pyarrow.parquet.ParquetFile(path) as table:
+    # By default a row group, and so perhaps the whole file, would be read ahead into memory.
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16) as table:
         for batch in table.iter_batches(1024):
             for row in batch.to_pylist():
                 number += 1

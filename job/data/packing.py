@@ -146,8 +146,8 @@ def assemble(
     data: TokenizedSet, rows: Indices, pairs: Indices | None, device: torch.device
 ) -> Batch:
     """Lay sequences `rows` of a data set end to end."""
-    lengths = data.lengths[rows]
     starts = data.offsets[rows]
+    lengths = data.offsets[rows + 1] - starts
     where = _ranges(starts, lengths)
     skipped = data.response_starts[rows]
     in_stream = np.concatenate(([0], np.cumsum(lengths)[:-1]))

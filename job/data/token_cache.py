@@ -243,6 +243,11 @@ class _SetWriter:
     def _add_one(
         self, place: BadRow, row: Example, tokens: Encoded, tokenizer: Tokenizer, policy: _Policy
     ) -> None:
+        if tokens.response_start == len(tokens.ids):  # all its characters unknown, and no end token
+            reason = "the response has no token in this vocabulary"
+            skip = policy.bad_rows is BadRows.skip
+            self._leave_out(BadRow(place.file, place.line, reason), skip=skip)
+            return
         fitted = _fit(tokens, tokenizer, policy)
         if fitted is None:
             reason = f"{len(tokens.ids)} tokens, more than data.max_length {policy.max_length}"
@@ -268,7 +273,7 @@ class _SetWriter:
         if self._optimal is None:
             self._optimal = (self.folder / "optimal.bin").open("wb")
         last = np.asarray(tokens.ends) - len(row.prompt) - 1  # last response character read
-        values = np.where(last >= 0, np.asarray(row.optimal)[last], np.nan)
+        values = np.where(last >= 0, np.asarray(row.optimal)[np.maximum(last, 0)], np.nan)
         self._optimal.write(values.astype(np.float32).tobytes())
 
     def finish(self) -> None:

@@ -7,7 +7,8 @@ telemetry.jsonl   time, speed and memory, one object a line
 parameters.json   the parameter report
 reliability.json  calibration and value by position at the last evaluation
 critic.safetensors  the trained parameters
-train.log, plots/, report.html, mlflow.json
+train.log, plots/, report.html
+mlflow.json       what MLflow has been sent (mlflow.lock and mlflow.log belong to it)
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class RunDirectory:
         return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
 
     def start_over(self) -> None:
-        """Remove what an unfinished attempt left."""
-        for name in ("metrics.jsonl", "telemetry.jsonl", "status.json", "mlflow.json"):
+        """Remove what an unfinished attempt left; mlflow.json stays, so that its copy is ended."""
+        for name in ("metrics.jsonl", "telemetry.jsonl", "status.json"):
             self.file(name).unlink(missing_ok=True)
         shutil.rmtree(self.file("plots"), ignore_errors=True)

@@ -122,8 +122,13 @@ def _sync(run_dir: Path, artifacts: bool) -> SyncResult:
 
 
 def _tracking_uri_of(directory: RunDirectory) -> str:
+    config = directory.config()
+    known = _Sent.stored_uri(directory.file("mlflow.json"))
+    named = config["mlflow"]["tracking_uri"] or os.environ.get("MLFLOW_TRACKING_URI")
+    if named is None and known.startswith("http"):
+        return known  # a later shell may lack the environment that named the server
     # Where it is, not where it was made: it may have been moved, or its path be a relative one.
-    return tracking_uri(directory.config() | {"run": {"dir": directory.path}})
+    return tracking_uri(config | {"run": {"dir": directory.path}})
 
 
 def _connect(uri: str) -> MlflowClient:
@@ -173,6 +178,14 @@ class _Sent:
         except (FileNotFoundError, ValueError, TypeError):
             return cls(uri)
         return sent if sent.tracking_uri == uri else cls(uri)
+
+    @classmethod
+    def stored_uri(cls, path: Path) -> str:
+        """Where the run was sent last; empty if nowhere yet."""
+        try:
+            return cls(**json.loads(path.read_text())).tracking_uri
+        except (FileNotFoundError, ValueError, TypeError):
+            return ""
 
 
 class _Syncer:

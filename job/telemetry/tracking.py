@@ -27,7 +27,7 @@ class Tracker:
     """Appends to a run's metrics.jsonl and telemetry.jsonl, and keeps its MLflow copy going.
 
     metrics.jsonl holds only what two equal runs write alike; time, speed and memory go to
-    telemetry.jsonl.
+    telemetry.jsonl. As a context it ends, within a limit, when MLflow has caught up.
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -62,9 +62,6 @@ class Tracker:
     ) -> None:
         self._metrics.close()
         self._telemetry.close()
-
-    def finish_mirror(self) -> None:
-        """Let the MLflow copy catch up, within a limit; call it when the run's files are whole."""
         if self._mirror is not None and not self._mirror.close(CLOSE_SECONDS):
             _log.warning("MLflow has not received everything; later: %s", self._sync_command())
 
