@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import enum
 import math
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +18,14 @@ from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from job.outcome import InputError
 
 Schema = TypeVar("Schema")
 EMBEDDED = "embedded"  # as data source: the chains of job.data.arithmetic
+_SHOWN = 10  # problems in one error
+_WIDTH = 200  # characters of a foreign error message
 
 
 class BadRows(enum.Enum):
@@ -244,7 +247,7 @@ def load_config(schema: type[Schema], file: str | Path, overrides: Sequence[str]
     config = cast(Schema, _to_object(merged, file))
     problems = list(_impossible_values(config))
     if problems:
-        raise InputError("\n  ".join([f"{file}: impossible configuration", *problems]))
+        raise InputError(listed(f"{file}: impossible configuration", problems))
     return config
 
 
@@ -283,6 +286,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{key}: {a.get(key, 'absent')} -> {b.get(key, 'absent')}" for key in keys]
 
 
+def listed(head: str, lines: Sequence[str]) -> str:
+    """A head and its lines below it: the first ten, and how many more there are."""
+    more = [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return "\n  ".join([head, *lines[:_SHOWN], *more])
+
+
 def _read_yaml(path: Path) -> DictConfig:
     try:
         loaded = OmegaConf.load(path)
@@ -291,7 +300,7 @@ def _read_yaml(path: Path) -> DictConfig:
         raise InputError(f"{path}: cannot read the configuration: {reason}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {error}") from None
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         raise InputError(f"{path}: {_first_line(error)}") from None
     if not isinstance(loaded, DictConfig):
         raise InputError(f"{path}: a configuration is a mapping of keys to values")
@@ -304,7 +313,7 @@ def _parse_override(text: str) -> tuple[str, DictConfig]:
         raise InputError(f"--override {text}: write it as key=value, with dots between key parts")
     try:
         return f"--override {text}", OmegaConf.from_dotlist([text])
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"--override {text}: {_first_line(error)}") from None
 
 
@@ -312,7 +321,7 @@ def _merge_layer(base: DictConfig, layer: DictConfig, source: str) -> DictConfig
     plain = cast(dict[str, Any], OmegaConf.to_container(layer))
     unknown = list(_unknown_keys(plain, cast(type, OmegaConf.get_type(base))))
     if unknown:
-        raise InputError("\n  ".join([f"{source}: {len(unknown)} unknown key(s)", *unknown]))
+        raise InputError(listed(f"{source}: {len(unknown)} key(s) do not fit", unknown))
     try:
         return cast(DictConfig, OmegaConf.merge(base, layer))
     except OmegaConfBaseException as error:
@@ -321,9 +330,10 @@ def _merge_layer(base: DictConfig, layer: DictConfig, source: str) -> DictConfig
 
 
 def _unknown_keys(tree: dict[Any, Any], schema: type, prefix: str = "") -> Iterator[str]:
-    """One line per key of `tree` that the schema lacks, or that should be a section and is not."""
+    """One line per key of `tree` that the schema lacks, or that is a section on one side only."""
     sections = _sections(schema)
-    valid = [f.name for f in dataclasses.fields(schema)]
+    types = {f.name: f.type for f in dataclasses.fields(schema)}
+    valid = list(types)
     for key, value in tree.items():
         if key not in valid:
             near = difflib.get_close_matches(str(key), valid, 3, 0.5)
@@ -333,7 +343,11 @@ def _unknown_keys(tree: dict[Any, Any], schema: type, prefix: str = "") -> Itera
             yield from _unknown_keys(value, sections[key], f"{prefix}{key}.")
         elif key in sections:
             inside = ", ".join(f.name for f in dataclasses.fields(sections[key]))
-            yield f"{prefix}{key}: a section with {inside}; not {value!r}"
+            yield f"{prefix}{key}: a section with {inside}; not {reprlib.repr(value)}"
+        elif isinstance(value, dict) and types[key] != "Any":
+            yield f"{prefix}{key}: a single value, not the section {reprlib.repr(value)}"
+        elif types[key] == "bool" and type(value) in (int, float):  # else 2 would be true
+            yield f"{prefix}{key}: true or false, not {value}"
 
 
 def _sections(schema: type) -> dict[str, type]:
@@ -345,25 +359,26 @@ def _sections(schema: type) -> dict[str, type]:
 
 
 def _to_object(merged: DictConfig, file: str | Path) -> object:
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise InputError(
-            f"{file}: no value for {', '.join(missing)}; "
-            f"give one in the file or with --override {missing[0]}=VALUE"
-        )
     try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise InputError(
+                f"{file}: no value for {', '.join(missing)}; "
+                f"give one in the file or with --override {missing[0]}=VALUE"
+            )
         return OmegaConf.to_object(merged)
-    except MissingMandatoryValue as error:
-        raise InputError(f"{file}: {_first_line(error)}") from None
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
         raise InputError(f"{file}: {where}{_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    """The essence of a library's message; YAML keeps it apart from where it stood."""
+    line = (getattr(error, "problem", None) or str(error)).partition("\n")[0]
+    return line if len(line) <= _WIDTH else f"{line[:_WIDTH]}..."
 
 
+_LARGEST_SEED = 2**63 - 1  # of torch's generators
 # Smallest and largest possible value per key; None is no bound. Keys are the same in the
 # critic's and the pre-training schema wherever both have them.
 _BOUNDS: dict[str, tuple[float | None, float | None]] = {
@@ -378,8 +393,8 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "training.warmup_steps": (0, None),
     "training.weight_decay": (0, None),
     "training.max_grad_norm": (1e-12, None),
-    "training.seed": (0, None),
-    "training.threads": (1, None),
+    "training.seed": (0, _LARGEST_SEED),
+    "training.threads": (1, 4096),
     "objective.gamma": (0, 1),
     "objective.lambda_start": (0, 1),
     "objective.lambda_end": (0, 1),
@@ -397,7 +412,14 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "data.arithmetic.min_steps": (1, None),
     "data.arithmetic.max_steps": (1, None),
     "data.arithmetic.error_probability": (0, 0.99),
-    "data.arithmetic.seed": (0, None),
+    "data.arithmetic.seed": (0, _LARGEST_SEED),
+    "architecture.dim": (1, None),
+    "architecture.n_layers": (1, None),
+    "architecture.n_heads": (1, None),
+    "architecture.n_kv_heads": (1, None),
+    "architecture.multiple_of": (1, None),
+    "architecture.norm_eps": (1e-12, None),
+    "architecture.rope_theta": (1, None),
     "architecture.n_future_tokens": (1, None),
 }
 _FIELD_NAMES = ("prompt", "response", "reward", "problem_id")
@@ -409,6 +431,8 @@ def _impossible_values(config: Any) -> Iterator[str]:
     for key, value in flat.items():
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key}: {value} is not a finite number"
+        if isinstance(value, str) and (not value.strip() or "\0" in value):
+            yield f"{key}: {value!r} is no name or path"
     for key, (low, high) in _BOUNDS.items():
         value = flat.get(key)
         if value is None:
@@ -437,9 +461,11 @@ def _impossible_data(config: CriticConfig | PretrainConfig) -> Iterator[str]:
     if isinstance(data.fields, str) and data.fields != "alpaca":
         yield f"data.fields: unknown preset {data.fields!r}; the one preset is alpaca"
     elif isinstance(data.fields, dict):
-        for key in data.fields:
+        for key, name in data.fields.items():
             if key not in _FIELD_NAMES:
                 yield f"data.fields.{key}: unknown field; valid: {', '.join(_FIELD_NAMES)}"
+            elif not isinstance(name, str):
+                yield f"data.fields.{key}: the name of a field, not {reprlib.repr(name)}"
     elif data.fields is not None and not isinstance(data.fields, str):
         yield f"data.fields: a mapping or the preset alpaca, not {data.fields!r}"
 

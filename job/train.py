@@ -199,6 +199,8 @@ def load_critic(config: CriticConfig, data: CriticData, device: torch.device) ->
     with torch.device("meta"):
         critic = Critic(read_architecture(config.model.path))
     unfreeze_last_blocks(critic, config.training.num_unfrozen_layers)
+    if config.distributed.fsdp.activation_checkpointing:
+        critic.trunk.recompute_trainable_blocks()
     frozen = torch.bfloat16 if config.distributed.fsdp.mixed_precision else torch.float32
     load_trunk(critic.trunk, config.model.path, frozen_dtype=frozen, device=device)
     critic.value_head.to_empty(device=device)

@@ -114,7 +114,7 @@ def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
 
 def _parse_json(line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line.rstrip())  # an error at the end would count as on line 2
     except UnicodeDecodeError as error:
         raise _RowError(f"not UTF-8: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:

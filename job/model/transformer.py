@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 SPAN_TOKENS = 128  # on CPU, sequences share one masked attention call up to this many tokens
 
@@ -258,7 +259,13 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on a packed stream [t, d]."""
+    """Pre-norm transformer block on a packed stream [t, d].
+
+    With `recompute` set, the backward pass computes the block's activations again instead of
+    keeping them.
+    """
+
+    recompute = False
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -268,6 +275,12 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(self, x: Tensor, rope: Tensor, layout: PackedLayout) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            # the reentrant form drops all gradients where x needs none
+            return checkpoint(self._transform, x, rope, layout, use_reentrant=False)
+        return self._transform(x, rope, layout)
+
+    def _transform(self, x: Tensor, rope: Tensor, layout: PackedLayout) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, layout)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -290,6 +303,12 @@ class Trunk(nn.Module):
             if any(parameter.requires_grad for parameter in block.parameters()):
                 return index
         return len(self.layers)
+
+    def recompute_trainable_blocks(self) -> None:
+        """Trade the trainable blocks' stored activations for computing them twice."""
+        for block in self.layers[self.first_trainable_block() :]:
+            assert isinstance(block, Block)
+            block.recompute = True
 
     @torch.no_grad()
     def prefix(self, tokens: Tensor, layout: PackedLayout) -> Tensor:

@@ -188,10 +188,16 @@ def test_the_prefix_runs_without_gradients_and_joins_the_suffix() -> None:
     torch.testing.assert_close(hidden, trunk.hidden(tokens, layout))
 
 
-def _saved_bytes(n_frozen: int) -> int:
+def _one_trainable(n_frozen: int, *, recompute: bool) -> Trunk:
     config = TransformerConfig(dim=32, n_layers=n_frozen + 1, n_heads=4, vocab_size=40)
     trunk = _trunk(config).requires_grad_(False)
     trunk.layers[-1].requires_grad_(True)
+    if recompute:
+        trunk.recompute_trainable_blocks()
+    return trunk
+
+
+def _saved_bytes(trunk: Trunk) -> int:
     total = 0
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -205,7 +211,20 @@ def _saved_bytes(n_frozen: int) -> int:
 
 
 def test_saved_activations_do_not_depend_on_the_number_of_frozen_blocks() -> None:
-    assert _saved_bytes(1) == _saved_bytes(7) > 0
+    few, many = (_saved_bytes(_one_trainable(n, recompute=False)) for n in (1, 7))
+    assert few == many > 0
+
+
+def test_recomputed_blocks_save_less_and_give_the_same_gradients() -> None:
+    gradients, saved = [], []
+    for recompute in (False, True):
+        trunk = _one_trainable(2, recompute=recompute)
+        saved.append(_saved_bytes(trunk))
+        trunk(torch.arange(20), PackedLayout([12, 8])).square().sum().backward()
+        gradients.append([p.grad for p in trunk.layers[-1].parameters()])
+    assert saved[1] < saved[0] / 2
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,505 @@
+"""Tokenisation: the joined text stays as it is, and the response begins where it should.
+
+The references count bytes: in byte-level and byte-fallback vocabularies each token stands for
+known bytes, so that its place in the text follows without any offsets of the libraries.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, processors
+
+from job.data.arithmetic import ALPHABET, chains
+from job.data.tokenizer import (
+    Encoded,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    write_bpe_tokenizer,
+    write_character_tokenizer,
+)
+from job.outcome import InputError
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "seven", "plus", "three", "equals", "ten", "and"]
+BLANKS_AND_SIGNS = [" ", "  ", "\n", "\t", ".", "=", "12", "345", "\x00"]
+FRAGMENTS = [*WORDS, *BLANKS_AND_SIGNS, "é", "ß", "漢字", "😀", "\U0001d538"]
+
+
+def sentences(count: int = 400) -> list[str]:
+    rng = np.random.default_rng(0)
+    return [" ".join(rng.choice(WORDS, 8)) + "." for _ in range(count)]
+
+
+def random_pairs(count: int, seed: int) -> Iterator[tuple[str, str]]:
+    """Texts of any characters, cut anywhere; prompt or response may be empty."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        text = "".join(FRAGMENTS[i] for i in rng.integers(0, len(FRAGMENTS), rng.integers(1, 12)))
+        cut = int(rng.integers(0, len(text) + 1))
+        yield text[:cut], text[cut:]
+
+
+def reference(sizes: list[int], prompt: str, response: str) -> tuple[list[int], int]:
+    """`ends` and `response_start` of tokens that stand for so many bytes each."""
+    text = prompt + response
+    assert sum(sizes) == len(text.encode())
+    char_of_byte = [i for i, char in enumerate(text) for _ in char.encode()]
+    ends = [char_of_byte[last - 1] + 1 if last else 0 for last in itertools.accumulate(sizes)]
+    n_prompt = len(prompt.encode())
+    return ends, sum(1 for last in itertools.accumulate(sizes) if last <= n_prompt)
+
+
+def check_frame(tokenizer: Tokenizer, encoded: Encoded) -> tuple[list[int], list[int], int]:
+    """What stands between begin and end token; both must be there once."""
+    assert len(encoded.ids) == len(encoded.ends)
+    assert encoded.ids[0] == tokenizer.bos_id
+    assert encoded.ids[-1] == tokenizer.eos_id
+    assert encoded.ends[0] == 0
+    assert encoded.ends[-1] == (encoded.ends[-2] if len(encoded.ends) > 2 else 0)
+    assert encoded.ends == sorted(encoded.ends)
+    return encoded.ids[1:-1], encoded.ends[1:-1], encoded.response_start - 1
+
+
+def encode(tokenizer: Tokenizer, prompt: str, response: str) -> Encoded:
+    (encoded,) = tokenizer.encode([(prompt, response)])
+    return encoded
+
+
+# --- byte-level BPE --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bpe")
+    write_bpe_tokenizer(folder, sentences(), 400)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bpe(bpe_folder: Path) -> Tokenizer:
+    return load_tokenizer(bpe_folder)
+
+
+@pytest.fixture(scope="module")
+def library(bpe_folder: Path) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
+
+
+def test_bpe_ids_decode_to_the_joined_text(bpe: Tokenizer, library: tokenizers.Tokenizer) -> None:
+    pairs = list(random_pairs(2000, seed=1))
+    for (prompt, response), encoded in zip(pairs, bpe.encode(pairs), strict=True):
+        ids, _, _ = check_frame(bpe, encoded)
+        assert library.decode(ids, skip_special_tokens=False) == prompt + response
+
+
+def test_bpe_response_starts_with_the_first_token_that_holds_a_byte_of_it(
+    bpe: Tokenizer, library: tokenizers.Tokenizer
+) -> None:
+    straddling = 0
+    pairs = list(random_pairs(2000, seed=2))
+    for (prompt, response), encoded in zip(pairs, bpe.encode(pairs), strict=True):
+        ids, ends, start = check_frame(bpe, encoded)
+        # Byte-level pieces have one character for each byte.
+        sizes = [len(str(library.id_to_token(i))) for i in ids]
+        assert (ends, start) == reference(sizes, prompt, response)
+        straddling += sum(sizes[:start]) < len(prompt.encode())
+    assert straddling > 50
+
+
+def test_where_prompt_and_response_meet_changes_no_token(bpe: Tokenizer) -> None:
+    text = "the cat sat 漢字 on 12 mats."
+    cuts = [encode(bpe, text[:i], text[i:]) for i in range(len(text) + 1)]
+    assert all(cut.ids == cuts[0].ids and cut.ends == cuts[0].ends for cut in cuts)
+    assert cuts[0].response_start == 1
+    starts = [cut.response_start for cut in cuts]
+    assert starts == sorted(starts)
+
+
+def test_a_token_on_both_sides_of_the_boundary_belongs_to_the_response(
+    bpe: Tokenizer, library: tokenizers.Tokenizer
+) -> None:
+    encoded = encode(bpe, "the c", "at sat")
+    pieces = [library.id_to_token(i) for i in encoded.ids]
+    assert pieces == ["<s>", "the", "Ġcat", "Ġsat", "</s>"]
+    assert encoded.response_start == 2
+    assert encoded.ends == [0, 3, 7, 11, 11]
+
+
+def test_all_bytes_of_a_character_are_on_its_side_of_the_boundary(bpe: Tokenizer) -> None:
+    assert encode(bpe, "😀", "a").response_start == 1 + 4
+    assert encode(bpe, "a", "😀").response_start == 1 + 1
+    assert encode(bpe, "漢", "字").response_start == 1 + 3
+
+
+def test_an_empty_prompt_leaves_everything_but_the_begin_token_to_the_response(
+    bpe: Tokenizer,
+) -> None:
+    for response in ("cat", " cat", "漢", "\n"):
+        assert encode(bpe, "", response).response_start == 1
+
+
+def test_an_empty_response_leaves_the_end_token(bpe: Tokenizer) -> None:
+    encoded = encode(bpe, "the cat", "")
+    assert encoded.ids[encoded.response_start :] == [bpe.eos_id]
+
+
+def test_pairs_encoded_together_are_encoded_alike(bpe: Tokenizer) -> None:
+    pairs = list(random_pairs(300, seed=3))
+    assert bpe.encode(pairs) == [encode(bpe, *pair) for pair in pairs]
+    assert bpe.encode([]) == []
+
+
+def test_bpe_takes_digits_one_by_one(bpe: Tokenizer) -> None:
+    assert len(encode(bpe, "", "1234567").ids) == 1 + 7 + 1
+
+
+def test_bpe_training_gives_the_same_tokenizer_again(bpe: Tokenizer, tmp_path: Path) -> None:
+    write_bpe_tokenizer(tmp_path, iter(sentences()), 400)
+    assert load_tokenizer(tmp_path).fingerprint == bpe.fingerprint
+
+
+def test_the_vocabulary_is_no_larger_than_asked_and_holds_every_id(bpe: Tokenizer) -> None:
+    assert 258 <= bpe.vocab_size <= 400
+    pairs = list(random_pairs(200, seed=4))
+    assert max(i for encoded in bpe.encode(pairs) for i in encoded.ids) < bpe.vocab_size
+
+
+# --- other tokenizer.json --------------------------------------------------------------------
+
+
+def saved(folder: Path, tokenizer: tokenizers.Tokenizer, **settings: Any) -> Tokenizer:
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return load_tokenizer(folder)
+
+
+def test_a_blank_at_the_end_of_a_token_counts_although_the_file_asks_to_trim_it(
+    tmp_path: Path,
+) -> None:
+    words = ["<s>", "</s>", "a", "b", "Ġ", "aĠ", ".", "ĠĠ"]
+    model = models.BPE({w: i for i, w in enumerate(words)}, [("a", "Ġ"), ("Ġ", "Ġ")])
+    raw = tokenizers.Tokenizer(model)
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
+    raw.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer = saved(tmp_path, raw, bos_token="<s>", eos_token="</s>")
+    straddling = encode(tokenizer, "a", " .")
+    assert (straddling.ids, straddling.response_start) == ([0, 5, 6, 1], 1)
+    assert straddling.ends == [0, 2, 3, 3]
+    assert encode(tokenizer, "a  ", "b").response_start == 1 + 2
+
+
+def test_a_template_of_the_file_adds_no_second_begin_token(
+    tmp_path: Path, bpe_folder: Path, bpe: Tokenizer
+) -> None:
+    raw = tokenizers.Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
+    raw.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = saved(tmp_path, raw, bos_token="<s>", eos_token="</s>")
+    assert encode(tokenizer, "the cat", " sat") == encode(bpe, "the cat", " sat")
+
+
+def test_truncation_and_padding_of_the_file_are_left_out(
+    tmp_path: Path, bpe_folder: Path, bpe: Tokenizer
+) -> None:
+    raw = tokenizers.Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
+    raw.enable_truncation(3)
+    raw.enable_padding(length=50)
+    tokenizer = saved(tmp_path, raw, bos_token="<s>", eos_token="</s>")
+    pairs = list(random_pairs(50, seed=5))
+    assert tokenizer.encode(pairs) == bpe.encode(pairs)
+
+
+def test_byte_fallback_in_tokenizer_json_keeps_characters_whole_at_the_boundary(
+    tmp_path: Path,
+) -> None:
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *"▁thecatsmon."]
+    words = [*dict.fromkeys(words), "▁t", "ca"]
+    model = models.BPE(
+        {w: i for i, w in enumerate(words)},
+        [("▁", "t"), ("c", "a")],
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    raw = tokenizers.Tokenizer(model)
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = saved(tmp_path, raw, bos_token="<s>", eos_token="</s>")
+    for prompt, response, n_prompt in (("the", "é漢", 3), ("té", "cat", 3), ("t漢", "字", 4)):
+        encoded = encode(tokenizer, prompt, response)
+        assert encoded.response_start == 1 + n_prompt
+        check_frame(tokenizer, encoded)
+
+
+# --- the embedded tokenizer ------------------------------------------------------------------
+
+
+def test_the_character_tokenizer_has_one_token_per_character(tmp_path: Path) -> None:
+    write_character_tokenizer(tmp_path, ALPHABET)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == len(ALPHABET) + 3
+    drawn = chains(200, min_steps=1, max_steps=4, error_probability=0.3, attempts=2, seed=3)
+    pairs = [(chain.prompt, chain.response) for chain in drawn]
+    for (prompt, response), encoded in zip(pairs, tokenizer.encode(pairs), strict=True):
+        ids, ends, start = check_frame(tokenizer, encoded)
+        assert "".join(ALPHABET[i - 3] for i in ids) == prompt + response
+        assert ends == list(range(1, len(prompt + response) + 1))
+        assert start == len(prompt)
+
+
+def test_characters_outside_the_alphabet_are_one_unknown_token_each(tmp_path: Path) -> None:
+    write_character_tokenizer(tmp_path, ALPHABET)
+    encoded = encode(load_tokenizer(tmp_path), "1\n", "😀 \x00A")
+    assert encoded.ids == [1, 4, 0, 0, 0, 0, 3 + ALPHABET.index("A"), 2]
+    assert encoded.ends == [0, 1, 2, 3, 4, 5, 6, 6]
+    assert encoded.response_start == 3
+
+
+# --- sentencepiece ---------------------------------------------------------------------------
+
+
+def train_sentencepiece(**options: Any) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences()),
+        model_writer=model,
+        minloglevel=2,
+        hard_vocab_limit=False,
+        **options,
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As Llama's: BPE, byte fallback, no normalisation."""
+    file = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
+    model = train_sentencepiece(
+        vocab_size=350,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
+    file.write_bytes(model)
+    return file
+
+
+def piece_sizes(processor: sentencepiece.SentencePieceProcessor, ids: list[int]) -> list[int]:
+    """Bytes of the text behind each piece; the blank before the text is not part of it."""
+    pieces = [processor.id_to_piece(i).replace("▁", " ") for i in ids]
+    sizes = [
+        1 if processor.is_byte(i) else len(p.encode()) for i, p in zip(ids, pieces, strict=True)
+    ]
+    assert pieces[0].startswith(" ")
+    return [sizes[0] - 1, *sizes[1:]]
+
+
+def test_sentencepiece_ids_stand_for_the_joined_text_and_the_response_starts_in_place(
+    sentencepiece_file: Path,
+) -> None:
+    tokenizer = load_tokenizer(sentencepiece_file)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
+    pairs = list(random_pairs(2000, seed=6))
+    straddling = 0
+    for (prompt, response), encoded in zip(pairs, tokenizer.encode(pairs), strict=True):
+        ids, ends, start = check_frame(tokenizer, encoded)
+        assert processor.decode(ids) == prompt + response
+        sizes = piece_sizes(processor, ids)
+        wanted_ends, wanted_start = reference(sizes, prompt, response)
+        if sizes[0] == 0 and prompt == "":
+            wanted_start = 0  # the blank before the text belongs to what follows it
+        assert start == wanted_start
+        assert all(a <= b for a, b in zip(ends, wanted_ends, strict=True))
+        straddling += sum(sizes[:start]) < len(prompt.encode())
+    assert straddling > 50
+
+
+def test_sentencepiece_bytes_of_a_character_are_on_its_side_of_the_boundary(
+    sentencepiece_file: Path,
+) -> None:
+    tokenizer = load_tokenizer(sentencepiece_file)
+    for prompt, response, n_prompt in (
+        ("the", "é漢", 1),
+        ("the 漢", "é", 5),
+        ("漢", "the", 4),
+        ("", "漢", 0),
+        ("", "the", 0),
+    ):
+        assert encode(tokenizer, prompt, response).response_start == 1 + n_prompt
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_sentencepiece_takes_unknown_characters_as_one_token(
+    tmp_path: Path, model_type: str
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(
+        train_sentencepiece(vocab_size=40, model_type=model_type)
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    for prompt, response in (("the ", "漢字 a"), ("the 漢", "字 a"), ("the ", "漢字")):
+        encoded = encode(tokenizer, prompt, response)
+        ids, ends, start = check_frame(tokenizer, encoded)
+        assert ids.count(0) == 1
+        assert ids[start] == 0
+        assert ends[start - 1 : start + 1] == [4, 6]
+
+
+def test_sentencepiece_without_begin_and_end_token_has_none(tmp_path: Path) -> None:
+    model = train_sentencepiece(vocab_size=40, model_type="bpe", bos_id=-1, eos_id=-1)
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, None)
+    encoded = encode(tokenizer, "the cat", " sat")
+    assert encoded.ends[-1] == 11
+    assert encoded.ids[: encoded.response_start] == encode(tokenizer, "the cat", "").ids
+
+
+# --- begin and end token ---------------------------------------------------------------------
+
+
+def with_settings(folder: Path, source: Path, settings: object) -> Tokenizer:
+    shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
+    if settings is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"bos_token": "<s>", "eos_token": "</s>"}, (0, 1)),
+        ({"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>", "lstrip": 0}}, (0, 1)),
+        ({"bos_token": "</s>", "eos_token": "a"}, (1, "a")),
+        ({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False}, (None, 1)),
+        ({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}, (0, 1)),
+        ({"bos_token": None, "eos_token": "</s>"}, (None, 1)),
+        ({"bos_token": None, "eos_token": None}, (None, None)),
+        ({}, (0, 1)),
+        (None, (0, 1)),
+    ],
+)
+def test_begin_and_end_token_are_those_of_the_settings_or_the_usual_ones(
+    tmp_path: Path,
+    bpe_folder: Path,
+    library: tokenizers.Tokenizer,
+    settings: dict[str, Any] | None,
+    expected: tuple[int | str | None, int | str | None],
+) -> None:
+    tokenizer = with_settings(tmp_path, bpe_folder, settings)
+    bos, eos = (library.token_to_id(e) if isinstance(e, str) else e for e in expected)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (bos, eos)
+    encoded = encode(tokenizer, "the", " cat")
+    first, last = [bos] * (bos is not None), [eos] * (eos is not None)
+    assert encoded.ids == [*first, *library.encode("the cat").ids, *last]
+    assert encoded.response_start == len(first) + 1
+    assert len(encoded.ends) == len(encoded.ids)
+
+
+def test_a_vocabulary_without_the_usual_names_has_neither(tmp_path: Path) -> None:
+    model = models.WordLevel({"a": 0, "b": 1}, unk_token="a")
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, None)
+
+
+# --- fingerprints ----------------------------------------------------------------------------
+
+
+def test_the_fingerprint_depends_on_content_and_on_begin_and_end_token(
+    tmp_path: Path, bpe_folder: Path, bpe: Tokenizer, sentencepiece_file: Path
+) -> None:
+    variants: dict[str, Callable[[Path], Tokenizer]] = {
+        "no begin": lambda f: with_settings(f, bpe_folder, {"bos_token": None}),
+        "no end": lambda f: with_settings(f, bpe_folder, {"eos_token": None}),
+        "swapped": lambda f: with_settings(
+            f, bpe_folder, {"bos_token": "</s>", "eos_token": "<s>"}
+        ),
+        "sentencepiece": lambda f: load_tokenizer(sentencepiece_file),
+    }
+    found = {bpe.fingerprint}
+    for name, make in variants.items():
+        (tmp_path / name).mkdir()
+        found.add(make(tmp_path / name).fingerprint)
+    write_bpe_tokenizer(tmp_path / "smaller", sentences(), 270)
+    found.add(load_tokenizer(tmp_path / "smaller").fingerprint)
+    assert len(found) == 2 + len(variants)
+
+
+def test_the_fingerprint_does_not_depend_on_the_place(
+    tmp_path: Path, bpe_folder: Path, bpe: Tokenizer
+) -> None:
+    shutil.copytree(bpe_folder, tmp_path / "copy")
+    assert load_tokenizer(tmp_path / "copy").fingerprint == bpe.fingerprint
+    assert load_tokenizer(tmp_path / "copy/tokenizer.json").fingerprint == bpe.fingerprint
+
+
+# --- finding and refusing files --------------------------------------------------------------
+
+
+def test_tokenizer_json_comes_before_tokenizer_model(
+    tmp_path: Path, bpe_folder: Path, bpe: Tokenizer, sentencepiece_file: Path
+) -> None:
+    shutil.copyfile(sentencepiece_file, tmp_path / "tokenizer.model")
+    assert isinstance(load_tokenizer(tmp_path), SentencePieceTokenizer)
+    shutil.copyfile(bpe_folder / "tokenizer.json", tmp_path / "tokenizer.json")
+    assert load_tokenizer(tmp_path).fingerprint == bpe.fingerprint
+
+
+@pytest.mark.parametrize("name", ["", "missing", "missing/tokenizer.json"])
+def test_a_missing_tokenizer_is_an_input_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=r"no tokenizer\.json or tokenizer\.model here"):
+        load_tokenizer(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "other.txt"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"model": {"type": "BPE"}}',
+        b"IQ== 0\nIg== 1\n",  # the beginning of Llama 3's tokenizer.model
+        b"\xff\xfe\x00\x01" * 100,
+    ],
+)
+def test_a_wrong_tokenizer_file_is_an_input_error(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name}: cannot read the tokenizer"):
+        load_tokenizer(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        (b"[]", "a tokenizer configuration is a JSON object"),
+        (b'{"bos_token": "<other>"}', "bos_token '<other>' is not in the vocabulary"),
+        (b'{"eos_token": {"content": "<other>"}}', "eos_token '<other>' is not in the vocabulary"),
+        (b'{"bos_token": 3}', "bos_token 3 is not in the vocabulary"),
+    ],
+)
+def test_a_wrong_tokenizer_configuration_is_an_input_error(
+    tmp_path: Path, bpe_folder: Path, content: bytes, said: str
+) -> None:
+    shutil.copyfile(bpe_folder / "tokenizer.json", tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        load_tokenizer(tmp_path)
