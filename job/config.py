@@ -11,10 +11,11 @@ import difflib
 import enum
 import math
 import reprlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -25,7 +26,7 @@ from job.outcome import InputError
 Schema = TypeVar("Schema")
 EMBEDDED = "embedded"  # as data source: the chains of job.data.arithmetic
 _SHOWN = 10  # problems in one error
-_WIDTH = 200  # characters of a foreign error message
+_WIDTH = 200  # characters of an override or a library's message in it
 
 
 class BadRows(enum.Enum):
@@ -251,10 +252,17 @@ def load_config(schema: type[Schema], file: str | Path, overrides: Sequence[str]
     return config
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}\n{self.format_usage()}see {self.prog} --help")
+
+
 def command_line(description: str) -> argparse.ArgumentParser:
     """The options that all commands with a configuration share."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        prog=f"python -m job.{Path(sys.argv[0]).stem}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML configuration")
     parser.add_argument(
@@ -308,13 +316,14 @@ def _read_yaml(path: Path) -> DictConfig:
 
 
 def _parse_override(text: str) -> tuple[str, DictConfig]:
+    source = f"--override {_short(text)}"
     key, equals, _ = text.partition("=")
     if not equals or not key or any(not part for part in key.split(".")):
-        raise InputError(f"--override {text}: write it as key=value, with dots between key parts")
+        raise InputError(f"{source}: write it as key=value, with dots between key parts")
     try:
-        return f"--override {text}", OmegaConf.from_dotlist([text])
+        return source, OmegaConf.from_dotlist([text])
     except (OmegaConfBaseException, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"--override {text}: {_first_line(error)}") from None
+        raise InputError(f"{source}: {_first_line(error)}") from None
 
 
 def _merge_layer(base: DictConfig, layer: DictConfig, source: str) -> DictConfig:
@@ -374,8 +383,11 @@ def _to_object(merged: DictConfig, file: str | Path) -> object:
 
 def _first_line(error: Exception) -> str:
     """The essence of a library's message; YAML keeps it apart from where it stood."""
-    line = (getattr(error, "problem", None) or str(error)).partition("\n")[0]
-    return line if len(line) <= _WIDTH else f"{line[:_WIDTH]}..."
+    return _short((getattr(error, "problem", None) or str(error)).partition("\n")[0])
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _WIDTH else f"{text[:_WIDTH]}..."
 
 
 _LARGEST_SEED = 2**63 - 1  # of torch's generators

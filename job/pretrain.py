@@ -59,6 +59,8 @@ def make_trunk(config: PretrainConfig) -> None:
         _check_same_recipe(config, folder)
         _log.info("the trunk is there already: %s", folder)
         return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: not empty and no trunk; choose another folder or empty it")
     try:
         with atomic_folder(folder) as scratch:
             pretrain(config, scratch)

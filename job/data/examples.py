@@ -203,4 +203,4 @@ def _alpaca_prompt(instruction: str, row: dict[str, Any]) -> str:
         lead += ", paired with an input that provides further context"
     lead += ". Write a response that appropriately completes the request."
     middle = f"\n\n### Input:\n{context}" if context else ""
-    return f"{lead}\n\n### Instruction:\n{instruction}{middle}\n\n### Response:\n"
+    return f"{lead}\n\n### Instruction:\n{instruction}{middle}\n\n### Response:"

@@ -6,6 +6,7 @@ same data. A unit is what must stay together in one micro-batch: a sequence, or 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,10 +52,15 @@ def step_units(n_units: int, per_step: int, step: int, seed: int) -> Indices:
     start, stop = step * per_step, (step + 1) * per_step
     while start < stop:
         epoch, position = divmod(start, n_units)
-        order = np.random.default_rng([seed, epoch]).permutation(n_units)
+        order = _epoch_order(n_units, epoch, seed)
         parts.append(order[position : position + stop - start])
         start += len(parts[-1])
     return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=2)  # the epochs that one step may touch
+def _epoch_order(n_units: int, epoch: int, seed: int) -> Indices:
+    return np.random.default_rng([seed, epoch]).permutation(n_units)
 
 
 def sequence_cost(lengths: Indices, dim: int) -> NDArray[np.float64]:
@@ -67,7 +73,7 @@ def distribute(
 ) -> list[list[Indices]]:
     """Units to micro-batches: [rank][micro-batch] -> unit positions, equally many on each rank.
 
-    The fewest micro-batches whose tokens fit the budget; costliest units first, each to the
+    As few micro-batches as fit the budget this way: costliest units first, each to the
     cheapest micro-batch with room (LPT, Graham 1969). A micro-batch may be empty.
     """
     per_rank = max(1, -(-int(tokens.sum()) // (world * budget)))

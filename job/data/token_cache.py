@@ -134,12 +134,14 @@ class _Policy:
     max_length: int
     overlong: Overlong = Overlong.error
     bad_rows: BadRows = BadRows.error
+    way_out: str = ""
 
     @classmethod
     def of(cls, data: DataConfig | PretrainDataConfig) -> _Policy:
         if isinstance(data, PretrainDataConfig):
             return cls(data.max_length)
-        return cls(data.max_length, data.overlong, data.bad_rows)
+        way_out = " (data.bad_rows=skip leaves them out)"
+        return cls(data.max_length, data.overlong, data.bad_rows, way_out)
 
 
 def _embedded(config: ArithmeticConfig, split: str, labelled: bool) -> Source:
@@ -183,8 +185,8 @@ def _write(scratch: Path, source: Source, tokenizer: Tokenizer, policy: _Policy)
         shown = "\n  ".join(map(str, refused[:_SHOWN]))
         more = f"\n  ... and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
         raise InputError(
-            f"{source.name}: {len(refused)} bad of {writer.n_seen} rows "
-            f"(data.bad_rows=skip leaves them out)\n  {shown}{more}"
+            f"{source.name}: {len(refused)} bad of {writer.n_seen} rows{policy.way_out}\n"
+            f"  {shown}{more}"
         )
     if not writer.rewards:
         raise InputError(f"{source.name}: no usable row ({writer.n_seen} read)")

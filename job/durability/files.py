@@ -27,6 +27,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     Several processes may make the same folder at once: the first rename wins, and the others'
     work is dropped.
     """
+    folder = folder.absolute()  # `.` has no name
     scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         scratch.mkdir(parents=True)

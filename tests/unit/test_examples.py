@@ -227,8 +227,7 @@ Add the numbers.
 ### Input:
 3 and 4
 
-### Response:
-"""
+### Response:"""
 ALPACA_WITHOUT_INPUT = """\
 Below is an instruction that describes a task. \
 Write a response that appropriately completes the request.
@@ -236,8 +235,7 @@ Write a response that appropriately completes the request.
 ### Instruction:
 Add the numbers.
 
-### Response:
-"""
+### Response:"""
 
 
 @pytest.mark.parametrize(
@@ -413,6 +411,22 @@ def test_a_compressed_file_cut_off_anywhere_is_refused(tmp_path: Path, suffix: s
     for length in range(1, len(content)):
         refused(write(path, content[:length]))
         refused(write(path, content + content[:length]))
+
+
+def test_a_changed_byte_in_a_gzip_file_is_refused_or_changes_no_row(tmp_path: Path) -> None:
+    content = gzip.compress(lines(rows(6)))
+    path, n_refused = tmp_path / "a.jsonl.gz", 0
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 255
+        write(path, bytes(changed))
+        try:
+            found = [row for _, row in read_examples(path)]
+        except InputError:
+            n_refused += 1
+        else:
+            assert found == expected(rows(6))
+    assert n_refused >= len(content) - 10  # the header's time and system say nothing
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstd, streamed_zstd])

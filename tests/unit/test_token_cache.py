@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
 from job.config import ArithmeticConfig, BadRows, DataConfig, Overlong, PretrainDataConfig
 from job.data.arithmetic import ALPHABET, Chain, chains
@@ -71,7 +71,8 @@ def write(path: Path, given: Sequence[Row | str]) -> Path:
 
 def embedded(tmp_path: Path, **changes: Any) -> DataConfig:
     arithmetic = ArithmeticConfig(**(SMALL | changes.pop("arithmetic", {})))
-    settings = {"cache_dir": str(tmp_path / "cache"), "max_length": 64, "arithmetic": arithmetic}
+    cache = str(tmp_path / "cache")
+    settings: Row = {"cache_dir": cache, "max_length": 64, "arithmetic": arithmetic}
     return DataConfig(**({"train": "embedded", "validation": "embedded"} | settings | changes))
 
 
@@ -182,8 +183,8 @@ def test_what_is_stored_is_mapped_and_cannot_be_changed(
         assert isinstance(array, np.memmap)
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 0
-    assert (found.tokens.dtype, found.offsets.dtype) == (np.uint32, np.int64)
-    assert (found.rewards.dtype, found.problems.dtype) == (np.float64, np.uint64)
+    arrays = (found.tokens, found.offsets, found.rewards, found.problems)
+    assert [a.dtype.name for a in arrays] == ["uint32", "int64", "float64", "uint64"]
 
 
 def test_pretraining_chains_have_no_errors(tmp_path: Path, characters: Tokenizer) -> None:
@@ -333,7 +334,7 @@ def test_bad_rows_are_an_error_that_counts_all_and_shows_the_first_ten(
 def test_skipped_rows_are_left_out_and_listed_in_order(tmp_path: Path, bpe: Tokenizer) -> None:
     path, bad = with_bad_rows(tmp_path)
     found = load_split(from_file(path, max_length=512, bad_rows=BadRows.skip), "train", bpe)
-    listed = [json.loads(line) for line in (found.folder / "bad_rows.jsonl").open()]
+    listed = list(map(json.loads, (found.folder / "bad_rows.jsonl").read_text().splitlines()))
     assert [row["line"] for row in listed] == bad
     assert {row["file"] for row in listed} == {str(path)}
     assert all(row["reason"] for row in listed)
@@ -426,8 +427,6 @@ def test_skipping_overlong_rows_leaves_bad_rows_an_error(tmp_path: Path, bpe: To
 
 
 def test_a_response_without_any_token_is_a_bad_row(tmp_path: Path) -> None:
-    import tokenizers
-
     model = tokenizers.models.BPE({"a": 0, "b": 1}, [])  # unknown characters are dropped
     tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
@@ -485,7 +484,7 @@ def start_builder(
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
 
 
-def wait_for(condition: Any) -> None:
+def wait_for(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
@@ -497,6 +496,7 @@ def by_parts(cache: Path, size: int) -> list[Path]:
     return [path.parent for path in cache.glob(".*/tokens.bin") if path.stat().st_size >= size]
 
 
+@pytest.mark.slow
 def test_two_builders_at_once_both_succeed_and_leave_one_folder(
     tmp_path: Path, characters: Tokenizer
 ) -> None:
@@ -516,6 +516,7 @@ def test_two_builders_at_once_both_succeed_and_leave_one_folder(
             assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_builder_leaves_no_set_and_the_next_one_builds_it(
     tmp_path: Path, characters: Tokenizer
 ) -> None:
@@ -555,9 +556,13 @@ def test_a_folder_appears_at_the_end_with_all_that_was_written(tmp_path: Path) -
 
 
 def test_a_folder_is_not_made_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), atomic_folder(tmp_path / "made") as scratch:
-        (scratch / "file").write_text("text")
-        raise KeyError
+    def fail() -> None:
+        with atomic_folder(tmp_path / "made") as scratch:
+            (scratch / "file").write_text("text")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -585,4 +590,4 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_atomic(path, "half of a pair: \ud800")
     assert path.read_bytes() == "new ü".encode()
-    assert os.listdir(tmp_path) == ["file"]
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,235 @@
+"""The configuration: merge order, types, the shipped files, and that no key is dead."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job import config as module
+from job.config import (
+    CriticConfig,
+    Loss,
+    PretrainConfig,
+    ShardingStrategy,
+    Target,
+    differences,
+    flatten,
+    listed,
+    load_config,
+    to_dict,
+)
+from job.outcome import InputError
+
+ROOT = Path(__file__).parents[2]
+MANDATORY = ("run.name=a", "run.dir=b", "model.path=c", "data.train=d", "data.validation=e")
+NOT_USED_YET = {"sharding_strategy", "cpu_offload"}  # what they mean on several GPUs comes later
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "critic.yaml"
+    path.write_text(
+        "run: {name: from-file, dir: 'runs/${run.name}'}\n"
+        "model: {path: trunk}\n"
+        "data: {train: t.jsonl, validation: v.jsonl}\n"
+        "training: {max_steps: 7, learning_rate: 0.5}\n"
+    )
+    return path
+
+
+def _load(file: Path, *overrides: str) -> CriticConfig:
+    return load_config(CriticConfig, file, overrides)
+
+
+def _keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all values."""
+    for f in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(f.default_factory):
+            assert isinstance(f.default_factory, type)
+            yield from _keys(f.default_factory, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}"
+
+
+def _at(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def test_the_file_goes_before_defaults_and_overrides_before_the_file(file: Path) -> None:
+    config = _load(file, "training.max_steps=8", "run.name=x", "training.max_steps=9")
+    assert config.training.max_steps == 9
+    assert config.training.learning_rate == 0.5
+    assert config.training.batch_size == CriticConfig().training.batch_size
+    assert config.run.dir == "runs/x"
+
+
+def test_a_section_of_an_override_leaves_the_rest_of_the_section(file: Path) -> None:
+    training = _load(file, "training={max_steps: 3}").training
+    assert (training.max_steps, training.learning_rate) == (3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("training.max_steps=12", 12),
+        ("training.max_steps=1_000", 1000),
+        ("training.learning_rate=1e-4", 1e-4),
+        ("training.learning_rate=1.5E-3", 1.5e-3),
+        ("training.learning_rate=3", 3.0),
+        ("training.learning_rate=0", 0.0),
+        ("training.betas=[0.8, 1e-1]", [0.8, 0.1]),
+        ("training.threads=null", None),
+        ("training.threads=2", 2),
+        ("training.num_unfrozen_layers=0", 0),
+        ("training.num_unfrozen_layers=99", 99),
+        ("training.deterministic=true", True),
+        ("training.deterministic=False", False),
+        ("training.value_head.bias_init=-2", -2.0),
+        ("evaluation.max_sequences=null", None),
+        ("run.name=2", "2"),
+        ("run.name=a=b", "a=b"),
+        ("model.recipe=r.yaml", "r.yaml"),
+        ("data.fields=alpaca", "alpaca"),
+        ("data.fields={reward: is_correct}", {"reward": "is_correct"}),
+        ("data.fields.reward=is_correct", {"reward": "is_correct"}),
+        ("objective.loss=huber", Loss.huber),
+        ("objective.target=lambda_return", Target.lambda_return),
+        ("distributed.fsdp.sharding_strategy=NO_SHARD", ShardingStrategy.NO_SHARD),
+        ("run.name=${oc.env:CRITIC_NAME}", "from-environment"),
+        ("training.max_steps=${training.batch_size}", 16),
+    ],
+)
+def test_values_have_the_type_of_their_key(
+    override: str, value: object, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRITIC_NAME", "from-environment")
+    found = _at(_load(file, override), override.partition("=")[0].removesuffix(".reward"))
+    if override.startswith("data.fields.reward"):
+        found = _load(file, override).data.fields
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("loss", ["mse", "huber", "bce"])
+def test_only_pairs_need_even_batches_and_room_for_two(loss: str, file: Path) -> None:
+    tight = ("training.batch_size=3", "data.max_length=8", "training.micro_batch_tokens=8")
+    assert _load(file, f"objective.loss={loss}", *tight).training.batch_size == 3
+
+
+def test_plain_form(file: Path) -> None:
+    plain = to_dict(_load(file, "objective.loss=bce", "data.fields={reward: ok}"))
+    assert plain["run"] == {"name": "from-file", "dir": "runs/from-file"}
+    assert plain["objective"]["loss"] == "bce"
+    assert plain["distributed"]["fsdp"]["sharding_strategy"] == "FULL_SHARD"
+    assert plain["data"]["fields"] == {"reward": "ok"}
+    assert plain["training"]["betas"] == [0.9, 0.95]
+
+
+def test_flatten() -> None:
+    tree = {"a": {"b": 1, "c": {"d": [2]}}, "e": None, "f": {}}
+    assert flatten(tree) == {"a.b": 1, "a.c.d": [2], "e": None, "f": {}}
+
+
+def test_differences() -> None:
+    old = {"a": {"b": 1, "same": 2}, "gone": None}
+    new = {"a": {"b": 3, "same": 2}, "new": 0}
+    assert differences(old, new) == ["a.b: 1 -> 3", "gone: None -> absent", "new: absent -> 0"]
+    assert differences(old, old) == []
+
+
+def test_listed_shows_ten() -> None:
+    lines = [f"line {i}" for i in range(12)]
+    assert listed("head", lines[:1]) == "head\n  line 0"
+    assert listed("head", lines[:10]).splitlines()[1:] == [f"  {line}" for line in lines[:10]]
+    assert listed("head", lines).splitlines()[-2:] == ["  line 9", "  ... and 2 more"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/critic").glob("*.yaml")), ids=str)
+def test_shipped_critic_configuration(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GSM8K_DIR", "/data/gsm8k")
+    given = () if "???" not in path.read_text() else MANDATORY[2:]
+    config = load_config(CriticConfig, path, given)
+    assert f"n{config.training.num_unfrozen_layers}" in config.run.dir
+    if config.model.recipe is not None:
+        recipe = load_config(PretrainConfig, ROOT / config.model.recipe)
+        assert recipe.out == config.model.path
+        assert recipe.data.max_length <= recipe.training.micro_batch_tokens
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/pretrain").glob("*.yaml")), ids=str)
+def test_shipped_pretraining_configuration(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GSM8K_DIR", "/data/gsm8k")
+    assert load_config(PretrainConfig, path).training.max_steps > 0
+
+
+def test_keys_that_scripts_rely_on() -> None:
+    names = """
+        run.dir run.name model.path tokenizer.path data.train data.validation data.fields
+        training.num_unfrozen_layers training.learning_rate training.lr_decay_factor
+        training.max_steps training.batch_size distributed.fsdp.sharding_strategy
+        distributed.fsdp.mixed_precision distributed.fsdp.cpu_offload
+        distributed.fsdp.activation_checkpointing mlflow.tracking_uri mlflow.experiment
+    """
+    assert set(names.split()) <= set(_keys(CriticConfig))
+    assert CriticConfig().training.num_unfrozen_layers == 4
+
+
+def test_every_bound_is_of_a_key() -> None:
+    assert module._BOUNDS.keys() <= {*_keys(CriticConfig), *_keys(PretrainConfig)}
+
+
+def test_every_number_has_a_bound() -> None:
+    for schema in (CriticConfig, PretrainConfig):
+        numbers = {k for k, v in _defaults(schema).items() if type(v) in (int, float)}
+        assert numbers <= module._BOUNDS.keys()
+
+
+def _defaults(schema: type) -> dict[str, Any]:
+    return flatten(dataclasses.asdict(schema()))
+
+
+@pytest.mark.parametrize("schema", [CriticConfig, PretrainConfig])
+def test_bounds_hold_at_the_bound_and_not_beyond(schema: type, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("")
+    needed = MANDATORY if schema is CriticConfig else ("out=a", "data.train=b")
+    for key, (low, high) in module._BOUNDS.items():
+        if key not in set(_keys(schema)):
+            continue
+        for bound, beyond in ((low, -1), (high, 1)):
+            if bound is not None:
+                with pytest.raises(InputError, match=f"  {key}: .* possible value"):
+                    load_config(schema, empty, [*needed, f"{key}={bound + beyond}"])
+
+
+def test_no_key_is_dead() -> None:
+    """Each name of a key is read somewhere, or is one of the transformer's own."""
+    files = [path for path in (ROOT / "job").rglob("*.py") if path.name != "config.py"]
+    used = {name for path in files for name in _names_read(ast.parse(path.read_text()))}
+    keys = {*_keys(CriticConfig), *_keys(PretrainConfig)}
+    assert {key for key in keys if key.rpartition(".")[2] not in used | NOT_USED_YET} == set()
+
+
+def _names_read(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            yield str(node.slice.value)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id
+
+
+def test_the_login_node_needs_no_torch() -> None:
+    code = "import sys, job.config; print({'torch', 'numpy', 'mlflow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,458 @@
+"""From steps to micro-batches: nothing is lost, doubled or torn apart, and the work is balanced."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from job.config import ArithmeticConfig, DataConfig
+from job.data.arithmetic import ALPHABET
+from job.data.packing import (
+    Batch,
+    Indices,
+    Packer,
+    assemble,
+    balanced_pairs,
+    distribute,
+    sequence_cost,
+    single_units,
+    step_units,
+)
+from job.data.token_cache import TokenizedSet, load_split
+from job.data.tokenizer import load_tokenizer, write_character_tokenizer
+
+CPU = torch.device("cpu")
+DIM = 64
+BUDGET = 400
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_character_tokenizer(folder, ALPHABET)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def embedded(folder: Path) -> TokenizedSet:
+    """Chains with optimal values, four solutions to a problem."""
+    config = DataConfig("embedded", "embedded", cache_dir=str(folder / "cache"))
+    config.arithmetic = ArithmeticConfig(train_examples=500, min_steps=1, error_probability=0.3)
+    return load_split(config, "train", load_tokenizer(folder))
+
+
+@pytest.fixture(scope="module")
+def uneven(folder: Path) -> TokenizedSet:
+    """Rows of very different lengths, without optimal values; some prompts are empty."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "prompt": "1" * int(rng.integers(0, 60)),
+            "response": "2" * int(rng.integers(1, 120)),
+            "reward": float(rng.random()),
+            "problem_id": int(rng.integers(0, 30)),
+        }
+        for _ in range(300)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = str(folder / "rows.jsonl")
+    config = DataConfig(path, path, cache_dir=str(folder / "cache"))
+    return load_split(config, "train", load_tokenizer(folder))
+
+
+@pytest.fixture(params=["embedded", "uneven"])
+def data(request: pytest.FixtureRequest) -> TokenizedSet:
+    found: TokenizedSet = request.getfixturevalue(request.param)
+    return found
+
+
+def random_lengths(rng: np.random.Generator, n: int) -> Indices:
+    """Lengths as in reasoning data: many of some hundred tokens, a few of a thousand or more."""
+    return np.clip(rng.lognormal(5.5, 0.6, n).astype(np.int64), 2, 2048)
+
+
+# --- the order of units ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "per_step"), [(10, 1), (10, 3), (10, 10), (10, 7), (3, 10), (1, 4), (7, 100), (64, 16)]
+)
+def test_every_epoch_has_each_unit_once_wherever_steps_end(n: int, per_step: int) -> None:
+    for seed in (0, 1, 12345):
+        steps = [step_units(n, per_step, step, seed) for step in range(6 * n)]
+        assert all(len(step) == per_step for step in steps)
+        drawn = np.concatenate(steps)
+        epochs = drawn[: len(drawn) // n * n].reshape(-1, n)
+        assert len(epochs) >= 6
+        assert (np.sort(epochs, 1) == np.arange(n)).all()
+
+
+def test_the_units_of_a_step_depend_on_seed_and_step_alone() -> None:
+    rng = np.random.default_rng(0)
+    first = {step: step_units(50, 8, step, 3) for step in range(40)}
+    for step in rng.permutation(40).tolist():
+        assert np.array_equal(step_units(50, 8, step, 3), first[step])
+
+
+def test_the_batch_size_does_not_change_the_order_of_units() -> None:
+    whole = np.concatenate([step_units(30, 5, step, 0) for step in range(24)])
+    for per_step in (1, 3, 8, 40, 120):
+        drawn = np.concatenate([step_units(30, per_step, s, 0) for s in range(120 // per_step)])
+        assert np.array_equal(drawn, whole)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    orders = [tuple(step_units(40, 40, epoch, seed)) for epoch in range(5) for seed in range(5)]
+    assert len(set(orders)) == len(orders)
+
+
+# --- micro-batches ---------------------------------------------------------------------------
+
+
+def check_plan(plan: list[list[Indices]], tokens: Indices, world: int, budget: int) -> None:
+    """All units once, equally many micro-batches on each rank, none above the budget."""
+    assert len(plan) == world
+    assert len({len(rank) for rank in plan}) == 1
+    everything = np.concatenate([part for rank in plan for part in rank])
+    assert np.array_equal(np.sort(everything), np.arange(len(tokens)))
+    assert all(tokens[part].sum() <= budget for rank in plan for part in rank)
+
+
+def test_every_unit_is_in_one_micro_batch_within_the_budget() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        tokens = rng.integers(1, 200, rng.integers(1, 80))
+        world, budget = int(rng.integers(1, 9)), int(rng.integers(200, 800))
+        plan = distribute(tokens, sequence_cost(tokens, DIM), world, budget)
+        check_plan(plan, tokens, world, budget)
+
+
+def test_no_micro_batch_is_more_than_a_greedy_filling_needs() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        tokens = random_lengths(rng, int(rng.integers(1, 200)))
+        world, budget = int(rng.integers(1, 9)), 2048 * int(rng.integers(1, 5))
+        plan = distribute(tokens, sequence_cost(tokens, DIM), world, budget)
+        per_rank, total = len(plan[0]), int(tokens.sum())
+        least = max(1, -(-total // (world * budget)))
+        assert per_rank >= least
+        # One fewer was too few: some unit found no room, so each of them was nearly full.
+        if per_rank > least:
+            assert world * (per_rank - 1) * (budget - tokens.max() + 1) <= total
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("tokens", "budget", "per_rank"),
+    [
+        ([10] * 8, 100, 1),
+        ([10] * 40, 100, 4),
+        ([100] * 8, 100, 8),
+        ([60] * 8, 100, 8),
+        ([50] * 8, 100, 4),
+        ([90, 10] * 4, 100, 4),
+        ([70, 20, 10] * 4, 100, 4),
+        ([99, 2] * 4, 101, 4),
+    ],
+)
+def test_as_few_micro_batches_as_anyone_would_make(
+    tokens: list[int], budget: int, per_rank: int, world: int
+) -> None:
+    given = np.array(tokens * world)
+    plan = distribute(given, sequence_cost(given, DIM), world, budget)
+    check_plan(plan, given, world, budget)
+    assert len(plan[0]) == per_rank
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_ranks_have_equal_work(world: int) -> None:
+    for seed in range(30):
+        tokens = random_lengths(np.random.default_rng(seed), 24 * world)
+        costs = sequence_cost(tokens, 1024)
+        plan = distribute(tokens, costs, world, 8192)
+        check_plan(plan, tokens, world, 8192)
+        work = np.array([[costs[part].sum() for part in rank] for rank in plan])
+        # No plan does better than its costliest unit.
+        assert work.sum(1).max() < max(1.1 * work.sum(1).mean(), costs.max() + 1e-9)
+        assert work.sum(1).max() / work.sum(1).mean() < 1.1
+        assert (work.max(0) < 1.1 * np.maximum(work.mean(0), costs.max())).all()
+
+
+def test_ranks_do_their_costliest_micro_batches_at_the_same_time() -> None:
+    for seed in range(30):
+        tokens = random_lengths(np.random.default_rng(seed), 100)
+        costs = sequence_cost(tokens, DIM)
+        plan = distribute(tokens, costs, 3, 4096)
+        work = np.array([[costs[part].sum() for part in rank] for rank in plan])
+        assert len(work[0]) > 1
+        assert (work[:, :-1].min(0) >= work[:, 1:].max(0)).all()
+
+
+def test_ranks_without_a_unit_get_an_empty_micro_batch() -> None:
+    tokens = np.array([5, 3, 8])
+    plan = distribute(tokens, sequence_cost(tokens, DIM), 5, 10)
+    check_plan(plan, tokens, 5, 10)
+    assert sorted(len(part) for rank in plan for part in rank) == [0, 0, 1, 1, 1]
+    nothing = np.empty(0, np.int64)
+    empty = distribute(nothing, sequence_cost(nothing, DIM), 2, 10)
+    assert [[part.tolist() for part in rank] for rank in empty] == [[[]], [[]]]
+
+
+def test_a_single_rank_never_gets_an_empty_micro_batch() -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(300):
+        tokens = rng.integers(1, 300, rng.integers(1, 60))
+        (parts,) = distribute(tokens, sequence_cost(tokens, DIM), 1, 300)
+        assert all(len(part) for part in parts)
+
+
+def test_a_unit_above_the_budget_is_refused() -> None:
+    tokens = np.array([5, 11])
+    with pytest.raises(ValueError, match="a unit of 11 tokens exceeds the budget of 10"):
+        distribute(tokens, sequence_cost(tokens, DIM), 1, 10)
+
+
+def test_the_plan_is_the_same_each_time() -> None:
+    tokens = random_lengths(np.random.default_rng(3), 100)
+    costs = sequence_cost(tokens, DIM)
+    first, second = (distribute(tokens, costs, 3, 4096) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_cost_grows_with_the_square_of_the_length() -> None:
+    costs = sequence_cost(np.array([0, 6, 6000]), 1000)
+    assert costs == pytest.approx([0, 6 + 36 / 6000, 6000 + 6000])
+
+
+# --- assembling ------------------------------------------------------------------------------
+
+
+def sequence(data: TokenizedSet, i: int) -> list[int]:
+    return data.tokens[int(data.offsets[i]) : int(data.offsets[i + 1])].tolist()
+
+
+def check_batch(batch: Batch, data: TokenizedSet, rows: list[int]) -> None:
+    """A batch against the same laid out one sequence after the other."""
+    tokens: list[int] = []
+    responses: list[int] = []
+    optimal: list[float] = []
+    for i in rows:
+        ids, start = sequence(data, i), int(data.response_starts[i])
+        responses += range(len(tokens) + start, len(tokens) + len(ids))
+        tokens += ids
+        if data.optimal is not None:
+            optimal += data.optimal[data.offsets[i] + start : data.offsets[i + 1]].tolist()
+    lengths = [len(sequence(data, i)) for i in rows]
+    assert batch.tokens.tolist() == tokens
+    assert batch.layout.lengths == lengths
+    assert batch.layout.n_tokens == len(tokens)
+    assert batch.layout.positions.tolist() == [p for n in lengths for p in range(n)]
+    assert batch.responses.tolist() == responses
+    assert batch.response_lengths.tolist() == [
+        n - int(data.response_starts[i]) for i, n in zip(rows, lengths, strict=True)
+    ]
+    assert batch.rewards.tolist() == data.rewards[rows].astype(np.float32).tolist()
+    assert batch.problems.tolist() == [int(data.problems[i]) for i in rows]
+    if data.optimal is None:
+        assert batch.optimal is None
+    else:
+        assert batch.optimal is not None
+        assert batch.optimal.tolist() == optimal
+        assert not np.isnan(batch.optimal).any()
+
+
+def test_a_batch_is_its_sequences_end_to_end(data: TokenizedSet) -> None:
+    rng = np.random.default_rng(0)
+    for size in [1, 1, 2, 3, 7, 20, 60]:
+        rows = rng.choice(len(data), size, replace=False)
+        batch = assemble(data, rows, None, CPU)
+        check_batch(batch, data, rows.tolist())
+        assert batch.pairs.shape == (0, 2)
+
+
+def test_a_sequence_may_come_twice_as_at_the_end_of_an_epoch(data: TokenizedSet) -> None:
+    rows = np.array([3, 5, 3, 0, len(data) - 1, 3])
+    check_batch(assemble(data, rows, None, CPU), data, rows.tolist())
+
+
+def test_a_batch_has_the_types_that_it_promises(embedded: TokenizedSet) -> None:
+    batch = assemble(embedded, np.arange(4), np.array([[0, 1], [2, 3]]), CPU)
+    whole = (batch.tokens, batch.responses, batch.response_lengths, batch.pairs)
+    assert {tensor.dtype for tensor in whole} == {torch.int64}
+    assert batch.rewards.dtype == torch.float32
+    assert batch.problems.dtype == np.uint64
+    assert batch.optimal is not None
+    assert type(batch.optimal) is np.ndarray
+    assert batch.optimal.dtype == np.float32
+
+
+def pairs_of(data: TokenizedSet) -> Indices:
+    pairs = balanced_pairs(data.rewards, data.problems, data.response_lengths)
+    assert len(pairs) > 20
+    return pairs
+
+
+def test_pairs_stay_together_and_point_at_their_sequences(data: TokenizedSet) -> None:
+    units = pairs_of(data)
+    packer = Packer(data, units, dim=DIM, budget=BUDGET, device=CPU)
+    seen: list[list[int]] = []
+    for part in packer.everything():
+        batch = packer.assemble(part)
+        rows = units[part].ravel().tolist()
+        check_batch(batch, data, rows)
+        assert batch.pairs.shape == (len(part), 2)
+        better, worse = batch.rewards[batch.pairs].T
+        assert (better > worse).all()
+        problems = batch.problems[batch.pairs.numpy()]
+        assert (problems[:, 0] == problems[:, 1]).all()
+        seen += [[rows[i] for i in pair] for pair in batch.pairs.tolist()]
+    assert sorted(seen) == sorted(units.tolist())
+
+
+# --- the packer ------------------------------------------------------------------------------
+
+
+def packers(data: TokenizedSet, units: Indices, world: int) -> list[Packer]:
+    return [
+        Packer(data, units, dim=DIM, budget=BUDGET, device=CPU, rank=rank, world=world)
+        for rank in range(world)
+    ]
+
+
+def sequences_of(data: TokenizedSet, batches: list[Batch]) -> Iterator[tuple[int, ...]]:
+    for batch in batches:
+        start = 0
+        for length in batch.layout.lengths:
+            yield tuple(batch.tokens[start : start + length].tolist())
+            start += length
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_an_evaluation_covers_everything_once_over_all_ranks(
+    data: TokenizedSet, world: int
+) -> None:
+    for units in (single_units(len(data)), single_units(37), pairs_of(data)):
+        parts = [packer.everything() for packer in packers(data, units, world)]
+        assert len({len(part) for part in parts}) == 1
+        covered = np.concatenate([np.concatenate(part) for part in parts])
+        assert np.array_equal(np.sort(covered), np.arange(len(units)))
+        for part in (one for rank in parts for one in rank):
+            assert data.lengths[units[part]].sum() <= BUDGET
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_the_ranks_of_a_step_share_the_sequences_of_that_step(
+    data: TokenizedSet, world: int
+) -> None:
+    units = single_units(len(data))
+    ranks = packers(data, units, world)
+    for step in (0, 1, 7, 100):
+        batches = [packer.step(step, 24, seed=5) for packer in ranks]
+        assert len({len(rank) for rank in batches}) == 1
+        assert all(len(batch.tokens) <= BUDGET for rank in batches for batch in rank)
+        found = sorted(s for rank in batches for s in sequences_of(data, rank))
+        chosen = step_units(len(units), 24, step, 5)
+        assert found == sorted(tuple(sequence(data, int(i))) for i in chosen)
+
+
+def test_a_step_of_pairs_counts_sequences(data: TokenizedSet) -> None:
+    units = pairs_of(data)
+    (packer,) = packers(data, units, 1)
+    for step in range(3):
+        batches = packer.step(step, 16, seed=5)
+        assert sum(len(batch.layout.lengths) for batch in batches) == 16
+        assert sum(len(batch.pairs) for batch in batches) == 8
+        found = sorted(sequences_of(data, batches))
+        rows = units[step_units(len(units), 8, step, 5)].ravel()
+        assert found == sorted(tuple(sequence(data, int(i))) for i in rows)
+
+
+def test_a_step_is_the_same_each_time(embedded: TokenizedSet) -> None:
+    first, second = (packers(embedded, single_units(500), 2)[1].step(9, 32, 1) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.tokens, b.tokens)
+        assert torch.equal(a.responses, b.responses)
+
+
+# --- pairs -----------------------------------------------------------------------------------
+
+
+def random_solutions(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rewards, problems and lengths; wrong solutions tend to be longer."""
+    rewards = rng.choice([0.0, 0.0, 0.5, 1.0], n)
+    problems = rng.choice(rng.integers(0, 2**64, max(1, n // 5), np.uint64), n)
+    lengths = rng.integers(1, 60, n) + (10 * (1 - rewards)).astype(np.int64)
+    return rewards, problems, lengths
+
+
+def test_pairs_are_of_one_problem_with_the_better_one_first_and_each_sequence_once() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        rewards, problems, lengths = random_solutions(rng, int(rng.integers(1, 120)))
+        pairs = balanced_pairs(rewards, problems, lengths)
+        assert pairs.shape[1] == 2
+        assert pairs.dtype == np.int64
+        assert (rewards[pairs[:, 0]] > rewards[pairs[:, 1]]).all()
+        assert (problems[pairs[:, 0]] == problems[pairs[:, 1]]).all()
+        assert len(np.unique(pairs)) == pairs.size
+
+
+def test_length_does_not_tell_the_better_one() -> None:
+    rng = np.random.default_rng(1)
+    found = 0
+    for _ in range(200):
+        rewards, problems, lengths = random_solutions(rng, int(rng.integers(1, 120)))
+        pairs = balanced_pairs(rewards, problems, lengths)
+        difference = lengths[pairs[:, 0]] - lengths[pairs[:, 1]]
+        assert (difference > 0).sum() == (difference < 0).sum()
+        found += len(pairs)
+    assert found > 1000
+
+
+def test_solutions_of_equal_length_are_all_paired() -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(100):
+        n = int(rng.integers(1, 100))
+        rewards, problems = rng.integers(0, 2, n).astype(float), rng.integers(0, 9, n, np.uint64)
+        pairs = balanced_pairs(rewards, problems, np.full(n, 7))
+        groups = [rewards[problems == problem] for problem in np.unique(problems)]
+        assert len(pairs) == sum(min((g == 0).sum(), (g == 1).sum()) for g in groups)
+
+
+def test_the_order_of_the_rows_does_not_matter_where_no_two_pairs_are_alike() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        rewards, problems, _ = random_solutions(rng, 40)
+        lengths = 2 ** rng.permutation(40)  # so that all differences differ
+        order = rng.permutation(40)
+        pairs = balanced_pairs(rewards, problems, lengths)
+        moved = order[balanced_pairs(rewards[order], problems[order], lengths[order])]
+        assert sorted(moved.tolist()) == sorted(pairs.tolist())
+
+
+def test_the_closest_in_length_are_paired_and_the_widest_dropped() -> None:
+    # One problem each: pairs with differences -1, -5 and +2; one of the shorter winners must go.
+    rewards = np.array([1, 0, 1, 0, 1, 0, 0], float)
+    lengths = np.array([10, 11, 10, 15, 12, 10, 40])
+    problems = np.array([1, 1, 2, 2, 3, 3, 1], np.uint64)
+    assert balanced_pairs(rewards, problems, lengths).tolist() == [[0, 1], [4, 5]]
+
+
+def test_without_two_different_rewards_there_are_no_pairs() -> None:
+    lengths = np.array([3, 4, 5])
+    same, apart = np.ones(3), np.array([0.0, 1.0, 0.5])
+    one, each = np.zeros(3, np.uint64), np.arange(3, dtype=np.uint64)
+    assert balanced_pairs(same, one, lengths).shape == (0, 2)
+    assert balanced_pairs(apart, each, lengths).shape == (0, 2)
+
+
+def test_problems_at_both_ends_of_the_numbers_are_told_apart() -> None:
+    problems = np.array([0, 2**64 - 1, 2**63, 0, 2**64 - 1, 2**63], np.uint64)
+    rewards, lengths = np.array([1, 1, 1, 0, 0, 0], float), np.full(6, 5)
+    assert balanced_pairs(rewards, problems, lengths).tolist() == [[0, 3], [1, 4], [2, 5]]

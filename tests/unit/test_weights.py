@@ -1,0 +1,187 @@
+"""Trunks in Meta's layout: what is written is what is read, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from job.model.critic import Critic, unfreeze_last_blocks
+from job.model.transformer import (
+    PackedLayout,
+    RopeScaling,
+    Transformer,
+    TransformerConfig,
+    Trunk,
+    rope_frequencies,
+)
+from job.model.weights import load_trunk, read_architecture, save_transformer
+from job.outcome import InputError
+
+TINY = TransformerConfig(dim=16, n_layers=4, n_heads=4, vocab_size=11, multiple_of=8)
+ARCHITECTURES = {
+    "plain": TINY,
+    "extra heads": replace(TINY, n_future_tokens=3),
+    "grouped heads": replace(TINY, n_kv_heads=2),
+    "own sizes": replace(TINY, head_dim=6, ffn_hidden=20, norm_eps=1e-6, rope_theta=5e5),
+    "multiplier": replace(TINY, ffn_dim_multiplier=1.3, multiple_of=4),
+    "bias and norms": replace(TINY, qkv_bias=True, qk_norm=True),
+    "scaled RoPE": replace(TINY, rope_scaling=RopeScaling(factor=32.0)),
+}
+
+
+def _saved(
+    config: TransformerConfig, folder: Path, dtype: torch.dtype | None = None
+) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(config).to(dtype)
+    save_transformer(model, folder)
+    return model
+
+
+def _loaded(folder: Path, frozen_dtype: torch.dtype = torch.float32) -> Trunk:
+    with torch.device("meta"):
+        trunk = Trunk(read_architecture(folder))
+    load_trunk(trunk, folder, frozen_dtype=frozen_dtype, device=torch.device("cpu"))
+    return trunk
+
+
+def _change_params(folder: Path, changes: dict[str, Any]) -> None:
+    """Change some values of params.json; `...` takes one out."""
+    params = json.loads((folder / "params.json").read_text()) | changes
+    kept = {name: value for name, value in params.items() if value is not ...}
+    (folder / "params.json").write_text(json.dumps(kept))
+
+
+def _stored(folder: Path) -> dict[str, Tensor]:
+    weights = torch.load(folder / "consolidated.pth")
+    assert isinstance(weights, dict)
+    return weights
+
+
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_round_trip_to_the_bit(case: str, tmp_path: Path) -> None:
+    model = _saved(ARCHITECTURES[case], tmp_path)
+    assert read_architecture(tmp_path) == ARCHITECTURES[case]
+    trunk = _loaded(tmp_path)
+    stored = model.state_dict()
+    assert {n for n, _ in trunk.named_parameters()} == {
+        n for n, _ in Trunk(TINY).named_parameters()
+    } | {n for n in stored if "bias" in n or "_norm.weight" in n} - {
+        n for n in stored if n.startswith("extra_heads.")
+    }
+    for name, parameter in trunk.named_parameters():
+        assert torch.equal(parameter, stored[name])
+    tokens, layout = torch.arange(9), PackedLayout([4, 5])
+    assert torch.equal(trunk(tokens, layout), Trunk.forward(model, tokens, layout))
+
+
+@pytest.mark.parametrize("frozen", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_frozen_weights_as_asked_and_trainable_ones_in_full(
+    n: int, frozen: torch.dtype, tmp_path: Path
+) -> None:
+    model = _saved(TINY, tmp_path)
+    with torch.device("meta"):
+        critic = Critic(TINY)
+    unfreeze_last_blocks(critic, n)
+    trainable = {name for name, p in critic.trunk.named_parameters() if p.requires_grad}
+    load_trunk(critic.trunk, tmp_path, frozen_dtype=frozen, device=torch.device("cpu"))
+    for name, parameter in critic.trunk.named_parameters():
+        dtype = torch.float32 if name in trainable else frozen
+        assert parameter.requires_grad == (name in trainable)
+        assert parameter.dtype == dtype
+        assert torch.equal(parameter, model.state_dict()[name].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_files_of_other_precisions(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = _saved(TINY, tmp_path, dtype)
+    for name, parameter in _loaded(tmp_path).named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, model.state_dict()[name].float())
+
+
+def test_heads_and_a_stored_rope_table_are_not_loaded(tmp_path: Path) -> None:
+    _saved(replace(TINY, n_future_tokens=2), tmp_path)
+    weights = _stored(tmp_path)
+    left = {n for n in weights if n.startswith(("output.", "extra_heads."))}
+    assert left
+    unfit = {name: torch.zeros(3, dtype=torch.int8) for name in (*left, "rope.freqs")}
+    torch.save(weights | unfit, tmp_path / "consolidated.pth")
+    trunk = _loaded(tmp_path)
+    assert len(trunk.layers) == 3
+    assert {n for n, _ in trunk.named_parameters()} == weights.keys() - left
+
+
+@pytest.mark.parametrize("stored", [-1, ...])
+def test_a_vocabulary_left_open_is_the_embedding(stored: object, tmp_path: Path) -> None:
+    _saved(TINY, tmp_path)
+    _change_params(tmp_path, {"vocab_size": stored})
+    assert read_architecture(tmp_path) == TINY
+
+
+LLAMA_3 = RopeScaling(8.0, 1.0, 4.0, 8192)
+
+
+@pytest.mark.parametrize(
+    ("params", "scaling"),
+    [
+        ({}, None),
+        ({"use_scaled_rope": False}, None),
+        ({"use_scaled_rope": True}, LLAMA_3),
+        ({"rope_scaling": None}, None),
+        ({"rope_scaling": {}}, LLAMA_3),
+        ({"rope_scaling": {"factor": 32}}, replace(LLAMA_3, factor=32)),
+        ({"use_scaled_rope": True, "rope_scaling": {"factor": 4.0}}, replace(LLAMA_3, factor=4.0)),
+        ({"use_scaled_rope": True, "rope_scaling": None}, None),
+    ],
+)
+def test_rope_scaling(params: dict[str, Any], scaling: RopeScaling | None, tmp_path: Path) -> None:
+    _saved(TINY, tmp_path)
+    _change_params(tmp_path, params)
+    found = read_architecture(tmp_path)
+    assert found == replace(TINY, rope_scaling=scaling)
+    assert rope_frequencies(found).isfinite().all()
+
+
+def test_params_that_say_nothing_about_the_model(tmp_path: Path) -> None:
+    _saved(TINY, tmp_path)
+    _change_params(tmp_path, {"max_seq_len": 4096, "max_batch_size": 32})
+    assert read_architecture(tmp_path) == TINY
+
+
+def test_a_trunk_is_a_copy_of_its_file(tmp_path: Path) -> None:
+    _saved(TINY, tmp_path)
+    before = (tmp_path / "consolidated.pth").read_bytes()
+    trunk = _loaded(tmp_path)
+    with torch.no_grad():
+        for parameter in trunk.parameters():
+            parameter.zero_()
+    assert (tmp_path / "consolidated.pth").read_bytes() == before
+    assert _loaded(tmp_path).tok_embeddings.weight.any()
+
+
+def test_only_what_is_used_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _saved(TINY, tmp_path)
+    modes = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: modes.append(k) or load(*a, **k))
+    _loaded(tmp_path)
+    assert [(m["mmap"], m["weights_only"]) for m in modes] == [(True, True)]
+
+
+def test_ten_of_many_misfits_are_shown(tmp_path: Path) -> None:
+    _saved(TINY, tmp_path)
+    _change_params(tmp_path, {"dim": 32})
+    with pytest.raises(InputError) as caught:
+        _loaded(tmp_path)
+    head, *lines = str(caught.value).splitlines()
+    assert head.endswith("38 tensor(s) do not fit the model")
+    assert len(lines) == 10
+    assert "has shape (16, 16), params.json says (32, 32)" in lines[0]
