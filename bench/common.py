@@ -18,7 +18,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +53,7 @@ def origin(seed: int, packages: Sequence[str]) -> dict[str, Any]:
     return {
         "command": shlex.join(["python", *sys.argv]),
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
         "machine": machine(),
         "versions": {"python": platform.python_version()}
         | {name: metadata.version(name) for name in ("torch", *packages)},
@@ -67,7 +66,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
         "system": platform.platform(),
         "torch_threads": torch.get_num_threads(),
     }
@@ -111,8 +110,10 @@ class OtherLoad:
 
 
 def _cpu_seconds_of_others() -> float:
-    times = psutil.cpu_times()
-    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0)) - time.process_time()
+    # user, nice, system, idle, iowait, irq, softirq, steal, and guest, which user includes
+    ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+    busy = sum(ticks) - ticks[3] - ticks[4]
+    return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,7 +12,8 @@ contestants start from the same weights and take turns, step by step, in one pro
     floor           the matrix products of the linear layers alone, on the packed tokens
 
 Padding does not count as tokens. Before any figure counts, each contestant's first loss must equal
-what the untouched critic gives for the same sequences.
+what the untouched critic gives for the same sequences. Peak memory is measured in a process of its
+own for each. The record says how much of the machine other processes used meanwhile.
 """
 
 from __future__ import annotations
@@ -369,14 +370,14 @@ def take_step(contestant: Contestant, step: int) -> Sample:
     return Sample(seconds, contestant.real_tokens(step), contestant.computed_tokens(step), loss)
 
 
-def take_turns(contestants: dict[str, Contestant], steps: int) -> dict[str, list[Sample]]:
+def take_turns(contestants: dict[str, Contestant], steps: range) -> dict[str, list[Sample]]:
     """The contestants' steps in turn, so that all of them meet the machine in the same state."""
     samples: dict[str, list[Sample]] = {name: [] for name in contestants}
-    for step in range(steps):
+    for step in steps:
         for name, contestant in contestants.items():
             samples[name].append(take_step(contestant, step))
         times = ", ".join(f"{name} {taken[-1].seconds:.2f} s" for name, taken in samples.items())
-        say(f"step {step + 1} of {steps}: {times}")
+        say(f"step {step + 1} of {steps.stop}: {times}")
     return samples
 
 
@@ -438,11 +439,12 @@ def compare(data: TokenizedSet, steps: int, seed: int) -> dict[str, Any]:
         name: kind(make_critic(ARCHITECTURE, seed), data, seed)
         for name, kind in CONTESTANTS.items()
     }
+    warm = take_turns(contestants, range(WARM_UP))
+    first = check_first_losses(warm, contestants, make_critic(ARCHITECTURE, seed))
     load = OtherLoad()
-    samples = take_turns(contestants, WARM_UP + steps)
+    samples = take_turns(contestants, range(WARM_UP, WARM_UP + steps))
     other_load = load.share()
-    first = check_first_losses(samples, contestants, make_critic(ARCHITECTURE, seed))
-    figures = summarise({name: taken[WARM_UP:] for name, taken in samples.items()})
+    figures = summarise(samples)
     return {
         "settings": settings(steps),
         "contestants": {
@@ -460,6 +462,7 @@ def settings(steps: int) -> dict[str, Any]:
         "architecture": asdict(ARCHITECTURE),
         "training": to_dict(TRAINING),
         "sequence_tokens": [SHORTEST, LONGEST],
+        "prompt_share": 1 / PROMPT_SHARE,
         "dtype": "float32",
         "steps": steps,
         "warm_up_steps": WARM_UP,

@@ -21,11 +21,10 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from job.outcome import InputError
+from job.outcome import InputError, listing
 
 Schema = TypeVar("Schema")
 EMBEDDED = "embedded"  # as data source: the chains of job.data.arithmetic
-_SHOWN = 10  # problems in one error
 _WIDTH = 200  # characters of an override or a library's message in it
 
 
@@ -248,7 +247,7 @@ def load_config(schema: type[Schema], file: str | Path, overrides: Sequence[str]
     config = cast(Schema, _to_object(merged, file))
     problems = list(_impossible_values(config))
     if problems:
-        raise InputError(listed(f"{file}: impossible configuration", problems))
+        raise InputError(f"{file}: impossible configuration" + listing(problems))
     return config
 
 
@@ -294,12 +293,6 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{key}: {a.get(key, 'absent')} -> {b.get(key, 'absent')}" for key in keys]
 
 
-def listed(head: str, lines: Sequence[str]) -> str:
-    """A head and its lines below it: the first ten, and how many more there are."""
-    more = [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    return "\n  ".join([head, *lines[:_SHOWN], *more])
-
-
 def _read_yaml(path: Path) -> DictConfig:
     try:
         loaded = OmegaConf.load(path)
@@ -330,7 +323,7 @@ def _merge_layer(base: DictConfig, layer: DictConfig, source: str) -> DictConfig
     plain = cast(dict[str, Any], OmegaConf.to_container(layer))
     unknown = list(_unknown_keys(plain, cast(type, OmegaConf.get_type(base))))
     if unknown:
-        raise InputError(listed(f"{source}: {len(unknown)} key(s) do not fit", unknown))
+        raise InputError(f"{source}: {len(unknown)} key(s) do not fit" + listing(unknown))
     try:
         return cast(DictConfig, OmegaConf.merge(base, layer))
     except OmegaConfBaseException as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class Exit(enum.IntEnum):
@@ -19,6 +19,12 @@ class Exit(enum.IntEnum):
 
 class InputError(Exception):
     """Wrong input or configuration. The message says what, where and what to do."""
+
+
+def listing(lines: Sequence[str], shown: int = 10) -> str:
+    """A message's list: the first lines, indented, and a count of the rest."""
+    more = [f"... and {len(lines) - shown} more"] if len(lines) > shown else []
+    return "".join(f"\n  {line}" for line in [*lines[:shown], *more])
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ from job.durability.files import atomic_folder
 from job.learning.optimizer import build_language_model_optimizer, set_learning_rate
 from job.model.transformer import Transformer, TransformerConfig
 from job.model.weights import save_transformer
-from job.outcome import InputError, run_command
+from job.outcome import InputError, listing, run_command
 from job.telemetry.progress import progress, set_up_logging
 
 RECIPE = "recipe.yaml"
@@ -60,7 +61,8 @@ def make_trunk(config: PretrainConfig) -> None:
         _log.info("the trunk is there already: %s", folder)
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: not empty and no trunk; choose another folder or empty it")
+        raise InputError(f"out: {folder}: not empty and no trunk in it; choose another folder")
+    _architecture(config, vocab_size=1)
     try:
         with atomic_folder(folder) as scratch:
             pretrain(config, scratch)
@@ -69,14 +71,32 @@ def make_trunk(config: PretrainConfig) -> None:
 
 
 def _check_same_recipe(config: PretrainConfig, folder: Path) -> None:
-    file = folder / RECIPE
-    stored = yaml.safe_load(file.read_text()) if file.exists() else {}
-    changed = differences(stored, _recipe(config))
+    changed = differences(_stored_recipe(folder / RECIPE), _recipe(config))
     if changed:
         raise InputError(
             f"{folder}: the trunk here was made by another recipe (there -> asked for); "
-            "remove the folder or choose another\n  " + "\n  ".join(changed)
+            "remove the folder or choose another" + listing(changed)
         )
+
+
+def _stored_recipe(file: Path) -> dict[str, Any]:
+    """A trunk's recipe; empty where the trunk came from elsewhere."""
+    try:
+        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise InputError(f"{file}: not readable as a recipe")
+    return stored
+
+
+def _architecture(config: PretrainConfig, vocab_size: int) -> TransformerConfig:
+    try:
+        return TransformerConfig(**vars(config.architecture), vocab_size=vocab_size)
+    except ValueError as error:
+        raise InputError(f"architecture: {error}") from None
 
 
 def _recipe(config: PretrainConfig) -> dict[str, object]:
@@ -93,7 +113,7 @@ def pretrain(config: PretrainConfig, folder: Path) -> None:
     _write_tokenizer(config, folder)
     tokenizer = load_tokenizer(folder)
     data = load_split(config.data, "train", tokenizer)
-    architecture = TransformerConfig(**vars(config.architecture), vocab_size=tokenizer.vocab_size)
+    architecture = _architecture(config, tokenizer.vocab_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = initialise(Transformer(architecture), config.training.seed).to(device)
     budget = config.training.micro_batch_tokens

@@ -46,30 +46,31 @@ def train(config: CriticConfig) -> None:
     if run.status().get("state") == "finished":
         _log.info("%s is finished already: %s", run.path, run.file("report.html"))
         return
-    run.start_over()
-    with log_file(run.file("train.log")), Tracker(run) as tracker:
-        run.set_status(state="running", step=0, max_steps=config.training.max_steps, alarm=None)
-        try:
-            _train(config, run, tracker)
-        except BaseException as error:
-            run.set_status(state="failed", error=f"{type(error).__name__}: {error}")
-            raise
+    begun = run.recorded(step=0, max_steps=config.training.max_steps, alarm=None)
+    with log_file(run.file("train.log")), begun:
+        _train(config, run)
 
 
-def _train(config: CriticConfig, run: RunDirectory, tracker: Tracker) -> None:
+def _train(config: CriticConfig, run: RunDirectory) -> None:
     started = time.monotonic()
     device = set_up_torch(config)
     data = load_data(config, run, device)
     critic = load_critic(config, data, device)
+    run.start_over()
     report = parameter_report(critic)
     _log.info("parameters\n%s", report)
     run.write_json("parameters.json", report.to_dict())
     objective = Objective(config.objective)
     bf16 = config.distributed.fsdp.mixed_precision
     learner = Learner(critic, objective, config.training, bf16=bf16)
-    fit(config, learner, data, tracker, run)
-    critic.save_trained(run.file("critic.safetensors"))
-    run.set_status(state="finished", error=None, seconds=time.monotonic() - started)
+    with Tracker(run) as tracker, run.recorded():
+        fit(config, learner, data, tracker, run)
+        critic.save_trained(run.file("critic.safetensors"))
+        run.set_status(state="finished", seconds=time.monotonic() - started)
+        _write_report(run)
+
+
+def _write_report(run: RunDirectory) -> None:
     try:
         _log.info("finished: %s", write_report([run.path]))
     except InputError as error:  # a page that cannot be written does not undo a training

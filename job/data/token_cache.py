@@ -30,12 +30,11 @@ from job.data import arithmetic
 from job.data.examples import BadRow, Example, check_readable, read_examples
 from job.data.tokenizer import Encoded, Tokenizer
 from job.durability.files import atomic_folder
-from job.outcome import InputError
+from job.outcome import InputError, listing
 from job.telemetry.progress import progress
 
 FORMAT = 2  # part of the key: raise it when the stored form changes
 _BATCH = 1024  # examples tokenised together
-_SHOWN = 10  # bad rows shown in an error
 _VALIDATION = 1  # second part of the embedded data's seed; training has 0
 _log = logging.getLogger(__name__)
 
@@ -182,11 +181,9 @@ def _write(scratch: Path, source: Source, tokenizer: Tokenizer, policy: _Policy)
             advance(writer.n_seen, f"{len(writer.bad)} bad" if writer.bad else "")
     refused = writer.refused
     if refused:
-        shown = "\n  ".join(map(str, refused[:_SHOWN]))
-        more = f"\n  ... and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
         raise InputError(
-            f"{source.name}: {len(refused)} bad of {writer.n_seen} rows{policy.way_out}\n"
-            f"  {shown}{more}"
+            f"{source.name}: {len(refused)} bad of {writer.n_seen} rows{policy.way_out}"
+            + listing([str(row) for row in refused])
         )
     if not writer.rewards:
         raise InputError(f"{source.name}: no usable row ({writer.n_seen} read)")

@@ -16,6 +16,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import yaml
 
 from job.config import differences
 from job.durability.files import write_atomic
-from job.outcome import InputError
+from job.outcome import InputError, listing
 
 # May differ between two attempts of one run: they change neither data, model nor arithmetic.
 MAY_CHANGE = ("mlflow.", "run.dir", "data.cache_dir", "training.threads")
@@ -59,8 +61,7 @@ class RunDirectory:
         if changed:
             raise InputError(
                 f"{self.path}: this run directory holds a different configuration "
-                "(stored -> asked for); choose another run.dir or run.name\n  "
-                + "\n  ".join(changed)
+                "(stored -> asked for); choose another run.dir or run.name" + listing(changed)
             )
 
     def config(self) -> dict[str, Any]:
@@ -73,15 +74,35 @@ class RunDirectory:
         return stored
 
     def status(self) -> dict[str, Any]:
-        """The stored status; empty before the first one."""
+        """The stored status; empty before the first one.
+
+        Raises:
+            InputError: status.json is damaged.
+        """
+        file = self.file("status.json")
         try:
-            return dict(json.loads(self.file("status.json").read_text(encoding="utf-8")))
+            stored = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
+        except (OSError, ValueError):
+            stored = None
+        if not isinstance(stored, dict):
+            raise InputError(f"{file}: damaged; remove it to let the run start over")
+        return stored
 
     def set_status(self, **changes: Any) -> None:
         """Change some entries of status.json, leaving the rest."""
         self.write_json("status.json", self.status() | {"updated": time.time()} | changes)
+
+    @contextmanager
+    def recorded(self, **changes: Any) -> Iterator[None]:
+        """Record that the run is running, and if the body raises, that and how it failed."""
+        self.set_status(state="running", error=None, **changes)
+        try:
+            yield
+        except BaseException as error:
+            self.set_status(state="failed", error=f"{type(error).__name__}: {error}")
+            raise
 
     def write_json(self, name: str, content: Any) -> None:
         write_atomic(self.file(name), json.dumps(content, indent=2) + "\n")
@@ -96,6 +117,6 @@ class RunDirectory:
 
     def start_over(self) -> None:
         """Remove what an unfinished attempt left; mlflow.json stays, so that its copy is ended."""
-        for name in ("metrics.jsonl", "telemetry.jsonl", "status.json"):
+        for name in ("metrics.jsonl", "telemetry.jsonl"):
             self.file(name).unlink(missing_ok=True)
         shutil.rmtree(self.file("plots"), ignore_errors=True)

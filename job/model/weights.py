@@ -23,7 +23,7 @@ from job.model.transformer import (
     Trunk,
     config_field_names,
 )
-from job.outcome import InputError
+from job.outcome import InputError, listing
 
 PARAMS, WEIGHTS = "params.json", "consolidated.pth"
 # In Meta's files, and no part of a critic: LM head, multi-token heads, a stored RoPE table.
@@ -185,8 +185,8 @@ def _check_tensors(trunk: Trunk, stored: Mapping[str, Tensor], file: Path) -> No
         if stored[name].dtype not in _DTYPES or stored[name].layout is not torch.strided
     ]
     if problems:
-        shown = "\n  ".join(sorted(problems)[:10])
-        raise InputError(f"{file}: {len(problems)} tensor(s) do not fit the model\n  {shown}")
+        head = f"{file}: {len(problems)} tensor(s) do not fit the model"
+        raise InputError(head + listing(sorted(problems)))
 
 
 def save_transformer(model: Transformer, folder: Path) -> None:

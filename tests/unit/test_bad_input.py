@@ -28,6 +28,7 @@ import job.compare
 import job.pretrain
 import job.report
 import job.train
+from job.config import CriticConfig, load_config, to_dict
 from job.data.arithmetic import ALPHABET
 from job.data.tokenizer import write_character_tokenizer
 from job.model.transformer import Transformer, TransformerConfig
@@ -82,8 +83,8 @@ def tiny_trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "trunk"
     vocab_size = len(ALPHABET) + 3  # and three special tokens
     torch.manual_seed(0)
-    sizes = {"dim": 8, "n_layers": 2, "n_heads": 2, "multiple_of": 8}
-    save_transformer(Transformer(TransformerConfig(**sizes, vocab_size=vocab_size)), folder)
+    config = TransformerConfig(8, n_layers=2, n_heads=2, multiple_of=8, vocab_size=vocab_size)
+    save_transformer(Transformer(config), folder)
     write_character_tokenizer(folder, ALPHABET)
     return folder
 
@@ -654,9 +655,9 @@ def test_no_recipe(recipe: str, words: tuple[str, ...], refused: Callable[..., N
 def _unfinished(workplace: Path) -> Path:
     """A run directory that an attempt has left in the middle."""
     run = workplace / "runs" / "tiny"
-    config = job.train.load_config(job.train.CriticConfig, "critic.yaml")
+    config = load_config(CriticConfig, "critic.yaml")
     run.mkdir(parents=True)
-    (run / "config.yaml").write_text(yaml.safe_dump(job.train.to_dict(config), sort_keys=False))
+    (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     (run / "status.json").write_text(json.dumps({"state": "failed", "step": 1}))
     (run / "metrics.jsonl").write_text('{"step": 1}\n')
     return run
@@ -738,7 +739,7 @@ def test_pretraining_into_a_folder_of_other_things(
     (workplace / "full").mkdir()
     (workplace / "full" / "notes.txt").write_text("mine")
     options = ("--config", "pretrain.yaml", "--override", f"out={out}")
-    _refused(lambda: command(job.pretrain.main, *options), ("out", out))
+    _refused(lambda: command(job.pretrain.main, *options), ("out: ", out, "no trunk"))
 
 
 # --- the other commands ----------------------------------------------------------------------

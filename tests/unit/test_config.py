@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -21,11 +21,10 @@ from job.config import (
     Target,
     differences,
     flatten,
-    listed,
     load_config,
     to_dict,
 )
-from job.outcome import InputError
+from job.outcome import InputError, listing
 
 ROOT = Path(__file__).parents[2]
 MANDATORY = ("run.name=a", "run.dir=b", "model.path=c", "data.train=d", "data.validation=e")
@@ -52,8 +51,7 @@ def _keys(schema: type, prefix: str = "") -> Iterator[str]:
     """The dotted names of all values."""
     for f in dataclasses.fields(schema):
         if dataclasses.is_dataclass(f.default_factory):
-            assert isinstance(f.default_factory, type)
-            yield from _keys(f.default_factory, f"{prefix}{f.name}.")
+            yield from _keys(cast(type, f.default_factory), f"{prefix}{f.name}.")
         else:
             yield f"{prefix}{f.name}"
 
@@ -146,11 +144,11 @@ def test_differences() -> None:
     assert differences(old, old) == []
 
 
-def test_listed_shows_ten() -> None:
+def test_a_listing_shows_ten_lines() -> None:
     lines = [f"line {i}" for i in range(12)]
-    assert listed("head", lines[:1]) == "head\n  line 0"
-    assert listed("head", lines[:10]).splitlines()[1:] == [f"  {line}" for line in lines[:10]]
-    assert listed("head", lines).splitlines()[-2:] == ["  line 9", "  ... and 2 more"]
+    assert listing(lines[:1]) == "\n  line 0"
+    assert listing(lines[:10]).splitlines()[1:] == [f"  {line}" for line in lines[:10]]
+    assert listing(lines).splitlines()[-2:] == ["  line 9", "  ... and 2 more"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/critic").glob("*.yaml")), ids=str)
