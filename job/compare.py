@@ -55,8 +55,16 @@ def _train(config_file: str, overrides: Sequence[str]) -> None:
 
 
 def summarise(run: RunDirectory) -> dict[str, Any]:
-    """A finished run's last evaluation, and how fast it got there."""
+    """A finished run's last evaluation, and how fast it got there.
+
+    Raises:
+        InputError: the run has no evaluation.
+    """
     evaluations = [r for r in run.records() if _PREFIX + "mse" in r]
+    if not evaluations:
+        raise InputError(
+            f"{run.path}: finished, but without an evaluation in metrics.jsonl; remove the folder"
+        )
     last = {k.removeprefix(_PREFIX): v for k, v in evaluations[-1].items()}
     return {
         "num_unfrozen_layers": run.config()["training"]["num_unfrozen_layers"],

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def ensure_trunk(folder: Path, recipe: str) -> None:
     Raises:
         InputError: the folder holds a trunk that another recipe made.
     """
-    make_trunk(load_config(PretrainConfig, recipe, [f"out={folder}"]))
+    config = load_config(PretrainConfig, recipe, ["out=."])  # a path is no YAML: put in as it is
+    make_trunk(replace(config, out=str(folder)))
 
 
 def make_trunk(config: PretrainConfig) -> None:

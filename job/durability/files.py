@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -27,15 +28,15 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     Several processes may make the same folder at once: the first rename wins, and the others'
     work is dropped.
     """
-    folder = folder.absolute()  # `.` has no name
+    folder = folder.resolve()  # `.` has no name, and a link is no folder to rename onto
     scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         scratch.mkdir(parents=True)
         yield scratch
         try:
             scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

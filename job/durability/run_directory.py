@@ -50,6 +50,8 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.file("config.yaml").exists():
                 self._refuse_other(config)
+            elif self.file("metrics.jsonl").exists() or self.file("plots").exists():
+                raise InputError(f"run.dir: {self.path} holds files that no run here has written")
             write_atomic(self.file("config.yaml"), yaml.safe_dump(config, sort_keys=False))
         except OSError as error:
             raise InputError(f"run.dir: cannot write {self.path}: {error.strerror}") from None
@@ -113,7 +115,10 @@ class RunDirectory:
             text = self.file(name).read_text(encoding="utf-8")
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
+        try:
+            return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
+        except ValueError:
+            raise InputError(f"{self.file(name)}: damaged") from None
 
     def start_over(self) -> None:
         """Remove what an unfinished attempt left; mlflow.json stays, so that its copy is ended."""

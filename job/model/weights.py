@@ -63,7 +63,7 @@ def read_architecture(folder: str | Path) -> TransformerConfig:
 
 def _read_params(file: Path) -> dict[str, Any]:
     try:
-        params = json.loads(file.read_text())
+        params = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"{file}: cannot read the architecture: {error.strerror}; "
@@ -193,5 +193,5 @@ def save_transformer(model: Transformer, folder: Path) -> None:
     """Write a language model in Meta's layout."""
     folder.mkdir(parents=True, exist_ok=True)
     params = {k: v for k, v in sorted(asdict(model.config).items()) if v is not None}
-    (folder / PARAMS).write_text(json.dumps(params, indent=2) + "\n")
+    (folder / PARAMS).write_text(json.dumps(params, indent=2) + "\n", encoding="utf-8")
     torch.save({k: v.detach().cpu() for k, v in model.state_dict().items()}, folder / WEIGHTS)

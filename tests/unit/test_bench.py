@@ -60,11 +60,11 @@ def test_contestants_freeze_the_same_and_stay_together(
 
 def test_a_contestant_with_other_weights_is_refused(throughput: ModuleType, data: object) -> None:
     contestants = {"padded": throughput.PaddedSorted(throughput.make_critic(TINY, 0), data, 0)}
-    samples = throughput.take_turns(contestants, range(1))
+    first = throughput.take_turns(contestants, 0)
     same, other = (throughput.make_critic(TINY, seed) for seed in (0, 1))
-    assert throughput.check_first_losses(samples, contestants, same)["padded"] < 1e-4
+    assert throughput.check_first_losses(first, contestants, same)["padded"] < 1e-4
     with pytest.raises(AssertionError, match="padded: loss"):
-        throughput.check_first_losses(samples, contestants, other)
+        throughput.check_first_losses(first, contestants, other)
 
 
 def test_each_contestant_sees_every_sequence_once_an_epoch(
@@ -77,20 +77,35 @@ def test_each_contestant_sees_every_sequence_once_an_epoch(
 
 
 def test_summary_is_medians_and_their_ratios(throughput: ModuleType) -> None:
-    def samples(seconds: list[float], computed: int) -> list[object]:
-        return [throughput.Sample(s, 100, computed, 0.5) for s in seconds]
+    def taken(packed: float, padded: float, floor: float) -> object:
+        seconds = {"packed": packed, "padded": padded, "floor": floor}
+        computed = {"packed": 100, "padded": 160, "floor": 100}
+        samples = {n: throughput.Sample(seconds[n], 100, computed[n], 0.5) for n in seconds}
+        return throughput.Round(samples, 0.0)
 
-    figures = throughput.summarise(
-        {
-            "packed": samples([1.0, 2.0, 9.0], 100),
-            "padded": samples([4.0, 4.0, 4.0], 160),
-            "floor": samples([1.0, 1.0, 1.0], 100),
-        }
-    )
+    figures = throughput.summarise([taken(1, 4, 1), taken(2, 4, 1), taken(9, 4, 1)])
     assert figures["packed"]["tokens_per_second"] == 50
     assert figures["packed"]["share_of_floor"] == 0.5
     assert figures["padded"]["packed_is_faster_by"] == 2
     assert figures["padded"]["real_share"] == 0.625
+
+
+@pytest.mark.parametrize(
+    ("loads", "counted"),
+    [
+        ([0.0, 0.5, 0.01, 0.0], [0.0, 0.01]),  # two quiet rounds are enough
+        ([0.4, 0.2, 0.5, 0.3, 0.6, 0.9, 0.7, 0.8], [0.2, 0.3]),  # none is: the quietest
+    ],
+)
+def test_quiet_rounds_count(
+    throughput: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    loads: list[float],
+    counted: list[float],
+) -> None:
+    rounds = iter([throughput.Round({}, load) for load in loads])
+    monkeypatch.setattr(throughput, "take_turns", lambda contestants, step: next(rounds))
+    assert [r.other_load for r in throughput.measure({}, 2)] == counted
 
 
 def test_record_says_where_it_is_from(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -47,11 +47,12 @@ def _load(file: Path, *overrides: str) -> CriticConfig:
     return load_config(CriticConfig, file, overrides)
 
 
-def _keys(schema: type, prefix: str = "") -> Iterator[str]:
+def _keys(schema: Any, prefix: str = "") -> Iterator[str]:
     """The dotted names of all values."""
     for f in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(f.default_factory):
-            yield from _keys(cast(type, f.default_factory), f"{prefix}{f.name}.")
+        inside: Any = f.default_factory
+        if dataclasses.is_dataclass(inside):
+            yield from _keys(inside, f"{prefix}{f.name}.")
         else:
             yield f"{prefix}{f.name}"
 
