@@ -8,7 +8,7 @@ missing under runs/gsm8k, trunk and runs, is made there. The seed is the trainin
 
 from __future__ import annotations
 
-from common import command_line, say, table, write_record
+from common import command_line, say, write_record
 
 from job.compare import compare, summarise
 from job.durability.run_directory import RunDirectory
@@ -16,19 +16,18 @@ from job.outcome import run_command
 
 CONFIG = "configs/critic/critic_gsm8k.yaml"
 UNFREEZE = (0, 2, 5)  # the trunk of configs/pretrain/gsm8k.yaml has five blocks
-COLUMNS = ("mse", "mse_constant", "std", "r2", "last_token_auc", "length_auc", "seconds")
 
 
 def main() -> None:
     options = command_line(__doc__).parse_args()
-    runs = compare(CONFIG, [f"training.seed={options.seed}"], UNFREEZE)
+    seed = options.seed
+    directory = f"run.dir=runs/gsm8k/seed{seed}/${{run.name}}"
+    runs = compare(CONFIG, [f"training.seed={seed}", directory], UNFREEZE)
     rows = [summarise(RunDirectory(run)) for run in runs]
-    cells = [[str(r["num_unfrozen_layers"]), *(f"{r[c]:.4f}" for c in COLUMNS)] for r in rows]
-    print(table(("N", *COLUMNS), cells))
     if options.out is None:
         say("not written; --out FILE.json keeps the record")
     else:
-        write_record(options.out, {"config": CONFIG, "runs": rows}, seed=options.seed, packages=())
+        write_record(options.out, {"config": CONFIG, "runs": rows}, seed=seed, packages=())
 
 
 if __name__ == "__main__":

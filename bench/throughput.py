@@ -129,7 +129,7 @@ def make_critic(config: TransformerConfig, seed: int) -> Critic:
     for name, parameter in critic.trunk.named_parameters():
         if "norm" in name:  # so that a norm lost in conversion would show
             nn.init.uniform_(parameter, 0.5, 1.5)
-    critic.initialise_head(0.5)
+    critic.initialise_head(0.5, 0)
     unfreeze_last_blocks(critic, TRAINING.num_unfrozen_layers)
     return critic
 

@@ -24,7 +24,15 @@ from job.report import write_report
 from job.telemetry.mirror import tracking_uri
 
 _PREFIX = "validation/value/"
-_COLUMNS = ("num_unfrozen_layers", "mse", "std", "r2", "achievable_share", "steps_to_half")
+_COLUMNS = (
+    "num_unfrozen_layers",
+    "mse",
+    "std",
+    "r2",
+    "achievable_share",
+    "steps_to_half",
+    "last_token_auc",
+)
 
 
 def compare(config_file: str, overrides: Sequence[str], unfreeze: Sequence[int]) -> list[Path]:
@@ -51,7 +59,7 @@ def _train(config_file: str, overrides: Sequence[str]) -> None:
     command = [sys.executable, "-m", "job.train", "--config", config_file, "--override"]
     done = subprocess.run([*command, *overrides], check=False)
     if done.returncode:
-        sys.exit(done.returncode)
+        sys.exit(done.returncode if done.returncode > 0 else 128 - done.returncode)
 
 
 def summarise(run: RunDirectory) -> dict[str, Any]:
@@ -91,18 +99,28 @@ def steps_to_half(evaluations: Sequence[dict[str, Any]]) -> int | None:
 
 def _show(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(title="Validation: critics against the constant and the optimal predictor")
-    for name in ("unfrozen blocks", "MSE", "std", "R2", "share of achievable", "steps to half"):
+    for name in (
+        "unfrozen blocks",
+        "MSE",
+        "std",
+        "R2",
+        "share of achievable",
+        "steps to half",
+        "AUC",
+    ):
         table.add_column(name, justify="right")
     table.add_column("seconds", justify="right")
     first = rows[0]
-    table.add_row("constant", f"{first['mse_constant']:.4f}", "0.0000", "0.0000", "", "", "")
+    table.add_row(
+        "constant", f"{first['mse_constant']:.4f}", "0.0000", "0.0000", "", "", "0.5000", ""
+    )
     for row in rows:
         cells = [_cell(row[name]) for name in _COLUMNS]
         table.add_row(*cells, f"{row['seconds']:.0f}")
     if first["mse_optimal"] is not None:
         r2 = 1 - first["mse_optimal"] / first["mse_constant"]
         best = (first["mse_optimal"], first["std_optimal"], r2, 1.0)
-        table.add_row("optimal", *map(_cell, best), "", "")
+        table.add_row("optimal", *map(_cell, best), "", "", "")
     Console().print(table)
 
 
@@ -118,9 +136,18 @@ def main() -> None:
     options = parser.parse_args()
     runs = compare(options.config, options.override, options.unfreeze)
     page = write_report(runs)
-    uri = tracking_uri(RunDirectory(runs[0]).config())
     print(f"\nreport   {page.resolve()}\nnumbers  {runs[0].parent / 'comparison.json'}")
-    print(f"MLflow   {sys.executable} -m mlflow ui --backend-store-uri {uri}")
+    print(f"MLflow   {_mlflow(RunDirectory(runs[0]).config())}")
+
+
+def _mlflow(config: dict[str, Any]) -> str:
+    """How to see the runs in MLflow."""
+    uri = tracking_uri(config)
+    if not config["mlflow"]["enabled"]:
+        return "off (mlflow.enabled)"
+    if uri.startswith("http"):
+        return uri
+    return f"{sys.executable} -m mlflow ui --backend-store-uri {uri}"
 
 
 if __name__ == "__main__":

@@ -52,7 +52,9 @@ def ensure_trunk(folder: Path, recipe: str) -> None:
         InputError: the folder holds a trunk that another recipe made.
     """
     config = load_config(PretrainConfig, recipe, ["out=."])  # a path is no YAML: put in as it is
+    threads = torch.get_num_threads()
     make_trunk(replace(config, out=str(folder)))
+    torch.set_num_threads(threads)  # the recipe's are the recipe's
 
 
 def make_trunk(config: PretrainConfig) -> None:

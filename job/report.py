@@ -30,7 +30,7 @@ from job.config import flatten
 from job.durability.files import write_atomic
 from job.durability.run_directory import RunDirectory
 from job.outcome import InputError, run_command
-from job.telemetry.alarm import R2_LIMIT, STD_SHARE
+from job.telemetry.alarm import is_constant
 from job.telemetry.plots import Curves, draw_plots, run_colour, run_names, save_plots
 
 _PAGE = "report.html"
@@ -70,7 +70,7 @@ def verdict(metrics: Mapping[str, float]) -> str:
     if "r2" not in metrics:
         return "cannot be judged: all validation labels are equal"
     r2, std = metrics["r2"], metrics["std_prediction"]
-    if r2 <= R2_LIMIT and std < STD_SHARE * metrics["std_target"]:
+    if is_constant(metrics):
         return f"predicts almost a constant (std {std:.2f}, R² {r2:z.2f})"
     if r2 <= 0:
         return f"is no better than a constant, though it varies (std {std:.2f}, R² {r2:z.2f})"

@@ -52,7 +52,6 @@ def train(config: CriticConfig) -> None:
 
 
 def _train(config: CriticConfig, run: RunDirectory) -> None:
-    started = time.monotonic()
     device = set_up_torch(config)
     data = load_data(config, run, device)
     critic = load_critic(config, data, device)
@@ -63,6 +62,7 @@ def _train(config: CriticConfig, run: RunDirectory) -> None:
     objective = Objective(config.objective)
     bf16 = config.distributed.fsdp.mixed_precision
     learner = Learner(critic, objective, config.training, bf16=bf16)
+    started = time.monotonic()
     with Tracker(run) as tracker, run.recorded():
         fit(config, learner, data, tracker, run)
         critic.save_trained(run.file("critic.safetensors"))
@@ -73,7 +73,7 @@ def _train(config: CriticConfig, run: RunDirectory) -> None:
 def _write_report(run: RunDirectory) -> None:
     try:
         _log.info("finished: %s", write_report([run.path]))
-    except InputError as error:  # a page that cannot be written does not undo a training
+    except Exception as error:  # whatever is wrong with a page, the training is done
         _log.warning("finished, without a report: %s", error)
 
 
@@ -83,7 +83,7 @@ def fit(
     """The training loop: steps 1 to max_steps."""
     training, last = config.training, config.training.max_steps
     alarm = ConstantPredictorAlarm(config.evaluation.alarm_evaluations, training.warmup_steps)
-    window, r2 = Window(), float("nan")
+    window, note = Window(), ""
     with progress("training", last) as advance:
         for step in range(1, last + 1):
             began = time.monotonic()
@@ -101,13 +101,17 @@ def fit(
                 speed = window.telemetry(data.device)
                 tracker.telemetry(step, speed)
                 run.set_status(step=step)
-                r2 = figures.get("r2", float("nan"))
-                note = f"loss {result.loss:.4f}  R2 {r2:.3f}"
-                advance(step, f"{note}  {speed['tokens_per_second']:,.0f} tokens/s")
+                note = _note(figures, speed)
                 window = Window()
             if step % config.evaluation.every_steps == 0 or step == last:
                 metrics |= evaluate(learner, data.validation, step, alarm, run)
             tracker.metrics(step, metrics)
+            advance(step, f"loss {result.loss:.4f}{note}")
+
+
+def _note(figures: Mapping[str, float], speed: Mapping[str, float]) -> str:
+    r2 = f"{figures['r2']:.3f}" if "r2" in figures else "-"
+    return f"  R2 {r2}  {speed['tokens_per_second']:,.0f} tokens/s"
 
 
 def evaluate(
@@ -119,6 +123,8 @@ def evaluate(
     figures = evaluated.compute()
     run.write_json("reliability.json", _curves(evaluated))
     _log.info("step %d  %s", step, _summary(figures))
+    if learner.objective.ranks_only:
+        return _prefixed("validation/value/", figures)
     text = alarm.check(step, figures, learner.config.num_unfrozen_layers)
     if text is not None:
         _log.warning("%s", text)
@@ -208,8 +214,7 @@ def load_critic(config: CriticConfig, data: CriticData, device: torch.device) ->
     bias = config.training.value_head.bias_init
     if bias is None:
         bias = Objective(config.objective).initial_bias(data.mean_reward)
-    generator = torch.Generator(device).manual_seed(config.training.seed)
-    critic.initialise_head(bias, generator)
+    critic.initialise_head(bias, config.training.seed)
     return critic
 
 
@@ -248,7 +253,15 @@ def _curves(metrics: ValueMetrics) -> dict[str, list[float | None]]:
     }
 
 
+def _refuse_several_processes() -> None:
+    """Several processes would each train the whole critic in one run directory."""
+    for name in ("WORLD_SIZE", "SLURM_NTASKS"):
+        if int(os.environ.get(name, "1")) > 1:
+            raise InputError(f"{name}={os.environ[name]}: training runs as one process today")
+
+
 def main() -> None:
+    _refuse_several_processes()
     options = command_line(__doc__ or "").parse_args()
     set_up_logging()
     train(load_config(CriticConfig, options.config, options.override))

@@ -78,7 +78,7 @@ def distribute(
     """
     per_rank = max(1, -(-int(tokens.sum()) // (world * budget)))
     while (bins := _fill_bins(tokens, costs, world * per_rank, budget)) is None:
-        per_rank += 1
+        per_rank = max(per_rank + 1, per_rank * 21 // 20)
     load = [costs[b].sum() for b in bins]
     order = np.argsort(load, kind="stable")[::-1]
     return [[bins[i] for i in order[rank::world]] for rank in range(world)]
@@ -132,6 +132,7 @@ class Packer:
         per_step = sequences // self.units.shape[1]
         return self._pack(step_units(len(self.units), per_step, step, seed))
 
+    @functools.cached_property
     def everything(self) -> list[Indices]:
         """This rank's micro-batches of an evaluation: over all ranks, each unit once."""
         return distribute(self._tokens, self._costs, self.world, self.budget)[self.rank]

@@ -33,9 +33,8 @@ from job.durability.files import atomic_folder
 from job.outcome import InputError, listing
 from job.telemetry.progress import progress
 
-FORMAT = 2  # part of the key: raise it when the stored form changes
+FORMAT = 3  # part of the key: raise it when the stored form changes
 _BATCH = 1024  # examples tokenised together
-_VALIDATION = 1  # second part of the embedded data's seed; training has 0
 _log = logging.getLogger(__name__)
 
 
@@ -150,18 +149,15 @@ def _embedded(config: ArithmeticConfig, split: str, labelled: bool) -> Source:
         "max_steps": config.max_steps,
         "error_probability": config.error_probability if labelled else 0.0,
         "attempts": config.attempts if labelled else 1,
-        "seed": [config.seed, _VALIDATION if split == "validation" else 0],
+        "seed": config.seed,
+        "held_out": split == "validation",
     }
     drawn = arithmetic.chains(count, **settings)  # type: ignore[arg-type]
     rows = (
-        (i + 1, Example(c.prompt, c.response, c.reward, _embedded_id(settings, i), c.optimal))
-        for i, c in enumerate(drawn)
+        (line, Example(c.prompt, c.response, c.reward, c.prompt, c.optimal))
+        for line, c in enumerate(drawn, 1)
     )
     return Source(f"embedded {split} data", {"embedded": settings, "count": count}, rows)
-
-
-def _embedded_id(settings: dict[str, Any], i: int) -> str:
-    return f"{settings['seed']}-{i // settings['attempts']}"
 
 
 def _file(path: str, fields: Any, labelled: bool) -> Source:

@@ -7,6 +7,7 @@ telemetry.jsonl   time, speed and memory, one object a line
 parameters.json   the parameter report
 reliability.json  calibration and value by position at the last evaluation
 critic.safetensors  the trained parameters
+bad_rows.*.jsonl  rows left out
 train.log, plots/, report.html
 mlflow.json       what MLflow has been sent (mlflow.lock and mlflow.log belong to it)
 """
@@ -27,7 +28,8 @@ from job.config import differences
 from job.durability.files import write_atomic
 from job.outcome import InputError, listing
 
-# May differ between two attempts of one run: they change neither data, model nor arithmetic.
+# May differ between two attempts of one run: they change neither data nor model, and the
+# arithmetic by rounding at most.
 MAY_CHANGE = ("mlflow.", "run.dir", "data.cache_dir", "training.threads")
 
 
@@ -103,7 +105,8 @@ class RunDirectory:
         try:
             yield
         except BaseException as error:
-            self.set_status(state="failed", error=f"{type(error).__name__}: {error}")
+            if self.status().get("state") != "finished":  # what fails after it undoes nothing
+                self.set_status(state="failed", error=f"{type(error).__name__}: {error}")
             raise
 
     def write_json(self, name: str, content: Any) -> None:
@@ -122,6 +125,6 @@ class RunDirectory:
 
     def start_over(self) -> None:
         """Remove what an unfinished attempt left; mlflow.json stays, so that its copy is ended."""
-        for name in ("metrics.jsonl", "telemetry.jsonl"):
+        for name in ("metrics.jsonl", "telemetry.jsonl", "reliability.json", "report.html"):
             self.file(name).unlink(missing_ok=True)
         shutil.rmtree(self.file("plots"), ignore_errors=True)

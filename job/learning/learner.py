@@ -18,6 +18,8 @@ from job.outcome import InputError
 from job.telemetry.progress import Advance
 from job.telemetry.value_metrics import ValueMetrics
 
+_ADVICE = "Lower training.learning_rate"
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -66,12 +68,19 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, packer: Packer, advance: Advance) -> ValueMetrics:
-        """Metrics over every unit of a packer's data."""
+        """Metrics over every unit of a packer's data.
+
+        Raises:
+            InputError: a prediction is not finite.
+        """
         metrics = ValueMetrics()
-        plan = packer.everything()
+        plan = packer.everything
         for done, units in enumerate(plan, 1):
             batch = packer.assemble(units)
-            self._record(metrics, self.outputs(batch), batch)
+            outputs = self.outputs(batch)
+            if not outputs.isfinite().all():
+                raise InputError(f"evaluation: predictions are not finite. {_ADVICE}")
+            self._record(metrics, outputs, batch)
             advance(done, f"of {len(plan)} evaluation batches")
         return metrics
 
@@ -87,7 +96,7 @@ class Learner:
             batch.response_lengths.cpu().numpy(),
             batch.rewards.cpu().numpy(),
             batch.problems,
-            batch.optimal,
+            batch.optimal if self.objective.config.gamma == 1 else None,  # it is undiscounted
         )
 
     def _check_gradients(self) -> None:
@@ -104,5 +113,5 @@ def _check_finite(step: int, result: StepResult) -> None:
     if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
         raise InputError(
             f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; "
-            "the weights were left as before this step. Lower training.learning_rate"
+            f"the weights were left as before this step. {_ADVICE}"
         )

@@ -29,9 +29,14 @@ class Objective:
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
 
+    @property
+    def ranks_only(self) -> bool:
+        """Whether outputs lie on no scale of rewards: only their differences are trained."""
+        return self.config.loss is Loss.pairwise
+
     def initial_bias(self, mean_reward: float) -> float:
         """The head bias that predicts the mean reward (0 for pairwise: only differences count)."""
-        if self.config.loss is Loss.pairwise:
+        if self.ranks_only:
             return 0.0
         if self.config.loss is Loss.bce:
             p = min(max(mean_reward, _EDGE), 1 - _EDGE)

@@ -56,11 +56,11 @@ def depth(critic: Critic, name: str) -> int:
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, config: TrainingConfig | PretrainTrainingConfig, step: int
 ) -> float:
-    """Set every group's rate for optimizer step `step` (from 0); the first group's is returned."""
+    """Set every group's rate for optimizer step `step` (from 0); training.learning_rate's."""
     factor = schedule(config, step)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-    return float(optimizer.param_groups[0]["lr"])
+    return config.learning_rate * factor
 
 
 def schedule(config: TrainingConfig | PretrainTrainingConfig, step: int) -> float:

@@ -32,6 +32,7 @@ class Critic(nn.Module):
         super().__init__()
         self.trunk = Trunk(config)
         self.value_head = nn.Linear(config.dim, 1)
+        self.num_unfrozen_layers = len(self.trunk.layers) + 1  # all, until some are frozen
 
     def forward(self, tokens: Tensor, layout: PackedLayout, at: Tensor) -> Tensor:
         """Head outputs, float32 [n], at positions `at` (int64 [n]) of the stream tokens [t]."""
@@ -39,14 +40,16 @@ class Critic(nn.Module):
 
     def evaluate_hidden(self, hidden: Tensor, at: Tensor) -> Tensor:
         """Head outputs, float32 [n], from the last block's output [t, d]."""
-        features = self.trunk.norm(hidden[at])
+        features = self.trunk.norm(hidden[at].float())
         with torch.autocast(features.device.type, enabled=False):
-            return self.value_head(features.float())[:, 0]
+            return self.value_head(features)[:, 0]
 
     @torch.no_grad()
-    def initialise_head(self, bias: float, generator: torch.Generator | None = None) -> None:
+    def initialise_head(self, bias: float, seed: int) -> None:
         """Small weights and the given bias: first predictions spread by about 1 / sqrt(d)."""
-        self.value_head.weight.normal_(0, 1 / self.trunk.config.dim, generator=generator)
+        d = self.trunk.config.dim
+        generator = torch.Generator().manual_seed(seed)  # the same on every kind of device
+        self.value_head.weight.copy_(torch.randn(1, d, generator=generator) / d)
         self.value_head.bias.fill_(bias)
 
     def save_trained(self, file: Path) -> None:
@@ -68,6 +71,7 @@ def unfreeze_last_blocks(critic: Critic, n: int) -> None:
             f"training.num_unfrozen_layers: {n!r} must be 0 (head only) or a positive integer"
         )
     trunk, n_blocks = critic.trunk, len(critic.trunk.layers)
+    critic.num_unfrozen_layers = n
     critic.requires_grad_(False)
     critic.value_head.requires_grad_(True)
     if n > n_blocks:
@@ -152,7 +156,7 @@ def parameter_report(critic: Critic) -> ParameterReport:
         "embeddings": trunk.tok_embeddings,
     }
     return ParameterReport(
-        num_unfrozen_layers=len(trunk.layers) - trunk.first_trainable_block(),
+        num_unfrozen_layers=critic.num_unfrozen_layers,
         num_layers=len(trunk.layers),
         components=tuple(_component(name, part) for name, part in parts.items()),
     )

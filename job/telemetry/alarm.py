@@ -8,6 +8,12 @@ R2_LIMIT = 0.02
 STD_SHARE = 1 / 3  # of the labels' standard deviation
 
 
+def is_constant(metrics: Mapping[str, float]) -> bool:
+    """Whether an evaluation's predictions are hardly better and hardly wider than a constant."""
+    narrow = metrics["std_prediction"] < STD_SHARE * metrics["std_target"]
+    return metrics["r2"] <= R2_LIMIT and narrow
+
+
 class ConstantPredictorAlarm:
     """Sounds once, when `patience` evaluations in a row after warm-up look constant."""
 
@@ -24,10 +30,7 @@ class ConstantPredictorAlarm:
         """
         if step <= self.warmup_steps or "r2" not in metrics or self._sounded:
             return None
-        constant = metrics["r2"] <= R2_LIMIT and (
-            metrics["std_prediction"] < STD_SHARE * metrics["std_target"]
-        )
-        self._in_a_row = self._in_a_row + 1 if constant else 0
+        self._in_a_row = self._in_a_row + 1 if is_constant(metrics) else 0
         if self._in_a_row < self.patience:
             return None
         self._sounded = True

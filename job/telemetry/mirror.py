@@ -81,7 +81,7 @@ def tracking_uri(config: dict[str, Any]) -> str:
 def live_mirror_allowed(uri: str) -> bool:
     """False for a local database in a cluster job: several nodes must never write one file."""
     in_job = "SLURM_PROCID" in os.environ or "SLURM_JOB_ID" in os.environ
-    local = uri.startswith(("sqlite", "file:", "/", "."))
+    local = uri.startswith(("sqlite", "file:")) or ("://" not in uri and uri != "databricks")
     return not (in_job and local)
 
 

@@ -14,6 +14,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LINE_SECONDS = 10.0  # between two lines where there is no terminal
+_LINES = "job.progress"
 _PLAIN = "%(asctime)s %(levelname)s %(message)s"
 _console = Console(stderr=True)
 
@@ -27,17 +28,18 @@ def set_up_logging() -> None:
     if logger.handlers:
         return
     if _console.is_terminal:
-        logger.addHandler(RichHandler(console=_console, show_path=False))
+        handler: logging.Handler = RichHandler(console=_console, show_path=False)
+        handler.addFilter(lambda record: record.name != _LINES)  # the bar shows it
     else:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter(_PLAIN))
-        logger.addHandler(handler)
+    logger.addHandler(handler)
 
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
     """Write the log of `job` to a file as well."""
-    handler = logging.FileHandler(path)
+    handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(_PLAIN))
     logger = logging.getLogger("job")
     logger.addHandler(handler)
@@ -50,13 +52,19 @@ def log_file(path: Path) -> Iterator[None]:
 
 @contextmanager
 def progress(task: str, total: int | None = None) -> Iterator[Advance]:
-    """Yield a function (done, note) that shows how far `task` is."""
-    if _console.is_terminal:
-        with _bar() as bar:
-            row = bar.add_task(task, total=total, note="")
-            yield lambda done, note: bar.update(row, completed=done, note=note)
-    else:
-        yield _line_writer(task, total)
+    """Yield a function (done, note) that shows how far `task` is, and logs it now and then."""
+    write_line = _line_writer(task, total)
+    if not _console.is_terminal:
+        yield write_line
+        return
+    with _bar() as bar:
+        row = bar.add_task(task, total=total, note="")
+
+        def advance(done: int, note: str) -> None:
+            bar.update(row, completed=done, note=note)
+            write_line(done, note)
+
+        yield advance
 
 
 def _bar() -> Progress:
@@ -71,7 +79,7 @@ def _bar() -> Progress:
 
 
 def _line_writer(task: str, total: int | None) -> Advance:
-    logger = logging.getLogger("job.progress")
+    logger = logging.getLogger(_LINES)
     started = last = time.monotonic()
 
     def advance(done: int, note: str) -> None:

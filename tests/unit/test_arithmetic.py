@@ -6,14 +6,14 @@ import itertools
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 
-from job.data.arithmetic import ALPHABET, Chain, chains
+from job.data.arithmetic import ALPHABET, Chain, chains, is_held_out
 
 SETTINGS: dict[str, Any] = {
     "min_steps": 2,
@@ -210,11 +210,17 @@ def test_chunks_of_the_generator_do_not_repeat_each_other() -> None:
     assert sum(a == b for a, b in zip(texts, texts[1024:], strict=False)) < 5
 
 
-@pytest.mark.parametrize("other", [1, [0, 1], [1, 0], (0, 2), [0, 0, 1]])
-def test_another_seed_gives_other_chains(other: int | Sequence[int]) -> None:
-    assert draw(100, seed=other) != draw(100, seed=[0, 0])
+def test_another_seed_gives_other_chains() -> None:
+    assert draw(100, seed=1) != draw(100, seed=0)
 
 
-def test_a_seed_may_be_a_number_or_a_sequence() -> None:
-    assert draw(100, seed=7) == draw(100, seed=[7])
-    assert draw(100, seed=(7, 1)) == draw(100, seed=[7, 1])
+def test_held_out_problems_are_a_tenth_and_never_drawn_for_training() -> None:
+    training = {c.prompt for c in draw(20_000, attempts=1, min_steps=1, max_steps=2)}
+    validation = {
+        c.prompt for c in draw(2_000, attempts=1, min_steps=1, max_steps=2, held_out=True)
+    }
+    assert not training & validation
+    assert all(is_held_out(prompt) for prompt in validation)
+    d = "0123456789"
+    everything = [f"{a}{s}{b}{u}{c}?" for a, s, b, u, c in product(d, "+-", d, "+-", d)]
+    assert 0.08 < np.mean([is_held_out(prompt) for prompt in everything]) < 0.12

@@ -54,7 +54,7 @@ def _batch(seed: int) -> Batch:
 
 def _learner(n: int) -> Learner:
     critic = _critic(SMALL, n)
-    critic.initialise_head(0.5, torch.Generator().manual_seed(0))
+    critic.initialise_head(0.5, 0)
     config = TrainingConfig(num_unfrozen_layers=n, learning_rate=1e-3, max_steps=20, warmup_steps=2)
     return Learner(critic, Objective(ObjectiveConfig()), config, bf16=False)
 

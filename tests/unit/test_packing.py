@@ -302,7 +302,7 @@ def test_pairs_stay_together_and_point_at_their_sequences(data: TokenizedSet) ->
     units = pairs_of(data)
     packer = Packer(data, units, dim=DIM, budget=BUDGET, device=CPU)
     seen: list[list[int]] = []
-    for part in packer.everything():
+    for part in packer.everything:
         batch = packer.assemble(part)
         rows = units[part].ravel().tolist()
         check_batch(batch, data, rows)
@@ -338,7 +338,7 @@ def test_an_evaluation_covers_everything_once_over_all_ranks(
     data: TokenizedSet, world: int
 ) -> None:
     for units in (single_units(len(data)), single_units(37), pairs_of(data)):
-        parts = [packer.everything() for packer in packers(data, units, world)]
+        parts = [packer.everything for packer in packers(data, units, world)]
         assert len({len(part) for part in parts}) == 1
         covered = np.concatenate([np.concatenate(part) for part in parts])
         assert np.array_equal(np.sort(covered), np.arange(len(units)))

@@ -14,7 +14,7 @@ from job.compare import compare, steps_to_half, summarise
 from job.config import CriticConfig, load_config
 from job.durability.run_directory import RunDirectory
 from job.outcome import InputError
-from job.train import train
+from job.train import main, train
 
 PRETRAIN = """
 out: trunk
@@ -156,7 +156,37 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_says_so(folder: Path) -> Non
         _train("training.learning_rate=1e30", "training.max_grad_norm=1e30")
     status = RunDirectory("runs/n1").status()
     assert status["state"] == "failed"
-    assert "not" not in status or status["error"]
+    assert "Lower training.learning_rate" in status["error"]
+
+
+def test_predictions_that_are_not_finite_in_an_evaluation_end_the_run(folder: Path) -> None:
+    huge = ("training.learning_rate=1e38", "training.value_head.learning_rate=1e38")
+    with pytest.raises(InputError, match=r"not finite|gradient norm"):
+        _train(*huge, "training.warmup_steps=0", "evaluation.every_steps=1")
+    assert "Lower training.learning_rate" in RunDirectory("runs/n1").status()["error"]
+
+
+def test_a_report_that_fails_does_not_undo_a_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(runs: object) -> Path:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("job.train.write_report", fail)
+    assert _train().status()["state"] == "finished"
+    assert "finished, without a report: no ink" in caplog.text
+
+
+def test_the_logged_learning_rate_is_the_trunks(folder: Path) -> None:
+    run = _train("training.value_head.learning_rate=0.5", "training.max_steps=3")
+    rates = [r["train/learning_rate"] for r in run.records()]
+    assert rates[1] == 0.001
+
+
+def test_several_processes_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(InputError, match="WORLD_SIZE=4: training runs as one process"):
+        main()
 
 
 def test_the_alarm_reaches_the_status_file(folder: Path) -> None:

@@ -1,0 +1,37 @@
+"""What only a GPU can show; skipped without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from job.model.transformer import PackedLayout, TransformerConfig, Trunk, _attend_spans, attend
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_flash_attention_on_packed_sequences_equals_masked_attention(kv_heads: int) -> None:
+    layout = PackedLayout([5, 130, 64], "cuda")
+    torch.manual_seed(0)
+    heads = (4, kv_heads, kv_heads)
+    flash = [torch.randn(199, h, 64, device="cuda", requires_grad=True) for h in heads]
+    exact = [x.detach().clone().requires_grad_() for x in flash]
+    mixed = attend(*(x.bfloat16() for x in flash), layout).float()
+    expected = _attend_spans(*exact, layout)
+    torch.testing.assert_close(mixed, expected, rtol=0.02, atol=0.02)
+    mixed.square().sum().backward()
+    expected.square().sum().backward()
+    for ours, theirs in zip(flash, exact, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0.05, atol=0.05)
+
+
+def test_a_bf16_trunk_stays_close_to_its_float32_form() -> None:
+    config = TransformerConfig(dim=128, n_layers=3, n_heads=2, vocab_size=50)
+    torch.manual_seed(0)
+    trunk = Trunk(config).cuda().requires_grad_(False)
+    tokens, layout = torch.randint(0, 50, (90,), device="cuda"), PackedLayout([60, 30], "cuda")
+    exact = trunk(tokens, layout)
+    torch.testing.assert_close(
+        trunk.bfloat16()(tokens, layout).float(), exact, rtol=0.05, atol=0.08
+    )
