@@ -79,6 +79,7 @@ def test_a_run_directory_tells_the_whole_run(folder: Path) -> None:
     assert f"{records[-1]['validation/value/mse']:.4f}" in page
 
 
+@pytest.mark.slow
 def test_only_trained_parameters_are_saved_and_they_have_moved(folder: Path) -> None:
     run = _train()
     saved = load_file(run.file("critic.safetensors"))
@@ -90,6 +91,7 @@ def test_only_trained_parameters_are_saved_and_they_have_moved(folder: Path) -> 
     assert len(moved) == len(saved) - 2
 
 
+@pytest.mark.slow
 def test_two_equal_runs_write_the_same_metrics_to_the_bit(folder: Path) -> None:
     first, second = _train("run.dir=runs/a"), _train("run.dir=runs/b")
     a, b = (run.file("metrics.jsonl").read_bytes() for run in (first, second))
@@ -98,6 +100,7 @@ def test_two_equal_runs_write_the_same_metrics_to_the_bit(folder: Path) -> None:
     assert other != a
 
 
+@pytest.mark.slow
 def test_the_micro_batch_size_changes_only_rounding(folder: Path) -> None:
     losses = []
     for tokens in (128, 4096):
@@ -106,6 +109,7 @@ def test_the_micro_batch_size_changes_only_rounding(folder: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(folder: Path) -> None:
     run = _train()
     before = run.file("metrics.jsonl").stat()
@@ -113,6 +117,7 @@ def test_a_finished_run_is_left_as_it_is(folder: Path) -> None:
     assert run.file("metrics.jsonl").stat().st_mtime_ns == before.st_mtime_ns
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_starts_over(folder: Path) -> None:
     complete = _train("run.dir=runs/whole").file("metrics.jsonl").read_bytes()
     run = RunDirectory("runs/n1")
@@ -130,6 +135,7 @@ def test_another_configuration_in_the_same_directory_is_refused(folder: Path) ->
     assert run.file("metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -166,6 +172,7 @@ def test_predictions_that_are_not_finite_in_an_evaluation_end_the_run(folder: Pa
     assert "Lower training.learning_rate" in RunDirectory("runs/n1").status()["error"]
 
 
+@pytest.mark.slow
 def test_a_report_that_fails_does_not_undo_a_training(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -189,6 +196,7 @@ def test_several_processes_are_refused(folder: Path, monkeypatch: pytest.MonkeyP
         main()
 
 
+@pytest.mark.slow
 def test_the_alarm_reaches_the_status_file(folder: Path) -> None:
     run = _train(
         "training.num_unfrozen_layers=0",
@@ -200,6 +208,7 @@ def test_the_alarm_reaches_the_status_file(folder: Path) -> None:
     assert "CONSTANT PREDICTOR" in run.file("report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_trunk_that_another_recipe_made_is_refused(folder: Path) -> None:
     _train()
     (folder / "pretrain.yaml").write_text(PRETRAIN.replace("max_steps: 5", "max_steps: 6"))
@@ -207,6 +216,7 @@ def test_a_trunk_that_another_recipe_made_is_refused(folder: Path) -> None:
         _train("run.dir=runs/other")
 
 
+@pytest.mark.slow
 def test_validation_problems_in_the_training_data_are_counted(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -217,6 +227,7 @@ def test_validation_problems_in_the_training_data_are_counted(
     assert "2 problem(s) are in both training and validation data" in caplog.text
 
 
+@pytest.mark.slow
 def test_skipped_rows_are_listed_beside_the_run(folder: Path) -> None:
     good = [{"prompt": "1+1?", "response": "A2", "reward": i % 2} for i in range(6)]
     _write(folder / "train.jsonl", [*good, {"prompt": "1+1?", "response": "A2", "reward": 7}])
