@@ -100,12 +100,12 @@ def steps_to_half(evaluations: Sequence[dict[str, Any]]) -> int | None:
 def _show(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(title="Validation: critics against the constant and the optimal predictor")
     for name in (
-        "unfrozen blocks",
+        "blocks",
         "MSE",
         "std",
         "R2",
-        "share of achievable",
-        "steps to half",
+        "achievable",
+        "half at",
         "AUC",
     ):
         table.add_column(name, justify="right")
