@@ -99,17 +99,8 @@ def steps_to_half(evaluations: Sequence[dict[str, Any]]) -> int | None:
 
 def _show(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(title="Validation: critics against the constant and the optimal predictor")
-    for name in (
-        "blocks",
-        "MSE",
-        "std",
-        "R2",
-        "achievable",
-        "half at",
-        "AUC",
-    ):
+    for name in ("blocks", "MSE", "std", "R2", "achievable", "half at", "AUC", "seconds"):
         table.add_column(name, justify="right")
-    table.add_column("seconds", justify="right")
     first = rows[0]
     table.add_row(
         "constant", f"{first['mse_constant']:.4f}", "0.0000", "0.0000", "", "", "0.5000", ""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +34,6 @@ from job.telemetry.progress import progress
 
 FORMAT = 3  # part of the key: raise it when the stored form changes
 _BATCH = 1024  # examples tokenised together
-_log = logging.getLogger(__name__)
 
 
 class TokenizedSet:
@@ -184,8 +182,6 @@ def _write(scratch: Path, source: Source, tokenizer: Tokenizer, policy: _Policy)
     if not writer.rewards:
         raise InputError(f"{source.name}: no usable row ({writer.n_seen} read)")
     writer.finish()
-    if writer.bad:
-        _log.warning("%s: skipped %d of %d rows", source.name, len(writer.bad), writer.n_seen)
 
 
 def _chunks(
