@@ -39,6 +39,7 @@ from job.data.packing import Indices, Packer, single_units, step_units
 from job.data.token_cache import TokenizedSet
 from job.learning.learner import Learner
 from job.learning.objective import Objective
+from job.learning.world import World
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.transformer import TransformerConfig, Trunk
 from job.telemetry.value_metrics import ValueMetrics
@@ -150,7 +151,7 @@ class Packed(Contestant):
     def __init__(self, critic: Critic, data: TokenizedSet, seed: int) -> None:
         super().__init__(critic, data, seed)
         self.packer = make_packer(data, critic.trunk.config)
-        self.learner = Learner(critic, Objective(ObjectiveConfig()), TRAINING, bf16=False)
+        self.learner = Learner(critic, Objective(ObjectiveConfig()), TRAINING, World())
 
     def step(self, step: int) -> float:
         batches = self.packer.step(step, TRAINING.batch_size, self.seed)

@@ -485,5 +485,3 @@ def _impossible_critic(config: CriticConfig) -> Iterator[str]:
         yield "training.micro_batch_tokens: a pair needs 2 x data.max_length"
     if (config.data.train == EMBEDDED) != (config.data.validation == EMBEDDED):
         yield "data.train and data.validation: both embedded or neither"
-    if config.distributed.fsdp.cpu_offload:
-        yield "distributed.fsdp.cpu_offload: not built yet; set it to false"

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from job.config import EMBEDDED, CriticConfig, Loss, command_line, load_config, to_dict
 from job.data.examples import check_readable
@@ -26,6 +28,8 @@ from job.data.tokenizer import load_tokenizer
 from job.durability.run_directory import RunDirectory
 from job.learning.learner import Learner
 from job.learning.objective import Objective
+from job.learning.sharding import shard
+from job.learning.world import World, joined_world
 from job.model.critic import Critic, parameter_report, unfreeze_last_blocks
 from job.model.weights import load_trunk, read_architecture
 from job.outcome import InputError, run_command
@@ -40,34 +44,41 @@ _log = logging.getLogger("job.train")
 
 
 def train(config: CriticConfig) -> None:
-    """Run one training from start to end, in its run directory."""
-    run = RunDirectory(config.run.dir)
-    run.claim(to_dict(config))
-    if run.status().get("state") == "finished":
-        _log.info("%s is finished already: %s", run.path, run.file("report.html"))
-        return
-    begun = run.recorded(step=0, max_steps=config.training.max_steps, alarm=None)
-    with log_file(run.file("train.log")), begun:
-        _train(config, run)
+    """Run one training from start to end, in its run directory, as one of the job's processes."""
+    set_up_torch(config)
+    with joined_world() as world:
+        run = RunDirectory(config.run.dir, writes=world.is_main)
+        world.main_first(lambda: run.claim(to_dict(config)))
+        if run.status().get("state") == "finished":
+            _log.info("%s is finished already: %s", run.path, run.file("report.html"))
+            return
+        begun = run.recorded(step=0, max_steps=config.training.max_steps, alarm=None)
+        with log_file(run.file(_log_name(world))), begun:
+            _train(config, run, world)
 
 
-def _train(config: CriticConfig, run: RunDirectory) -> None:
-    device = set_up_torch(config)
-    data = load_data(config, run, device)
-    critic = load_critic(config, data, device)
+def _log_name(world: World) -> str:
+    return "train.log" if world.is_main else f"train.rank{world.rank}.log"
+
+
+def _train(config: CriticConfig, run: RunDirectory, world: World) -> None:
+    data = world.main_first(lambda: load_data(config, run, world))
+    critic = load_critic(config, data, world)
+    learner = Learner(critic, Objective(config.objective), config.training, world)
     run.start_over()
     report = parameter_report(critic)
-    _log.info("parameters\n%s", report)
+    if world.is_main:
+        _log.info("parameters\n%s", report)
     run.write_json("parameters.json", report.to_dict())
-    objective = Objective(config.objective)
-    bf16 = config.distributed.fsdp.mixed_precision
-    learner = Learner(critic, objective, config.training, bf16=bf16)
     started = time.monotonic()
     with Tracker(run) as tracker, run.recorded():
         fit(config, learner, data, tracker, run)
-        critic.save_trained(run.file("critic.safetensors"))
+        trained = critic.trained_tensors()
+        if run.writes:
+            save_file(trained, run.file("critic.safetensors"))
         run.set_status(state="finished", seconds=time.monotonic() - started)
-        _write_report(run)
+        if run.writes:
+            _write_report(run)
 
 
 def _write_report(run: RunDirectory) -> None:
@@ -96,9 +107,9 @@ def fit(
                 "train/learning_rate": result.learning_rate,
             }
             if step % config.logging.every_steps == 0 or step == last:
-                figures = window.metrics.compute()
+                figures = learner.merged(window.metrics).compute()
                 metrics |= _prefixed("value/", figures)
-                speed = window.telemetry(data.device)
+                speed = window.telemetry(learner.world)
                 tracker.telemetry(step, speed)
                 run.set_status(step=step)
                 note = _note(figures, speed)
@@ -139,10 +150,9 @@ class CriticData:
     train: Packer
     validation: Packer
     mean_reward: float
-    device: torch.device
 
 
-def load_data(config: CriticConfig, run: RunDirectory, device: torch.device) -> CriticData:
+def load_data(config: CriticConfig, run: RunDirectory, world: World) -> CriticData:
     """Tokenise (or find) both sets and check them against each other and the model.
 
     Raises:
@@ -171,13 +181,19 @@ def load_data(config: CriticConfig, run: RunDirectory, device: torch.device) -> 
         "%d training and %d validation sequences, mean reward %.3f and %.3f",
         *(len(train), len(validation), train.rewards.mean(), validation.rewards.mean()),
     )
-    budget, dim = config.training.micro_batch_tokens, architecture.dim
     kept = single_units(min(len(validation), config.evaluation.max_sequences or len(validation)))
+    pack = functools.partial(
+        Packer,
+        dim=architecture.dim,
+        budget=config.training.micro_batch_tokens,
+        device=world.device,
+        rank=world.rank,
+        world=world.size,
+    )
     return CriticData(
-        Packer(train, _training_units(config, train), dim=dim, budget=budget, device=device),
-        Packer(validation, kept, dim=dim, budget=budget, device=device),
+        pack(train, _training_units(config, train)),
+        pack(validation, kept),
         float(train.rewards.mean()),
-        device,
     )
 
 
@@ -201,16 +217,15 @@ def _keep_bad_rows(found: TokenizedSet, run: RunDirectory, split: str) -> None:
         _log.warning("%s data: %d row(s) left out, listed in %s", split, found.n_skipped, listed)
 
 
-def load_critic(config: CriticConfig, data: CriticData, device: torch.device) -> Critic:
-    """The critic with its trunk loaded, the last N blocks trainable and the head initialised."""
+def load_critic(config: CriticConfig, data: CriticData, world: World) -> Critic:
+    """The critic in shards, the last N blocks trainable, its trunk loaded and head initialised."""
     with torch.device("meta"):
         critic = Critic(read_architecture(config.model.path))
     unfreeze_last_blocks(critic, config.training.num_unfrozen_layers)
     if config.distributed.fsdp.activation_checkpointing:
         critic.trunk.recompute_trainable_blocks()
-    frozen = torch.bfloat16 if config.distributed.fsdp.mixed_precision else torch.float32
-    load_trunk(critic.trunk, config.model.path, frozen_dtype=frozen, device=device)
-    critic.value_head.to_empty(device=device)
+    shard(critic, config.distributed.fsdp, world)
+    load_trunk(critic.trunk, config.model.path)
     bias = config.training.value_head.bias_init
     if bias is None:
         bias = Objective(config.objective).initial_bias(data.mean_reward)
@@ -218,14 +233,13 @@ def load_critic(config: CriticConfig, data: CriticData, device: torch.device) ->
     return critic
 
 
-def set_up_torch(config: CriticConfig) -> torch.device:
-    """Threads, determinism and the device of this process."""
+def set_up_torch(config: CriticConfig) -> None:
+    """Threads and determinism of this process."""
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _prefixed(prefix: str, figures: Mapping[str, float]) -> dict[str, float]:
@@ -253,15 +267,7 @@ def _curves(metrics: ValueMetrics) -> dict[str, list[float | None]]:
     }
 
 
-def _refuse_several_processes() -> None:
-    """Several processes would each train the whole critic in one run directory."""
-    for name in ("WORLD_SIZE", "SLURM_NTASKS"):
-        if int(os.environ.get(name, "1")) > 1:
-            raise InputError(f"{name}={os.environ[name]}: training runs as one process today")
-
-
 def main() -> None:
-    _refuse_several_processes()
     options = command_line(__doc__ or "").parse_args()
     set_up_logging()
     train(load_config(CriticConfig, options.config, options.override))

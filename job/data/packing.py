@@ -142,7 +142,12 @@ class Packer:
         return [self.assemble(chosen[part]) for part in plan[self.rank]]
 
     def assemble(self, units: Indices) -> Batch:
-        """One packed micro-batch of the given units."""
+        """One packed micro-batch of the given units; without any, a token that counts for nothing.
+
+        A rank without units of its own still takes part in every gathering of weights.
+        """
+        if not len(units):
+            return _filler(self.device)
         members = self.units[units]
         rows = members.ravel()
         pairs = np.arange(members.size).reshape(members.shape) if members.shape[1] == 2 else None
@@ -168,6 +173,20 @@ def assemble(
         problems=data.problems[rows],
         optimal=None if data.optimal is None else data.optimal[where[responses]],
         pairs=torch.from_numpy(_no_pairs() if pairs is None else pairs).to(device),
+    )
+
+
+def _filler(device: torch.device) -> Batch:
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    return Batch(
+        tokens=torch.zeros(1, dtype=torch.int64, device=device),
+        layout=PackedLayout([1], device),
+        responses=none,
+        response_lengths=none,
+        rewards=none.float(),
+        problems=np.empty(0, np.uint64),
+        optimal=None,
+        pairs=none.reshape(0, 2),
     )
 
 

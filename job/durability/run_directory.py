@@ -34,10 +34,11 @@ MAY_CHANGE = ("mlflow.", "run.dir", "data.cache_dir", "training.threads")
 
 
 class RunDirectory:
-    """Paths and small files of one run."""
+    """Paths and small files of one run; where `writes` is false, writing does nothing."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, writes: bool = True) -> None:
         self.path = Path(path)
+        self.writes = writes
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -48,6 +49,8 @@ class RunDirectory:
         Raises:
             InputError: the directory cannot be written, or holds another configuration.
         """
+        if not self.writes:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.file("config.yaml").exists():
@@ -96,6 +99,8 @@ class RunDirectory:
 
     def set_status(self, **changes: Any) -> None:
         """Change some entries of status.json, leaving the rest."""
+        if not self.writes:
+            return
         self.write_json("status.json", self.status() | {"updated": time.time()} | changes)
 
     @contextmanager
@@ -110,7 +115,8 @@ class RunDirectory:
             raise
 
     def write_json(self, name: str, content: Any) -> None:
-        write_atomic(self.file(name), json.dumps(content, indent=2) + "\n")
+        if self.writes:
+            write_atomic(self.file(name), json.dumps(content, indent=2) + "\n")
 
     def records(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
         """The complete lines of metrics.jsonl or telemetry.jsonl; a torn last line is left out."""
@@ -125,6 +131,8 @@ class RunDirectory:
 
     def start_over(self) -> None:
         """Remove what an unfinished attempt left; mlflow.json stays, so that its copy is ended."""
+        if not self.writes:
+            return
         for name in ("metrics.jsonl", "telemetry.jsonl", "reliability.json", "report.html"):
             self.file(name).unlink(missing_ok=True)
         shutil.rmtree(self.file("plots"), ignore_errors=True)

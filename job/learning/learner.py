@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from job.config import TrainingConfig
 from job.data.packing import Batch, Packer
 from job.learning.objective import Objective
 from job.learning.optimizer import build_optimizer, set_learning_rate
+from job.learning.world import World
 from job.model.critic import Critic
+from job.model.shards import whole
 from job.outcome import InputError
 from job.telemetry.progress import Advance
 from job.telemetry.value_metrics import ValueMetrics
@@ -34,31 +37,35 @@ class Learner:
     """A critic with its objective and optimizer."""
 
     def __init__(
-        self, critic: Critic, objective: Objective, config: TrainingConfig, *, bf16: bool
+        self, critic: Critic, objective: Objective, config: TrainingConfig, world: World
     ) -> None:
-        self.critic, self.objective, self.config, self.bf16 = critic, objective, config, bf16
+        self.critic, self.objective, self.config, self.world = critic, objective, config, world
         self.optimizer = build_optimizer(critic, config)
         self.trainable = [p for p in critic.parameters() if p.requires_grad]
         self._checked_gradients = False
 
     def step(self, step: int, batches: Sequence[Batch], metrics: ValueMetrics) -> StepResult:
-        """Optimizer step `step` (from 0) on its micro-batches; predictions go into `metrics`.
+        """Optimizer step `step` (from 0) on this rank's micro-batches.
+
+        The loss is a sum over the response tokens of all ranks divided by their global count;
+        FSDP averages gradients over ranks, hence the factor. Predictions go into `metrics`.
 
         Raises:
             InputError: the loss or the gradient norm is not finite.
         """
         rate = set_learning_rate(self.optimizer, self.config, step)
-        count = sum(self.objective.count(batch) for batch in batches)
+        (count,) = self.world.sum([sum(self.objective.count(batch) for batch in batches)])
         losses, outputs = [], []
         for batch in batches:
             output = self.outputs(batch)
             loss = self.objective.loss_sum(output, batch, step) / count
-            loss.backward()
+            (loss * self.world.size).backward()
             losses.append(loss.detach())
             outputs.append(output.detach())
         self._check_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.config.max_grad_norm)
-        result = StepResult(math.fsum(loss.item() for loss in losses), norm.item(), rate)
+        (total,) = self.world.sum([math.fsum(loss.item() for loss in losses)])
+        result = StepResult(total, whole(norm).item(), rate)
         _check_finite(step, result)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -68,7 +75,7 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, packer: Packer, advance: Advance) -> ValueMetrics:
-        """Metrics over every unit of a packer's data.
+        """Metrics over every unit of a packer's data, from all ranks.
 
         Raises:
             InputError: a prediction is not finite.
@@ -82,12 +89,20 @@ class Learner:
                 raise InputError(f"evaluation: predictions are not finite. {_ADVICE}")
             self._record(metrics, outputs, batch)
             advance(done, f"of {len(plan)} evaluation batches")
-        return metrics
+        if isinstance(self.critic, FSDPModule):
+            self.critic.reshard()  # an evaluation ends without the backward pass that would do it
+        return self.merged(metrics)
+
+    def merged(self, metrics: ValueMetrics) -> ValueMetrics:
+        """The metrics of all ranks together."""
+        whole = ValueMetrics()
+        for part in self.world.gather(metrics):
+            whole.merge(part)
+        return whole
 
     def outputs(self, batch: Batch) -> Tensor:
         """Head outputs at the batch's response tokens, float32 [n]."""
-        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.critic(batch.tokens, batch.layout, batch.responses)
+        return self.critic(batch.tokens, batch.layout, batch.responses)
 
     def _record(self, metrics: ValueMetrics, outputs: Tensor, batch: Batch) -> None:
         metrics.add(

@@ -89,6 +89,8 @@ def lambda_return(values: Tensor, batch: Batch, gamma: float, lam: float) -> Ten
     The recursion G_t = b_t + a_t G_{t+1} has a = 0 at each last token, so that it can run over
     the whole stream; it is solved in log2(T) doublings (Hillis & Steele 1986).
     """
+    if not len(values):
+        return values
     left = _tokens_left(batch)
     last = left == 0
     rewards = batch.rewards.repeat_interleave(batch.response_lengths).to(values.dtype)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from job.model.shards import fill, whole
 from job.model.transformer import PackedLayout, TransformerConfig, Trunk
 from job.outcome import InputError
 
@@ -40,24 +40,21 @@ class Critic(nn.Module):
 
     def evaluate_hidden(self, hidden: Tensor, at: Tensor) -> Tensor:
         """Head outputs, float32 [n], from the last block's output [t, d]."""
-        features = self.trunk.norm(hidden[at].float())
-        with torch.autocast(features.device.type, enabled=False):
-            return self.value_head(features)[:, 0]
+        # a sum, since FSDP loses its backward hook on a view that is changed in place
+        return self.value_head(self.trunk.norm(hidden[at].float())).sum(-1)
 
     @torch.no_grad()
     def initialise_head(self, bias: float, seed: int) -> None:
         """Small weights and the given bias: first predictions spread by about 1 / sqrt(d)."""
         d = self.trunk.config.dim
         generator = torch.Generator().manual_seed(seed)  # the same on every kind of device
-        self.value_head.weight.copy_(torch.randn(1, d, generator=generator) / d)
-        self.value_head.bias.fill_(bias)
+        fill(self.value_head.weight, torch.randn(1, d, generator=generator) / d)
+        fill(self.value_head.bias, torch.full((1,), bias))
 
-    def save_trained(self, file: Path) -> None:
-        """Write the trainable parameters, and nothing of the frozen base."""
-        from safetensors.torch import save_file
-
-        trained = {n: p.detach().cpu() for n, p in self.named_parameters() if p.requires_grad}
-        save_file(trained, file)
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """The trainable parameters, whole and on the host; every rank must take part."""
+        named = ((n, p.detach()) for n, p in self.named_parameters() if p.requires_grad)
+        return {n: whole(p).cpu() for n, p in named}
 
 
 def unfreeze_last_blocks(critic: Critic, n: int) -> None:

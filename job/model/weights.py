@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from job.model.shards import fill
 from job.model.transformer import (
     RopeScaling,
     Transformer,
@@ -118,26 +119,18 @@ def _stored_vocabulary(folder: Path) -> int:
     return embedding.shape[0]
 
 
-def load_trunk(
-    trunk: Trunk, folder: str | Path, *, frozen_dtype: torch.dtype, device: torch.device
-) -> None:
-    """Fill a trunk built on the meta device: trainable weights as float32, frozen ones as given.
+def load_trunk(trunk: Trunk, folder: str | Path) -> None:
+    """Copy weights into a trunk's parameters, whole or sharded: a rank reads only its slices.
 
     Raises:
         InputError: a tensor is missing, surplus or of another shape; the file cannot be read.
     """
     stored = _open_weights(Path(folder))
-    _check_tensors(trunk, stored, Path(folder) / WEIGHTS)
-    for name, parameter in list(trunk.named_parameters()):
-        dtype = torch.float32 if parameter.requires_grad else frozen_dtype
-        value = stored[name].to(device=device, dtype=dtype, copy=True)
-        _replace(trunk, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
-    _log.info("loaded %d tensors from %s", sum(1 for _ in trunk.parameters()), folder)
-
-
-def _replace(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, parameter)
+    named = dict(trunk.named_parameters())
+    _check_tensors(named, stored, Path(folder) / WEIGHTS)
+    for name, parameter in named.items():
+        fill(parameter, stored[name])
+    _log.info("loaded %d tensors from %s", len(named), folder)
 
 
 def _open_weights(folder: Path) -> Mapping[str, Tensor]:
@@ -169,8 +162,10 @@ def _open_weights(folder: Path) -> Mapping[str, Tensor]:
     return stored
 
 
-def _check_tensors(trunk: Trunk, stored: Mapping[str, Tensor], file: Path) -> None:
-    wanted = {name: tuple(p.shape) for name, p in trunk.named_parameters()}
+def _check_tensors(
+    named: Mapping[str, nn.Parameter], stored: Mapping[str, Tensor], file: Path
+) -> None:
+    wanted = {name: tuple(p.shape) for name, p in named.items()}
     found = {k: tuple(v.shape) for k, v in stored.items() if not k.startswith(NOT_LOADED)}
     problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
     problems += [f"{name} is not part of the model" for name in found.keys() - wanted.keys()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import resource
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ import torch
 
 from job.data.packing import Batch
 from job.durability.run_directory import RunDirectory
+from job.learning.world import World
 from job.telemetry.mirror import Mirror, live_mirror_allowed, tracking_uri
 from job.telemetry.value_metrics import ValueMetrics
 
@@ -32,9 +34,9 @@ class Tracker:
 
     def __init__(self, run: RunDirectory) -> None:
         self._run = run
-        self._metrics = _Lines(run.file("metrics.jsonl"))
-        self._telemetry = _Lines(run.file("telemetry.jsonl"))
-        self._mirror = self._start_mirror()
+        self._metrics = _Lines(run.file("metrics.jsonl") if run.writes else Path(os.devnull))
+        self._telemetry = _Lines(run.file("telemetry.jsonl") if run.writes else Path(os.devnull))
+        self._mirror = self._start_mirror() if run.writes else None
 
     def _start_mirror(self) -> Mirror | None:
         config = self._run.config()
@@ -106,10 +108,12 @@ class Window:
         self._steps += 1
         self._seconds += seconds
 
-    def telemetry(self, device: torch.device) -> dict[str, float]:
+    def telemetry(self, world: World) -> dict[str, float]:
+        """Speed of all ranks together, and this rank's memory; every rank must take part."""
+        tokens, response_tokens = world.sum([self._tokens, self._response_tokens])
         return {
-            "tokens_per_second": self._tokens / self._seconds,
-            "response_tokens_per_second": self._response_tokens / self._seconds,
+            "tokens_per_second": tokens / self._seconds,
+            "response_tokens_per_second": response_tokens / self._seconds,
             "seconds_per_step": self._seconds / self._steps,
-            "memory_bytes": peak_memory_bytes(device),
+            "memory_bytes": peak_memory_bytes(world.device),
         }

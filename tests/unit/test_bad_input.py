@@ -279,7 +279,6 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     "data.fields={promt: q}": ("data.fields.promt: unknown field",),
     "data.train=embedded": ("data.train and data.validation: both embedded or neither",),
     "data.arithmetic.min_steps=9": ("data.arithmetic.min_steps: above",),
-    "distributed.fsdp.cpu_offload=true": ("distributed.fsdp.cpu_offload: not built yet",),
     # key
     "training.max_step=3": ("training.max_step: unknown key", "nearest: max_steps"),
     "max_steps=3": ("max_steps: unknown key", "valid here: run, model"),

@@ -10,6 +10,7 @@ from job.config import ObjectiveConfig, TrainingConfig
 from job.data.packing import Batch
 from job.learning.learner import Learner
 from job.learning.objective import Objective
+from job.learning.world import World
 from job.model.critic import Critic, ParameterReport, parameter_report, unfreeze_last_blocks
 from job.model.transformer import PackedLayout, TransformerConfig
 from job.outcome import InputError
@@ -56,7 +57,7 @@ def _learner(n: int) -> Learner:
     critic = _critic(SMALL, n)
     critic.initialise_head(0.5, 0)
     config = TrainingConfig(num_unfrozen_layers=n, learning_rate=1e-3, max_steps=20, warmup_steps=2)
-    return Learner(critic, Objective(ObjectiveConfig()), config, bf16=False)
+    return Learner(critic, Objective(ObjectiveConfig()), config, World())
 
 
 def test_num_unfrozen_layers_zero() -> None:

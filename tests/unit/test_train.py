@@ -14,7 +14,7 @@ from job.compare import compare, steps_to_half, summarise
 from job.config import CriticConfig, load_config
 from job.durability.run_directory import RunDirectory
 from job.outcome import InputError
-from job.train import main, train
+from job.train import train
 
 PRETRAIN = """
 out: trunk
@@ -188,12 +188,6 @@ def test_the_logged_learning_rate_is_the_trunks(folder: Path) -> None:
     run = _train("training.value_head.learning_rate=0.5", "training.max_steps=3")
     rates = [r["train/learning_rate"] for r in run.records()]
     assert rates[1] == 0.001
-
-
-def test_several_processes_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(InputError, match="WORLD_SIZE=4: training runs as one process"):
-        main()
 
 
 @pytest.mark.slow

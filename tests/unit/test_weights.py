@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from job.config import FsdpConfig
+from job.learning.sharding import shard
+from job.learning.world import World, joined_world
 from job.model.critic import Critic, unfreeze_last_blocks
+from job.model.shards import whole
 from job.model.transformer import (
     PackedLayout,
     RopeScaling,
@@ -35,6 +40,12 @@ ARCHITECTURES = {
 }
 
 
+@pytest.fixture
+def world() -> Iterator[World]:
+    with joined_world() as world:
+        yield world
+
+
 def _saved(
     config: TransformerConfig, folder: Path, dtype: torch.dtype | None = None
 ) -> Transformer:
@@ -44,10 +55,9 @@ def _saved(
     return model
 
 
-def _loaded(folder: Path, frozen_dtype: torch.dtype = torch.float32) -> Trunk:
-    with torch.device("meta"):
-        trunk = Trunk(read_architecture(folder))
-    load_trunk(trunk, folder, frozen_dtype=frozen_dtype, device=torch.device("cpu"))
+def _loaded(folder: Path) -> Trunk:
+    trunk = Trunk(read_architecture(folder))
+    load_trunk(trunk, folder)
     return trunk
 
 
@@ -81,19 +91,20 @@ def test_round_trip_to_the_bit(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("frozen", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("n", [0, 1, 5])
 def test_frozen_weights_as_asked_and_trainable_ones_in_full(
-    n: int, frozen: torch.dtype, tmp_path: Path
+    n: int, frozen: torch.dtype, tmp_path: Path, world: World
 ) -> None:
     model = _saved(TINY, tmp_path)
     with torch.device("meta"):
         critic = Critic(TINY)
     unfreeze_last_blocks(critic, n)
     trainable = {name for name, p in critic.trunk.named_parameters() if p.requires_grad}
-    load_trunk(critic.trunk, tmp_path, frozen_dtype=frozen, device=torch.device("cpu"))
+    shard(critic, FsdpConfig(mixed_precision=frozen is torch.bfloat16), world)
+    load_trunk(critic.trunk, tmp_path)
     for name, parameter in critic.trunk.named_parameters():
         dtype = torch.float32 if name in trainable else frozen
         assert parameter.requires_grad == (name in trainable)
         assert parameter.dtype == dtype
-        assert torch.equal(parameter, model.state_dict()[name].to(dtype))
+        assert torch.equal(whole(parameter), model.state_dict()[name].to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
