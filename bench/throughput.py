@@ -155,7 +155,8 @@ class Packed(Contestant):
 
     def step(self, step: int) -> float:
         batches = self.packer.step(step, TRAINING.batch_size, self.seed)
-        return self.learner.step(step, batches, ValueMetrics()).loss
+        count = self.learner.count(batches)
+        return self.learner.step(step, batches, count, ValueMetrics()).loss
 
 
 @torch.no_grad()

@@ -68,6 +68,7 @@ class RunConfig:
 @dataclass
 class ModelConfig:
     path: str = MISSING  # folder with params.json and consolidated.pth
+    init_from: str | None = None  # a run or a checkpoint whose trained weights to begin with
     recipe: str | None = None  # pre-training config that makes the trunk where path is missing
 
 
@@ -120,6 +121,7 @@ class TrainingConfig:
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     max_grad_norm: float = 1.0
+    max_bad_steps: int = 5  # in a row, with a loss or gradient that is not finite
     seed: int = 0
     threads: int | None = None  # CPU threads of one process; default: torch's own choice
     deterministic: bool = False  # on a GPU: the same bits each time, more slowly
@@ -160,6 +162,18 @@ class FsdpConfig:
 @dataclass
 class DistributedConfig:
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    start_timeout_seconds: int = 300  # for all processes to meet
+    timeout_seconds: int = 600  # of a step or an evaluation's batch; then the job ends
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept besides the newest."""
+
+    every_steps: int = 200
+    keep_last: int = 2
+    keep_every: int | None = None  # steps that are multiples of this
+    keep_best: str | None = None  # by this metric of evaluations, validation/value/mse for instance
 
 
 @dataclass
@@ -181,6 +195,7 @@ class CriticConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
 
@@ -398,6 +413,7 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "training.warmup_steps": (0, None),
     "training.weight_decay": (0, None),
     "training.max_grad_norm": (1e-12, None),
+    "training.max_bad_steps": (1, None),
     "training.seed": (0, _LARGEST_SEED),
     "training.threads": (1, 4096),
     "objective.gamma": (0, 1),
@@ -409,6 +425,11 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "evaluation.max_sequences": (1, None),
     "evaluation.alarm_evaluations": (1, None),
     "logging.every_steps": (1, None),
+    "checkpoint.every_steps": (1, None),
+    "checkpoint.keep_last": (1, None),
+    "checkpoint.keep_every": (1, None),
+    "distributed.start_timeout_seconds": (1, None),
+    "distributed.timeout_seconds": (1, None),
     "data.max_length": (2, None),
     "data.vocab_size": (257, None),
     "data.arithmetic.train_examples": (1, None),

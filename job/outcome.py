@@ -11,14 +11,45 @@ class Exit(enum.IntEnum):
     """Exit codes of every command; anything else is a crash."""
 
     FINISHED = 0
+    CRASHED = 1
     UNFIT_NODE = 71
     SUPERSEDED = 73
     STOPPED = 75
     BAD_INPUT = 78
 
 
-class InputError(Exception):
+class Ending(Exception):  # noqa: N818 - most of them are no errors
+    """A command's end that is no crash: its message is for people, its code for the supervisor."""
+
+    code = Exit.CRASHED
+
+
+class InputError(Ending):
     """Wrong input or configuration. The message says what, where and what to do."""
+
+    code = Exit.BAD_INPUT
+
+
+class Stopped(Ending):
+    """Stopped on request; what was done is safe."""
+
+    code = Exit.STOPPED
+
+
+class Superseded(Ending):
+    """A newer attempt of the same run has taken over."""
+
+    code = Exit.SUPERSEDED
+
+
+class UnfitNode(Ending):
+    """This node cannot do the work; another may."""
+
+    code = Exit.UNFIT_NODE
+
+
+def exit_code(error: BaseException) -> Exit:
+    return error.code if isinstance(error, Ending) else Exit.CRASHED
 
 
 def listing(lines: Sequence[str], shown: int = 10) -> str:
@@ -28,9 +59,10 @@ def listing(lines: Sequence[str], shown: int = 10) -> str:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's main; an InputError becomes its message on stderr and exit code 78."""
+    """Run a command's main; an Ending becomes its message on stderr and its exit code."""
     try:
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(Exit.BAD_INPUT)
+    except Ending as ending:
+        kind = "error: " if isinstance(ending, InputError) else ""
+        print(f"{kind}{ending}", file=sys.stderr)
+        sys.exit(ending.code)

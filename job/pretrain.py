@@ -34,6 +34,7 @@ from job.data.packing import Batch, Packer, single_units
 from job.data.token_cache import load_split
 from job.data.tokenizer import load_tokenizer, write_bpe_tokenizer, write_character_tokenizer
 from job.durability.files import atomic_folder
+from job.durability.preemption import stop_if_asked
 from job.learning.optimizer import build_language_model_optimizer, set_learning_rate
 from job.model.transformer import Transformer, TransformerConfig
 from job.model.weights import save_transformer
@@ -159,6 +160,7 @@ def _fit(config: PretrainConfig, model: Transformer, packer: Packer) -> None:
     with progress("pre-training", training.max_steps) as advance:
         for step in range(training.max_steps):
             set_learning_rate(optimizer, training, step)
+            stop_if_asked()
             batches = packer.step(step, training.batch_size, training.seed)
             losses = _accumulate(model, batches)
             nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)

@@ -1,22 +1,31 @@
-"""Train a critic.
+"""Train a critic, or go on with a training that was interrupted.
 
     python -m job.train --config configs/critic/critic_local.yaml
     python -m job.train --config configs/critic/critic_local.yaml \\
         --override training.num_unfrozen_layers=0 run.name=probe
+
+The same command goes on from the last checkpoint in run.dir. SIGTERM, SIGUSR1 and SIGUSR2, or a
+file named `stop` in run.dir, make it save and end with exit code 75.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # a signal during the imports must not kill the process
+    from job.durability.preemption import install_handlers
+
+    install_handlers()
 
 import functools
 import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -25,60 +34,132 @@ from job.data.examples import check_readable
 from job.data.packing import Indices, Packer, balanced_pairs, single_units
 from job.data.token_cache import TokenizedSet, count_shared_problems, load_split
 from job.data.tokenizer import load_tokenizer
+from job.durability.checkpoint import Checkpoints, load_weights
+from job.durability.fence import Fence
 from job.durability.run_directory import RunDirectory
 from job.learning.learner import Learner
 from job.learning.objective import Objective
 from job.learning.sharding import shard
+from job.learning.training_state import TrainingState
 from job.learning.world import World, joined_world
+from job.loop import Training
 from job.model.critic import Critic, parameter_report, unfreeze_last_blocks
+from job.model.fingerprint import fingerprint
 from job.model.weights import load_trunk, read_architecture
 from job.outcome import InputError, run_command
 from job.pretrain import ensure_trunk
 from job.report import write_report
 from job.telemetry.alarm import ConstantPredictorAlarm
-from job.telemetry.progress import log_file, progress, set_up_logging
-from job.telemetry.tracking import Tracker, Window
-from job.telemetry.value_metrics import ValueMetrics
+from job.telemetry.progress import log_file, set_up_logging
+from job.telemetry.tracking import Tracker
 
 _log = logging.getLogger("job.train")
 
 
-def train(config: CriticConfig) -> None:
-    """Run one training from start to end, in its run directory, as one of the job's processes."""
+def train(config: CriticConfig, *, resume: bool = True) -> None:
+    """Run one training to its end, in its run directory, as one of the job's processes.
+
+    Raises:
+        InputError: something in the input is wrong, or the run exists and `resume` is false.
+        Stopped: asked to stop; the state is saved.
+        Superseded: another copy of this run has begun later.
+    """
     set_up_torch(config)
-    with joined_world() as world:
-        run = RunDirectory(config.run.dir, writes=world.is_main)
-        world.main_first(lambda: run.claim(to_dict(config)))
-        if run.status().get("state") == "finished":
-            _log.info("%s is finished already: %s", run.path, run.file("report.html"))
+    with joined_world(config.distributed) as world:
+        run = RunDirectory(config.run.dir, is_main=world.is_main)
+        number = world.main_decides(lambda: _claim(config, run, resume))
+        if number is None:
             return
-        begun = run.recorded(step=0, max_steps=config.training.max_steps, alarm=None)
-        with log_file(run.file(_log_name(world))), begun:
+        with _attempt(config, run, number, world):
             _train(config, run, world)
 
 
-def _log_name(world: World) -> str:
-    return "train.log" if world.is_main else f"train.rank{world.rank}.log"
+def _claim(config: CriticConfig, run: RunDirectory, resume: bool) -> int | None:
+    """This attempt's number; None if the run is finished."""
+    if not resume and run.file("config.yaml").exists():
+        raise InputError(f"{run.path}: there is a run already, and --resume is `never`")
+    run.claim(to_dict(config))
+    if run.is_finished(config.training.max_steps):
+        _log.info("%s is finished already: %s", run.path, run.file("report.html"))
+        return None
+    return Fence.take(run.path).number
+
+
+@contextmanager
+def _attempt(config: CriticConfig, run: RunDirectory, number: int, world: World) -> Iterator[None]:
+    """Keep logs and status of one attempt for the length of the body."""
+    run.fence = Fence(run.file("attempts"), number)
+    if world.lifeline is not None:
+        world.lifeline.on_failure = lambda error: run.set_status(state="failed", error=error)
+    log = run.file("train.log")
+    if not world.is_main:
+        log = run.fence.folder / f"rank-{world.rank:05}.log"
+    facts = {"attempt": number, "max_steps": config.training.max_steps, "checkpoint_error": None}
+    with log_file(log), run.recorded(**facts):
+        _log.info("attempt %d of %s, %d process(es)", number, run.path, world.size)
+        yield
 
 
 def _train(config: CriticConfig, run: RunDirectory, world: World) -> None:
     data = world.main_first(lambda: load_data(config, run, world))
     critic = load_critic(config, data, world)
     learner = Learner(critic, Objective(config.objective), config.training, world)
-    run.start_over()
+    identity = world.main_decides(lambda: _identity(config, critic, data))
+    assert run.fence is not None
+    checkpoints = Checkpoints(run, run.fence, config.checkpoint, identity, world)
+    state = checkpoints.restore(learner)
+    if state is None:
+        state = _first_state(config, learner, identity)
+    _go_on_from(state, run, checkpoints, world)
     report = parameter_report(critic)
     if world.is_main:
         _log.info("parameters\n%s", report)
     run.write_json("parameters.json", report.to_dict())
-    started = time.monotonic()
-    with Tracker(run) as tracker, run.recorded():
-        fit(config, learner, data, tracker, run)
+    with Tracker(run) as tracker:
+        began = time.monotonic()
+        training = Training(
+            config, learner, data.train, data.validation, state, tracker, run, checkpoints
+        )
+        training.run()
         trained = critic.trained_tensors()
         if run.writes:
             save_file(trained, run.file("critic.safetensors"))
-        run.set_status(state="finished", seconds=time.monotonic() - started)
+        run.set_status(state="finished", seconds=time.monotonic() - began)
         if run.writes:
             _write_report(run)
+
+
+def _identity(config: CriticConfig, critic: Critic, data: CriticData) -> dict[str, Any]:
+    """What a checkpoint belongs to."""
+    return {
+        "num_unfrozen_layers": config.training.num_unfrozen_layers,
+        "architecture": asdict(critic.trunk.config),
+        "base": fingerprint(config.model.path, config.data.cache_dir),
+        "train_data": data.train.data.folder.name,
+        "validation_data": data.validation.data.folder.name,
+    }
+
+
+def _first_state(config: CriticConfig, learner: Learner, identity: dict[str, Any]) -> TrainingState:
+    if config.model.init_from is not None:
+        load_weights(learner.critic, Path(config.model.init_from), identity)
+    patience = config.evaluation.alarm_evaluations
+    return TrainingState(ConstantPredictorAlarm(patience, config.training.warmup_steps))
+
+
+def _go_on_from(
+    state: TrainingState, run: RunDirectory, checkpoints: Checkpoints, world: World
+) -> None:
+    """Let everything that was written after `state` be as if it had never been."""
+    if run.writes:
+        assert run.fence is not None
+        run.fence.record(world.size, state.step)
+        checkpoints.remove_leftovers()
+        run.keep_lines(state.recorded_step)
+    changes = {} if state.step else {"alarm": None}
+    run.set_status(step=state.step, **changes)
+    if world.is_main and state.step:
+        _log.info("going on from step %d", state.step)
 
 
 def _write_report(run: RunDirectory) -> None:
@@ -86,61 +167,6 @@ def _write_report(run: RunDirectory) -> None:
         _log.info("finished: %s", write_report([run.path]))
     except Exception as error:  # whatever is wrong with a page, the training is done
         _log.warning("finished, without a report: %s", error)
-
-
-def fit(
-    config: CriticConfig, learner: Learner, data: CriticData, tracker: Tracker, run: RunDirectory
-) -> None:
-    """The training loop: steps 1 to max_steps."""
-    training, last = config.training, config.training.max_steps
-    alarm = ConstantPredictorAlarm(config.evaluation.alarm_evaluations, training.warmup_steps)
-    window, note = Window(), ""
-    with progress("training", last) as advance:
-        for step in range(1, last + 1):
-            began = time.monotonic()
-            batches = data.train.step(step - 1, training.batch_size, training.seed)
-            result = learner.step(step - 1, batches, window.metrics)
-            window.add(batches, time.monotonic() - began)
-            metrics = {
-                "train/loss": result.loss,
-                "train/grad_norm": result.grad_norm,
-                "train/learning_rate": result.learning_rate,
-            }
-            if step % config.logging.every_steps == 0 or step == last:
-                figures = learner.merged(window.metrics).compute()
-                metrics |= _prefixed("value/", figures)
-                speed = window.telemetry(learner.world)
-                tracker.telemetry(step, speed)
-                run.set_status(step=step)
-                note = _note(figures, speed)
-                window = Window()
-            if step % config.evaluation.every_steps == 0 or step == last:
-                metrics |= evaluate(learner, data.validation, step, alarm, run)
-            tracker.metrics(step, metrics)
-            advance(step, f"loss {result.loss:.4f}{note}")
-
-
-def _note(figures: Mapping[str, float], speed: Mapping[str, float]) -> str:
-    r2 = f"{figures['r2']:.3f}" if "r2" in figures else "-"
-    return f"  R2 {r2}  {speed['tokens_per_second']:,.0f} tokens/s"
-
-
-def evaluate(
-    learner: Learner, packer: Packer, step: int, alarm: ConstantPredictorAlarm, run: RunDirectory
-) -> dict[str, float]:
-    """Evaluate, store the curves, and sound the alarm where it is due."""
-    with progress("evaluating") as advance:
-        evaluated = learner.evaluate(packer, advance)
-    figures = evaluated.compute()
-    run.write_json("reliability.json", _curves(evaluated))
-    _log.info("step %d  %s", step, _summary(figures))
-    if learner.objective.ranks_only:
-        return _prefixed("validation/value/", figures)
-    text = alarm.check(step, figures, learner.config.num_unfrozen_layers)
-    if text is not None:
-        _log.warning("%s", text)
-        run.set_status(alarm=text)
-    return _prefixed("validation/value/", figures)
 
 
 @dataclass(frozen=True)
@@ -242,35 +268,25 @@ def set_up_torch(config: CriticConfig) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _prefixed(prefix: str, figures: Mapping[str, float]) -> dict[str, float]:
-    return {f"{prefix}{name}": value for name, value in figures.items()}
-
-
-def _summary(figures: Mapping[str, float]) -> str:
-    shown = ("mse", "mse_constant", "mse_optimal", "r2", "std_prediction", "achievable_share")
-    return "  ".join(f"{name} {figures[name]:.4f}" for name in shown if name in figures)
-
-
-def _curves(metrics: ValueMetrics) -> dict[str, list[float | None]]:
-    """Calibration and value by position as JSON, with null where nothing was seen."""
-    curves = metrics.reliability()
-    columns = {
-        "bin_mean_prediction": curves.by_prediction.mean_prediction,
-        "bin_mean_label": curves.by_prediction.mean_label,
-        "bin_count": curves.by_prediction.count,
-        "position_mean_prediction": curves.by_position.mean_prediction,
-        "position_mean_label": curves.by_position.mean_label,
-    }
-    return {
-        name: [float(v) if np.isfinite(v) else None for v in column]
-        for name, column in columns.items()
-    }
-
-
 def main() -> None:
-    options = command_line(__doc__ or "").parse_args()
+    parser = command_line(__doc__ or "")
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="go on where run.dir stands (the default), or refuse a run that exists",
+    )
+    parser.add_argument(
+        "--init-from",
+        metavar="PATH",
+        help="begin with the weights of a run or checkpoint",
+    )
+    options = parser.parse_args()
     set_up_logging()
-    train(load_config(CriticConfig, options.config, options.override))
+    config = load_config(CriticConfig, options.config, options.override)
+    if options.init_from is not None:
+        config.model.init_from = options.init_from
+    train(config, resume=options.resume == "auto")
 
 
 if __name__ == "__main__":

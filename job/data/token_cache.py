@@ -29,6 +29,7 @@ from job.data import arithmetic
 from job.data.examples import BadRow, Example, check_readable, read_examples
 from job.data.tokenizer import Encoded, Tokenizer
 from job.durability.files import atomic_folder
+from job.durability.preemption import stop_if_asked
 from job.outcome import InputError, listing
 from job.telemetry.progress import progress
 
@@ -171,6 +172,7 @@ def _write(scratch: Path, source: Source, tokenizer: Tokenizer, policy: _Policy)
     writer = _SetWriter(scratch)
     with writer, progress(f"tokenising {source.name}") as advance:
         for chunk in _chunks(source.rows):
+            stop_if_asked()
             writer.add(source.name, chunk, tokenizer, policy)
             advance(writer.n_seen, f"{len(writer.bad)} bad" if writer.bad else "")
     refused = writer.refused

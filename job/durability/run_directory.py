@@ -4,6 +4,10 @@ config.yaml       the resolved configuration
 status.json       state, step, and what a reader must know at once
 metrics.jsonl     deterministic figures, one object a line, `step` first
 telemetry.jsonl   time, speed and memory, one object a line
+attempts/         one folder an attempt: where it went on, logs of its ranks, stack traces
+checkpoints/      see job.durability.checkpoint
+stop              made by you: save and stop
+bad_steps.json    steps that are passed over since their loss was not finite
 parameters.json   the parameter report
 reliability.json  calibration and value by position at the last evaluation
 critic.safetensors  the trained parameters
@@ -15,7 +19,7 @@ mlflow.json       what MLflow has been sent (mlflow.lock and mlflow.log belong t
 from __future__ import annotations
 
 import json
-import shutil
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,20 +29,47 @@ from typing import Any
 import yaml
 
 from job.config import differences
+from job.durability.fence import Fence
 from job.durability.files import write_atomic
-from job.outcome import InputError, listing
+from job.outcome import InputError, Stopped, listing
 
-# May differ between two attempts of one run: they change neither data nor model, and the
-# arithmetic by rounding at most.
-MAY_CHANGE = ("mlflow.", "run.dir", "data.cache_dir", "training.threads")
+_log = logging.getLogger(__name__)
+
+# May differ between two attempts of one run: length, cadence of logs and checkpoints, devices,
+# sharding, and paths to the same content (base and data are compared by content). They change the
+# arithmetic by rounding at most; a new length also changes the schedule from there on.
+MAY_CHANGE = (
+    "run.",
+    "training.max_steps",
+    "training.max_bad_steps",
+    "training.micro_batch_tokens",
+    "training.threads",
+    "training.deterministic",
+    "logging.",
+    "checkpoint.",
+    "distributed.",
+    "model.path",
+    "model.recipe",
+    "tokenizer.path",
+    "data.train",
+    "data.validation",
+    "data.cache_dir",
+    "mlflow.",
+)
 
 
 class RunDirectory:
     """Paths and small files of one run; where `writes` is false, writing does nothing."""
 
-    def __init__(self, path: str | Path, *, writes: bool = True) -> None:
+    def __init__(self, path: str | Path, *, is_main: bool = True) -> None:
         self.path = Path(path)
-        self.writes = writes
+        self._is_main = is_main
+        self.fence: Fence | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is rank 0 of the newest attempt."""
+        return self._is_main and not (self.fence is not None and self.fence.superseded())
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -49,8 +80,6 @@ class RunDirectory:
         Raises:
             InputError: the directory cannot be written, or holds another configuration.
         """
-        if not self.writes:
-            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.file("config.yaml").exists():
@@ -60,6 +89,11 @@ class RunDirectory:
             write_atomic(self.file("config.yaml"), yaml.safe_dump(config, sort_keys=False))
         except OSError as error:
             raise InputError(f"run.dir: cannot write {self.path}: {error.strerror}") from None
+
+    def is_finished(self, max_steps: int) -> bool:
+        """Whether the run has come to its end; a longer one goes on from there."""
+        status = self.status()
+        return status.get("state") == "finished" and status.get("step", 0) >= max_steps
 
     def _refuse_other(self, config: dict[str, Any]) -> None:
         changed = [
@@ -99,24 +133,28 @@ class RunDirectory:
 
     def set_status(self, **changes: Any) -> None:
         """Change some entries of status.json, leaving the rest."""
-        if not self.writes:
-            return
-        self.write_json("status.json", self.status() | {"updated": time.time()} | changes)
+        if self.writes:
+            self.write_json("status.json", self.status() | {"updated": time.time()} | changes)
 
     @contextmanager
     def recorded(self, **changes: Any) -> Iterator[None]:
-        """Record that the run is running, and if the body raises, that and how it failed."""
+        """Record that the run is running, and if the body raises, that and how it ended."""
         self.set_status(state="running", error=None, **changes)
         try:
             yield
         except BaseException as error:
             if self.status().get("state") != "finished":  # what fails after it undoes nothing
-                self.set_status(state="failed", error=f"{type(error).__name__}: {error}")
+                self.set_status(**_ending(error))
             raise
 
     def write_json(self, name: str, content: Any) -> None:
-        if self.writes:
+        """Replace a JSON file; a file system that refuses is reported and ends nothing."""
+        if not self.writes:
+            return
+        try:
             write_atomic(self.file(name), json.dumps(content, indent=2) + "\n")
+        except OSError as error:
+            _log.error("cannot write %s: %s; going on", self.file(name), error.strerror)
 
     def records(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
         """The complete lines of metrics.jsonl or telemetry.jsonl; a torn last line is left out."""
@@ -129,10 +167,23 @@ class RunDirectory:
         except ValueError:
             raise InputError(f"{self.file(name)}: damaged") from None
 
-    def start_over(self) -> None:
-        """Remove what an unfinished attempt left; mlflow.json stays, so that its copy is ended."""
+    def keep_lines(self, last: int) -> None:
+        """Let metrics.jsonl and telemetry.jsonl end with step `last`: what follows is done again.
+
+        Both become new files, so that an attempt that was superseded and does not know it yet
+        writes into the old ones, which are gone.
+        """
         if not self.writes:
             return
-        for name in ("metrics.jsonl", "telemetry.jsonl", "reliability.json", "report.html"):
-            self.file(name).unlink(missing_ok=True)
-        shutil.rmtree(self.file("plots"), ignore_errors=True)
+        for name in ("metrics.jsonl", "telemetry.jsonl"):
+            kept = [record for record in self.records(name) if record["step"] <= last]
+            write_atomic(self.file(name), "".join(json.dumps(record) + "\n" for record in kept))
+        missing = last - len(self.records())
+        if missing:
+            _log.error("%s lacks %d of %d steps", self.file("metrics.jsonl"), missing, last)
+
+
+def _ending(error: BaseException) -> dict[str, Any]:
+    if isinstance(error, Stopped):
+        return {"state": "stopped", "error": None, "reason": str(error)}
+    return {"state": "failed", "error": f"{type(error).__name__}: {error}"}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from job.config import TrainingConfig
@@ -21,7 +21,7 @@ from job.outcome import InputError
 from job.telemetry.progress import Advance
 from job.telemetry.value_metrics import ValueMetrics
 
-_ADVICE = "Lower training.learning_rate"
+ADVICE = "Lower training.learning_rate"
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class StepResult:
     loss: float
     grad_norm: float
     learning_rate: float
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class Learner:
@@ -44,17 +48,20 @@ class Learner:
         self.trainable = [p for p in critic.parameters() if p.requires_grad]
         self._checked_gradients = False
 
-    def step(self, step: int, batches: Sequence[Batch], metrics: ValueMetrics) -> StepResult:
+    def count(self, batches: Sequence[Batch]) -> float:
+        """What this rank adds to the count that a step's loss is divided by."""
+        return sum(self.objective.count(batch) for batch in batches)
+
+    def step(
+        self, step: int, batches: Sequence[Batch], count: float, metrics: ValueMetrics
+    ) -> StepResult:
         """Optimizer step `step` (from 0) on this rank's micro-batches.
 
-        The loss is a sum over the response tokens of all ranks divided by their global count;
+        The loss is a sum over the response tokens of all ranks divided by their global `count`;
         FSDP averages gradients over ranks, hence the factor. Predictions go into `metrics`.
-
-        Raises:
-            InputError: the loss or the gradient norm is not finite.
+        If the loss or the gradient norm is not finite on some rank, nothing is changed anywhere.
         """
         rate = set_learning_rate(self.optimizer, self.config, step)
-        (count,) = self.world.sum([sum(self.objective.count(batch) for batch in batches)])
         losses, outputs = [], []
         for batch in batches:
             output = self.outputs(batch)
@@ -66,9 +73,11 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.config.max_grad_norm)
         (total,) = self.world.sum([math.fsum(loss.item() for loss in losses)])
         result = StepResult(total, whole(norm).item(), rate)
-        _check_finite(step, result)
-        self.optimizer.step()
+        if result.is_finite:
+            self.optimizer.step()
         self.optimizer.zero_grad()
+        if not result.is_finite:
+            return result
         for batch, output in zip(batches, outputs, strict=True):
             self._record(metrics, output, batch)
         return result
@@ -86,7 +95,7 @@ class Learner:
             batch = packer.assemble(units)
             outputs = self.outputs(batch)
             if not outputs.isfinite().all():
-                raise InputError(f"evaluation: predictions are not finite. {_ADVICE}")
+                raise InputError(f"evaluation: predictions are not finite. {ADVICE}")
             self._record(metrics, outputs, batch)
             advance(done, f"of {len(plan)} evaluation batches")
         if isinstance(self.critic, FSDPModule):
@@ -103,6 +112,24 @@ class Learner:
     def outputs(self, batch: Batch) -> Tensor:
         """Head outputs at the batch's response tokens, float32 [n]."""
         return self.critic(batch.tokens, batch.layout, batch.responses)
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """AdamW's moments of a trainable parameter, sharded as it is; zeros before the first step.
+
+        torch's own optimizer state dictionaries would add the settings of each group, which the
+        configuration holds already.
+        """
+        state = self.optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+
+    def set_updates(self, n: int) -> None:
+        """Tell the optimizer how many updates it has made, for its bias correction."""
+        for state in self.optimizer.state.values():
+            state["step"].fill_(n)
 
     def _record(self, metrics: ValueMetrics, outputs: Tensor, batch: Batch) -> None:
         metrics.add(
@@ -122,11 +149,3 @@ class Learner:
         for name, parameter in self.critic.named_parameters():
             has = parameter.grad is not None
             assert has == parameter.requires_grad, f"{name}: gradient {has}"
-
-
-def _check_finite(step: int, result: StepResult) -> None:
-    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-        raise InputError(
-            f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; "
-            f"the weights were left as before this step. {_ADVICE}"
-        )

@@ -113,7 +113,7 @@ def _rope_scaling(file: Path, params: dict[str, Any]) -> RopeScaling | None:
 
 
 def _stored_vocabulary(folder: Path) -> int:
-    embedding = _open_weights(folder).get(_EMBEDDING)
+    embedding = open_weights(folder).get(_EMBEDDING)
     if embedding is None or embedding.dim() != 2:
         raise InputError(f"{folder / WEIGHTS}: no matrix {_EMBEDDING} to read vocab_size from")
     return embedding.shape[0]
@@ -125,7 +125,7 @@ def load_trunk(trunk: Trunk, folder: str | Path) -> None:
     Raises:
         InputError: a tensor is missing, surplus or of another shape; the file cannot be read.
     """
-    stored = _open_weights(Path(folder))
+    stored = open_weights(Path(folder))
     named = dict(trunk.named_parameters())
     _check_tensors(named, stored, Path(folder) / WEIGHTS)
     for name, parameter in named.items():
@@ -133,7 +133,7 @@ def load_trunk(trunk: Trunk, folder: str | Path) -> None:
     _log.info("loaded %d tensors from %s", len(named), folder)
 
 
-def _open_weights(folder: Path) -> Mapping[str, Tensor]:
+def open_weights(folder: Path) -> Mapping[str, Tensor]:
     """The file's tensors, memory-mapped: bytes are read where they are used."""
     file = folder / WEIGHTS
     try:

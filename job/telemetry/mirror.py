@@ -5,6 +5,10 @@ what was sent. The trainer starts this module as a process of its own that follo
 so that no server, however slow, slows training or stops it:
 
     python -m job.telemetry.mirror RUN_DIR
+
+A directory is one run in MLflow for ever. A resumed training takes its files back to a checkpoint
+and writes the steps after it again; of those, what MLflow has already stays as the superseded
+attempt wrote it, equal up to rounding.
 """
 
 from __future__ import annotations
@@ -29,8 +33,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from fcntl import LOCK_EX, flock
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from job.config import flatten
 from job.durability.files import write_atomic
@@ -54,7 +59,10 @@ _PARAM_LENGTH = 6000
 _NAME_LENGTH = 250
 _TAG_LENGTH = 5000
 _ARTIFACTS = ("config.yaml", "parameters.json", "reliability.json", "report.html", "train.log")
-_TERMINAL = {"finished": "FINISHED", "failed": "FAILED"}
+_TERMINATED = {"finished": "FINISHED", "failed": "FAILED"}
+# The states in which nothing is written. MLflow's SCHEDULED, "to run at a later time", is what a
+# stopped run is: it will be resumed, so it has no end, and RUNNING would say that it holds a GPU.
+_AT_REST = _TERMINATED | {"stopped": "SCHEDULED"}
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _SETTINGS = {
     # MLflow's own defaults let one call to a silent server last a quarter of an hour.
@@ -167,7 +175,10 @@ class _Sent:
     tracking_uri: str
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     run_id: str | None = None
+    # The last line sent of each file: where it begins, and its step. No step means that MLflow must
+    # be asked what it has: a batch got no answer, or the note is of a time before steps were noted.
     offsets: dict[str, int] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -200,6 +211,7 @@ class _Syncer:
         self._status = directory.status()
         self._state = str(self._status.get("state", "running"))
         self._sent = _Sent.load(directory.file("mlflow.json"), uri)
+        self._histories: dict[str, set[int]] = {}
         self._values = 0
 
     def sync(self, artifacts: bool) -> SyncResult:
@@ -220,10 +232,6 @@ class _Syncer:
     def _open(self) -> Run:
         """The run in MLflow, made where there is none."""
         known = self._known()
-        if known and any(self._unsent(name) < 0 for name in self._sent.offsets):
-            # The run was started over.
-            self._client.set_terminated(known.info.run_id, "KILLED")
-            known = None
         if known is None and self._sent.run_id:
             self._sent = _Sent(self._uri)
         return known or self._create()
@@ -239,12 +247,6 @@ class _Syncer:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
-
-    def _unsent(self, name: str) -> int:
-        """Bytes of a file beyond what was sent; negative where it has become shorter."""
-        path = self._directory.file(name)
-        size = path.stat().st_size if path.exists() else 0
-        return size - self._sent.offsets.get(name, 0)
 
     def _create(self) -> Run:
         # The token is noted before the run is made, and finds it where the answer got lost.
@@ -308,41 +310,67 @@ class _Syncer:
         return {key: value for key, value in report.items() if not isinstance(value, dict | list)}
 
     def _telemetry(self) -> Iterator[_Record]:
-        return (record for _, record in _read_lines(self._directory.file("telemetry.jsonl"), 0))
+        return (line.record for line in _read_lines(self._directory.file("telemetry.jsonl")))
 
     def _send_metrics(self) -> int:
         """Send both files; return how many lines of metrics.jsonl have no time yet."""
         self._send_lines("telemetry.jsonl", "telemetry/", lambda record: record["time"])
-        if not self._unsent("metrics.jsonl"):
-            return 0  # saves reading all of telemetry.jsonl
-        clock = _Clock(self._telemetry(), self._status if self._state in _TERMINAL else None)
-        return self._send_lines("metrics.jsonl", "", lambda record: clock.time(record["step"]))
+        return self._send_lines("metrics.jsonl", "", lambda r: self._clock.time(r["step"]))
+
+    @cached_property
+    def _clock(self) -> _Clock:
+        return _Clock(self._telemetry(), self._status if self._state in _AT_REST else None)
 
     def _send_lines(self, name: str, prefix: str, time_of: _TimeOf) -> int:
         batch: list[Metric] = []
         waiting = 0
-        end = self._sent.offsets.get(name, 0)
-        for line_end, record in _read_lines(self._directory.file(name), end):
-            seconds = time_of(record)
+        last = None
+        for line in self._unsent(name, prefix):
+            seconds = time_of(line.record)
             if seconds is None or waiting:
                 waiting += 1
                 continue
-            metrics = _metrics(record, prefix, seconds)
-            if batch and len(batch) + len(metrics) > _METRICS_PER_CALL:
-                self._send_batch(name, batch, end)
+            metrics = _metrics(line.record, prefix, seconds)
+            if last and len(batch) + len(metrics) > _METRICS_PER_CALL:
+                self._send_batch(name, batch, last)
                 batch = []
             batch += metrics
-            end = line_end
-        if end > self._sent.offsets.get(name, 0):
-            self._send_batch(name, batch, end)
+            last = line
+        if last:
+            self._send_batch(name, batch, last)
         return waiting
 
-    def _send_batch(self, name: str, batch: list[Metric], end: int) -> None:
+    def _unsent(self, name: str, prefix: str) -> Iterator[_Line]:
+        step = self._sent.steps.get(name)
+        if step is not None:
+            return _read_lines(self._directory.file(name), self._sent.offsets[name], step)
+        lines = _read_lines(self._directory.file(name))
+        return (line for line in lines if not self._arrived(line.record, prefix))
+
+    def _arrived(self, record: _Record, prefix: str) -> bool:
+        """Whether MLflow has a line: its last value, because a long line goes in parts."""
+        values = _values(record, prefix)
+        return not values or record["step"] in self._history(next(reversed(values)))
+
+    def _history(self, metric: str) -> set[int]:
+        """The steps of which MLflow has the metric."""
+        if metric not in self._histories:
+            assert self._sent.run_id
+            points = self._client.get_metric_history(self._sent.run_id, metric)
+            self._histories[metric] = {point.step for point in points}
+        return self._histories[metric]
+
+    def _send_batch(self, name: str, batch: list[Metric], last: _Line) -> None:
         assert self._sent.run_id
+        # Unsure until the answer: MLflow drops a repeated value only if its time is the same too,
+        # and a resumed training gives these steps other times.
+        self._sent.steps.pop(name, None)
+        self._note()
         for i in range(0, len(batch), _METRICS_PER_CALL):
             chunk = batch[i : i + _METRICS_PER_CALL]
             self._client.log_batch(self._sent.run_id, metrics=chunk, synchronous=True)
-        self._sent.offsets[name] = end
+        self._sent.offsets[name] = last.offset
+        self._sent.steps[name] = last.record["step"]
         self._note()
         self._values += len(batch)
 
@@ -376,30 +404,26 @@ class _Syncer:
         tags = [RunTag(k, v) for k, v in texts.items() if v != run.data.tags.get(k, "")]
         if tags:
             self._client.log_batch(run.info.run_id, tags=tags, synchronous=True)
-        wanted = _TERMINAL.get(self._state, "RUNNING")
+        wanted = _AT_REST.get(self._state, "RUNNING")
         if wanted == run.info.status:
             return
-        if wanted == "RUNNING":  # an earlier attempt had failed
-            self._client.update_run(run.info.run_id, wanted)
-        else:
+        if self._state in _TERMINATED:
             ended = self._status.get("updated", time.time())
             self._client.set_terminated(run.info.run_id, wanted, _milliseconds(ended))
+        else:
+            self._client.update_run(run.info.run_id, wanted)
 
 
 class _Clock:
-    """The time of a step: that of the first telemetry line with at least that step.
-
-    It depends on files alone, so that a metric sent twice is the same to MLflow, which drops it.
-    """
+    """The time of a step: that of the first telemetry line with at least that step."""
 
     def __init__(self, telemetry: Iterable[_Record], ended: _Record | None) -> None:
-        """`ended` is the status of a run that will write no more, None while it goes on."""
+        """`ended` is the status of a run that is at rest, None while it goes on."""
         self._steps: list[int] = []
         self._times: list[float] = []
         for record in telemetry:
-            if not self._steps or record["step"] > self._steps[-1]:
-                self._steps.append(record["step"])
-                self._times.append(record["time"])
+            self._steps.append(record["step"])
+            self._times.append(record["time"])
         self._beyond: float | None = None
         if ended is not None:
             self._beyond = self._times[-1] if self._times else ended.get("updated", 0.0)
@@ -410,21 +434,41 @@ class _Clock:
         return self._times[i] if i < len(self._steps) else self._beyond
 
 
-def _read_lines(path: Path, offset: int) -> Iterator[tuple[int, _Record]]:
-    """Each complete line from `offset` on, and where it ends."""
+class _Line(NamedTuple):
+    offset: int  # of its first byte
+    record: _Record
+
+
+def _read_lines(path: Path, offset: int = 0, step: int = -1) -> Iterator[_Line]:
+    """The complete lines beyond a step, in the order of steps, of which each has one line.
+
+    The line of `step` began at `offset`. If it does no more, the file has been replaced, however
+    long it is by now, and is read from its start.
+    """
     if not path.exists():
         return
     with path.open("rb") as file:
         file.seek(offset)
+        if _parsed(file.readline()).get("step") != step:
+            offset = 0
+        file.seek(offset)
         for line in file:
             if not line.endswith(b"\n"):
                 return  # still being written
+            record = _parsed(line)
+            if record and record["step"] > step:
+                step = record["step"]
+                yield _Line(offset, record)
             offset += len(line)
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # torn by a crash, and written on after it
-            yield offset, record
+
+
+def _parsed(line: bytes) -> _Record:
+    """Empty for a part of a line: torn by a crash, or cut off by an offset of another file."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _milliseconds(seconds: float) -> int:
@@ -439,10 +483,18 @@ def _metrics(record: _Record, prefix: str, seconds: float) -> list[Metric]:
     from mlflow.entities import Metric
 
     return [
-        Metric(_metric_name(prefix + key), float(value), _milliseconds(seconds), record["step"])
+        Metric(name, value, _milliseconds(seconds), record["step"])
+        for name, value in _values(record, prefix).items()
+    ]
+
+
+def _values(record: _Record, prefix: str) -> dict[str, float]:
+    """The numbers of a line under their names in MLflow."""
+    return {
+        _metric_name(prefix + key): float(value)
         for key, value in record.items()
         if key not in ("step", "time") and _is_number(value)
-    ]
+    }
 
 
 def _metric_name(name: str) -> str:
@@ -540,7 +592,7 @@ class _Follower:
         result = _sync(self._run_dir, artifacts)
         if artifacts:
             self._artifacts_due = time.monotonic() + ARTIFACT_SECONDS
-        if result.state not in _TERMINAL and not last:
+        if result.state not in _AT_REST and not last:
             self._system.publish(result)
 
 

@@ -7,11 +7,11 @@ import logging
 import math
 import os
 import resource
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 import torch
 
@@ -34,9 +34,29 @@ class Tracker:
 
     def __init__(self, run: RunDirectory) -> None:
         self._run = run
-        self._metrics = _Lines(run.file("metrics.jsonl") if run.writes else Path(os.devnull))
-        self._telemetry = _Lines(run.file("telemetry.jsonl") if run.writes else Path(os.devnull))
+        self._open()
         self._mirror = self._start_mirror() if run.writes else None
+
+    def _open(self) -> None:
+        places = [self._run.file(name) for name in ("metrics.jsonl", "telemetry.jsonl")]
+        if not self._run.writes:
+            places = [Path(os.devnull)] * 2
+        self._metrics, self._telemetry = map(_Lines, places)
+
+    def rewind(self, step: int) -> None:
+        """Go on after `step`, whatever was written since."""
+        self._close()
+        self._run.keep_lines(step)
+        self._open()
+
+    def flush(self) -> None:
+        """Have everything on the disk itself.
+
+        Raises:
+            OSError: the file system does not take it.
+        """
+        self._metrics.flush()
+        self._telemetry.flush()
 
     def _start_mirror(self) -> Mirror | None:
         config = self._run.config()
@@ -62,28 +82,56 @@ class Tracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._metrics.close()
-        self._telemetry.close()
+        self._close()
         if self._mirror is not None and not self._mirror.close(CLOSE_SECONDS):
             _log.warning("MLflow has not received everything; later: %s", self._sync_command())
+
+    def _close(self) -> None:
+        self._metrics.close()
+        self._telemetry.close()
 
     def _sync_command(self) -> str:
         return f"python -m job.report --sync {self._run.path}"
 
 
 class _Lines:
-    """A JSON Lines file, flushed line by line."""
+    """A JSON Lines file. What a full disk does not take waits for the next line."""
 
     def __init__(self, path: Path) -> None:
-        self._stream: IO[str] = path.open("a")
+        self._path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._waiting = b""
+        self._lock = threading.Lock()  # checkpoints are committed by a thread of their own
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._stream.write(json.dumps({"step": step, **finite}) + "\n")
-        self._stream.flush()
+        with self._lock:
+            failed_before = bool(self._waiting)
+            self._waiting += json.dumps({"step": step, **finite}).encode() + b"\n"
+            try:
+                self._write_waiting()
+            except OSError as error:
+                if not failed_before:
+                    _log.error("%s: %s; lines are kept in memory", self._path, error.strerror)
+
+    def flush(self) -> None:
+        with self._lock:
+            self._write_waiting()
+            if self._path != Path(os.devnull):
+                os.fsync(self._file)
 
     def close(self) -> None:
-        self._stream.close()
+        with self._lock:
+            try:
+                self._write_waiting()
+            except OSError as error:
+                _log.error("%s: lines are lost: %s", self._path, error.strerror)
+            os.close(self._file)
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            written = os.write(self._file, self._waiting)
+            self._waiting = self._waiting[written:]
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -101,6 +149,17 @@ class Window:
         self._tokens = self._response_tokens = self._steps = 0
         self._seconds = 0.0
 
+    @classmethod
+    def merged(cls, parts: Sequence[Window]) -> Window:
+        """One window with what several ranks measured; they took the same time."""
+        whole = cls()
+        for part in parts:
+            whole.metrics.merge(part.metrics)
+            whole._tokens += part._tokens
+            whole._response_tokens += part._response_tokens
+            whole._steps, whole._seconds = part._steps, part._seconds
+        return whole
+
     def add(self, batches: Sequence[Batch], seconds: float) -> None:
         """Count one optimizer step that took `seconds`."""
         self._tokens += sum(len(batch.tokens) for batch in batches)
@@ -111,9 +170,11 @@ class Window:
     def telemetry(self, world: World) -> dict[str, float]:
         """Speed of all ranks together, and this rank's memory; every rank must take part."""
         tokens, response_tokens = world.sum([self._tokens, self._response_tokens])
-        return {
+        memory = {"memory_bytes": float(peak_memory_bytes(world.device))}
+        if not self._steps:
+            return memory
+        return memory | {
             "tokens_per_second": tokens / self._seconds,
             "response_tokens_per_second": response_tokens / self._seconds,
             "seconds_per_step": self._seconds / self._steps,
-            "memory_bytes": peak_memory_bytes(world.device),
         }

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -48,6 +49,8 @@ class Example:
 
     def __init__(self, path: Path, uri: str | None = None, **mlflow: Any) -> None:
         self.path = path
+        self.digits = 17  # of a loss; another number of them makes lines of another length
+        self.late = 0.0  # seconds; every attempt has its own
         self.metrics: dict[tuple[str, int], tuple[float, int]] = {}  # -> value, milliseconds
         path.mkdir(parents=True)
         self.config: dict[str, Any] = {
@@ -63,17 +66,16 @@ class Example:
 
     def step(self, step: int, told_at: int, **values: float) -> None:
         """One line of metrics.jsonl, expected at the time of the telemetry of `told_at`."""
-        line = {"step": step, "train/loss": 1 / (step + 3), **values}
+        line = {"step": step, "train/loss": round(1 / (step + 3), self.digits), **values}
         self.append("metrics.jsonl", line)
-        milliseconds = round(1000 * (START + told_at))
+        milliseconds = round(1000 * (START + told_at + self.late))
         self.metrics |= {(k, step): (v, milliseconds) for k, v in line.items() if k != "step"}
 
     def telemetry(self, step: int) -> None:
-        speed = 1e4 + step / 7
-        line = {"step": step, "time": START + step, "tokens_per_second": speed}
+        speed, seconds = 1e4 + step / 7 + self.late, START + step + self.late
+        line = {"step": step, "time": seconds, "tokens_per_second": speed}
         self.append("telemetry.jsonl", line)
-        key = ("telemetry/tokens_per_second", step)
-        self.metrics[key] = (speed, round(1000 * (START + step)))
+        self.metrics["telemetry/tokens_per_second", step] = (speed, round(1000 * seconds))
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         with (self.path / name).open("a") as stream:
@@ -85,6 +87,16 @@ class Example:
             if step % 2 == 0:
                 self.telemetry(step)
             self.step(step, step + step % 2)
+
+    def resume(self, checkpoint: int, digits: int = 17) -> None:
+        """Replace both files by their lines up to a step; what follows is of another attempt."""
+        for name in ("metrics.jsonl", "telemetry.jsonl"):
+            lines = (self.path / name).read_text().splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= checkpoint]
+            write_atomic(self.path / name, "".join(kept))
+        self.metrics = {key: point for key, point in self.metrics.items() if key[1] <= checkpoint}
+        self.late += 100
+        self.digits = digits
 
     def status(self, state: str, **more: Any) -> None:
         text = {"state": state, "alarm": None, "error": None, "updated": START + 1000, **more}
@@ -307,13 +319,13 @@ def test_a_torn_last_line_waits_and_a_torn_middle_line_is_passed_over(
     example.steps(1, 2)
     metrics = example.path / "metrics.jsonl"
     with metrics.open("a") as stream:
-        stream.write('{"step": 2, "value/mse": 0.')
+        stream.write('{"step": 3, "value/mse": 0.')
     sync_run(example.path)
     assert received(example) == example.metrics
     with metrics.open("a") as stream:
-        stream.write("25}\n" + '{"step": 2, "value/r{"step": 2, "a": 1.0}\n')
-    example.step(2, told_at=2, after=0.5)
-    example.metrics["value/mse", 2] = (0.25, round(1000 * (START + 2)))
+        stream.write("25}\n" + '{"step": 4, "value/r{"step": 4, "a": 1.0}\n')
+    example.step(5, told_at=2, after=0.5)
+    example.metrics["value/mse", 3] = (0.25, round(1000 * (START + 2)))
     sync_run(example.path)
     assert received(example) == example.metrics
 
@@ -358,7 +370,7 @@ def test_a_crash_between_sending_and_noting_duplicates_nothing(
         sync_run(example.path)
         assert_complete(example, tmp_path)
         assert len(copies(database, f"crash{crash}")) == 1
-    assert crash == 2 + 5 + 6  # the run, the batches, the artifacts
+    assert crash == 2 + 2 * 5 + 6  # the run, before and after each batch, the artifacts
 
 
 def _crashes_at(number: int, example: Example, monkeypatch: pytest.MonkeyPatch) -> bool:
@@ -449,19 +461,6 @@ def test_a_run_goes_whole_to_another_database(tmp_path: Path, database: str) -> 
     assert copy_of(example).info.artifact_uri.startswith(f"file://{tmp_path}/runs/mlartifacts/")
 
 
-def test_a_run_that_was_started_over_becomes_a_new_one(tmp_path: Path, database: str) -> None:
-    example = Example(tmp_path / "over", database)
-    example.steps(1, 8)
-    first = sync_run(example.path).run_id
-    for name in ("metrics.jsonl", "telemetry.jsonl"):
-        (example.path / name).unlink()
-    example.metrics.clear()
-    example.steps(1, 2)
-    assert sync_run(example.path).run_id != first
-    assert received(example) == example.metrics
-    assert MlflowClient(database).get_run(first).info.status == "KILLED"
-
-
 def test_a_folder_without_a_run_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a run directory"):
         sync_run(tmp_path)
@@ -478,6 +477,182 @@ def test_two_runs_share_a_new_database(tmp_path: Path) -> None:
     for example in examples:
         assert_complete(example, tmp_path)
     assert len(copies(f"sqlite:///{tmp_path}/mlflow.db", "critic")) == 2
+
+
+# --- resumed runs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seen", ["each step", "only the end"])
+@pytest.mark.parametrize(("first", "second"), [(17, 17), (17, 3), (3, 17)])
+def test_a_resumed_run_has_each_step_once(
+    first: int, second: int, seen: str, tmp_path: Path, database: str
+) -> None:
+    example = Example(tmp_path / f"resumed {first} {second} {seen}", database)
+    example.status("running")
+    example.digits = first
+    example.steps(1, 10)
+    run_id = sync_run(example.path).run_id
+    sent = received(example)
+    sizes = [path.stat().st_size for path in sorted(example.path.glob("*.jsonl"))]
+    example.resume(4, digits=second)
+    for step in range(5, 17):
+        if seen == "each step":
+            assert sync_run(example.path).run_id == run_id
+        example.steps(step, step)
+    grown = [path.stat().st_size for path in sorted(example.path.glob("*.jsonl"))]
+    assert all(now > before for now, before in zip(grown, sizes, strict=True))
+    assert sync_run(example.path).run_id == run_id
+    assert received(example) == example.metrics | sent
+    assert len(received(example)) == 16 + 8
+
+
+def test_a_run_that_starts_over_from_nothing_stays_the_same(tmp_path: Path, database: str) -> None:
+    example = Example(tmp_path / "over", database)
+    example.steps(1, 6)
+    run_id = sync_run(example.path).run_id
+    sent = received(example)
+    example.resume(0)
+    assert sync_run(example.path).metrics == 0
+    example.steps(1, 8)
+    result = sync_run(example.path)
+    assert (result.run_id, result.metrics) == (run_id, 3)
+    assert received(example) == example.metrics | sent
+
+
+def test_a_run_that_is_resumed_again_and_again_misses_nothing(
+    tmp_path: Path, database: str
+) -> None:
+    example = Example(tmp_path / "often", database)
+    sent: dict[tuple[str, int], tuple[float, int]] = {}
+    for checkpoint, last in ((0, 2), (0, 6), (4, 4), (4, 8), (2, 4), (2, 10)):
+        if sent:
+            example.resume(checkpoint, digits=3 + last)
+        example.steps(checkpoint + 1, last)
+        sync_run(example.path)
+        assert received(example) == example.metrics | sent
+        sent = received(example)
+
+
+def test_a_line_that_waited_takes_its_time_from_the_attempt_that_goes_on(
+    tmp_path: Path, database: str
+) -> None:
+    example = Example(tmp_path / "waited", database)
+    example.status("running")
+    example.steps(1, 5)
+    assert sync_run(example.path).waiting == 1
+    example.resume(5)
+    example.steps(6, 7)
+    example.metrics["train/loss", 5] = (1 / 8, round(1000 * (START + 6 + example.late)))
+    assert sync_run(example.path).waiting == 1
+    example.status("finished")
+    assert sync_run(example.path).waiting == 0
+    example.metrics["train/loss", 7] = (1 / 10, round(1000 * (START + 6 + example.late)))
+    assert received(example) == example.metrics
+
+
+def test_a_copy_of_the_directory_goes_on_as_the_run(tmp_path: Path, database: str) -> None:
+    example = Example(tmp_path / "original", database)
+    example.steps(1, 4)
+    run_id = sync_run(example.path).run_id
+    example.path = Path(shutil.copytree(example.path, tmp_path / "copy"))
+    example.steps(5, 6)
+    result = sync_run(example.path)
+    assert (result.run_id, result.metrics) == (run_id, 3)
+    assert received(example) == example.metrics
+
+
+@pytest.mark.parametrize("lost", range(4))
+def test_a_resumed_run_repeats_nothing_whose_answer_was_lost(
+    lost: int, tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = Example(tmp_path / f"unanswered{lost}", database)
+    example.steps(1, 4)
+    sync_run(example.path)
+    example.steps(5, 10)
+    numbers = itertools.count()
+    log_batch = MlflowClient.log_batch
+
+    def lose_the_answer(*arguments: Any, **options: Any) -> None:
+        log_batch(*arguments, **options)
+        if next(numbers) == lost:
+            raise TimeoutError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", lose_the_answer)
+        patch.setattr(mirror, "_METRICS_PER_CALL", 2)
+        with pytest.raises(TimeoutError):
+            sync_run(example.path)
+    for last in (8, 12):
+        sent = received(example)
+        example.resume(4, digits=3)
+        sync_run(example.path)
+        example.steps(5, last)
+        sync_run(example.path)
+        assert received(example) == example.metrics | sent
+
+
+@pytest.mark.parametrize("checkpoint", [None, 4])
+def test_a_note_of_a_time_before_steps_were_noted(
+    checkpoint: int | None, tmp_path: Path, database: str
+) -> None:
+    example = Example(tmp_path / f"older {checkpoint}", database)
+    example.steps(1, 8)
+    run_id = sync_run(example.path).run_id
+    sent = received(example)
+    names = ("telemetry.jsonl", "metrics.jsonl")
+    note = example.note() | {"offsets": {n: (example.path / n).stat().st_size for n in names}}
+    del note["steps"]
+    (example.path / "mlflow.json").write_text(json.dumps(note))
+    if checkpoint:
+        example.resume(checkpoint, digits=3)
+    example.steps(5 if checkpoint else 9, 10)
+    result = sync_run(example.path)
+    assert (result.run_id, result.metrics) == (run_id, 3)
+    assert received(example) == example.metrics | sent
+
+
+def assert_states(example: Example) -> None:
+    """The run goes through all states, and MLflow with it."""
+    runs = {
+        "running": "RUNNING",
+        "stopped": "SCHEDULED",
+        "failed": "FAILED",
+        "finished": "FINISHED",
+    }
+    step, run_ids = 1, set()
+    for state in ("stopped", "running", "failed", "running", "stopped", "finished", "running"):
+        example.steps(step, step + 1)
+        example.status(state, error="out of memory" if state == "failed" else None)
+        run_ids.add(sync_run(example.path).run_id)
+        run = copy_of(example)
+        assert (run.info.status, run.data.tags["state"]) == (runs[state], state)
+        assert run.data.tags.get("error", "") == ("out of memory" if state == "failed" else "")
+        step += 2
+    example.status("finished", updated=START + 2000)
+    sync_run(example.path)
+    ended = copy_of(example).info
+    assert (ended.status, ended.end_time) == ("FINISHED", round(1000 * (START + 2000)))
+    assert run_ids == {ended.run_id}
+    assert received(example) == example.metrics
+
+
+def test_a_run_goes_on_from_every_state(tmp_path: Path, database: str) -> None:
+    assert_states(Example(tmp_path / "states", database))
+
+
+def test_a_stopped_run_has_no_end_and_waits_for_no_telemetry(tmp_path: Path, database: str) -> None:
+    example = Example(tmp_path / "stopped", database)
+    example.steps(1, 5)
+    example.status("stopped")
+    assert sync_run(example.path).waiting == 0
+    assert copy_of(example).info.end_time is None
+    sent = received(example)
+    assert sent["train/loss", 5] == (1 / 8, round(1000 * (START + 4)))
+    example.status("running")
+    example.resume(5)
+    example.steps(6, 8)
+    sync_run(example.path)
+    assert received(example) == example.metrics | sent
 
 
 # --- a server ----------------------------------------------------------------------------------
@@ -573,14 +748,18 @@ def gate(server: int) -> Iterator[Gate]:
 @pytest.mark.slow
 def test_a_run_arrives_whole_at_a_server(tmp_path: Path, server: int) -> None:
     example = finished(tmp_path / "served", f"http://127.0.0.1:{server}", steps=1500)
-    example.step(1500, told_at=1500, **{"explained (%)": 0.5})
-    value, milliseconds = example.metrics.pop(("explained (%)", 1500))
-    example.metrics["explained ___", 1500] = (value, milliseconds)
+    example.step(1501, told_at=1500, **{"explained (%)": 0.5})
+    example.metrics["explained ___", 1501] = example.metrics.pop(("explained (%)", 1501))
     sync_run(example.path)
     assert_complete(example, tmp_path)
     assert copy_of(example).info.status == "FINISHED"
     second = sync_run(example.path)
     assert (second.metrics, second.params, second.artifacts) == (0, 0, 0)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_server_goes_on_from_every_state(tmp_path: Path, server: int) -> None:
+    assert_states(Example(tmp_path / "served states", f"http://127.0.0.1:{server}"))
 
 
 def follow(example: Example, deadline: float) -> subprocess.Popen[bytes]:
@@ -623,7 +802,7 @@ def test_a_server_that_falls_silent_during_the_run_gets_the_rest_later(
     example.status("running")
     example.steps(1, 4)
     live = Mirror.start(example.path)
-    wait_for(lambda: _noted(example) and len(example.note()["offsets"]) == 2)
+    wait_for(lambda: _noted(example) and len(example.note()["steps"]) == 2)
     gate.silent = True
     example.steps(5, 8)
     assert not live.close(timeout=2)

@@ -1,0 +1,451 @@
+"""Checkpoints of what is trained: sharded, verified, committed as a whole or not at all.
+
+    checkpoints/step-00000200/       committed: its manifest names every file with a checksum
+        __R_0.distcp, .metadata      parameters and optimizer state, by torch.distributed.checkpoint
+        rank-RRRRR.state             each rank's TrainingState
+        facts.json                   step, identity of base and data, last evaluation
+        config.yaml
+        manifest.json
+    checkpoints/.step-..attempt-..   being written, or left by an attempt that was killed
+    checkpoints/damaged-step-..      set aside
+
+Saving copies the state to host memory and writes it in the background. The rename of the folder is
+the one and only commit. A checkpoint can be read by any number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from job.config import CheckpointConfig, differences
+from job.durability.fence import Fence
+from job.durability.manifest import MANIFEST, DamagedError, FileSum, Manifest
+from job.durability.run_directory import RunDirectory
+from job.learning.learner import Learner
+from job.learning.training_state import TrainingState
+from job.learning.world import World
+from job.outcome import InputError, listing
+
+FACTS = "facts.json"
+RETRIES_PER_PERIOD = 10  # a failed save is tried again after this part of checkpoint.every_steps
+_TIMEOUT = timedelta(hours=2)  # of a rank that waits for the slowest one's files
+_LOWER_IS_BETTER = ("mse", "ece")
+_log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+Tensors = dict[str, Tensor]
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; the ones before it are as they were."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One rank's copy of everything that a checkpoint holds."""
+
+    tensors: Tensors
+    state: bytes
+    facts: dict[str, Any]
+    step: int
+
+
+class Checkpoints:
+    """The checkpoints of a run, as one of its ranks writes and reads them.
+
+    Args:
+        identity: what a checkpoint must agree with, as nested names and values.
+        logs_written: makes metrics up to now durable, or raises OSError.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        fence: Fence,
+        config: CheckpointConfig,
+        identity: dict[str, Any],
+        world: World,
+    ) -> None:
+        self._run, self._fence, self._config = run, fence, config
+        self._identity, self._world = identity, world
+        self._folder = run.file("checkpoints")
+        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        self._stager = _stager(world.device)
+        self._saving: Future[int] | None = None
+        self._failed = False
+        self._next = config.every_steps
+        self.newest = 0  # committed step
+        self.logs_written: Callable[[], None] = lambda: None
+
+    # Saving
+
+    def save_if_due(self, learner: Learner, state: TrainingState, figures: Figures) -> None:
+        """Begin to save where it is time to; every rank must call this after every step."""
+        self._report()
+        if not self._wanted(state.step) or state.bad_steps:
+            return
+        busy, failed = self._world.sum([self._saving is not None, self._failed])
+        if busy or (state.step < self._next and not failed):
+            return
+        self._begin(learner, state, figures)
+
+    def save_now(self, learner: Learner, state: TrainingState, figures: Figures) -> None:
+        """Return when this step is committed.
+
+        Raises:
+            SaveError: it could not be saved.
+        """
+        self.wait()
+        if state.step in (0, self.newest) or state.bad_steps:
+            return
+        self._begin(learner, state, figures)
+        self.wait()
+        if self._failed:
+            raise SaveError(f"step {state.step} could not be saved; see the log")
+
+    def wait(self) -> None:
+        """Wait for the save that is under way."""
+        if self._saving is not None:
+            self._saving.exception()
+            self._report()
+
+    def _wanted(self, step: int) -> bool:
+        """Whether to ask the other ranks about saving: a function of agreed values alone."""
+        retry = max(1, self._config.every_steps // RETRIES_PER_PERIOD)
+        return step >= self._next or step % retry == 0
+
+    def _begin(self, learner: Learner, state: TrainingState, figures: Figures) -> None:
+        every = self._config.every_steps
+        self._next = (state.step // every + 1) * every
+        facts = {
+            "step": state.step,
+            "attempt": self._fence.number,
+            "world_size": self._world.size,
+            "identity": self._identity,
+            "evaluation": dict(figures),
+        }
+        tensors = self._stager.stage(trained_tensors(learner))
+        assert not isinstance(tensors, Future)
+        snapshot = Snapshot(tensors, state.to_bytes(), facts, state.step)
+        self._saving = _in_background(lambda: self._write(snapshot))
+
+    def _report(self) -> None:
+        """Take note of how a background save has ended."""
+        if self._saving is None or not self._saving.done():
+            return
+        error, saving, self._saving = self._saving.exception(), self._saving, None
+        self._failed = error is not None
+        if error is None:
+            self.newest = saving.result()
+            self._run.set_status(checkpoint=self.newest, checkpoint_error=None)
+            return
+        text = f"saving a checkpoint failed: {error}"
+        _log.error("%s; training goes on, the last good one is step %d", text, self.newest)
+        self._run.set_status(checkpoint_error=text)
+
+    def _write(self, snapshot: Snapshot) -> int:
+        """Write and commit a checkpoint; the work of the background thread."""
+        scratch = self._folder / f".step-{snapshot.step:08}.attempt-{self._fence.number:04}"
+        self._together(lambda: self._prepare(scratch))
+        try:
+            save(snapshot.tensors, storage_writer=_writer(scratch), process_group=self._group)
+        except (CheckpointException, Exception) as error:  # of whichever rank; the first is odd
+            self._together(lambda: self._discard(scratch))
+            raise SaveError(_cause(error)) from None
+        try:
+            parts = self._together(lambda: self._write_state(scratch, snapshot))
+            sums = {name: one for part in parts for name, one in part.items()}
+            self._together(lambda: self._commit(scratch, snapshot, sums))
+        except SaveError:
+            self._together(lambda: self._discard(scratch))
+            raise
+        return snapshot.step
+
+    def _together(self, work: Callable[[], Result]) -> list[Result]:
+        """Every rank's result of `work`, or the same SaveError on every rank."""
+        result, problem = None, None
+        try:
+            result = work()
+        except (OSError, DamagedError) as error:
+            problem = f"rank {self._world.rank}: {error}"
+        outcomes: list[Any] = [None] * self._world.size
+        dist.all_gather_object(outcomes, (result, problem), group=self._group)
+        problems = [problem for _, problem in outcomes if problem is not None]
+        if problems:
+            raise SaveError(problems[0])
+        return [result for result, _ in outcomes]
+
+    def _prepare(self, scratch: Path) -> None:
+        if self._run.writes:
+            self._folder.mkdir(exist_ok=True)
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+
+    def _discard(self, scratch: Path) -> None:
+        if self._world.is_main:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _write_state(self, scratch: Path, snapshot: Snapshot) -> dict[str, FileSum]:
+        """Write this rank's state; checksums of all files that this rank wrote, read back."""
+        _write_durably(scratch / f"rank-{self._world.rank:05}.state", snapshot.state)
+        names = [f"rank-{self._world.rank:05}.state"]
+        names += [file.name for file in scratch.glob(f"__{self._world.rank}_*")]
+        if self._world.is_main:
+            _write_durably(scratch / FACTS, json.dumps(snapshot.facts, indent=2).encode())
+            _write_durably(scratch / "config.yaml", self._run.file("config.yaml").read_bytes())
+            names += [FACTS, "config.yaml", ".metadata"]
+        return {name: FileSum.of(scratch / name) for name in names}
+
+    def _commit(self, scratch: Path, snapshot: Snapshot, sums: dict[str, FileSum]) -> None:
+        if not self._world.is_main:
+            return
+        self.logs_written()
+        Manifest(snapshot.step, self._fence.number, sums).write(scratch)
+        _flush(scratch / MANIFEST)
+        _flush(scratch)
+        if self._fence.superseded():
+            raise OSError("a newer attempt of this run has taken over")
+        target = self._folder / f"step-{snapshot.step:08}"
+        if target.exists():  # an attempt that was superseded has committed it too late
+            _remove(target)
+        scratch.rename(target)
+        _flush(self._folder)
+        self._clean_up(target)
+
+    def _clean_up(self, newest: Path) -> None:
+        """Remove what is not to be kept, once the newest is known to be good on disk."""
+        kept = retained(self._committed(), self._config)
+        surplus = [folder for folder in self._committed() if folder not in kept]
+        if surplus:
+            Manifest.read(newest).verify(newest)
+        for folder in surplus:
+            _remove(folder)
+
+    # Reading
+
+    def restore(self, learner: Learner) -> TrainingState | None:
+        """Put the newest good checkpoint into the learner; None if there is none.
+
+        DamagedError ones are set aside.
+
+        Raises:
+            InputError: it belongs to another base, architecture, data or number of blocks.
+        """
+        self.wait()
+        folder = self._world.main_decides(self._newest_good)
+        if folder is None:
+            return None
+        tensors = trained_tensors(learner)
+        load(tensors, storage_reader=FileSystemReader(folder), process_group=self._group)
+        facts = _facts(folder)
+        stored = [_state_file(folder, rank).read_bytes() for rank in range(facts["world_size"])]
+        state = TrainingState.of_rank(stored, self._world.rank, self._world.size)
+        learner.set_updates(state.step - state.skipped_steps)
+        self.newest = state.step
+        self._next = (state.step // self._config.every_steps + 1) * self._config.every_steps
+        return state
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed attempts were writing or removing."""
+        if self._run.writes and self._folder.exists():
+            for entry in self._folder.glob(".*"):
+                shutil.rmtree(entry, ignore_errors=True)
+
+    def _newest_good(self) -> Path | None:
+        for folder in reversed(self._committed()):
+            try:
+                Manifest.read(folder).verify(folder)
+            except DamagedError as defect:
+                aside = _set_aside(folder)
+                _log.error("damaged checkpoint: %s; set aside as %s", defect, aside)
+                continue
+            _refuse_other(folder, self._identity)
+            return folder
+        return None
+
+    def _committed(self) -> list[Path]:
+        return committed(self._folder, self._fence)
+
+
+Figures = Mapping[str, float]
+
+
+def committed(folder: Path, fence: Fence | None = None) -> list[Path]:
+    """The committed checkpoints of a run, oldest first, without those that came too late."""
+    found = sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return found if fence is None else [path for path in found if _counts(path, fence)]
+
+
+def _counts(folder: Path, fence: Fence) -> bool:
+    try:
+        manifest = Manifest.read(folder)
+    except DamagedError:
+        return True  # reading it will tell
+    return fence.counts(manifest.attempt, manifest.step)
+
+
+def retained(folders: Sequence[Path], config: CheckpointConfig) -> list[Path]:
+    """Which of a run's checkpoints to keep, the newest always among them."""
+    kept = set(folders[-config.keep_last :])
+    if config.keep_every is not None:
+        kept |= {path for path in folders if _step(path) % config.keep_every == 0}
+    if config.keep_best is not None:
+        kept |= set(best(folders, config.keep_best))
+    return [path for path in folders if path in kept]
+
+
+def best(folders: Sequence[Path], metric: str) -> list[Path]:
+    """The checkpoint with the best value of an evaluation's metric; none if none has one."""
+    values = {path: _facts(path)["evaluation"].get(metric) for path in folders}
+    known = {path: value for path, value in values.items() if value is not None}
+    choose = min if metric.endswith(_LOWER_IS_BETTER) else max
+    return [choose(known, key=known.__getitem__)] if known else []
+
+
+def trained_tensors(learner: Learner) -> Tensors:
+    """Parameters and AdamW's moments by name: the tensors themselves, sharded as they are."""
+    tensors = {}
+    for name, parameter in learner.critic.named_parameters():
+        if parameter.requires_grad:
+            moments = learner.moments(parameter)
+            tensors[f"model.{name}"] = parameter.detach()
+            tensors |= {f"optimizer.{name}.{kind}": moment for kind, moment in moments.items()}
+    return tensors
+
+
+def load_weights(critic: nn.Module, source: Path, identity: dict[str, Any]) -> None:
+    """Begin with another critic's trained weights: `source` is a run or one of its checkpoints.
+
+    Raises:
+        InputError: nothing there to load, another base, or it trained blocks that are frozen here.
+    """
+    folder = _checkpoint_of(source)
+    shared = {name: identity[name] for name in ("architecture", "base")}
+    _refuse_other(folder, shared)
+    reader = FileSystemReader(folder)
+    names = reader.read_metadata().state_dict_metadata
+    wanted = {name.removeprefix("model.") for name in names if name.startswith("model.")}
+    ours = {name: p.detach() for name, p in critic.named_parameters() if p.requires_grad}
+    if frozen := sorted(wanted - ours.keys()):
+        raise InputError(
+            f"{folder} trained {len(frozen)} parameter(s) that would be frozen here; "
+            "raise training.num_unfrozen_layers" + listing(frozen, 3)
+        )
+    load({f"model.{name}": ours[name] for name in wanted}, storage_reader=reader)
+    _log.info("began with %d trained tensors of %s", len(wanted), folder)
+
+
+def _checkpoint_of(source: Path) -> Path:
+    one = (source / MANIFEST).exists()
+    candidates = [source] if one else committed(source / "checkpoints")
+    for folder in reversed(candidates):
+        try:
+            Manifest.read(folder).verify(folder)
+        except DamagedError as defect:
+            _log.error("damaged checkpoint: %s", defect)
+            continue
+        return folder
+    raise InputError(f"{source}: no intact checkpoint here; name a run or a checkpoint's folder")
+
+
+def _refuse_other(folder: Path, identity: dict[str, Any]) -> None:
+    stored = _facts(folder)["identity"]
+    changed = differences({name: stored.get(name) for name in identity}, identity)
+    if changed:
+        raise InputError(
+            f"{folder}: a checkpoint of something else (there -> here); choose another run.dir, "
+            "or begin a new run from its weights with --init-from" + listing(changed)
+        )
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
+    return facts
+
+
+def _state_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05}.state"
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _set_aside(folder: Path) -> Path:
+    aside = folder.with_name(f"damaged-{folder.name}")
+    number = 2
+    while aside.exists():
+        aside, number = folder.with_name(f"damaged-{folder.name}.{number}"), number + 1
+    return folder.rename(aside)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint so that no half of it can be taken for a whole."""
+    hidden = folder.with_name(f".removed-{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    shutil.rmtree(folder.rename(hidden))
+
+
+def _stager(device: torch.device) -> DefaultStager:
+    """Copies a state to host memory that is allocated once, pinned where that helps."""
+    pinned = device.type == "cuda"
+    return DefaultStager(StagingOptions(pinned, False, False, pinned))
+
+
+def _writer(scratch: Path) -> FileSystemWriter:
+    return FileSystemWriter(scratch, sync_files=True)
+
+
+def _cause(error: BaseException) -> str:
+    """The first rank's error within torch.distributed.checkpoint's own."""
+    failures = getattr(error, "failures", None)
+    if not failures:
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
+    rank, (cause, _) = next(iter(failures.items()))
+    return f"rank {rank}: {cause}".partition("\n")[0]
+
+
+def _in_background(work: Callable[[], Result]) -> Future[Result]:
+    """A daemon thread, so that a disk that hangs does not keep a process from ending."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
+
+
+def _write_durably(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    _flush(file)
+
+
+def _flush(path: Path) -> None:
+    """Have a file or folder written to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
