@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 RUN_SET_UP := $(VENV)/.set-up-run
 TEST_SET_UP := $(VENV)/.set-up-test
 
-.PHONY: help run test test-fast lint clean
+.PHONY: help run test test-fast soak lint clean
 
 help:
 	@echo "make run        train the local critics (N=0 and N=2) and compare them: no GPU, minutes"
 	@echo "make test       lint, types and all tests"
 	@echo "make test-fast  the fast tests only"
+	@echo "make soak       kill one run 40 times; it must end as if nothing had happened"
 	@echo "make clean      remove the virtual environment; runs/ stays"
 
 run: $(RUN_SET_UP)
@@ -22,6 +23,9 @@ test: lint
 
 test-fast: $(TEST_SET_UP)
 	$(BIN)/python -m pytest -m "not slow" -q
+
+soak: $(TEST_SET_UP)
+	SOAK_KILLS=40 $(BIN)/python -m pytest --timeout 7200 -q -k kill tests/distributed/test_resume.py
 
 lint: $(TEST_SET_UP)
 	$(BIN)/ruff check .

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from job.config import CriticConfig
-from job.data.packing import Packer
+from job.data.critic_data import CriticData
 from job.durability.checkpoint import Checkpoints, SaveError
 from job.durability.preemption import Boundary
 from job.durability.run_directory import RunDirectory
-from job.durability.watchdog import Watchdog
 from job.learning.learner import ADVICE, Learner, StepResult
 from job.learning.training_state import TrainingState
 from job.outcome import InputError, Stopped
@@ -35,21 +34,16 @@ class Training:
         self,
         config: CriticConfig,
         learner: Learner,
-        train: Packer,
-        validation: Packer,
+        data: CriticData,
         state: TrainingState,
         tracker: Tracker,
         run: RunDirectory,
         checkpoints: Checkpoints,
+        boundary: Boundary,
     ) -> None:
-        self.config, self.learner, self.state = config, learner, state
-        self.train, self.validation = train, validation
-        self.tracker, self.checkpoints = tracker, checkpoints
+        self.config, self.learner, self.data, self.state = config, learner, data, state
+        self.tracker, self.checkpoints, self.boundary = tracker, checkpoints, boundary
         self._run, self._world = run, learner.world
-        assert run.fence is not None
-        stacks = run.fence.folder / f"stacks.rank-{self._world.rank:05}.txt"
-        self._watchdog = Watchdog(config.distributed.timeout_seconds, stacks)
-        self._boundary = Boundary(self._world, run.fence, run.path, self._watchdog)
         self._evaluated: dict[str, float] = {}  # the evaluation of the current step
         self._note = ""
         self._passed_over: list[int] = self._world.main_decides(self._recorded_bad_steps)
@@ -64,15 +58,16 @@ class Training:
             InputError: too many steps in a row were not finite.
         """
         try:
-            with self._watchdog, progress("training", self.config.training.max_steps) as advance:
+            last = self.config.training.max_steps
+            with self.boundary.watchdog, progress("training", last) as advance:
                 if self.state.unfinished is not None:
                     self._finish_step()
-                while self.state.step < self.config.training.max_steps:
+                while self.state.step < last:
                     self._step()
                     advance(self.state.step, self._note)
         except Stopped:
             self.checkpoints.save_now(self.learner, self.state, self._evaluated)
-            self._boundary.acknowledge()
+            self.boundary.acknowledge()
             raise
         self._save_the_end()
 
@@ -83,8 +78,8 @@ class Training:
             result = _PASSED_OVER
         else:
             began = time.monotonic()
-            batches = self.train.step(step - 1, training.batch_size, training.seed)
-            count = self._boundary.agree(self.learner.count(batches))
+            batches = self.data.train.step(step - 1, training.batch_size, training.seed)
+            count = self.boundary.agree(self.learner.count(batches))
             result = self.learner.step(step - 1, batches, count, state.window.metrics)
             state.window.add(batches, time.monotonic() - began)
         state.step = step
@@ -126,10 +121,10 @@ class Training:
         with progress("evaluating") as advance:
 
             def at_boundary(done: int, note: str) -> None:
-                self._boundary.agree()
+                self.boundary.agree()
                 advance(done, note)
 
-            evaluated = self.learner.evaluate(self.validation, at_boundary)
+            evaluated = self.learner.evaluate(self.data.validation, at_boundary)
         figures = evaluated.compute()
         self._run.write_json("reliability.json", _curves(evaluated))
         if self._world.is_main:
@@ -181,12 +176,12 @@ class Training:
             raise InputError(
                 f"step {self.state.step}: {_describe(result)}, in {bad} step(s) in a row; {before}"
                 f"the weights were left as before them. {ADVICE}"
-            )
+            ).everywhere()
         self._passed_over = list(range(self.state.step - bad + 1, self.state.step + 1))
         self._run.write_json(_BAD_STEPS, self._passed_over)
-        restored = self.checkpoints.restore(self.learner)
-        assert restored is not None
-        self.state = restored
+        folder = self._world.main_decides(self.checkpoints.newest_good)
+        assert folder is not None  # one was committed
+        restored = self.state = self.checkpoints.restore(folder, self.learner)
         self.tracker.rewind(restored.recorded_step)
         _log.error("%d bad steps in a row: went back to step %d", bad, restored.step)
         if restored.unfinished is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import sys
 from collections.abc import Callable, Sequence
+from typing import Self
 
 
 class Exit(enum.IntEnum):
@@ -19,9 +20,17 @@ class Exit(enum.IntEnum):
 
 
 class Ending(Exception):  # noqa: N818 - most of them are no errors
-    """A command's end that is no crash: its message is for people, its code for the supervisor."""
+    """A command's end whose message is for people and whose code is for the supervisor.
+
+    `of_all_ranks` says that every process of the job ends this way, so that none has to be told.
+    """
 
     code = Exit.CRASHED
+    of_all_ranks = False
+
+    def everywhere(self) -> Self:
+        self.of_all_ranks = True
+        return self
 
 
 class InputError(Ending):

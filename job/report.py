@@ -228,8 +228,9 @@ def _headline(index: int, run: _Run, several: bool) -> _Html:
     ]
     if several:
         parts.insert(0, _tag("h3", _swatch(index), run.name))
-    if alarm := run.status.get("alarm"):
-        parts.append(_tag("p", _tag("strong", "Alarm: "), alarm, class_="alarm", role="alert"))
+    for key, title in (("alarm", "Alarm: "), ("checkpoint_error", "Not saved: ")):
+        if text := run.status.get(key):
+            parts.append(_tag("p", _tag("strong", title), text, class_="alarm", role="alert"))
     return _tag("section", *parts, class_="run")
 
 
@@ -242,6 +243,10 @@ def _facts(run: _Run) -> Iterator[str]:
     yield f"N = {run.unfrozen} unfrozen blocks" + (f" of {layers}" if layers else "")
     if "step" in run.status:
         yield f"step {run.status['step']:,} of {run.status.get('max_steps', 0):,}"
+    if run.status.get("attempt", 1) > 1:
+        yield f"attempt {run.status['attempt']}"
+    if "checkpoint" in run.status:
+        yield f"checkpoint of step {run.status['checkpoint']:,}"
     if "model_trainable_params" in run.parameters:
         yield f"{run.parameters['model_trainable_params']:,} trainable parameters"
     speeds = sorted(run.curves.series("tokens_per_second")[1])

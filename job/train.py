@@ -15,27 +15,23 @@ if __name__ == "__main__":  # a signal during the imports must not kill the proc
 
     install_handlers()
 
-import functools
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from job.config import EMBEDDED, CriticConfig, Loss, command_line, load_config, to_dict
-from job.data.examples import check_readable
-from job.data.packing import Indices, Packer, balanced_pairs, single_units
-from job.data.token_cache import TokenizedSet, count_shared_problems, load_split
-from job.data.tokenizer import load_tokenizer
-from job.durability.checkpoint import Checkpoints, load_weights
+from job.config import CriticConfig, command_line, load_config, to_dict
+from job.data.critic_data import CriticData, check_sources, load_critic_data
+from job.durability.checkpoint import Checkpoints, check_metric, find_weights, load_weights
 from job.durability.fence import Fence
+from job.durability.preemption import Boundary
 from job.durability.run_directory import RunDirectory
 from job.learning.learner import Learner
 from job.learning.objective import Objective
@@ -50,7 +46,7 @@ from job.outcome import InputError, run_command
 from job.pretrain import ensure_trunk
 from job.report import write_report
 from job.telemetry.alarm import ConstantPredictorAlarm
-from job.telemetry.progress import log_file, set_up_logging
+from job.telemetry.progress import log_file, only_warnings, set_up_logging
 from job.telemetry.tracking import Tracker
 
 _log = logging.getLogger("job.train")
@@ -76,6 +72,7 @@ def train(config: CriticConfig, *, resume: bool = True) -> None:
 
 def _claim(config: CriticConfig, run: RunDirectory, resume: bool) -> int | None:
     """This attempt's number; None if the run is finished."""
+    check_metric(config.checkpoint.keep_best)
     if not resume and run.file("config.yaml").exists():
         raise InputError(f"{run.path}: there is a run already, and --resume is `never`")
     run.claim(to_dict(config))
@@ -93,6 +90,7 @@ def _attempt(config: CriticConfig, run: RunDirectory, number: int, world: World)
         world.lifeline.on_failure = lambda error: run.set_status(state="failed", error=error)
     log = run.file("train.log")
     if not world.is_main:
+        only_warnings()
         log = run.fence.folder / f"rank-{world.rank:05}.log"
     facts = {"attempt": number, "max_steps": config.training.max_steps, "checkpoint_error": None}
     with log_file(log), run.recorded(**facts):
@@ -101,39 +99,37 @@ def _attempt(config: CriticConfig, run: RunDirectory, number: int, world: World)
 
 
 def _train(config: CriticConfig, run: RunDirectory, world: World) -> None:
-    data = world.main_first(lambda: load_data(config, run, world))
-    critic = load_critic(config, data, world)
-    learner = Learner(critic, Objective(config.objective), config.training, world)
-    identity = world.main_decides(lambda: _identity(config, critic, data))
     assert run.fence is not None
+    boundary = Boundary(world, run.fence, run.path, config.distributed.timeout_seconds)
+    data = world.main_first(lambda: load_data(config, run, world))
+    identity = world.main_decides(lambda: _identity(config, data))
     checkpoints = Checkpoints(run, run.fence, config.checkpoint, identity, world)
-    state = checkpoints.restore(learner)
-    if state is None:
+    checkpoint = world.main_decides(checkpoints.newest_good)
+    learner = _learner(config, load_critic(config, data, world, boundary), world)
+    if checkpoint is not None:
+        state = checkpoints.restore(checkpoint, learner)
+    else:
         state = _first_state(config, learner, identity)
     _go_on_from(state, run, checkpoints, world)
-    report = parameter_report(critic)
-    if world.is_main:
-        _log.info("parameters\n%s", report)
-    run.write_json("parameters.json", report.to_dict())
-    with Tracker(run) as tracker:
+    _report_parameters(learner.critic, run, world)
+    with Tracker(run) as tracker, run.recorded():
         began = time.monotonic()
-        training = Training(
-            config, learner, data.train, data.validation, state, tracker, run, checkpoints
-        )
-        training.run()
-        trained = critic.trained_tensors()
-        if run.writes:
-            save_file(trained, run.file("critic.safetensors"))
+        Training(config, learner, data, state, tracker, run, checkpoints, boundary).run()
+        _save_trained(learner.critic, run)
         run.set_status(state="finished", seconds=time.monotonic() - began)
         if run.writes:
             _write_report(run)
 
 
-def _identity(config: CriticConfig, critic: Critic, data: CriticData) -> dict[str, Any]:
+def _learner(config: CriticConfig, critic: Critic, world: World) -> Learner:
+    return Learner(critic, Objective(config.objective), config.training, world)
+
+
+def _identity(config: CriticConfig, data: CriticData) -> dict[str, Any]:
     """What a checkpoint belongs to."""
     return {
         "num_unfrozen_layers": config.training.num_unfrozen_layers,
-        "architecture": asdict(critic.trunk.config),
+        "architecture": asdict(read_architecture(config.model.path)),
         "base": fingerprint(config.model.path, config.data.cache_dir),
         "train_data": data.train.data.folder.name,
         "validation_data": data.validation.data.folder.name,
@@ -142,7 +138,9 @@ def _identity(config: CriticConfig, critic: Critic, data: CriticData) -> dict[st
 
 def _first_state(config: CriticConfig, learner: Learner, identity: dict[str, Any]) -> TrainingState:
     if config.model.init_from is not None:
-        load_weights(learner.critic, Path(config.model.init_from), identity)
+        source, critic, world = Path(config.model.init_from), learner.critic, learner.world
+        folder = world.main_decides(lambda: find_weights(source, critic, identity))
+        load_weights(critic, folder, world)
     patience = config.evaluation.alarm_evaluations
     return TrainingState(ConstantPredictorAlarm(patience, config.training.warmup_steps))
 
@@ -162,6 +160,22 @@ def _go_on_from(
         _log.info("going on from step %d", state.step)
 
 
+def _report_parameters(critic: Critic, run: RunDirectory, world: World) -> None:
+    report = parameter_report(critic)
+    if world.is_main:
+        _log.info("parameters\n%s", report)
+    run.write_json("parameters.json", report.to_dict())
+
+
+def _save_trained(critic: Critic, run: RunDirectory) -> None:
+    """Leave the trained parameters in one file, for whoever does not read checkpoints."""
+    trained = critic.trained_tensors()
+    if run.writes:
+        scratch = run.file(".critic.safetensors")
+        save_file(trained, scratch)
+        scratch.replace(run.file("critic.safetensors"))
+
+
 def _write_report(run: RunDirectory) -> None:
     try:
         _log.info("finished: %s", write_report([run.path]))
@@ -169,81 +183,15 @@ def _write_report(run: RunDirectory) -> None:
         _log.warning("finished, without a report: %s", error)
 
 
-@dataclass(frozen=True)
-class CriticData:
-    """Training and validation sets, ready to be packed."""
-
-    train: Packer
-    validation: Packer
-    mean_reward: float
-
-
 def load_data(config: CriticConfig, run: RunDirectory, world: World) -> CriticData:
-    """Tokenise (or find) both sets and check them against each other and the model.
-
-    Raises:
-        InputError: bad rows, unreadable files, or tokens that the model does not have.
-    """
-    for path in (config.data.train, config.data.validation):
-        if path != EMBEDDED:
-            check_readable(path)
+    """The data, and before it the trunk, if it is to be made here."""
+    check_sources(config)
     if config.model.recipe is not None:
         ensure_trunk(Path(config.model.path), config.model.recipe)
-    architecture = read_architecture(config.model.path)
-    tokenizer = load_tokenizer(config.tokenizer.path or config.model.path)
-    sets = {}
-    for split in ("train", "validation"):
-        found = sets[split] = load_split(config.data, split, tokenizer)
-        _keep_bad_rows(found, run, split)
-        if found.tokens.max() >= architecture.vocab_size:
-            raise InputError(
-                f"tokenizer.path: token {found.tokens.max()} does not exist in the model "
-                f"(vocabulary of {architecture.vocab_size}); tokenizer and model do not match"
-            )
-    train, validation = sets["train"], sets["validation"]
-    if shared := count_shared_problems(train, validation):
-        _log.warning("%d problem(s) are in both training and validation data", shared)
-    _log.info(
-        "%d training and %d validation sequences, mean reward %.3f and %.3f",
-        *(len(train), len(validation), train.rewards.mean(), validation.rewards.mean()),
-    )
-    kept = single_units(min(len(validation), config.evaluation.max_sequences or len(validation)))
-    pack = functools.partial(
-        Packer,
-        dim=architecture.dim,
-        budget=config.training.micro_batch_tokens,
-        device=world.device,
-        rank=world.rank,
-        world=world.size,
-    )
-    return CriticData(
-        pack(train, _training_units(config, train)),
-        pack(validation, kept),
-        float(train.rewards.mean()),
-    )
+    return load_critic_data(config, run, world)
 
 
-def _training_units(config: CriticConfig, train: TokenizedSet) -> Indices:
-    if config.objective.loss is not Loss.pairwise:
-        return single_units(len(train))
-    pairs = balanced_pairs(train.rewards, train.problems, train.response_lengths)
-    if not len(pairs):
-        raise InputError(
-            f"{config.data.train}: no two solutions of one problem with different rewards; "
-            "the pairwise loss needs some (is problem_id right?)"
-        )
-    _log.info("%d length-balanced pairs", len(pairs))
-    return pairs
-
-
-def _keep_bad_rows(found: TokenizedSet, run: RunDirectory, split: str) -> None:
-    if found.n_skipped:
-        listed = run.file(f"bad_rows.{split}.jsonl")
-        shutil.copyfile(found.folder / "bad_rows.jsonl", listed)
-        _log.warning("%s data: %d row(s) left out, listed in %s", split, found.n_skipped, listed)
-
-
-def load_critic(config: CriticConfig, data: CriticData, world: World) -> Critic:
+def load_critic(config: CriticConfig, data: CriticData, world: World, boundary: Boundary) -> Critic:
     """The critic in shards, the last N blocks trainable, its trunk loaded and head initialised."""
     with torch.device("meta"):
         critic = Critic(read_architecture(config.model.path))
@@ -251,7 +199,7 @@ def load_critic(config: CriticConfig, data: CriticData, world: World) -> Critic:
     if config.distributed.fsdp.activation_checkpointing:
         critic.trunk.recompute_trainable_blocks()
     shard(critic, config.distributed.fsdp, world)
-    load_trunk(critic.trunk, config.model.path)
+    load_trunk(critic.trunk, config.model.path, boundary.agree)
     bias = config.training.value_head.bias_init
     if bias is None:
         bias = Objective(config.objective).initial_bias(data.mean_reward)

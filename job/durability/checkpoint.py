@@ -15,6 +15,7 @@ the one and only commit. A checkpoint can be read by any number of ranks.
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
@@ -43,7 +44,8 @@ from job.durability.run_directory import RunDirectory
 from job.learning.learner import Learner
 from job.learning.training_state import TrainingState
 from job.learning.world import World
-from job.outcome import InputError, listing
+from job.outcome import Ending, InputError, listing
+from job.telemetry.value_metrics import metric_names
 
 FACTS = "facts.json"
 RETRIES_PER_PERIOD = 10  # a failed save is tried again after this part of checkpoint.every_steps
@@ -54,7 +56,7 @@ Result = TypeVar("Result")
 Tensors = dict[str, Tensor]
 
 
-class SaveError(Exception):
+class SaveError(Ending):
     """A checkpoint could not be written; the ones before it are as they were."""
 
 
@@ -119,7 +121,7 @@ class Checkpoints:
         self._begin(learner, state, figures)
         self.wait()
         if self._failed:
-            raise SaveError(f"step {state.step} could not be saved; see the log")
+            raise SaveError(f"step {state.step} could not be saved; see the log").everywhere()
 
     def wait(self) -> None:
         """Wait for the save that is under way."""
@@ -241,18 +243,25 @@ class Checkpoints:
 
     # Reading
 
-    def restore(self, learner: Learner) -> TrainingState | None:
-        """Put the newest good checkpoint into the learner; None if there is none.
-
-        DamagedError ones are set aside.
+    def newest_good(self) -> Path | None:
+        """The newest committed and intact checkpoint; damaged ones are set aside. For rank 0.
 
         Raises:
             InputError: it belongs to another base, architecture, data or number of blocks.
         """
-        self.wait()
-        folder = self._world.main_decides(self._newest_good)
-        if folder is None:
-            return None
+        for folder in reversed(self._committed()):
+            try:
+                Manifest.read(folder).verify(folder)
+            except DamagedError as defect:
+                aside = _set_aside(folder)
+                _log.error("damaged checkpoint: %s; set aside as %s", defect, aside)
+                continue
+            _refuse_other(folder, self._identity)
+            return folder
+        return None
+
+    def restore(self, folder: Path, learner: Learner) -> TrainingState:
+        """Put a checkpoint into the learner, on every rank."""
         tensors = trained_tensors(learner)
         load(tensors, storage_reader=FileSystemReader(folder), process_group=self._group)
         facts = _facts(folder)
@@ -268,18 +277,6 @@ class Checkpoints:
         if self._run.writes and self._folder.exists():
             for entry in self._folder.glob(".*"):
                 shutil.rmtree(entry, ignore_errors=True)
-
-    def _newest_good(self) -> Path | None:
-        for folder in reversed(self._committed()):
-            try:
-                Manifest.read(folder).verify(folder)
-            except DamagedError as defect:
-                aside = _set_aside(folder)
-                _log.error("damaged checkpoint: %s; set aside as %s", defect, aside)
-                continue
-            _refuse_other(folder, self._identity)
-            return folder
-        return None
 
     def _committed(self) -> list[Path]:
         return committed(self._folder, self._fence)
@@ -320,6 +317,14 @@ def best(folders: Sequence[Path], metric: str) -> list[Path]:
     return [choose(known, key=known.__getitem__)] if known else []
 
 
+def check_metric(metric: str | None) -> None:
+    """Raise InputError if no evaluation will ever give this metric."""
+    known = [f"validation/value/{name}" for name in metric_names()]
+    if metric is not None and metric not in known:
+        near = difflib.get_close_matches(metric, known, 3, 0) or known
+        raise InputError(f"checkpoint.keep_best: no metric {metric}; nearest: {', '.join(near)}")
+
+
 def trained_tensors(learner: Learner) -> Tensors:
     """Parameters and AdamW's moments by name: the tensors themselves, sharded as they are."""
     tensors = {}
@@ -331,32 +336,42 @@ def trained_tensors(learner: Learner) -> Tensors:
     return tensors
 
 
-def load_weights(critic: nn.Module, source: Path, identity: dict[str, Any]) -> None:
-    """Begin with another critic's trained weights: `source` is a run or one of its checkpoints.
+def find_weights(source: Path, critic: nn.Module, identity: dict[str, Any]) -> Path:
+    """The checkpoint whose weights a new run can begin with: `source` is one, or a run.
 
     Raises:
         InputError: nothing there to load, another base, or it trained blocks that are frozen here.
     """
-    folder = _checkpoint_of(source)
-    shared = {name: identity[name] for name in ("architecture", "base")}
-    _refuse_other(folder, shared)
-    reader = FileSystemReader(folder)
-    names = reader.read_metadata().state_dict_metadata
-    wanted = {name.removeprefix("model.") for name in names if name.startswith("model.")}
-    ours = {name: p.detach() for name, p in critic.named_parameters() if p.requires_grad}
-    if frozen := sorted(wanted - ours.keys()):
+    folder = _newest_intact(source)
+    _refuse_other(folder, {name: identity[name] for name in ("architecture", "base")})
+    if frozen := sorted(_trained_names(folder) - _trainable(critic).keys()):
         raise InputError(
             f"{folder} trained {len(frozen)} parameter(s) that would be frozen here; "
             "raise training.num_unfrozen_layers" + listing(frozen, 3)
         )
-    load({f"model.{name}": ours[name] for name in wanted}, storage_reader=reader)
-    _log.info("began with %d trained tensors of %s", len(wanted), folder)
+    return folder
 
 
-def _checkpoint_of(source: Path) -> Path:
+def load_weights(critic: nn.Module, folder: Path, world: World) -> None:
+    """Begin with a checkpoint's trained weights, on every rank."""
+    trainable = _trainable(critic)
+    tensors = {f"model.{name}": trainable[name] for name in sorted(_trained_names(folder))}
+    load(tensors, storage_reader=FileSystemReader(folder), process_group=world.group)
+    _log.info("began with %d trained tensors of %s", len(tensors), folder)
+
+
+def _trainable(critic: nn.Module) -> Tensors:
+    return {name: p.detach() for name, p in critic.named_parameters() if p.requires_grad}
+
+
+def _trained_names(folder: Path) -> set[str]:
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {name.removeprefix("model.") for name in stored if name.startswith("model.")}
+
+
+def _newest_intact(source: Path) -> Path:
     one = (source / MANIFEST).exists()
-    candidates = [source] if one else committed(source / "checkpoints")
-    for folder in reversed(candidates):
+    for folder in reversed([source] if one else committed(source / "checkpoints")):
         try:
             Manifest.read(folder).verify(folder)
         except DamagedError as defect:

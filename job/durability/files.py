@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 
 def write_atomic(path: Path, text: str) -> None:
     """Replace a file's content so that a reader sees the old or the new one, never a part."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         scratch.write_text(text, encoding="utf-8")
         scratch.replace(path)

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from job.durability.watchdog import Watchdog
 from job.outcome import InputError, Stopped
 
 if TYPE_CHECKING:
     from job.durability.fence import Fence
-    from job.durability.watchdog import Watchdog
     from job.learning.world import World
 
 # Slurm's warning before the end, schedulers' and users' ways to say stop.
@@ -58,11 +58,15 @@ def stop_if_asked() -> None:
 
 
 class Boundary:
-    """The points between two steps or batches, where all ranks agree on stopping."""
+    """The points between two steps or batches, where all ranks agree on stopping.
 
-    def __init__(self, world: World, fence: Fence, run: Path, watchdog: Watchdog) -> None:
-        self._world, self._fence, self._watchdog = world, fence, watchdog
+    Under `watchdog` they must not be more than `seconds` apart.
+    """
+
+    def __init__(self, world: World, fence: Fence, run: Path, seconds: float) -> None:
+        self._world, self._fence = world, fence
         self._stop_file = run / STOP_FILE
+        self.watchdog = Watchdog(seconds, fence.folder / f"stacks.rank-{world.rank:05}.txt")
 
     def agree(self, tokens: float = 0.0) -> float:
         """The sum of all ranks' `tokens`, which carries the flags along through host memory.
@@ -71,13 +75,13 @@ class Boundary:
             Superseded: a newer attempt has begun.
             Stopped: some rank was asked to stop.
         """
-        self._watchdog.beat()
+        self.watchdog.beat()
         newer = self._world.is_main and self._fence.superseded()
         total, stops, newer_ones = self._world.sum([tokens, self._why() is not None, newer])
         if newer_ones:
-            raise self._fence.ending()
+            raise self._fence.ending().everywhere()
         if stops:
-            raise Stopped(f"stopped by {self._why() or 'another rank'}")
+            raise Stopped(f"stopped by {self._why() or 'another rank'}").everywhere()
         return total
 
     def acknowledge(self) -> None:

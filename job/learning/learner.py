@@ -46,6 +46,7 @@ class Learner:
         self.critic, self.objective, self.config, self.world = critic, objective, config, world
         self.optimizer = build_optimizer(critic, config)
         self.trainable = [p for p in critic.parameters() if p.requires_grad]
+        self._ids = {id(p) for p in self.trainable}
         self._checked_gradients = False
 
     def count(self, batches: Sequence[Batch]) -> float:
@@ -91,16 +92,24 @@ class Learner:
         """
         metrics = ValueMetrics()
         plan = packer.everything
-        for done, units in enumerate(plan, 1):
-            batch = packer.assemble(units)
-            outputs = self.outputs(batch)
-            if not outputs.isfinite().all():
-                raise InputError(f"evaluation: predictions are not finite. {ADVICE}")
-            self._record(metrics, outputs, batch)
-            advance(done, f"of {len(plan)} evaluation batches")
-        if isinstance(self.critic, FSDPModule):
-            self.critic.reshard()  # an evaluation ends without the backward pass that would do it
+        try:
+            for done, units in enumerate(plan, 1):
+                batch = packer.assemble(units)
+                outputs = self.outputs(batch)
+                if not outputs.isfinite().all():
+                    raise InputError(f"evaluation: predictions are not finite. {ADVICE}")
+                self._record(metrics, outputs, batch)
+                advance(done, f"of {len(plan)} evaluation batches")
+        finally:
+            self._reshard()
         return self.merged(metrics)
+
+    def _reshard(self) -> None:
+        """Give up gathered weights, which without a backward pass nothing else would do."""
+        if isinstance(self.critic, FSDPModule):
+            for module in self.critic.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def merged(self, metrics: ValueMetrics) -> ValueMetrics:
         """The metrics of all ranks together."""
@@ -119,6 +128,7 @@ class Learner:
         torch's own optimizer state dictionaries would add the settings of each group, which the
         configuration holds already.
         """
+        assert id(parameter) in self._ids, "a gathered parameter is none of the optimizer's"
         state = self.optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)

@@ -80,7 +80,7 @@ class World:
             self.store.wait([key], _FOREVER)
         result, ending = pickle.loads(self.store.get(key))
         if ending is not None:
-            raise ending
+            raise ending.everywhere()
         return result
 
     def main_first(self, work: Callable[[], Result]) -> Result:
@@ -115,7 +115,7 @@ def joined_world(config: DistributedConfig) -> Iterator[World]:
     try:
         yield world
     except BaseException as error:
-        if world.lifeline is not None:
+        if world.lifeline is not None and not (isinstance(error, Ending) and error.of_all_ranks):
             world.lifeline.fail(error)
         raise
     finally:

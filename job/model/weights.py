@@ -8,7 +8,7 @@ import math
 import pickle
 import reprlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from job.model.transformer import (
     config_field_names,
 )
 from job.outcome import InputError, listing
+from job.telemetry.progress import progress
 
 PARAMS, WEIGHTS = "params.json", "consolidated.pth"
 # In Meta's files, and no part of a critic: LM head, multi-token heads, a stored RoPE table.
@@ -119,8 +120,12 @@ def _stored_vocabulary(folder: Path) -> int:
     return embedding.shape[0]
 
 
-def load_trunk(trunk: Trunk, folder: str | Path) -> None:
+def load_trunk(
+    trunk: Trunk, folder: str | Path, at_boundary: Callable[[], object] = lambda: None
+) -> None:
     """Copy weights into a trunk's parameters, whole or sharded: a rank reads only its slices.
+
+    `at_boundary` is called after each tensor, and may raise to end it.
 
     Raises:
         InputError: a tensor is missing, surplus or of another shape; the file cannot be read.
@@ -128,8 +133,11 @@ def load_trunk(trunk: Trunk, folder: str | Path) -> None:
     stored = open_weights(Path(folder))
     named = dict(trunk.named_parameters())
     _check_tensors(named, stored, Path(folder) / WEIGHTS)
-    for name, parameter in named.items():
-        fill(parameter, stored[name])
+    with progress("loading the trunk", len(named)) as advance:
+        for done, (name, parameter) in enumerate(named.items(), 1):
+            fill(parameter, stored[name])
+            at_boundary()
+            advance(done, "tensors")
     _log.info("loaded %d tensors from %s", len(named), folder)
 
 

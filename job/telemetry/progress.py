@@ -36,6 +36,13 @@ def set_up_logging() -> None:
     logger.addHandler(handler)
 
 
+def only_warnings() -> None:
+    """Keep to warnings on stderr, on ranks whose log nobody follows; log files get everything."""
+    _console.quiet = True
+    for handler in logging.getLogger("job").handlers:
+        handler.setLevel(logging.WARNING)
+
+
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
     """Write the log of `job` to a file as well."""

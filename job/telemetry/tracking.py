@@ -22,6 +22,7 @@ from job.telemetry.mirror import Mirror, live_mirror_allowed, tracking_uri
 from job.telemetry.value_metrics import ValueMetrics
 
 CLOSE_SECONDS = 60.0  # how long the end of a run waits for MLflow
+INTERRUPTED_SECONDS = 5.0  # the same where the run was stopped or failed: others may not wait
 _log = logging.getLogger(__name__)
 
 
@@ -83,7 +84,8 @@ class Tracker:
         trace: TracebackType | None,
     ) -> None:
         self._close()
-        if self._mirror is not None and not self._mirror.close(CLOSE_SECONDS):
+        seconds = CLOSE_SECONDS if error is None else INTERRUPTED_SECONDS
+        if self._mirror is not None and not self._mirror.close(seconds):
             _log.warning("MLflow has not received everything; later: %s", self._sync_command())
 
     def _close(self) -> None:

@@ -194,6 +194,21 @@ class ValueMetrics:
         }
 
 
+def metric_names() -> list[str]:
+    """The names of all metrics, as data that defines each of them gives them."""
+    metrics, n = ValueMetrics(), _DECILES
+    values = np.linspace(0, 1, 3 * n)
+    metrics.add(
+        values,
+        np.repeat([0.0, 1.0], [n, 2 * n]),
+        np.array([n, 2 * n]),
+        np.array([0.0, 1.0]),
+        np.zeros(2, np.uint64),
+        values / 2 + 0.25,
+    )
+    return [*metrics.compute()]
+
+
 @dataclass(frozen=True)
 class _Moments:
     """Count, mean and sum of squared deviations from the mean.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from job.config import FsdpConfig
+from job.config import DistributedConfig, FsdpConfig
 from job.learning.sharding import shard
 from job.learning.world import World, joined_world
 from job.model.critic import Critic, unfreeze_last_blocks
@@ -42,7 +42,7 @@ ARCHITECTURES = {
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    with joined_world() as world:
+    with joined_world(DistributedConfig()) as world:
         yield world
 
 
