@@ -167,25 +167,28 @@ def _ranks() -> tuple[int, int, int, int]:
     if "RANK" in env:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     elif env.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in env:
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
     else:
         return 0, 1, 0, 1
-    size = _number(names[1], "1")
-    local = (_number(names[2], "0"), _number(names[3], str(size)))
-    values = (_number(names[0], "0"), size, *local)
-    if not 0 <= values[0] < size:
-        raise InputError(f"{names[0]}={values[0]} is no rank among {names[1]}={size}")
-    if size % values[3]:
-        raise InputError(f"{names[3]}={values[3]}: {size} ranks do not fill whole nodes")
-    return values
+    rank, size, local = (_number(name, "0") for name in names[:3])
+    # Slurm's is a list such as 4(x2) for two nodes of four; they are all alike here
+    per_node = _number(names[3], str(size), re.compile(r"(\d+)(\(x\d+\))?$"))
+    if not 0 <= rank < size:
+        raise InputError(f"{names[0]}={rank} is no rank among {names[1]}={size}")
+    if not per_node or size % per_node:
+        raise InputError(f"{names[3]}={per_node}: {size} ranks do not fill whole nodes")
+    return rank, size, local, per_node
 
 
-def _number(name: str, default: str) -> int:
+_WHOLE = re.compile(r"(\d+)$")
+
+
+def _number(name: str, default: str, form: re.Pattern[str] = _WHOLE) -> int:
     given = os.environ.get(name, default)
-    try:
-        return int(given)
-    except ValueError:
-        raise InputError(f"{name}={given}: not a whole number") from None
+    match = form.match(given)
+    if match is None:
+        raise InputError(f"{name}={given}: not a whole number")
+    return int(match[1])
 
 
 def _device(local_rank: int) -> torch.device:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+_POLL_SECONDS = 0.001
 
 
 def free_port() -> int:
@@ -16,10 +24,75 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_ranks(
-    command: Sequence[str], world: int, cwd: Path, *, per_node: int | None = None
-) -> None:
-    """Run a Python command on `world` ranks over gloo on loopback; all must end well."""
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of one job, and the file that each writes its stderr to."""
+
+    processes: list[subprocess.Popen[bytes]]
+    logs: list[Path]
+
+    def wait(self, seconds: float = 300) -> list[int]:
+        """Every rank's exit code, once all have ended by themselves."""
+        limit = time.monotonic() + seconds
+        for rank, process in enumerate(self.processes):
+            try:
+                process.wait(max(0.0, limit - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"rank {rank} is still there\n{self.log()}") from None
+        return [process.returncode for process in self.processes]
+
+    def signal(self, number: int, ranks: Iterable[int] | None = None) -> None:
+        """Send a signal to some ranks, or to all; those that have ended get none."""
+        for rank in range(len(self.processes)) if ranks is None else ranks:
+            self.processes[rank].send_signal(number)
+
+    def wait_until(self, condition: Callable[[], object], what: str, seconds: float = 120) -> None:
+        """Return as soon as `condition` holds; no rank may end before."""
+        limit = time.monotonic() + seconds
+        while not condition():
+            codes = [process.poll() for process in self.processes]
+            assert codes == [None] * len(codes), f"ended ({codes}) before: {what}\n{self.log()}"
+            assert time.monotonic() < limit, f"{seconds:.0f} s without: {what}\n{self.log()}"
+            time.sleep(_POLL_SECONDS)
+
+    def freeze_when(self, condition: Callable[[], object], what: str, seconds: float = 120) -> None:
+        """Halt all ranks (until SIGCONT) at a moment at which `condition` holds."""
+        while True:
+            self.wait_until(condition, what, seconds)
+            self.signal(signal.SIGSTOP)
+            self.wait_until(lambda: all(_is_halted(p.pid) for p in self.processes), "a halt", 10)
+            if condition():
+                return
+            self.signal(signal.SIGCONT)
+
+    def log(self) -> str:
+        """The end of what each rank has written to stderr."""
+        ends = [log.read_text(errors="replace")[-3000:] for log in self.logs]
+        return "\n".join(f"rank {rank}: {end}" for rank, end in enumerate(ends))
+
+    def end(self) -> None:
+        """Kill what is left."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+
+
+def _is_halted(pid: int) -> bool:
+    """Whether every thread of a process is stopped; a thread in a system call comes later."""
+    stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    return all(stat.rpartition(")")[2].split()[0] in "TZ" for stat in stats)
+
+
+def start_ranks(
+    command: Sequence[str],
+    world: int,
+    cwd: Path,
+    *,
+    per_node: int | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Ranks:
+    """Start a Python command on `world` ranks over gloo on loopback."""
     shared = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -28,16 +101,189 @@ def run_ranks(
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *command],
-            cwd=cwd,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    ended = [process.communicate(timeout=300) for process in processes]
-    for rank, (process, (_, errors)) in enumerate(zip(processes, ended, strict=True)):
-        assert process.returncode == 0, f"rank {rank}: {errors[-3000:]}"
+    folder = cwd / "logs"
+    folder.mkdir(exist_ok=True)
+    started = Ranks([], [])
+    for rank in range(world):
+        log = folder / f"{time.time_ns()}.rank-{rank}.log"
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=cwd,
+                env=os.environ
+                | shared
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                | dict(environment or {}),
+                stdout=stream,
+                stderr=stream,
+            )
+        started.processes.append(process)
+        started.logs.append(log)
+    return started
+
+
+@contextmanager
+def running(
+    command: Sequence[str],
+    world: int,
+    cwd: Path,
+    *,
+    per_node: int | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Ranks]:
+    """Ranks for the length of the body; what is left of them then is killed."""
+    ranks = start_ranks(command, world, cwd, per_node=per_node, environment=environment)
+    try:
+        yield ranks
+    finally:
+        ranks.end()
+
+
+def run_ranks(
+    command: Sequence[str], world: int, cwd: Path, *, per_node: int | None = None
+) -> None:
+    """Run a Python command on `world` ranks over gloo on loopback; all must end well."""
+    with running(command, world, cwd, per_node=per_node) as ranks:
+        codes = ranks.wait()
+        assert codes == [0] * world, ranks.log()
+
+
+# A training of seconds, to be interrupted
+
+_PRETRAIN = """
+out: trunk
+architecture: {dim: 32, n_layers: 3, n_heads: 4, n_future_tokens: 2}
+data: {train: embedded, max_length: 64, cache_dir: cache, arithmetic: {train_examples: 256}}
+training: {max_steps: 5, batch_size: 16, micro_batch_tokens: 1024, threads: 1}
+"""
+_CRITIC = """
+run: {name: critic, dir: "runs/${run.name}"}
+model: {path: trunk, recipe: pretrain.yaml}
+data:
+  train: embedded
+  validation: embedded
+  max_length: 64
+  cache_dir: cache
+  arithmetic: {train_examples: 200, validation_examples: 30}
+training:
+  num_unfrozen_layers: 1
+  batch_size: 8
+  micro_batch_tokens: 512
+  learning_rate: 0.001
+  warmup_steps: 2
+  threads: 1
+evaluation: {every_steps: 10}
+logging: {every_steps: 7}  # windows that end at other steps than checkpoints
+distributed: {fsdp: {mixed_precision: false}}
+mlflow: {enabled: false}
+"""
+
+
+@dataclass(frozen=True)
+class MicroRun:
+    """What a run directory shows to those outside, at any moment."""
+
+    path: Path
+
+    @property
+    def status(self) -> dict[str, Any]:
+        file = self.path / "status.json"
+        return dict(json.loads(file.read_text())) if file.exists() else {}
+
+    @property
+    def lines(self) -> list[bytes]:
+        """The complete lines of metrics.jsonl."""
+        file = self.path / "metrics.jsonl"
+        lines = file.read_bytes().splitlines(True) if file.exists() else []
+        return [line for line in lines if line.endswith(b"\n")]
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.lines]
+
+    @property
+    def step(self) -> int:
+        """The last step with a line."""
+        lines = self.lines
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+
+    @property
+    def weights(self) -> bytes:
+        return (self.path / "critic.safetensors").read_bytes()
+
+    @property
+    def attempts(self) -> list[dict[str, Any]]:
+        """Where each attempt went on; empty for one that has not come so far."""
+        files = [folder / "attempt.json" for folder in sorted(self.path.glob("attempts/*"))]
+        return [json.loads(file.read_text()) if file.exists() else {} for file in files]
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """The committed steps."""
+        return sorted(int(p.name[len("step-") :]) for p in self.path.glob("checkpoints/step-*"))
+
+    @property
+    def hidden(self) -> list[Path]:
+        """What is being written to or removed from the checkpoints."""
+        return [p for p in self.path.glob("checkpoints/.*") if p.name not in (".", "..")]
+
+    def saving(self) -> list[Path]:
+        """The unfinished checkpoint of the newest attempt; empty or one."""
+        attempt = len(list(self.path.glob("attempts/*")))
+        return list(self.path.glob(f"checkpoints/.step-*.attempt-{attempt:04}"))
+
+    def tensors(self) -> dict[str, Any]:
+        """Checksums of the last checkpoint's parameters and moments."""
+        folder = self.path / f"checkpoints/step-{self.checkpoints[-1]:08}"
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        return {name: sums for name, sums in files.items() if name.endswith(".distcp")}
+
+    def assert_equals(self, undisturbed: MicroRun) -> None:
+        """The same bits: metrics of each step once, trained weights, last checkpoint."""
+        assert [record["step"] for record in self.records] == list(range(1, self.step + 1))
+        assert self.lines == undisturbed.lines
+        assert self.weights == undisturbed.weights
+        assert self.tensors() == undisturbed.tensors()
+        assert self.checkpoints[-1] == undisturbed.checkpoints[-1] == self.step
+        assert not self.hidden
+        status = self.status
+        assert (status["state"], status["error"], status["step"]) == ("finished", None, self.step)
+
+
+@dataclass(frozen=True)
+class MicroJob:
+    """A small critic's configuration in a folder; its runs share trunk and token cache."""
+
+    folder: Path
+    settings: tuple[str, ...]
+
+    @classmethod
+    def prepare(cls, folder: Path, *settings: str) -> MicroJob:
+        (folder / "pretrain.yaml").write_text(_PRETRAIN)
+        (folder / "critic.yaml").write_text(_CRITIC)
+        return cls(folder, settings)
+
+    def run(self, name: str) -> MicroRun:
+        return MicroRun(self.folder / "runs" / name)
+
+    @contextmanager
+    def start(
+        self,
+        name: str,
+        *settings: str,
+        world: int = 2,
+        options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> Iterator[Ranks]:
+        """An attempt at run `name`."""
+        command = ["-m", "job.train", "--config", "critic.yaml", *options, "--override"]
+        command += [f"run.name={name}", *self.settings, *settings]
+        with running(command, world, self.folder, environment=environment) as ranks:
+            yield ranks
+
+    def finish(self, name: str, *settings: str, world: int = 2) -> MicroRun:
+        """Run to the end, or from where it stands to the end."""
+        with self.start(name, *settings, world=world) as ranks:
+            codes = ranks.wait()
+            assert codes == [0] * world, ranks.log()
+        return self.run(name)
