@@ -19,7 +19,7 @@ from rich.table import Table
 
 from job.config import CriticConfig, command_line, load_config
 from job.durability.run_directory import RunDirectory
-from job.outcome import InputError, run_command
+from job.outcome import InputError, run_and_leave
 from job.report import write_report
 from job.telemetry.mirror import tracking_uri
 
@@ -142,4 +142,4 @@ def _mlflow(config: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_and_leave(main)

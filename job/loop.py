@@ -17,7 +17,7 @@ from job.durability.preemption import Boundary
 from job.durability.run_directory import RunDirectory
 from job.learning.learner import ADVICE, Learner, StepResult
 from job.learning.training_state import TrainingState
-from job.outcome import InputError, Stopped
+from job.outcome import InputError, Stopped, Superseded
 from job.telemetry.progress import progress
 from job.telemetry.tracking import Tracker, Window
 from job.telemetry.value_metrics import ValueMetrics
@@ -67,7 +67,9 @@ class Training:
                     advance(self.state.step, self._note)
         except Stopped:
             self.checkpoints.save_now(self.learner, self.state, self._evaluated)
-            self.boundary.acknowledge()
+            raise
+        except Superseded:
+            self.checkpoints.wait()  # it takes back what it has begun to write
             raise
         self._save_the_end()
 

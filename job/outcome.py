@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import enum
+import logging
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import NoReturn, Self
 
 
 class Exit(enum.IntEnum):
@@ -75,3 +78,23 @@ def run_command(main: Callable[[], None]) -> None:
         kind = "error: " if isinstance(ending, InputError) else ""
         print(f"{kind}{ending}", file=sys.stderr)
         sys.exit(ending.code)
+
+
+def run_and_leave(main: Callable[[], None]) -> NoReturn:
+    """`run_command` for a process whose threads may be inside native code.
+
+    Such a thread aborts the process while the interpreter is taken down, and the exit code would
+    be the abort's; so the process leaves without taking it down.
+    """
+    code = 0
+    try:
+        run_command(main)
+    except SystemExit as ending:
+        code = int(ending.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        code = Exit.CRASHED
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -31,7 +31,7 @@ from job.config import CriticConfig, command_line, load_config, to_dict
 from job.data.critic_data import CriticData, check_sources, load_critic_data
 from job.durability.checkpoint import Checkpoints, check_metric, find_weights, load_weights
 from job.durability.fence import Fence
-from job.durability.preemption import Boundary
+from job.durability.preemption import STOP_FILE, Boundary
 from job.durability.run_directory import RunDirectory
 from job.learning.learner import Learner
 from job.learning.objective import Objective
@@ -42,7 +42,7 @@ from job.loop import Training
 from job.model.critic import Critic, parameter_report, unfreeze_last_blocks
 from job.model.fingerprint import fingerprint
 from job.model.weights import load_trunk, read_architecture
-from job.outcome import InputError, run_command
+from job.outcome import InputError, Stopped, run_and_leave
 from job.pretrain import ensure_trunk
 from job.report import write_report
 from job.telemetry.alarm import ConstantPredictorAlarm
@@ -79,7 +79,10 @@ def _claim(config: CriticConfig, run: RunDirectory, resume: bool) -> int | None:
     if run.is_finished(config.training.max_steps):
         _log.info("%s is finished already: %s", run.path, run.file("report.html"))
         return None
-    return Fence.take(run.path).number
+    try:
+        return Fence.take(run.path).number
+    except OSError as error:
+        raise InputError(f"run.dir: cannot write {run.path}: {error.strerror}") from None
 
 
 @contextmanager
@@ -95,7 +98,12 @@ def _attempt(config: CriticConfig, run: RunDirectory, number: int, world: World)
     facts = {"attempt": number, "max_steps": config.training.max_steps, "checkpoint_error": None}
     with log_file(log), run.recorded(**facts):
         _log.info("attempt %d of %s, %d process(es)", number, run.path, world.size)
-        yield
+        try:
+            yield
+        except Stopped:
+            if run.writes:  # the request is fulfilled: the next attempt goes on
+                run.file(STOP_FILE).unlink(missing_ok=True)
+            raise
 
 
 def _train(config: CriticConfig, run: RunDirectory, world: World) -> None:
@@ -238,4 +246,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_and_leave(main)

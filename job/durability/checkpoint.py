@@ -121,6 +121,9 @@ class Checkpoints:
         self._begin(learner, state, figures)
         self.wait()
         if self._failed:
+            newer = self._world.is_main and self._fence.superseded()
+            if self._world.sum([newer])[0]:
+                raise self._fence.ending().everywhere()
             raise SaveError(f"step {state.step} could not be saved; see the log").everywhere()
 
     def wait(self) -> None:
@@ -196,10 +199,15 @@ class Checkpoints:
         return [result for result, _ in outcomes]
 
     def _prepare(self, scratch: Path) -> None:
-        if self._run.writes:
+        if self._world.is_main:
+            self._refuse_if_superseded()
             self._folder.mkdir(exist_ok=True)
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
+
+    def _refuse_if_superseded(self) -> None:
+        if self._fence.superseded():
+            raise OSError("a newer attempt of this run has taken over")
 
     def _discard(self, scratch: Path) -> None:
         if self._world.is_main:
@@ -223,11 +231,12 @@ class Checkpoints:
         Manifest(snapshot.step, self._fence.number, sums).write(scratch)
         _flush(scratch / MANIFEST)
         _flush(scratch)
-        if self._fence.superseded():
-            raise OSError("a newer attempt of this run has taken over")
+        self._refuse_if_superseded()
         target = self._folder / f"step-{snapshot.step:08}"
-        if target.exists():  # an attempt that was superseded has committed it too late
-            _remove(target)
+        if target.exists():
+            if target in self._committed():  # this attempt has slept, and the newer one is through
+                raise OSError(f"{target} is there already")
+            _remove(target)  # an attempt that was superseded has committed it too late
         scratch.rename(target)
         _flush(self._folder)
         self._clean_up(target)
@@ -273,22 +282,29 @@ class Checkpoints:
         return state
 
     def remove_leftovers(self) -> None:
-        """Remove what killed attempts were writing or removing."""
-        if self._run.writes and self._folder.exists():
-            for entry in self._folder.glob(".*"):
-                shutil.rmtree(entry, ignore_errors=True)
+        """Remove what killed attempts were writing or removing, or have committed too late."""
+        if not self._run.writes:
+            return
+        for entry in self._folder.glob(".*"):
+            shutil.rmtree(entry, ignore_errors=True)
+        for folder in set(_folders(self._folder)) - set(self._committed()):
+            _remove(folder)
 
     def _committed(self) -> list[Path]:
-        return committed(self._folder, self._fence)
+        return committed(self._run.path)
 
 
 Figures = Mapping[str, float]
 
 
-def committed(folder: Path, fence: Fence | None = None) -> list[Path]:
+def committed(run: Path) -> list[Path]:
     """The committed checkpoints of a run, oldest first, without those that came too late."""
-    found = sorted(path for path in folder.glob("step-*") if path.is_dir())
-    return found if fence is None else [path for path in found if _counts(path, fence)]
+    fence = Fence(run / "attempts", 0)
+    return [folder for folder in _folders(run / "checkpoints") if _counts(folder, fence)]
+
+
+def _folders(checkpoints: Path) -> list[Path]:
+    return sorted(path for path in checkpoints.glob("step-*") if path.is_dir())
 
 
 def _counts(folder: Path, fence: Fence) -> bool:
@@ -371,7 +387,7 @@ def _trained_names(folder: Path) -> set[str]:
 
 def _newest_intact(source: Path) -> Path:
     one = (source / MANIFEST).exists()
-    for folder in reversed([source] if one else committed(source / "checkpoints")):
+    for folder in reversed([source] if one else committed(source)):
         try:
             Manifest.read(folder).verify(folder)
         except DamagedError as defect:

@@ -76,7 +76,7 @@ class Fence:
 
 
 def _numbers(attempts: Path) -> list[int]:
-    return [int(entry.name) for entry in attempts.iterdir() if entry.name.isdigit()]
+    return [int(entry.name) for entry in attempts.glob("*") if entry.name.isdigit()]
 
 
 def _resumed_step(attempt: Path) -> float:

@@ -84,11 +84,6 @@ class Boundary:
             raise Stopped(f"stopped by {self._why() or 'another rank'}").everywhere()
         return total
 
-    def acknowledge(self) -> None:
-        """Remove the stop file, whose request is fulfilled: the next attempt goes on."""
-        if self._world.is_main:
-            self._stop_file.unlink(missing_ok=True)
-
     def _why(self) -> str | None:
         if self._world.is_main and self._stop_file.exists():
             return f"the file {self._stop_file}"

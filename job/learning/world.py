@@ -21,7 +21,7 @@ from torch.distributed import HashStore, PrefixStore, TCPStore  # type: ignore[a
 
 from job.config import DistributedConfig
 from job.durability.lifeline import Caller, Lifeline, Listener
-from job.outcome import Ending, InputError, UnfitNode
+from job.outcome import Ending, InputError, UnfitNode, listing
 
 Result = TypeVar("Result")
 _FOREVER = timedelta(days=30)  # waiting for rank 0's work; a death ends it through the lifeline
@@ -148,7 +148,7 @@ def _join(config: DistributedConfig) -> World:
         _probe(group, device, patience)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        raise Ending(f"rank {rank} ({_whereabouts(host)}): {reason}. {_ADVICE}") from error
+        raise Ending(f"rank {rank}: {reason}. {_ADVICE}{listing(_places(store, size))}") from error
     return World(rank, size, local_size, device, group, store, lifeline)
 
 
@@ -251,7 +251,7 @@ def _meet(host: str, port: int, rank: int, size: int, patience: timedelta) -> TC
     except dist.DistStoreError:
         raise Ending(_absence(store, size, patience)) from None
     if rank == 0:
-        _log.info("%d ranks have met: %s", size, _summary(store.multi_get(arrivals)))
+        _log.info("%d ranks have met%s", size, listing(_places(store, size)))
     return store
 
 
@@ -263,9 +263,9 @@ def _absence(store: TCPStore, size: int, patience: timedelta) -> str:
     )
 
 
-def _summary(places: Sequence[bytes]) -> str:
-    counts = {place.decode(): places.count(place) for place in places}
-    return "; ".join(f"{n} at {place}" for place, n in counts.items())
+def _places(store: TCPStore, size: int) -> list[str]:
+    """Where each rank is."""
+    return [f"rank {rank}: {store.get(f'arrived/{rank}').decode()}" for rank in range(size)]
 
 
 def _whereabouts(host: str) -> str:
