@@ -60,6 +60,10 @@ class UnfitNode(Ending):
     code = Exit.UNFIT_NODE
 
 
+class NoProgress(Ending):
+    """A collective or a file system hangs."""
+
+
 def exit_code(error: BaseException) -> Exit:
     return error.code if isinstance(error, Ending) else Exit.CRASHED
 

@@ -42,7 +42,7 @@ from job.loop import Training
 from job.model.critic import Critic, parameter_report, unfreeze_last_blocks
 from job.model.fingerprint import fingerprint
 from job.model.weights import load_trunk, read_architecture
-from job.outcome import InputError, Stopped, run_and_leave
+from job.outcome import InputError, NoProgress, Stopped, Superseded, run_and_leave
 from job.pretrain import ensure_trunk
 from job.report import write_report
 from job.telemetry.alarm import ConstantPredictorAlarm
@@ -96,7 +96,7 @@ def _attempt(config: CriticConfig, run: RunDirectory, number: int, world: World)
         only_warnings()
         log = run.fence.folder / f"rank-{world.rank:05}.log"
     facts = {"attempt": number, "max_steps": config.training.max_steps, "checkpoint_error": None}
-    with log_file(log), run.recorded(**facts):
+    with log_file(log), _told(world), run.recorded(**facts):
         _log.info("attempt %d of %s, %d process(es)", number, run.path, world.size)
         try:
             yield
@@ -106,9 +106,26 @@ def _attempt(config: CriticConfig, run: RunDirectory, number: int, world: World)
             raise
 
 
+@contextmanager
+def _told(world: World) -> Iterator[None]:
+    """Tell the others of an error, and log it, while the log's file is open."""
+    try:
+        yield
+    except BaseException as error:
+        world.tell(error)
+        if not isinstance(error, Stopped | Superseded):
+            _log.error("%s: %s", type(error).__name__, str(error).partition("\n")[0])
+        raise
+
+
 def _train(config: CriticConfig, run: RunDirectory, world: World) -> None:
     assert run.fence is not None
-    boundary = Boundary(world, run.fence, run.path, config.distributed.timeout_seconds)
+
+    def hangs(error: NoProgress) -> None:
+        run.set_status(state="failed", error=str(error))
+        world.tell(error)
+
+    boundary = Boundary(world, run.fence, run.path, config.distributed.timeout_seconds, hangs)
     data = world.main_first(lambda: load_data(config, run, world))
     identity = world.main_decides(lambda: _identity(config, data))
     checkpoints = Checkpoints(run, run.fence, config.checkpoint, identity, world)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import IO
 
-from job.outcome import Exit, exit_code
+from job.outcome import Exit, NoProgress, exit_code
 
 GRACE_SECONDS = 1.0  # a cause and its consequences arrive within this
 VERDICT_SECONDS = 30.0  # how long a failed rank waits to learn who failed first
@@ -45,8 +45,10 @@ class Failure:
 
 def _is_of_a_collective(error: BaseException) -> bool:
     """Peers of a dead rank fail in the collective that it left."""
-    names = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
-    return isinstance(error, RuntimeError) and any(name in str(error) for name in names)
+    names = ["gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"]
+    names.append("successfully reached monitoredBarrier, but")  # another did not
+    named = isinstance(error, RuntimeError) and any(name in str(error) for name in names)
+    return named or isinstance(error, NoProgress)
 
 
 class Lifeline:
@@ -57,13 +59,15 @@ class Lifeline:
         self.on_failure: Callable[[str], None] = lambda text: None
         self._verdict: Failure | None = None
         self._decided = threading.Event()
-        self._failing = False
+        self._failing = self._closed = False
 
     def fail(self, error: BaseException) -> None:
         """Tell the others of this rank's failure and wait until it is clear who was first.
 
         Does not return if that was another rank: the process ends with that rank's code.
         """
+        if self._failing:
+            return  # told already
         self._failing = True
         self._send(Failure.of(self.rank, error))
         if self._decided.wait(VERDICT_SECONDS) and self._verdict is not None:
@@ -95,12 +99,11 @@ class Listener(Lifeline):
 
     def __init__(self, host: str, size: int) -> None:
         super().__init__(0)
-        self._server = socket.create_server((host, 0))
+        self._server = socket.create_server((host, 0), backlog=size)
         self.port: int = self._server.getsockname()[1]
         self._size = size
         self._peers: list[socket.socket] = []
         self._failures: queue.Queue[Failure] = queue.Queue()
-        self._closed = False
 
     def connect(self, seconds: float) -> None:
         """Wait for every other rank, then listen to them in the background."""
@@ -157,6 +160,7 @@ class Caller(Lifeline):
         _thread(self._listen)
 
     def close(self) -> None:
+        self._closed = True
         _send_line(self._socket, None)
 
     def _send(self, failure: Failure) -> None:
@@ -169,7 +173,8 @@ class Caller(Lifeline):
             if isinstance(line, Failure):
                 self._decide(line)
                 return
-        self._decide(Failure(0, "it died without a word", Exit.CRASHED, False))
+        if not self._closed:
+            self._decide(Failure(0, "it died without a word", Exit.CRASHED, False))
 
 
 def _thread(work: Callable[..., None], *arguments: object) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from job.durability.watchdog import Watchdog
-from job.outcome import InputError, Stopped
+from job.outcome import InputError, NoProgress, Stopped
 
 if TYPE_CHECKING:
     from job.durability.fence import Fence
@@ -63,10 +64,18 @@ class Boundary:
     Under `watchdog` they must not be more than `seconds` apart.
     """
 
-    def __init__(self, world: World, fence: Fence, run: Path, seconds: float) -> None:
+    def __init__(
+        self,
+        world: World,
+        fence: Fence,
+        run: Path,
+        seconds: float,
+        tell: Callable[[NoProgress], None] = lambda error: None,
+    ) -> None:
         self._world, self._fence = world, fence
         self._stop_file = run / STOP_FILE
-        self.watchdog = Watchdog(seconds, fence.folder / f"stacks.rank-{world.rank:05}.txt")
+        stacks = fence.folder / f"stacks.rank-{world.rank:05}.txt"
+        self.watchdog = Watchdog(seconds, stacks, tell)
 
     def agree(self, tokens: float = 0.0) -> float:
         """The sum of all ranks' `tokens`, which carries the flags along through host memory.

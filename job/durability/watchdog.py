@@ -7,10 +7,11 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from job.outcome import Exit
+from job.outcome import Exit, NoProgress
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +23,10 @@ class Watchdog:
     can go on from the last checkpoint.
     """
 
-    def __init__(self, seconds: float, file: Path) -> None:
+    def __init__(
+        self, seconds: float, file: Path, tell: Callable[[NoProgress], None] = lambda error: None
+    ) -> None:
+        self._tell = tell
         self._seconds, self._file = seconds, file
         self._beaten = time.monotonic()
         self._ended = threading.Event()
@@ -49,10 +53,11 @@ class Watchdog:
                 return
         with self._file.open("w") as stream:
             faulthandler.dump_traceback(stream, all_threads=True)
-        _log.error(
-            "no progress for %.0f s: a collective or a file system hangs; "
-            "ended with exit code %d, stacks of all threads in %s",
-            *(self._seconds, Exit.CRASHED, self._file),
+        error = NoProgress(
+            f"no progress for {self._seconds:.0f} s: a collective or a file system hangs; "
+            f"ended with exit code {Exit.CRASHED}, stacks of all threads in {self._file}"
         )
+        _log.error("%s", error)
+        self._tell(error)
         logging.shutdown()
         os._exit(Exit.CRASHED)
