@@ -164,7 +164,13 @@ class Training:
             self.state.bad_steps += 1
             if self._world.is_main:
                 _log.warning("step %d is skipped: %s", self.state.step, _describe(result))
-        return self.state.bad_steps < self.config.training.max_bad_steps
+        if self.state.bad_steps >= self.config.training.max_bad_steps:
+            return False
+        if self.state.bad_steps and self.state.step == self.config.training.max_steps:
+            if not self.learner.is_whole():  # no later step would tell
+                return False
+            self.state.bad_steps = 0
+        return True
 
     def _go_back(self, result: StepResult) -> None:
         """Restore the last checkpoint, once, and pass over the steps that were bad since.
@@ -173,7 +179,9 @@ class Training:
         """
         bad = self.state.bad_steps
         self.checkpoints.wait()
-        if self._passed_over or not self.checkpoints.newest:
+        again = bool(self._passed_over) or not self.checkpoints.newest
+        folder = None if again else self._world.main_decides(self.checkpoints.newest_good)
+        if folder is None:
             before = "also after going back to a checkpoint; " if self._passed_over else ""
             raise InputError(
                 f"step {self.state.step}: {_describe(result)}, in {bad} step(s) in a row; {before}"
@@ -181,8 +189,6 @@ class Training:
             ).everywhere()
         self._passed_over = list(range(self.state.step - bad + 1, self.state.step + 1))
         self._run.write_json(_BAD_STEPS, self._passed_over)
-        folder = self._world.main_decides(self.checkpoints.newest_good)
-        assert folder is not None  # one was committed
         restored = self.state = self.checkpoints.restore(folder, self.learner)
         self.tracker.rewind(restored.recorded_step)
         _log.error("%d bad steps in a row: went back to step %d", bad, restored.step)

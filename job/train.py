@@ -29,10 +29,11 @@ from safetensors.torch import save_file
 
 from job.config import CriticConfig, command_line, load_config, to_dict
 from job.data.critic_data import CriticData, check_sources, load_critic_data
-from job.durability.checkpoint import Checkpoints, check_metric, find_weights, load_weights
+from job.durability.checkpoint import Checkpoints, find_weights, load_weights
 from job.durability.fence import Fence
 from job.durability.preemption import STOP_FILE, Boundary
 from job.durability.run_directory import RunDirectory
+from job.durability.shelf import check_metric
 from job.learning.learner import Learner
 from job.learning.objective import Objective
 from job.learning.sharding import shard

@@ -15,13 +15,12 @@ the one and only commit. A checkpoint can be read by any number of ranks.
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,20 +36,29 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from job.config import CheckpointConfig, differences
+from job.config import CheckpointConfig
 from job.durability.fence import Fence
 from job.durability.manifest import MANIFEST, DamagedError, FileSum, Manifest
 from job.durability.run_directory import RunDirectory
+from job.durability.shelf import (
+    FACTS,
+    committed,
+    folders,
+    newest_intact,
+    read_facts,
+    refuse_other,
+    remove,
+    retained,
+    set_aside,
+)
 from job.learning.learner import Learner
 from job.learning.training_state import TrainingState
 from job.learning.world import World
+from job.model.shards import own
 from job.outcome import Ending, InputError, listing
-from job.telemetry.value_metrics import metric_names
 
-FACTS = "facts.json"
 RETRIES_PER_PERIOD = 10  # a failed save is tried again after this part of checkpoint.every_steps
 _TIMEOUT = timedelta(hours=2)  # of a rank that waits for the slowest one's files
-_LOWER_IS_BETTER = ("mse", "ece")
 _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Tensors = dict[str, Tensor]
@@ -169,7 +177,7 @@ class Checkpoints:
     def _write(self, snapshot: Snapshot) -> int:
         """Write and commit a checkpoint; the work of the background thread."""
         scratch = self._folder / f".step-{snapshot.step:08}.attempt-{self._fence.number:04}"
-        self._together(lambda: self._prepare(scratch))
+        self._together(lambda: self._prepare(scratch, snapshot))
         try:
             save(snapshot.tensors, storage_writer=_writer(scratch), process_group=self._group)
         except (CheckpointException, Exception) as error:  # of whichever rank; the first is odd
@@ -189,7 +197,7 @@ class Checkpoints:
         result, problem = None, None
         try:
             result = work()
-        except (OSError, DamagedError) as error:
+        except Exception as error:  # of any kind: the other ranks wait for this one's word
             problem = f"rank {self._world.rank}: {error}"
         outcomes: list[Any] = [None] * self._world.size
         dist.all_gather_object(outcomes, (result, problem), group=self._group)
@@ -198,7 +206,11 @@ class Checkpoints:
             raise SaveError(problems[0])
         return [result for result, _ in outcomes]
 
-    def _prepare(self, scratch: Path) -> None:
+    def _prepare(self, scratch: Path, snapshot: Snapshot) -> None:
+        """Refuse what is not worth saving, and make the folder."""
+        damaged = [n for n, tensor in snapshot.tensors.items() if not own(tensor).isfinite().all()]
+        if damaged:
+            raise ValueError(f"{damaged[0]} is not finite")
         if self._world.is_main:
             self._refuse_if_superseded()
             self._folder.mkdir(exist_ok=True)
@@ -236,7 +248,7 @@ class Checkpoints:
         if target.exists():
             if target in self._committed():  # this attempt has slept, and the newer one is through
                 raise OSError(f"{target} is there already")
-            _remove(target)  # an attempt that was superseded has committed it too late
+            remove(target)  # an attempt that was superseded has committed it too late
         scratch.rename(target)
         _flush(self._folder)
         self._clean_up(target)
@@ -246,9 +258,16 @@ class Checkpoints:
         kept = retained(self._committed(), self._config)
         surplus = [folder for folder in self._committed() if folder not in kept]
         if surplus:
-            Manifest.read(newest).verify(newest)
+            try:
+                Manifest.read(newest).verify(newest)
+            except DamagedError:
+                set_aside(newest)  # out of the way of the next attempt to save this step
+                raise
         for folder in surplus:
-            _remove(folder)
+            try:
+                remove(folder)
+            except OSError as error:  # the newest is committed all the same
+                _log.warning("cannot remove %s: %s", folder, error.strerror)
 
     # Reading
 
@@ -262,10 +281,10 @@ class Checkpoints:
             try:
                 Manifest.read(folder).verify(folder)
             except DamagedError as defect:
-                aside = _set_aside(folder)
+                aside = set_aside(folder)
                 _log.error("damaged checkpoint: %s; set aside as %s", defect, aside)
                 continue
-            _refuse_other(folder, self._identity)
+            refuse_other(folder, self._identity)
             return folder
         return None
 
@@ -273,7 +292,7 @@ class Checkpoints:
         """Put a checkpoint into the learner, on every rank."""
         tensors = trained_tensors(learner)
         load(tensors, storage_reader=FileSystemReader(folder), process_group=self._group)
-        facts = _facts(folder)
+        facts = read_facts(folder)
         stored = [_state_file(folder, rank).read_bytes() for rank in range(facts["world_size"])]
         state = TrainingState.of_rank(stored, self._world.rank, self._world.size)
         learner.set_updates(state.step - state.skipped_steps)
@@ -287,58 +306,14 @@ class Checkpoints:
             return
         for entry in self._folder.glob(".*"):
             shutil.rmtree(entry, ignore_errors=True)
-        for folder in set(_folders(self._folder)) - set(self._committed()):
-            _remove(folder)
+        for folder in set(folders(self._folder)) - set(self._committed()):
+            remove(folder)
 
     def _committed(self) -> list[Path]:
         return committed(self._run.path)
 
 
 Figures = Mapping[str, float]
-
-
-def committed(run: Path) -> list[Path]:
-    """The committed checkpoints of a run, oldest first, without those that came too late."""
-    fence = Fence(run / "attempts", 0)
-    return [folder for folder in _folders(run / "checkpoints") if _counts(folder, fence)]
-
-
-def _folders(checkpoints: Path) -> list[Path]:
-    return sorted(path for path in checkpoints.glob("step-*") if path.is_dir())
-
-
-def _counts(folder: Path, fence: Fence) -> bool:
-    try:
-        manifest = Manifest.read(folder)
-    except DamagedError:
-        return True  # reading it will tell
-    return fence.counts(manifest.attempt, manifest.step)
-
-
-def retained(folders: Sequence[Path], config: CheckpointConfig) -> list[Path]:
-    """Which of a run's checkpoints to keep, the newest always among them."""
-    kept = set(folders[-config.keep_last :])
-    if config.keep_every is not None:
-        kept |= {path for path in folders if _step(path) % config.keep_every == 0}
-    if config.keep_best is not None:
-        kept |= set(best(folders, config.keep_best))
-    return [path for path in folders if path in kept]
-
-
-def best(folders: Sequence[Path], metric: str) -> list[Path]:
-    """The checkpoint with the best value of an evaluation's metric; none if none has one."""
-    values = {path: _facts(path)["evaluation"].get(metric) for path in folders}
-    known = {path: value for path, value in values.items() if value is not None}
-    choose = min if metric.endswith(_LOWER_IS_BETTER) else max
-    return [choose(known, key=known.__getitem__)] if known else []
-
-
-def check_metric(metric: str | None) -> None:
-    """Raise InputError if no evaluation will ever give this metric."""
-    known = [f"validation/value/{name}" for name in metric_names()]
-    if metric is not None and metric not in known:
-        near = difflib.get_close_matches(metric, known, 3, 0) or known
-        raise InputError(f"checkpoint.keep_best: no metric {metric}; nearest: {', '.join(near)}")
 
 
 def trained_tensors(learner: Learner) -> Tensors:
@@ -358,8 +333,8 @@ def find_weights(source: Path, critic: nn.Module, identity: dict[str, Any]) -> P
     Raises:
         InputError: nothing there to load, another base, or it trained blocks that are frozen here.
     """
-    folder = _newest_intact(source)
-    _refuse_other(folder, {name: identity[name] for name in ("architecture", "base")})
+    folder = newest_intact(source)
+    refuse_other(folder, {name: identity[name] for name in ("architecture", "base")})
     if frozen := sorted(_trained_names(folder) - _trainable(critic).keys()):
         raise InputError(
             f"{folder} trained {len(frozen)} parameter(s) that would be frozen here; "
@@ -385,54 +360,8 @@ def _trained_names(folder: Path) -> set[str]:
     return {name.removeprefix("model.") for name in stored if name.startswith("model.")}
 
 
-def _newest_intact(source: Path) -> Path:
-    one = (source / MANIFEST).exists()
-    for folder in reversed([source] if one else committed(source)):
-        try:
-            Manifest.read(folder).verify(folder)
-        except DamagedError as defect:
-            _log.error("damaged checkpoint: %s", defect)
-            continue
-        return folder
-    raise InputError(f"{source}: no intact checkpoint here; name a run or a checkpoint's folder")
-
-
-def _refuse_other(folder: Path, identity: dict[str, Any]) -> None:
-    stored = _facts(folder)["identity"]
-    changed = differences({name: stored.get(name) for name in identity}, identity)
-    if changed:
-        raise InputError(
-            f"{folder}: a checkpoint of something else (there -> here); choose another run.dir, "
-            "or begin a new run from its weights with --init-from" + listing(changed)
-        )
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
-    return facts
-
-
 def _state_file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05}.state"
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
-def _set_aside(folder: Path) -> Path:
-    aside = folder.with_name(f"damaged-{folder.name}")
-    number = 2
-    while aside.exists():
-        aside, number = folder.with_name(f"damaged-{folder.name}.{number}"), number + 1
-    return folder.rename(aside)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint so that no half of it can be taken for a whole."""
-    hidden = folder.with_name(f".removed-{folder.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    shutil.rmtree(folder.rename(hidden))
 
 
 def _stager(device: torch.device) -> DefaultStager:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,7 +50,7 @@ class Manifest:
             manifest = cls(content["step"], content["attempt"], files)
         except FileNotFoundError:
             raise DamagedError(f"{folder / MANIFEST} is missing") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise DamagedError(f"{folder / MANIFEST} is not readable") from None
         if text != manifest._text():
             raise DamagedError(f"{folder / MANIFEST} was changed")
@@ -73,7 +72,3 @@ class Manifest:
         body = {"format": _FORMAT, **asdict(self)}
         digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         return json.dumps({"sha256": digest, **body}, indent=2, sort_keys=False) + "\n"
-
-
-def sums(folder: Path, names: Iterable[str]) -> dict[str, FileSum]:
-    return {name: FileSum.of(folder / name) for name in names}

@@ -65,6 +65,7 @@ class RunDirectory:
         self.path = Path(path)
         self._is_main = is_main
         self.fence: Fence | None = None
+        self._unwritten: dict[str, Any] = {}  # of the status, since the file system refused it
 
     @property
     def writes(self) -> bool:
@@ -134,7 +135,9 @@ class RunDirectory:
     def set_status(self, **changes: Any) -> None:
         """Change some entries of status.json, leaving the rest."""
         if self.writes:
-            self.write_json("status.json", self.status() | {"updated": time.time()} | changes)
+            self._unwritten |= {"updated": time.time()} | changes
+            if self.write_json("status.json", self.status() | self._unwritten):
+                self._unwritten = {}
 
     @contextmanager
     def recorded(self, **changes: Any) -> Iterator[None]:
@@ -147,14 +150,16 @@ class RunDirectory:
                 self.set_status(**_ending(error))
             raise
 
-    def write_json(self, name: str, content: Any) -> None:
+    def write_json(self, name: str, content: Any) -> bool:
         """Replace a JSON file; a file system that refuses is reported and ends nothing."""
         if not self.writes:
-            return
+            return False
         try:
             write_atomic(self.file(name), json.dumps(content, indent=2) + "\n")
         except OSError as error:
             _log.error("cannot write %s: %s; going on", self.file(name), error.strerror)
+            return False
+        return True
 
     def records(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
         """The complete lines of metrics.jsonl or telemetry.jsonl; a torn last line is left out."""

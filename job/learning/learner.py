@@ -16,7 +16,7 @@ from job.learning.objective import Objective
 from job.learning.optimizer import build_optimizer, set_learning_rate
 from job.learning.world import World
 from job.model.critic import Critic
-from job.model.shards import whole
+from job.model.shards import own, whole
 from job.outcome import InputError
 from job.telemetry.progress import Advance
 from job.telemetry.value_metrics import ValueMetrics
@@ -103,6 +103,11 @@ class Learner:
         finally:
             self._reshard()
         return self.merged(metrics)
+
+    def is_whole(self) -> bool:
+        """Whether every trainable weight is finite, on every rank."""
+        damaged = any(not own(p).isfinite().all() for p in self.trainable)
+        return not self.world.sum([damaged])[0]
 
     def _reshard(self) -> None:
         """Give up gathered weights, which without a backward pass nothing else would do."""

@@ -22,3 +22,9 @@ def fill(parameter: Tensor, whole: Tensor) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor put together from all ranks, each of which must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, without gradient."""
+    local = tensor.detach()
+    return local.to_local() if isinstance(local, DTensor) else local
