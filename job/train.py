@@ -42,7 +42,7 @@ from job.learning.world import World, joined_world
 from job.loop import Training
 from job.model.critic import Critic, parameter_report, unfreeze_last_blocks
 from job.model.fingerprint import fingerprint
-from job.model.weights import load_trunk, read_architecture
+from job.model.weights import check_trunk, load_trunk, read_architecture
 from job.outcome import InputError, NoProgress, Stopped, Superseded, run_and_leave
 from job.pretrain import ensure_trunk
 from job.report import write_report
@@ -177,6 +177,8 @@ def _go_on_from(
     """Let everything that was written after `state` be as if it had never been."""
     if run.writes:
         assert run.fence is not None
+        if not state.step and run.records():
+            _log.warning("no checkpoint to go on from: starting over")
         run.fence.record(world.size, state.step)
         checkpoints.remove_leftovers()
         run.keep_lines(state.recorded_step)
@@ -214,6 +216,7 @@ def load_data(config: CriticConfig, run: RunDirectory, world: World) -> CriticDa
     check_sources(config)
     if config.model.recipe is not None:
         ensure_trunk(Path(config.model.path), config.model.recipe)
+    check_trunk(config.model.path)
     return load_critic_data(config, run, world)
 
 

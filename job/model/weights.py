@@ -120,6 +120,14 @@ def _stored_vocabulary(folder: Path) -> int:
     return embedding.shape[0]
 
 
+def check_trunk(folder: str | Path) -> None:
+    """Raise InputError unless the weights fit the architecture; reads no more than their index."""
+    with torch.device("meta"):
+        trunk = Trunk(read_architecture(folder))
+    file = Path(folder) / WEIGHTS
+    _check_tensors(dict(trunk.named_parameters()), open_weights(Path(folder)), file)
+
+
 def load_trunk(
     trunk: Trunk, folder: str | Path, at_boundary: Callable[[], object] = lambda: None
 ) -> None:

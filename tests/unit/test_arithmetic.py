@@ -85,6 +85,7 @@ def test_errors_that_cancel_out_still_cost_the_reward() -> None:
     assert not any(chain.reward for chain in cancelled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.0, 0.15, 0.25, 0.99])
 def test_the_optimal_value_follows_from_the_results_read_so_far(p: float) -> None:
     for chain in draw(2000, min_steps=1, max_steps=5, error_probability=p):
@@ -214,6 +215,7 @@ def test_another_seed_gives_other_chains() -> None:
     assert draw(100, seed=1) != draw(100, seed=0)
 
 
+@pytest.mark.slow
 def test_held_out_problems_are_a_tenth_and_never_drawn_for_training() -> None:
     training = {c.prompt for c in draw(20_000, attempts=1, min_steps=1, max_steps=2)}
     validation = {

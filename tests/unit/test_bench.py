@@ -33,6 +33,7 @@ def data(throughput: ModuleType, tmp_path: Path) -> object:
     return throughput.write_examples(tmp_path, TINY.vocab_size, 0)
 
 
+@pytest.mark.slow
 def test_converted_weights_give_the_same_values(throughput: ModuleType, data: object) -> None:
     critic = throughput.make_critic(TINY, 0)
     rows = np.array([3, 0, 7])
@@ -45,6 +46,7 @@ def test_converted_weights_give_the_same_values(throughput: ModuleType, data: ob
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_contestants_freeze_the_same_and_stay_together(
     throughput: ModuleType, data: object
 ) -> None:

@@ -65,6 +65,7 @@ def test_sizes_are_held_against_parameters_and_moments(
     assert checkpoint.Sizes(trainable, bytes_).is_as_expected is expected
 
 
+@pytest.mark.slow
 def test_all_ways_save_what_they_claim_to(checkpoint: ModuleType, tmp_path: Path) -> None:
     with joined_world(DistributedConfig()) as world:
         results = checkpoint.compare(tmp_path, TINY, 2, world, 0)

@@ -79,6 +79,7 @@ def test_checkpoints_of_before_still_find_their_base(
     )
 
 
+@pytest.mark.slow
 def test_one_flipped_bit_in_any_byte_changes_it(tmp_path: Path) -> None:
     found = {_of(tmp_path, WEIGHTS)}
     flips = 0

@@ -346,6 +346,7 @@ def test_names_and_values_that_mlflow_refuses_do_not_stop_the_rest(
     assert values == {"explained ___": 0.5, "a/b": 1.0, "_": 2.0, "n" * 250: 3.0, "ok.a-b c:d": 4.0}
 
 
+@pytest.mark.slow
 def test_a_long_backlog_goes_in_batches(tmp_path: Path, database: str) -> None:
     example = Example(tmp_path / "backlog", database)
     for step in range(2, 302, 2):

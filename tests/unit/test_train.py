@@ -127,6 +127,7 @@ def test_an_unfinished_run_starts_over(folder: Path) -> None:
     assert run.file("metrics.jsonl").read_bytes() == complete
 
 
+@pytest.mark.slow
 def test_another_configuration_in_the_same_directory_is_refused(folder: Path) -> None:
     run = _train()
     before = run.file("metrics.jsonl").read_bytes()
@@ -184,6 +185,7 @@ def test_a_report_that_fails_does_not_undo_a_training(
     assert "finished, without a report: no ink" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_logged_learning_rate_is_the_trunks(folder: Path) -> None:
     run = _train("training.value_head.learning_rate=0.5", "training.max_steps=3")
     rates = [r["train/learning_rate"] for r in run.records()]

@@ -359,6 +359,7 @@ def test_rank_0_s_death_is_named_by_each_of_the_others(party: Party) -> None:
     assert [party.ranks[rank].told for rank in (1, 2)] == [named, named]
 
 
+@pytest.mark.slow
 def test_an_orderly_goodbye_ends_nobody(party: Party) -> None:
     for rank in (1, 2):
         party.ranks[rank].end.close()
@@ -367,6 +368,7 @@ def test_an_orderly_goodbye_ends_nobody(party: Party) -> None:
     assert [rank.told for rank in party.ranks] == [[], [], []]
 
 
+@pytest.mark.slow
 def test_rank_0_s_goodbye_ends_nobody(party: Party) -> None:
     party.ranks[0].end.close()
     party.cut(0)
