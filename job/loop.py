@@ -59,7 +59,7 @@ class Training:
         """
         try:
             last = self.config.training.max_steps
-            with self.boundary.watchdog, progress("training", last) as advance:
+            with self.boundary.watchdog.watching(), progress("training", last) as advance:
                 if self.state.unfinished is not None:
                     self._finish_step()
                 while self.state.step < last:

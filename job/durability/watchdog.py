@@ -7,9 +7,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from job.outcome import Exit, NoProgress
 
@@ -34,18 +34,15 @@ class Watchdog:
     def beat(self) -> None:
         self._beaten = time.monotonic()
 
-    def __enter__(self) -> Watchdog:
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Expect beats for the length of the body."""
         self.beat()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._ended.set()
+        try:
+            yield
+        finally:
+            self._ended.set()
 
     def _watch(self) -> None:
         while (left := self._beaten + self._seconds - time.monotonic()) > 0:

@@ -159,6 +159,11 @@ def _own_address(host: str) -> str:
 
 
 def tie(store: Store, host: str, rank: int, size: int, patience: timedelta) -> Lifeline:
+    """This rank's end of the connections that tell of a death.
+
+    Raises:
+        Ending: some ranks did not come; they are named.
+    """
     if rank > 0:
         caller = None
         with suppress(dist.DistError, OSError):  # it will be named as missing, or rank 0 will

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from micro_job import write_job
+
 _POLL_SECONDS = 0.001
 
 
@@ -150,33 +152,11 @@ def run_ranks(
 
 # A training of seconds, to be interrupted
 
-_PRETRAIN = """
-out: trunk
-architecture: {dim: 32, n_layers: 3, n_heads: 4, n_future_tokens: 2}
-data: {train: embedded, max_length: 64, cache_dir: cache, arithmetic: {train_examples: 256}}
-training: {max_steps: 5, batch_size: 16, micro_batch_tokens: 1024, threads: 1}
-"""
-_CRITIC = """
-run: {name: critic, dir: "runs/${run.name}"}
-model: {path: trunk, recipe: pretrain.yaml}
-data:
-  train: embedded
-  validation: embedded
-  max_length: 64
-  cache_dir: cache
-  arithmetic: {train_examples: 200, validation_examples: 30}
-training:
-  num_unfrozen_layers: 1
-  batch_size: 8
-  micro_batch_tokens: 512
-  learning_rate: 0.001
-  warmup_steps: 2
-  threads: 1
-evaluation: {every_steps: 10}
-logging: {every_steps: 7}  # windows that end at other steps than checkpoints
-distributed: {fsdp: {mixed_precision: false}}
-mlflow: {enabled: false}
-"""
+_CHANGES = (
+    "training.batch_size=8",
+    "training.micro_batch_tokens=512",
+    "logging.every_steps=7",  # windows that end at other steps than checkpoints
+)
 
 
 @dataclass(frozen=True)
@@ -259,8 +239,7 @@ class MicroJob:
 
     @classmethod
     def prepare(cls, folder: Path, *settings: str) -> MicroJob:
-        (folder / "pretrain.yaml").write_text(_PRETRAIN)
-        (folder / "critic.yaml").write_text(_CRITIC)
+        write_job(folder, _CHANGES, ["architecture.n_layers=3"])
         return cls(folder, settings)
 
     def run(self, name: str) -> MicroRun:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from launch import free_port, run_ranks
+from micro_job import write_job
 
 from job.outcome import Exit
 
@@ -27,34 +28,6 @@ START_SECONDS = 120  # until a training is under way, on a busy machine
 END_SECONDS = 60  # until all others have ended
 STEP_SECONDS = 5  # distributed.timeout_seconds of a training that hangs
 MEET_SECONDS = 4  # distributed.start_timeout_seconds where a rank is missing
-PRETRAIN = """
-out: trunk
-architecture: {dim: 32, n_layers: 4, n_heads: 4, n_future_tokens: 2}
-data: {train: embedded, max_length: 64, cache_dir: cache, arithmetic: {train_examples: 256}}
-training: {max_steps: 5, batch_size: 16, micro_batch_tokens: 1024, threads: 1}
-"""
-CRITIC = """
-run: {name: critic, dir: "runs/${run.name}"}
-model: {path: trunk, recipe: pretrain.yaml}
-data:
-  train: embedded
-  validation: embedded
-  max_length: 64
-  cache_dir: cache
-  arithmetic: {train_examples: 200, validation_examples: 30}
-training:
-  num_unfrozen_layers: 1
-  max_steps: 1000000
-  batch_size: 10
-  micro_batch_tokens: 128
-  learning_rate: 0.001
-  warmup_steps: 2
-  threads: 1
-evaluation: {every_steps: 1000000}
-logging: {every_steps: 2}
-distributed: {fsdp: {mixed_precision: false}}
-mlflow: {enabled: false}
-"""
 # job.train with a third step that raises ERROR (Python) on rank 1, the first time.
 RAISING = """
 import os
@@ -95,8 +68,8 @@ LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "TORCHELASTIC_
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("failures")
-    (path / "pretrain.yaml").write_text(PRETRAIN)
-    (path / "critic.yaml").write_text(CRITIC)
+    endless = ("training.max_steps=1000000", "evaluation.every_steps=1000000")
+    write_job(path, [*endless, "logging.every_steps=2"])
     (path / "raising.py").write_text(RAISING)
     (path / "hanging.py").write_text(HANGING)
     return path

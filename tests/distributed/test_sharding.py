@@ -7,47 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from launch import run_ranks
+from micro_job import write_job
 from safetensors.torch import load_file
 
 from job.durability.run_directory import RunDirectory
 
 pytestmark = pytest.mark.slow
 
-PRETRAIN = """
-out: trunk
-architecture: {dim: 32, n_layers: 5, n_heads: 4, n_future_tokens: 2}
-data: {train: embedded, max_length: 64, cache_dir: cache, arithmetic: {train_examples: 256}}
-training: {max_steps: 5, batch_size: 16, micro_batch_tokens: 1024, threads: 1}
-"""
-CRITIC = """
-run: {name: critic, dir: "runs/${run.name}"}
-model: {path: trunk, recipe: pretrain.yaml}
-data:
-  train: embedded
-  validation: embedded
-  max_length: 64
-  cache_dir: cache
-  arithmetic: {train_examples: 200, validation_examples: 30}
-training:
-  num_unfrozen_layers: 2
-  max_steps: 20
-  batch_size: 10
-  micro_batch_tokens: 128
-  learning_rate: 0.001
-  warmup_steps: 2
-  threads: 1
-evaluation: {every_steps: 10}
-logging: {every_steps: 5}
-distributed: {fsdp: {mixed_precision: false}}
-mlflow: {enabled: false}
-"""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sharding")
-    (path / "pretrain.yaml").write_text(PRETRAIN)
-    (path / "critic.yaml").write_text(CRITIC)
+    write_job(path, ["training.num_unfrozen_layers=2"], ["architecture.n_layers=5"])
     return path
 
 
@@ -100,9 +71,10 @@ def test_ranks_without_sequences_take_part(folder: Path) -> None:
     _same(_run(folder, "few-4", 4, *few), _run(folder, "few-1", 1, *few))
 
 
-def test_activation_checkpointing_changes_nothing(folder: Path) -> None:
-    override = "distributed.fsdp.activation_checkpointing=true"
-    _same(_run(folder, "recomputed", 2, override), _run(folder, "reference", 1))
+@pytest.mark.parametrize("option", ["activation_checkpointing", "cpu_offload"])
+def test_options_that_save_memory_change_nothing(folder: Path, option: str) -> None:
+    override = f"distributed.fsdp.{option}=true"
+    _same(_run(folder, option, 2, override), _run(folder, "reference", 1))
 
 
 def test_bad_data_ends_every_rank_with_the_same_error(folder: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from micro_job import write_job, write_recipe
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -41,36 +42,18 @@ from job.outcome import Exit, InputError, Stopped, Superseded, exit_code
 from job.telemetry.tracking import Tracker
 from job.train import train
 
-PRETRAIN = """
-out: trunk
-architecture: {dim: 32, n_layers: 4, n_heads: 4, n_future_tokens: 2}
-data: {train: embedded, max_length: 64, cache_dir: cache, arithmetic: {train_examples: 64}}
-training: {max_steps: 2, batch_size: 8, micro_batch_tokens: 1024, threads: 1}
-"""
-# cadences of three kinds, so that a checkpoint may lie inside a window of the log
-CRITIC = """
-run: {name: run, dir: "runs/${run.name}"}
-model: {path: trunk, recipe: pretrain.yaml}
-data:
-  train: embedded
-  validation: embedded
-  max_length: 64
-  cache_dir: cache
-  arithmetic: {train_examples: 64, validation_examples: 16}
-training:
-  num_unfrozen_layers: 1
-  max_steps: 8
-  batch_size: 8
-  micro_batch_tokens: 128
-  learning_rate: 0.001
-  warmup_steps: 2
-  threads: 1
-evaluation: {every_steps: 4}
-logging: {every_steps: 3}
-checkpoint: {every_steps: 2, keep_last: 99}
-distributed: {fsdp: {mixed_precision: false}}
-mlflow: {enabled: false}
-"""
+TRUNK = ("data.arithmetic.train_examples=64", "training.max_steps=2", "training.batch_size=8")
+CHANGES = (
+    "data.arithmetic.train_examples=64",
+    "data.arithmetic.validation_examples=16",
+    "training.max_steps=8",
+    "training.batch_size=8",
+    # cadences of three kinds, so that a checkpoint may lie inside a window of the log
+    "evaluation.every_steps=4",
+    "logging.every_steps=3",
+    "checkpoint.every_steps=2",
+    "checkpoint.keep_last=99",
+)
 FILES = [".metadata", "__0_0.distcp", "rank-00000.state", "facts.json", "config.yaml", MANIFEST]
 _IN_BACKGROUND = checkpoint_module._in_background
 
@@ -84,8 +67,7 @@ class Crash(Exception):  # noqa: N818 - as abrupt as a process can end inside an
 
 def workspace(path: Path) -> Path:
     """A folder with the configurations of a micro trunk and a micro critic."""
-    (path / "pretrain.yaml").write_text(PRETRAIN)
-    (path / "critic.yaml").write_text(CRITIC)
+    write_job(path, CHANGES, TRUNK)
     return path
 
 
@@ -588,8 +570,7 @@ def test_another_base_put_in_place_of_the_first_is_refused() -> None:
 @pytest.mark.slow
 def test_another_architecture_is_refused(halted: RunDirectory) -> None:
     run = _copy(halted, "other-architecture")
-    recipe = PRETRAIN.replace("out: trunk", "out: deeper").replace("n_layers: 4", "n_layers: 5")
-    Path("deeper.yaml").write_text(recipe)
+    write_recipe(Path("deeper.yaml"), [*TRUNK, "out=deeper", "architecture.n_layers=5"])
     changed = ("model.path=deeper", "model.recipe=deeper.yaml")
     _refused(run, "architecture.n_layers: 4 -> 5", *changed)
 
@@ -859,8 +840,8 @@ def test_a_checkpoint_of_the_head_alone_is_small(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("dim", "n"), [(32, 1), (128, 2), (128, 4)])
 def test_a_checkpoint_takes_twelve_bytes_a_trained_parameter(dim: int, n: int) -> None:
-    recipe = PRETRAIN.replace("out: trunk", f"out: wide-{dim}").replace("dim: 32", f"dim: {dim}")
-    Path(f"wide-{dim}.yaml").write_text(recipe)
+    changes = (*TRUNK, f"out=wide-{dim}", f"architecture.dim={dim}")
+    write_recipe(Path(f"wide-{dim}.yaml"), changes)
     run = run_training(
         f"bytes-{dim}-{n}",
         f"model.path=wide-{dim}",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from micro_job import write_job
 from safetensors.torch import load_file
 
 from job.compare import compare, steps_to_half, summarise
@@ -16,40 +17,20 @@ from job.durability.run_directory import RunDirectory
 from job.outcome import InputError
 from job.train import train
 
-PRETRAIN = """
-out: trunk
-architecture: {dim: 32, n_layers: 4, n_heads: 4, n_future_tokens: 2}
-data: {train: embedded, max_length: 64, cache_dir: cache, arithmetic: {train_examples: 256}}
-training: {max_steps: 5, batch_size: 16, micro_batch_tokens: 1024, threads: 1}
-"""
-CRITIC = """
-run: {name: "n${training.num_unfrozen_layers}", dir: "runs/${run.name}"}
-model: {path: trunk, recipe: pretrain.yaml}
-data:
-  train: embedded
-  validation: embedded
-  max_length: 64
-  cache_dir: cache
-  arithmetic: {train_examples: 200, validation_examples: 40}
-training:
-  num_unfrozen_layers: 1
-  max_steps: 8
-  batch_size: 16
-  micro_batch_tokens: 256
-  learning_rate: 0.001
-  warmup_steps: 2
-  threads: 1
-evaluation: {every_steps: 4}
-logging: {every_steps: 2}
-distributed: {fsdp: {mixed_precision: false}}
-mlflow: {enabled: false}
-"""
+CHANGES = (
+    "run.name=n${training.num_unfrozen_layers}",
+    "data.arithmetic.validation_examples=40",
+    "training.max_steps=8",
+    "training.batch_size=16",
+    "training.micro_batch_tokens=256",
+    "evaluation.every_steps=4",
+    "logging.every_steps=2",
+)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "pretrain.yaml").write_text(PRETRAIN)
-    (tmp_path / "critic.yaml").write_text(CRITIC)
+    write_job(tmp_path, CHANGES)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -207,7 +188,7 @@ def test_the_alarm_reaches_the_status_file(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_trunk_that_another_recipe_made_is_refused(folder: Path) -> None:
     _train()
-    (folder / "pretrain.yaml").write_text(PRETRAIN.replace("max_steps: 5", "max_steps: 6"))
+    write_job(folder, CHANGES, ["training.max_steps=6"])
     with pytest.raises(InputError, match=r"training\.max_steps: 5 -> 6"):
         _train("run.dir=runs/other")
 
