@@ -17,6 +17,7 @@ from typing import Any
 
 from micro_job import write_job
 
+TESTS = Path(__file__).parents[1]
 _POLL_SECONDS = 0.001
 
 
@@ -102,6 +103,7 @@ def start_ranks(
         "LOCAL_WORLD_SIZE": str(per_node or world),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(TESTS),  # a test file may be a command, and imports what tests share
     }
     folder = cwd / "logs"
     folder.mkdir(exist_ok=True)
