@@ -59,6 +59,7 @@ class Lifeline:
         self.on_failure: Callable[[str], None] = lambda text: None
         self._verdict: Failure | None = None
         self._decided = threading.Event()
+        self._leaving = threading.Lock()  # two threads may come to it at once
         self._failing = self._closed = False
 
     def fail(self, error: BaseException) -> None:
@@ -88,10 +89,11 @@ class Lifeline:
     def _leave_unless_first(self, verdict: Failure) -> None:
         if verdict.rank == self.rank:
             return
-        _log.error("%s", verdict)
-        self.on_failure(str(verdict))
-        logging.shutdown()
-        os._exit(verdict.code)
+        with self._leaving:
+            _log.error("%s", verdict)
+            self.on_failure(str(verdict))
+            logging.shutdown()
+            os._exit(verdict.code)
 
 
 class Listener(Lifeline):
