@@ -504,5 +504,11 @@ def _impossible_critic(config: CriticConfig) -> Iterator[str]:
         yield f"training.batch_size: {training.batch_size} is odd; the pairwise loss takes pairs"
     if objective.loss is Loss.pairwise and 2 * config.data.max_length > training.micro_batch_tokens:
         yield "training.micro_batch_tokens: a pair needs 2 x data.max_length"
+    fsdp = config.distributed.fsdp
+    if fsdp.cpu_offload and fsdp.sharding_strategy is ShardingStrategy.REPLICATE_FROZEN:
+        yield (
+            "distributed.fsdp.cpu_offload: REPLICATE_FROZEN keeps the frozen weights on the GPU; "
+            "choose FULL_SHARD to have them in host memory"
+        )
     if (config.data.train == EMBEDDED) != (config.data.validation == EMBEDDED):
         yield "data.train and data.validation: both embedded or neither"

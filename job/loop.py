@@ -189,6 +189,7 @@ class Training:
             ).everywhere()
         self._passed_over = list(range(self.state.step - bad + 1, self.state.step + 1))
         self._run.write_json(_BAD_STEPS, self._passed_over)
+        self.boundary.watchdog.beat()
         restored = self.state = self.checkpoints.restore(folder, self.learner)
         self.tracker.rewind(restored.recorded_step)
         _log.error("%d bad steps in a row: went back to step %d", bad, restored.step)

@@ -197,8 +197,9 @@ def _report_parameters(critic: Critic, run: RunDirectory, world: World) -> None:
 
 def _save_trained(critic: Critic, run: RunDirectory) -> None:
     """Leave the trained parameters in one file, for whoever does not read checkpoints."""
-    trained = critic.trained_tensors()
-    if run.writes:
+    writes = run.writes
+    trained = critic.trained_tensors(keep=writes)
+    if writes:
         scratch = run.file(".critic.safetensors")
         save_file(trained, scratch)
         scratch.replace(run.file("critic.safetensors"))

@@ -92,5 +92,6 @@ def _training_units(config: CriticConfig, train: TokenizedSet) -> Indices:
 def _keep_bad_rows(found: TokenizedSet, run: RunDirectory, split: str) -> None:
     if found.n_skipped:
         listed = run.file(f"bad_rows.{split}.jsonl")
-        shutil.copyfile(found.folder / "bad_rows.jsonl", listed)
+        if run.writes:
+            shutil.copyfile(found.folder / "bad_rows.jsonl", listed)
         _log.warning("%s data: %d row(s) left out, listed in %s", split, found.n_skipped, listed)

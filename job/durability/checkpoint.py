@@ -176,6 +176,8 @@ class Checkpoints:
 
     def _write(self, snapshot: Snapshot) -> int:
         """Write and commit a checkpoint; the work of the background thread."""
+        if self._world.device.type == "cuda":
+            torch.cuda.set_device(self._world.device)  # a new thread begins at the first GPU
         scratch = self._folder / f".step-{snapshot.step:08}.attempt-{self._fence.number:04}"
         self._together(lambda: self._prepare(scratch, snapshot))
         try:
@@ -250,8 +252,11 @@ class Checkpoints:
                 raise OSError(f"{target} is there already")
             remove(target)  # an attempt that was superseded has committed it too late
         scratch.rename(target)
-        _flush(self._folder)
-        self._clean_up(target)
+        try:
+            _flush(self._folder)
+            self._clean_up(target)
+        except OSError as error:  # it is committed all the same
+            _log.warning("step %d is saved, but: %s", snapshot.step, error)
 
     def _clean_up(self, newest: Path) -> None:
         """Remove what is not to be kept, once the newest is known to be good on disk."""
@@ -367,7 +372,14 @@ def _state_file(folder: Path, rank: int) -> Path:
 def _stager(device: torch.device) -> DefaultStager:
     """Copies a state to host memory that is allocated once, pinned where that helps."""
     pinned = device.type == "cuda"
-    return DefaultStager(StagingOptions(pinned, False, False, pinned))
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=pinned,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=pinned,
+        )
+    )
 
 
 def _writer(scratch: Path) -> FileSystemWriter:

@@ -76,7 +76,10 @@ class Fence:
 
 
 def _numbers(attempts: Path) -> list[int]:
-    return [int(entry.name) for entry in attempts.glob("*") if entry.name.isdigit()]
+    try:
+        return [int(entry.name) for entry in attempts.glob("*") if entry.name.isdigit()]
+    except OSError:  # a file system that is away for a moment tells nothing
+        return []
 
 
 def _resumed_step(attempt: Path) -> float:

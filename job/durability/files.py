@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import shutil
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,3 +40,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def try_for(seconds: float, work: Callable[[], object]) -> None:
+    """Do work on files that must not keep a process from ending, whatever becomes of it."""
+    thread = threading.Thread(target=work, name="last words", daemon=True)
+    thread.start()
+    thread.join(seconds)

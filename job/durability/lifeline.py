@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import IO
 
+from job.durability.files import try_for
 from job.outcome import Exit, NoProgress, exit_code
 
 GRACE_SECONDS = 1.0  # a cause and its consequences arrive within this
 VERDICT_SECONDS = 30.0  # how long a failed rank waits to learn who failed first
+LAST_WORDS_SECONDS = 5.0  # for status and logs, on a file system that may hang
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
 _log = logging.getLogger(__name__)
 
@@ -91,8 +93,8 @@ class Lifeline:
             return
         with self._leaving:
             _log.error("%s", verdict)
-            self.on_failure(str(verdict))
-            logging.shutdown()
+            try_for(LAST_WORDS_SECONDS, lambda: self.on_failure(str(verdict)))
+            try_for(LAST_WORDS_SECONDS, logging.shutdown)
             os._exit(verdict.code)
 
 
@@ -175,6 +177,7 @@ class Caller(Lifeline):
             if isinstance(line, Failure):
                 self._decide(line)
                 return
+        threading.Event().wait(GRACE_SECONDS)  # this rank may be about to leave in order as well
         if not self._closed:
             self._decide(Failure(0, "it died without a word", Exit.CRASHED, False))
 

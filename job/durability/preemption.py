@@ -94,6 +94,6 @@ class Boundary:
         return total
 
     def _why(self) -> str | None:
-        if self._world.is_main and self._stop_file.exists():
+        if self._world.is_main and os.path.exists(self._stop_file):  # noqa: PTH110 - never raises
             return f"the file {self._stop_file}"
         return reason()

@@ -47,7 +47,11 @@ MAY_CHANGE = (
     "training.deterministic",
     "logging.",
     "checkpoint.",
-    "distributed.",
+    "distributed.start_timeout_seconds",
+    "distributed.timeout_seconds",
+    "distributed.fsdp.sharding_strategy",
+    "distributed.fsdp.cpu_offload",
+    "distributed.fsdp.activation_checkpointing",
     "model.path",
     "model.recipe",
     "tokenizer.path",
@@ -65,7 +69,7 @@ class RunDirectory:
         self.path = Path(path)
         self._is_main = is_main
         self.fence: Fence | None = None
-        self._unwritten: dict[str, Any] = {}  # of the status, since the file system refused it
+        self._status: dict[str, Any] | None = None  # as this process has set it
 
     @property
     def writes(self) -> bool:
@@ -135,9 +139,9 @@ class RunDirectory:
     def set_status(self, **changes: Any) -> None:
         """Change some entries of status.json, leaving the rest."""
         if self.writes:
-            self._unwritten |= {"updated": time.time()} | changes
-            if self.write_json("status.json", self.status() | self._unwritten):
-                self._unwritten = {}
+            known = self.status() if self._status is None else self._status
+            self._status = known | {"updated": time.time()} | changes
+            self.write_json("status.json", self._status)
 
     @contextmanager
     def recorded(self, **changes: Any) -> Iterator[None]:
@@ -146,20 +150,19 @@ class RunDirectory:
         try:
             yield
         except BaseException as error:
-            if self.status().get("state") != "finished":  # what fails after it undoes nothing
+            # what fails after the end undoes nothing
+            if self._status is None or self._status.get("state") != "finished":
                 self.set_status(**_ending(error))
             raise
 
-    def write_json(self, name: str, content: Any) -> bool:
+    def write_json(self, name: str, content: Any) -> None:
         """Replace a JSON file; a file system that refuses is reported and ends nothing."""
         if not self.writes:
-            return False
+            return
         try:
             write_atomic(self.file(name), json.dumps(content, indent=2) + "\n")
         except OSError as error:
             _log.error("cannot write %s: %s; going on", self.file(name), error.strerror)
-            return False
-        return True
 
     def records(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
         """The complete lines of metrics.jsonl or telemetry.jsonl; a torn last line is left out."""

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from job.durability.files import try_for
+from job.durability.lifeline import LAST_WORDS_SECONDS, VERDICT_SECONDS
 from job.outcome import Exit, NoProgress
 
 _log = logging.getLogger(__name__)
@@ -48,13 +50,16 @@ class Watchdog:
         while (left := self._beaten + self._seconds - time.monotonic()) > 0:
             if self._ended.wait(left):
                 return
-        with self._file.open("w") as stream:
-            faulthandler.dump_traceback(stream, all_threads=True)
+        try_for(LAST_WORDS_SECONDS, self._write_stacks)
         error = NoProgress(
             f"no progress for {self._seconds:.0f} s: a collective or a file system hangs; "
             f"ended with exit code {Exit.CRASHED}, stacks of all threads in {self._file}"
         )
         _log.error("%s", error)
-        self._tell(error)
-        logging.shutdown()
+        try_for(VERDICT_SECONDS + LAST_WORDS_SECONDS, lambda: self._tell(error))
+        try_for(LAST_WORDS_SECONDS, logging.shutdown)
         os._exit(Exit.CRASHED)
+
+    def _write_stacks(self) -> None:
+        with self._file.open("w") as stream:
+            faulthandler.dump_traceback(stream, all_threads=True)

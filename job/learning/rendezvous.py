@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from job.durability.lifeline import Caller, Lifeline, Listener
-from job.outcome import Ending, InputError, UnfitNode, listing
+from job.outcome import Ending, InputError, listing
 
 ADVICE = (
     "If the addresses are of different networks, name one interface for all in "
@@ -77,14 +77,13 @@ def meet(host: str, port: int, rank: int, size: int, patience: timedelta) -> Sto
     """A store that every rank has reached.
 
     Raises:
-        UnfitNode: rank 0 cannot be reached from here.
-        Ending: some ranks did not come; they are named.
+        Ending: rank 0 cannot be reached from here, or some ranks did not come; they are named.
     """
     try:
         tcp = TCPStore(host, port, size, rank == 0, timeout=patience, wait_for_workers=False)
     except dist.DistNetworkError as error:
         reason = str(error).partition("\n")[0]
-        raise UnfitNode(
+        raise Ending(
             f"rank {rank} ({_whereabouts(host)}) cannot meet the others at {host}:{port} within "
             f"{patience.total_seconds():.0f} s: {reason}. See MASTER_ADDR and MASTER_PORT. "
             f"{ADVICE}"

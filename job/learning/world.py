@@ -6,7 +6,7 @@ import itertools
 import logging
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from job.outcome import Ending, UnfitNode, listing
 
 Result = TypeVar("Result")
 _FOREVER = timedelta(days=30)  # waiting for rank 0's work; a death ends it through the lifeline
+_PATIENCE = timedelta(minutes=1)  # of rank 0 with ranks that have not yet read its last word
 _log = logging.getLogger(__name__)
 
 
@@ -81,8 +82,16 @@ class World:
             self.store.wait([key], _FOREVER)
         result, ending = pickle.loads(self.store.get(key))
         if ending is not None:
+            self._part_together(key, self.store)
             raise ending.everywhere()
         return result
+
+    def _part_together(self, key: str, store: Store) -> None:
+        """Keep the store, which rank 0 holds, until the others have read from it."""
+        with suppress(dist.DistError):
+            store.set(f"{key}/{self.rank}", "")
+            if self.is_main:
+                store.wait([f"{key}/{rank}" for rank in range(self.size)], _PATIENCE)
 
     def main_first(self, work: Callable[[], Result]) -> Result:
         """Do work that leaves files on rank 0, then on the others, who find what it left.
@@ -117,11 +126,16 @@ def joined_world(config: DistributedConfig) -> Iterator[World]:
         yield world
     except BaseException as error:
         world.tell(error)
+        if world.size == 1 or (isinstance(error, Ending) and error.of_all_ranks):
+            _part(world)  # else collectives may be under way, and taking them down would hang
         raise
-    finally:
-        if world.lifeline is not None:
-            world.lifeline.close()
-        dist.destroy_process_group()
+    _part(world)
+
+
+def _part(world: World) -> None:
+    if world.lifeline is not None:
+        world.lifeline.close()
+    dist.destroy_process_group()
 
 
 def _join(config: DistributedConfig) -> World:

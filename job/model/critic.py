@@ -51,10 +51,14 @@ class Critic(nn.Module):
         fill(self.value_head.weight, torch.randn(1, d, generator=generator) / d)
         fill(self.value_head.bias, torch.full((1,), bias))
 
-    def trained_tensors(self) -> dict[str, Tensor]:
-        """The trainable parameters, whole and on the host; every rank must take part."""
+    def trained_tensors(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """The trainable parameters, whole and on the host, or none where `keep` is false.
+
+        Every rank must take part.
+        """
         named = ((n, p.detach()) for n, p in self.named_parameters() if p.requires_grad)
-        return {n: whole(p).cpu() for n, p in named}
+        gathered = ((n, whole(p)) for n, p in named)
+        return {n: tensor.cpu() for n, tensor in gathered if keep}
 
 
 def unfreeze_last_blocks(critic: Critic, n: int) -> None:

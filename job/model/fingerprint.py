@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from job.durability.files import write_atomic
+from job.durability.preemption import stop_if_asked
 from job.model.transformer import TransformerConfig
 from job.model.weights import NOT_LOADED, PARAMS, WEIGHTS, open_weights, read_architecture
 from job.outcome import InputError
@@ -114,6 +115,7 @@ def _digests(blocks: Sequence[Tensor]) -> list[str]:
     done, total, digests = 0, sum(block.nbytes for block in blocks) >> 20, []
     with ThreadPoolExecutor(THREADS) as pool, progress("fingerprint of the base", total) as advance:
         for block, digest in zip(blocks, pool.map(_digest, blocks), strict=True):
+            stop_if_asked()
             digests.append(digest)
             done += block.nbytes
             advance(done >> 20, "MiB")

@@ -335,7 +335,7 @@ def test_a_rank_that_reaches_nobody_says_who_and_where_it_is(folder: Path) -> No
     environment = {"MASTER_PORT": str(free_port())}
     patience = f"distributed.start_timeout_seconds={MEET_SECONDS}"
     with _job(folder, "alone", patience, world=2, absent=[0], environment=environment) as job:
-        assert job.codes([1]) == [Exit.UNFIT_NODE]
+        assert job.codes([1]) == [Exit.CRASHED]
     message = job.errors(1).splitlines()[-1]
     interfaces = ",".join(name for _, name in socket.if_nameindex())
     assert message.startswith(
