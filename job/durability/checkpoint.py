@@ -83,6 +83,9 @@ class Checkpoints:
 
     Args:
         identity: what a checkpoint must agree with, as nested names and values.
+
+    Attributes:
+        newest: the last committed step; 0 if there is none.
         logs_written: makes metrics up to now durable, or raises OSError.
     """
 
@@ -102,7 +105,7 @@ class Checkpoints:
         self._saving: Future[int] | None = None
         self._failed = False
         self._next = config.every_steps
-        self.newest = 0  # committed step
+        self.newest = 0
         self.logs_written: Callable[[], None] = lambda: None
 
     # Saving
@@ -260,8 +263,9 @@ class Checkpoints:
 
     def _clean_up(self, newest: Path) -> None:
         """Remove what is not to be kept, once the newest is known to be good on disk."""
-        kept = retained(self._committed(), self._config)
-        surplus = [folder for folder in self._committed() if folder not in kept]
+        there = self._committed()
+        kept = retained(there, self._config)
+        surplus = [folder for folder in there if folder not in kept]
         if surplus:
             try:
                 Manifest.read(newest).verify(newest)

@@ -47,14 +47,16 @@ class Failure:
 
 def _is_of_a_collective(error: BaseException) -> bool:
     """Peers of a dead rank fail in the collective that it left."""
-    names = ["gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"]
-    names.append("successfully reached monitoredBarrier, but")  # another did not
+    names = (
+        *("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"),
+        "successfully reached monitoredBarrier, but",  # another did not
+    )
     named = isinstance(error, RuntimeError) and any(name in str(error) for name in names)
     return named or isinstance(error, NoProgress)
 
 
 class Lifeline:
-    """One rank's end of the connections; `host` and `port` are where rank 0 listens."""
+    """One rank's end of the connections."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
 
@@ -115,20 +116,22 @@ def _all_come_to(stage: str, store: Store, rank: int, size: int, patience: timed
         store.wait([verdict], patience + _MARGIN)
         missing = store.get(verdict).decode()
     if missing:
-        _leave_together(stage, store, rank, size)
+        gone = {int(one) for one in missing.split(", ")}
+        part_together(stage, store, rank, set(range(size)) - gone, _MARGIN)
         raise Ending(
             f"rank(s) {missing} of {size} did not come within {patience.total_seconds():.0f} s "
             f"(stage: {stage}); see their own logs"
         )
 
 
-def _leave_together(stage: str, store: Store, rank: int, size: int) -> None:
-    """Keep the store, which rank 0 holds, until the others have read from it."""
+def part_together(
+    key: str, store: Store, rank: int, others: Iterable[int], patience: timedelta
+) -> None:
+    """Keep the store, which rank 0 holds, until `others` have read from it what `key` is about."""
     with suppress(dist.DistError):
-        store.set(f"{stage}/heard/{rank}", "")
+        store.set(f"{key}/heard/{rank}", "")
         if rank == 0:
-            present = [other for other in range(size) if store.check([f"{stage}/{other}"])]
-            store.wait([f"{stage}/heard/{other}" for other in present], _MARGIN)
+            store.wait([f"{key}/heard/{other}" for other in others], patience)
 
 
 def places(store: Store, size: int) -> list[str]:

@@ -6,7 +6,7 @@ import itertools
 import logging
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 
 from job.config import DistributedConfig
 from job.durability.lifeline import Lifeline
-from job.learning.rendezvous import ADVICE, address, meet, places, probe, ranks, tie
+from job.learning.rendezvous import ADVICE, address, meet, part_together, places, probe, ranks, tie
 from job.outcome import Ending, UnfitNode, listing
 
 Result = TypeVar("Result")
@@ -82,16 +82,9 @@ class World:
             self.store.wait([key], _FOREVER)
         result, ending = pickle.loads(self.store.get(key))
         if ending is not None:
-            self._part_together(key, self.store)
+            part_together(key, self.store, self.rank, range(self.size), _PATIENCE)
             raise ending.everywhere()
         return result
-
-    def _part_together(self, key: str, store: Store) -> None:
-        """Keep the store, which rank 0 holds, until the others have read from it."""
-        with suppress(dist.DistError):
-            store.set(f"{key}/{self.rank}", "")
-            if self.is_main:
-                store.wait([f"{key}/{rank}" for rank in range(self.size)], _PATIENCE)
 
     def main_first(self, work: Callable[[], Result]) -> Result:
         """Do work that leaves files on rank 0, then on the others, who find what it left.
