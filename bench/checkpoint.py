@@ -47,9 +47,9 @@ from job.learning.objective import Objective
 from job.learning.sharding import shard
 from job.learning.training_state import TrainingState
 from job.learning.world import World, joined_world
+from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.shards import fill
-from job.model.transformer import TransformerConfig
 from job.telemetry.alarm import ConstantPredictorAlarm
 from job.telemetry.value_metrics import ValueMetrics
 

@@ -40,8 +40,9 @@ from job.data.token_cache import TokenizedSet
 from job.learning.learner import Learner
 from job.learning.objective import Objective
 from job.learning.world import World
+from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.model.transformer import TransformerConfig, Trunk
+from job.model.transformer import Trunk
 from job.telemetry.value_metrics import ValueMetrics
 
 ARCHITECTURE = TransformerConfig(dim=512, n_layers=16, n_heads=8, vocab_size=8192, ffn_hidden=1376)

@@ -36,7 +36,8 @@ from job.data.tokenizer import load_tokenizer, write_bpe_tokenizer, write_charac
 from job.durability.files import atomic_folder
 from job.durability.preemption import stop_if_asked
 from job.learning.optimizer import build_language_model_optimizer, set_learning_rate
-from job.model.transformer import Transformer, TransformerConfig
+from job.model.architecture import TransformerConfig
+from job.model.transformer import Transformer
 from job.model.weights import save_transformer
 from job.outcome import InputError, listing, run_command
 from job.telemetry.progress import progress, set_up_logging

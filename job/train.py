@@ -40,9 +40,10 @@ from job.learning.sharding import shard
 from job.learning.training_state import TrainingState
 from job.learning.world import World, joined_world
 from job.loop import Training
+from job.model.architecture import read_architecture
 from job.model.critic import Critic, parameter_report, unfreeze_last_blocks
 from job.model.fingerprint import fingerprint
-from job.model.weights import check_trunk, load_trunk, read_architecture
+from job.model.weights import check_trunk, load_trunk
 from job.outcome import InputError, NoProgress, Stopped, Superseded, run_and_leave
 from job.pretrain import ensure_trunk
 from job.report import write_report

@@ -14,7 +14,7 @@ from job.data.token_cache import TokenizedSet, count_shared_problems, load_split
 from job.data.tokenizer import load_tokenizer
 from job.durability.run_directory import RunDirectory
 from job.learning.world import World
-from job.model.weights import read_architecture
+from job.model.architecture import read_architecture
 from job.outcome import InputError
 
 _log = logging.getLogger("job.train")

@@ -1,11 +1,4 @@
-"""The critic: a trunk, its final norm and one linear value head.
-
-Unfreezing N of the trunk's blocks (N counts on `len(trunk.layers)`):
-
-    0                  the value head alone, a linear probe
-    1 .. len(layers)   the last N blocks, the final norm and the head
-    more               full training: embeddings too
-"""
+"""The critic: a trunk, its final norm and one linear value head."""
 
 from __future__ import annotations
 
@@ -16,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from job.model.architecture import TransformerConfig
+from job.model.parameters import GRADIENT_BYTES, OPTIMIZER_BYTES, select_trainable
 from job.model.shards import fill, whole
-from job.model.transformer import PackedLayout, TransformerConfig, Trunk
-from job.outcome import InputError
+from job.model.transformer import PackedLayout, Trunk
 
-GRADIENT_BYTES = 4  # per trainable parameter, reduced in float32
-OPTIMIZER_BYTES = 8  # AdamW's two moments in float32
 _log = logging.getLogger(__name__)
 
 
@@ -62,33 +54,27 @@ class Critic(nn.Module):
 
 
 def unfreeze_last_blocks(critic: Critic, n: int) -> None:
-    """Make the head and the last `n` blocks trainable, and nothing else (see the module).
+    """Make the head and the last `n` blocks trainable, and nothing else (see `select_trainable`).
 
     Raises:
         InputError: n is negative or not an integer.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-        raise InputError(
-            f"training.num_unfrozen_layers: {n!r} must be 0 (head only) or a positive integer"
-        )
     trunk, n_blocks = critic.trunk, len(critic.trunk.layers)
+    chosen = select_trainable(n, n_blocks)
     critic.num_unfrozen_layers = n
     critic.requires_grad_(False)
     critic.value_head.requires_grad_(True)
-    if n > n_blocks:
-        critic.requires_grad_(True)
-        total = sum(p.numel() for p in critic.parameters())
+    trunk.layers[n_blocks - chosen.blocks :].requires_grad_(True)
+    trunk.norm.requires_grad_(chosen.norm)
+    trunk.tok_embeddings.requires_grad_(chosen.embeddings)
+    if chosen.embeddings:
         _log.warning(
             "training.num_unfrozen_layers is %d and the trunk has %d blocks: full training of "
             "all %s parameters, embeddings included",
             n,
             n_blocks,
-            f"{total:,}",
+            f"{sum(p.numel() for p in critic.parameters()):,}",
         )
-    elif n > 0:
-        for block in trunk.layers[n_blocks - n :]:
-            block.requires_grad_(True)
-        trunk.norm.requires_grad_(True)
 
 
 @dataclass(frozen=True)

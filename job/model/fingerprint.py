@@ -20,8 +20,8 @@ from torch import Tensor
 
 from job.durability.files import write_atomic
 from job.durability.preemption import stop_if_asked
-from job.model.transformer import TransformerConfig
-from job.model.weights import NOT_LOADED, PARAMS, WEIGHTS, open_weights, read_architecture
+from job.model.architecture import PARAMS, WEIGHTS, TransformerConfig, read_architecture
+from job.model.weights import NOT_LOADED, open_weights
 from job.outcome import InputError
 from job.telemetry.progress import progress
 

@@ -43,9 +43,10 @@ from job.learning.learner import Learner, StepResult
 from job.learning.objective import Objective
 from job.learning.sharding import shard
 from job.learning.world import World, joined_world
+from job.model.architecture import read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.shards import whole
-from job.model.weights import load_trunk, read_architecture
+from job.model.weights import load_trunk
 from job.telemetry.value_metrics import ValueMetrics
 
 Result = dict[str, Any]

@@ -17,7 +17,8 @@ from launch import run_ranks
 
 from job.data.arithmetic import ALPHABET
 from job.data.tokenizer import write_character_tokenizer
-from job.model.transformer import Transformer, TransformerConfig
+from job.model.architecture import TransformerConfig
+from job.model.transformer import Transformer
 from job.model.weights import save_transformer
 
 pytestmark = pytest.mark.slow

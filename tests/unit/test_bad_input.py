@@ -31,7 +31,8 @@ import job.train
 from job.config import CriticConfig, load_config, to_dict
 from job.data.arithmetic import ALPHABET
 from job.data.tokenizer import write_character_tokenizer
-from job.model.transformer import Transformer, TransformerConfig
+from job.model.architecture import TransformerConfig
+from job.model.transformer import Transformer
 from job.model.weights import save_transformer
 from job.outcome import Exit, run_command
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from job.model.transformer import TransformerConfig
+from job.model.architecture import TransformerConfig
 
 BENCH = Path(__file__).parents[2] / "bench"
 TINY = TransformerConfig(

@@ -12,7 +12,7 @@ import pytest
 from job.config import DistributedConfig
 from job.durability.manifest import Manifest
 from job.learning.world import joined_world
-from job.model.transformer import TransformerConfig
+from job.model.architecture import TransformerConfig
 
 BENCH = Path(__file__).parents[2] / "bench"
 TINY = TransformerConfig(dim=32, n_layers=5, n_heads=4, vocab_size=64, multiple_of=8)

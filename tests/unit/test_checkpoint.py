@@ -36,8 +36,8 @@ from job.durability.shelf import best, committed, retained
 from job.learning.learner import Learner, StepResult
 from job.learning.objective import Objective
 from job.learning.world import joined_world
+from job.model.architecture import read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.model.weights import read_architecture
 from job.outcome import Exit, InputError, Stopped, Superseded, exit_code
 from job.telemetry.tracking import Tracker
 from job.train import train

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from job.model.transformer import PackedLayout, TransformerConfig, Trunk, _attend_spans, attend
+from job.model.architecture import TransformerConfig
+from job.model.transformer import PackedLayout, Trunk, _attend_spans, attend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from job.model.architecture import RopeScaling, TransformerConfig
 from job.model.fingerprint import fingerprint
-from job.model.transformer import RopeScaling, Transformer, TransformerConfig
+from job.model.transformer import Transformer
 from job.model.weights import save_transformer
 from job.outcome import InputError
 

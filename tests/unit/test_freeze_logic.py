@@ -11,8 +11,9 @@ from job.data.packing import Batch
 from job.learning.learner import Learner
 from job.learning.objective import Objective
 from job.learning.world import World
+from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, ParameterReport, parameter_report, unfreeze_last_blocks
-from job.model.transformer import PackedLayout, TransformerConfig
+from job.model.transformer import PackedLayout
 from job.outcome import InputError
 from job.telemetry.value_metrics import ValueMetrics
 

@@ -7,8 +7,8 @@ import torch
 
 from job.config import TrainingConfig, ValueHeadConfig
 from job.learning.optimizer import build_optimizer, schedule, set_learning_rate
+from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.model.transformer import TransformerConfig
 
 CONFIG = TransformerConfig(dim=16, n_layers=4, n_heads=2, vocab_size=9, multiple_of=8)
 

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from job.model import transformer
+from job.model.architecture import RopeScaling, TransformerConfig
 from job.model.transformer import (
     PackedLayout,
-    RopeScaling,
     Transformer,
-    TransformerConfig,
     Trunk,
     rope_frequencies,
     rope_table,

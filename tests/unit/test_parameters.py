@@ -1,0 +1,185 @@
+"""Closed-form counts are those of the real critic, and the bytes those of its shards."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from job.config import FsdpConfig, ShardingStrategy
+from job.learning.sharding import shard
+from job.learning.world import World
+from job.model.architecture import RopeScaling, TransformerConfig
+from job.model.critic import Critic, parameter_report, unfreeze_last_blocks
+from job.model.parameters import (
+    Count,
+    ParameterCounts,
+    Selection,
+    checkpoint_bytes,
+    count_parameters,
+    least_state_bytes,
+    select_trainable,
+)
+from job.model.shards import own
+from job.outcome import InputError
+
+SMALL = TransformerConfig(dim=64, n_layers=6, n_heads=8, vocab_size=96, multiple_of=8)
+ARCHITECTURES = {
+    "plain": SMALL,
+    "grouped heads": replace(SMALL, n_kv_heads=2),
+    "bias": replace(SMALL, n_kv_heads=2, qkv_bias=True),
+    "norms of heads": replace(SMALL, qk_norm=True),
+    "own head width": replace(SMALL, head_dim=12, n_kv_heads=4, qkv_bias=True, qk_norm=True),
+    "own hidden width": replace(SMALL, ffn_hidden=100),
+    "multiplier": replace(SMALL, ffn_dim_multiplier=1.3, multiple_of=32),
+    "extra heads": replace(SMALL, n_future_tokens=4),
+    "scaled RoPE": replace(SMALL, rope_scaling=RopeScaling()),
+}
+SEVEN_B = TransformerConfig(
+    dim=4096, n_layers=32, n_heads=32, vocab_size=32000, multiple_of=256, n_future_tokens=4
+)
+COUNTS = ParameterCounts(Count(5, 5), Count(4, 4), Count(60, 30), Count(40, 0))
+RESULTS = Path(__file__).parents[2] / "bench" / "results" / "checkpoint.json"
+
+
+def _critic(architecture: TransformerConfig, n: int) -> Critic:
+    with torch.device("meta"):
+        critic = Critic(architecture)
+    unfreeze_last_blocks(critic, n)
+    return critic
+
+
+def _check_against_modules(architecture: TransformerConfig, n: int) -> None:
+    report = parameter_report(_critic(architecture, n))
+    counts = count_parameters(architecture, n)
+    found = [(name, c.total, c.trainable) for name, c in counts.components.items()]
+    assert found == [(c.name, c.total, c.trainable) for c in report.components]
+    assert (counts.total, counts.trainable) == (report.total, report.trainable)
+    assert counts.frozen == report.total - report.trainable
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = (
+        "import sys, job.model.architecture, job.model.parameters; "
+        "print({'torch', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_counts_are_those_of_the_modules(case: str) -> None:
+    architecture = ARCHITECTURES[case]
+    n_blocks = architecture.n_trunk_layers
+    for n in sorted({0, 1, 2, 4, n_blocks, n_blocks + 1, 100}):
+        _check_against_modules(architecture, n)
+
+
+@pytest.mark.parametrize("n", [0, 4, 29, 30])
+def test_counts_of_a_seven_b_trunk_are_those_of_its_modules(n: int) -> None:
+    _check_against_modules(SEVEN_B, n)
+
+
+def test_four_blocks_of_a_seven_b_trunk() -> None:
+    counts = count_parameters(SEVEN_B, 4)
+    assert counts.trunk_blocks == Count(29 * 202_383_360, 809_533_440)
+    assert counts.norm == Count(4096, 4096)
+    assert counts.value_head == Count(4097, 4097)
+    assert counts.embeddings == Count(131_072_000, 0)
+    assert counts.trainable == 809_533_440 + 4096 + 4097
+    assert checkpoint_bytes(counts) == 9_714_499_596
+
+
+@pytest.mark.parametrize(
+    ("n", "selection"),
+    [
+        (0, Selection(0, False, False)),
+        (1, Selection(1, True, False)),
+        (6, Selection(6, True, False)),
+        (7, Selection(6, True, True)),
+    ],
+)
+def test_what_n_selects(n: int, selection: Selection) -> None:
+    assert select_trainable(n, 6) == selection
+
+
+@pytest.mark.parametrize("n", [-1, 1.5, "4", None, True])
+def test_other_values_of_n_are_refused(n: object) -> None:
+    with pytest.raises(InputError, match="num_unfrozen_layers"):
+        count_parameters(SMALL, n)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "frozen_share", "trainable_share"),
+    [
+        ("FULL_SHARD", 9, 5),  # of 70 and 39, over 8
+        ("SHARD_GRAD_OP", 9, 5),
+        ("HYBRID_SHARD", 18, 10),  # over 4
+        ("NO_SHARD", 70, 39),
+        ("REPLICATE_FROZEN", 70, 5),
+    ],
+)
+def test_bytes_by_strategy(strategy: str, frozen_share: int, trainable_share: int) -> None:
+    fsdp = FsdpConfig(sharding_strategy=ShardingStrategy[strategy])
+    found = least_state_bytes(COUNTS, world_size=8, per_node=4, fsdp=fsdp)
+    assert found.frozen_weights == 2 * frozen_share
+    assert found.masters == found.gradients == 4 * trainable_share
+    assert found.optimizer == 8 * trainable_share
+    assert found.total == found.gpu == 2 * frozen_share + 16 * trainable_share
+    assert found.host == 0
+
+
+def test_full_precision_doubles_the_frozen_part_alone() -> None:
+    mixed = least_state_bytes(COUNTS, world_size=1, per_node=1, fsdp=FsdpConfig())
+    exact = FsdpConfig(mixed_precision=False)
+    found = least_state_bytes(COUNTS, world_size=1, per_node=1, fsdp=exact)
+    assert found == replace(mixed, frozen_weights=2 * mixed.frozen_weights)
+    assert found.total == 4 * 70 + 16 * 39
+
+
+def test_offloaded_state_is_in_host_memory() -> None:
+    fsdp = FsdpConfig(cpu_offload=True)
+    found = least_state_bytes(COUNTS, world_size=1, per_node=1, fsdp=fsdp)
+    assert (found.gpu, found.host) == (0, 2 * 70 + 16 * 39)
+
+
+@contextmanager
+def _first_of(size: int, per_node: int) -> Iterator[World]:
+    """Rank 0 of a world whose other ranks do not exist."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield World(rank=0, size=size, local_size=per_node)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("strategy", ShardingStrategy)
+def test_bytes_are_those_of_the_shards(strategy: ShardingStrategy, mixed: bool) -> None:
+    critic = _critic(SMALL, 2)
+    fsdp = FsdpConfig(sharding_strategy=strategy, mixed_precision=mixed)
+    with _first_of(8, per_node=4) as world:
+        shard(critic, fsdp, world)
+        frozen = sum(own(p).nbytes for p in critic.parameters() if not p.requires_grad)
+        masters = sum(own(p).nbytes for p in critic.parameters() if p.requires_grad)
+    least = least_state_bytes(count_parameters(SMALL, 2), world_size=8, per_node=4, fsdp=fsdp)
+    head = 4 * (SMALL.dim + 1)  # the one row of the head is not split
+    assert least.frozen_weights == frozen
+    assert least.masters <= masters <= least.masters + head
+
+
+@pytest.mark.parametrize("n", [0, 4])
+def test_checkpoints_are_as_large_as_measured(n: int) -> None:
+    results = json.loads(RESULTS.read_text())
+    architecture = TransformerConfig(**results["settings"]["architecture"])
+    measured = results["bytes"][f"n{n}"]["bytes_of_parameters_and_moments"]
+    assert checkpoint_bytes(count_parameters(architecture, n)) == measured
