@@ -256,14 +256,23 @@ def load_config(schema: type[Schema], file: str | Path, overrides: Sequence[str]
         InputError: the file cannot be read; a key is unknown, has no value, or a value has the
             wrong type or an impossible size. Keys, sources and the nearest valid keys are named.
     """
-    merged = OmegaConf.structured(schema)
-    for source, layer in [(str(file), _read_yaml(Path(file))), *map(_parse_override, overrides)]:
-        merged = _merge_layer(merged, layer, source)
-    config = cast(Schema, _to_object(merged, file))
+    config = merge_config(schema, file, overrides)
     problems = list(_impossible_values(config))
     if problems:
         raise InputError(f"{file}: impossible configuration" + listing(problems))
     return config
+
+
+def merge_config(schema: type[Schema], file: str | Path, overrides: Sequence[str] = ()) -> Schema:
+    """Merge schema defaults, YAML file and overrides into an object of any dataclass.
+
+    Raises:
+        InputError: the file cannot be read; a key is unknown, has no value or the wrong type.
+    """
+    merged = OmegaConf.structured(schema)
+    for source, layer in [(str(file), _read_yaml(Path(file))), *map(_parse_override, overrides)]:
+        merged = _merge_layer(merged, layer, source)
+    return cast(Schema, _to_object(merged, file))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -361,7 +370,7 @@ def _unknown_keys(tree: dict[Any, Any], schema: type, prefix: str = "") -> Itera
         elif key in sections:
             inside = ", ".join(f.name for f in dataclasses.fields(sections[key]))
             yield f"{prefix}{key}: a section with {inside}; not {reprlib.repr(value)}"
-        elif isinstance(value, dict) and types[key] != "Any":
+        elif isinstance(value, dict) and not str(types[key]).startswith(("Any", "dict")):
             yield f"{prefix}{key}: a single value, not the section {reprlib.repr(value)}"
         elif types[key] == "bool" and type(value) in (int, float):  # else 2 would be true
             yield f"{prefix}{key}: true or false, not {value}"

@@ -16,6 +16,7 @@ class Exit(enum.IntEnum):
 
     FINISHED = 0
     CRASHED = 1
+    UNAVAILABLE = 69  # of slurm/submit.py alone: no Slurm answers
     UNFIT_NODE = 71
     SUPERSEDED = 73
     STOPPED = 75

@@ -32,6 +32,7 @@ def install_handlers() -> None:
     """Let the stop signals set the flag; a second one changes nothing."""
     for number in SIGNALS:
         signal.signal(number, _receive)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a supervisor may hold them back until now
 
 
 def _receive(number: int, _frame: FrameType | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -13,9 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from micro_job import write_job
+from micro_job import CHANGES, MicroRun, write_job
 
 TESTS = Path(__file__).parents[1]
 _POLL_SECONDS = 0.001
@@ -154,83 +152,6 @@ def run_ranks(
 
 # A training of seconds, to be interrupted
 
-_CHANGES = (
-    "training.batch_size=8",
-    "training.micro_batch_tokens=512",
-    "logging.every_steps=7",  # windows that end at other steps than checkpoints
-)
-
-
-@dataclass(frozen=True)
-class MicroRun:
-    """What a run directory shows to those outside, at any moment."""
-
-    path: Path
-
-    @property
-    def status(self) -> dict[str, Any]:
-        file = self.path / "status.json"
-        return dict(json.loads(file.read_text())) if file.exists() else {}
-
-    @property
-    def lines(self) -> list[bytes]:
-        """The complete lines of metrics.jsonl."""
-        file = self.path / "metrics.jsonl"
-        lines = file.read_bytes().splitlines(True) if file.exists() else []
-        return [line for line in lines if line.endswith(b"\n")]
-
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.lines]
-
-    @property
-    def step(self) -> int:
-        """The last step with a line."""
-        lines = self.lines
-        return int(json.loads(lines[-1])["step"]) if lines else 0
-
-    @property
-    def weights(self) -> bytes:
-        return (self.path / "critic.safetensors").read_bytes()
-
-    @property
-    def attempts(self) -> list[dict[str, Any]]:
-        """Where each attempt went on; empty for one that has not come so far."""
-        files = [folder / "attempt.json" for folder in sorted(self.path.glob("attempts/*"))]
-        return [json.loads(file.read_text()) if file.exists() else {} for file in files]
-
-    @property
-    def checkpoints(self) -> list[int]:
-        """The committed steps."""
-        return sorted(int(p.name[len("step-") :]) for p in self.path.glob("checkpoints/step-*"))
-
-    @property
-    def hidden(self) -> list[Path]:
-        """What is being written to or removed from the checkpoints."""
-        return [p for p in self.path.glob("checkpoints/.*") if p.name not in (".", "..")]
-
-    def saving(self) -> list[Path]:
-        """The unfinished checkpoint of the newest attempt; empty or one."""
-        attempt = len(list(self.path.glob("attempts/*")))
-        return list(self.path.glob(f"checkpoints/.step-*.attempt-{attempt:04}"))
-
-    def tensors(self) -> dict[str, Any]:
-        """Checksums of the last checkpoint's parameters and moments."""
-        folder = self.path / f"checkpoints/step-{self.checkpoints[-1]:08}"
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-        return {name: sums for name, sums in files.items() if name.endswith(".distcp")}
-
-    def assert_equals(self, undisturbed: MicroRun) -> None:
-        """The same bits: metrics of each step once, trained weights, last checkpoint."""
-        assert [record["step"] for record in self.records] == list(range(1, self.step + 1))
-        assert self.lines == undisturbed.lines
-        assert self.weights == undisturbed.weights
-        assert self.tensors() == undisturbed.tensors()
-        assert self.checkpoints[-1] == undisturbed.checkpoints[-1] == self.step
-        assert not self.hidden
-        status = self.status
-        assert (status["state"], status["error"], status["step"]) == ("finished", None, self.step)
-
 
 @dataclass(frozen=True)
 class MicroJob:
@@ -241,7 +162,7 @@ class MicroJob:
 
     @classmethod
     def prepare(cls, folder: Path, *settings: str) -> MicroJob:
-        write_job(folder, _CHANGES, ["architecture.n_layers=3"])
+        write_job(folder, CHANGES, ["architecture.n_layers=3"])
         return cls(folder, settings)
 
     def run(self, name: str) -> MicroRun:

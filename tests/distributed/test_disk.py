@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import MicroJob, MicroRun, running
+from launch import MicroJob, running
+from micro_job import MicroRun
 
 from job.durability.manifest import Manifest
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from launch import MicroJob, MicroRun, Ranks
+from launch import MicroJob, Ranks
+from micro_job import MicroRun
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,188 @@
+"""What is checked before anything is queued, as far as it can be known from here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from job.config import CriticConfig
+from job.model.architecture import TransformerConfig, read_architecture
+from job.model.parameters import (
+    ParameterCounts,
+    checkpoint_bytes,
+    count_parameters,
+    least_state_bytes,
+)
+from job.outcome import InputError
+from slurm import scheduler
+from slurm.plan import Plan, Run, inputs
+from slurm.scheduler import ControllerAway, Refused
+from slurm.status import newest_values
+from slurm.submission import script
+
+# Folders that each machine has for itself, almost everywhere.
+_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
+# Assumed where nothing is measured yet, to say how long a save and a step take.
+_WRITE_BYTES_PER_SECOND = 1e9
+_FLOPS_PER_GPU = 1e14  # a third of what an A100 does in bfloat16
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding; an error keeps the job from being submitted."""
+
+    name: str
+    state: Literal["ok", "warning", "error", "not checked"]
+    text: str
+
+
+def check(plan: Plan) -> Iterator[Check]:
+    """Every finding; those that hold for all runs of a sweep come once."""
+    for run in plan.runs[:1]:
+        yield from _inputs(plan, run)
+    for run in plan.runs:
+        yield from _model(plan, run)
+    yield from _resources(plan)
+    yield from _scheduler(plan)
+
+
+def _inputs(plan: Plan, run: Run) -> Iterator[Check]:
+    """Files and image: there, readable, and visible where the job runs."""
+    named = inputs(run.config)
+    if plan.submission.image is not None:
+        named.append(("image", Path(plan.submission.image)))
+    missing = [f"{key}: cannot read {path}" for key, path in named if not os.access(path, os.R_OK)]
+    for text in missing:
+        yield Check("files", "error", text)
+    if not missing:
+        yield Check("files", "ok", ", ".join(key for key, _ in named) or "none but embedded data")
+    used = [*named, ("run.dir", run.folder), ("the working folder", Path.cwd())]
+    local = [key for key, path in used if any(path.is_relative_to(one) for one in _LOCAL)]
+    if local:
+        text = f"{', '.join(local)}: under {' or '.join(_LOCAL)}, which compute nodes do not share"
+        yield Check("shared files", "warning", text)
+
+
+def _model(plan: Plan, run: Run) -> Iterator[Check]:
+    """Memory, disk and interruptions, as far as they follow from the architecture."""
+    config, name = run.config, f"N={run.config.training.num_unfrozen_layers}"
+    if config.model.recipe is not None and not Path(config.model.path, "params.json").exists():
+        text = f"the trunk is still to be made, by {config.model.recipe}"
+        yield Check(f"memory {name}", "not checked", text)
+        return
+    try:
+        architecture = read_architecture(config.model.path)
+    except InputError as error:
+        yield Check("model", "error", str(error))
+        return
+    counts = count_parameters(architecture, config.training.num_unfrozen_layers)
+    yield _memory(plan, config, counts)
+    yield _disk(run, counts)
+    yield from _interruptions(plan, run, architecture, counts)
+
+
+def _memory(plan: Plan, config: CriticConfig, counts: ParameterCounts) -> Check:
+    """What each GPU must hold whatever the batch, against what it has."""
+    fsdp, gpus = config.distributed.fsdp, plan.submission.gpus
+    least = least_state_bytes(counts, world_size=plan.world_size, per_node=gpus, fsdp=fsdp).gpu
+    memory = plan.submission.profile["gpu"]["memory_gb"] * 1e9
+    name = f"memory N={config.training.num_unfrozen_layers}"
+    text = (
+        f"{counts.trainable:,} of {counts.total:,} parameters trained; weights, gradients and "
+        f"optimizer {least / 1e9:.1f} GB of a GPU's {memory / 1e9:.1f} GB, before activations"
+    )
+    if least < memory:
+        return Check(name, "ok" if least < 0.8 * memory else "warning", text)
+    return Check(name, "error", f"{text}: unfreeze fewer blocks, or take more GPUs")
+
+
+def _disk(run: Run, counts: ParameterCounts) -> Check:
+    """Free space where checkpoints go, against what they take."""
+    checkpoint = run.config.checkpoint
+    kept = checkpoint.keep_last + 1 + (checkpoint.keep_best is not None)
+    needed = kept * checkpoint_bytes(counts)
+    free = shutil.disk_usage(_existing(run.folder)).free
+    one = checkpoint_bytes(counts) / 1e9
+    text = f"{free / 1e9:,.0f} GB free at {run.folder.parent}; {kept} checkpoints of {one:.1f} GB"
+    state: Literal["ok", "error"] = "ok" if free > needed else "error"
+    return Check(f"disk N={run.config.training.num_unfrozen_layers}", state, text)
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def _interruptions(
+    plan: Plan, run: Run, architecture: TransformerConfig, counts: ParameterCounts
+) -> Iterator[Check]:
+    """Whether the time between a warning and the end covers a step and a save."""
+    save = checkpoint_bytes(counts) / _WRITE_BYTES_PER_SECOND
+    step, source = _step_seconds(plan, run, counts)
+    needed = f"a step (~{step:.0f} s, {source}) and a save (~{save:.0f} s at 1 GB/s)"
+    lost = f"up to {run.config.checkpoint.every_steps} steps are done again"
+    delay, name = plan.submission.signal_delay_seconds, "interruptions"
+    if step + save > delay:
+        text = f"{needed} take longer than signal_delay_seconds, {delay}: at the time limit {lost}"
+        yield Check(name, "warning", text)
+    try:
+        partition = scheduler.show_partition(plan.submission.profile["partition"])
+    except (ControllerAway, Refused):
+        return  # said elsewhere
+    if partition.preempt_mode == "OFF":
+        return
+    if step + save > partition.grace_seconds:
+        text = f"partition {partition.name} gives {partition.grace_seconds} s when it preempts"
+        yield Check(name, "warning", f"{text}, and {needed} may take longer: then {lost}")
+    else:
+        text = f"partition {partition.name}: {partition.grace_seconds} s for {needed}"
+        yield Check(name, "ok", text)
+
+
+def _step_seconds(plan: Plan, run: Run, counts: ParameterCounts) -> tuple[float, str]:
+    """Seconds of a training step, and where they come from.
+
+    Forward passes take 2 operations a parameter and token, backward passes 4 a trainable one
+    (Kaplan et al., 2020, Scaling Laws for Neural Language Models, section 2.1).
+    """
+    if plan.resumes:
+        measured = newest_values(run.folder / "telemetry.jsonl").get("seconds_per_step")
+        if measured is not None:
+            return float(measured), "measured"
+    tokens = run.config.training.batch_size * run.config.data.max_length
+    operations = tokens * (2 * counts.total + 4 * counts.trainable)
+    return operations / (plan.world_size * _FLOPS_PER_GPU), "at most, by its operations"
+
+
+def _resources(plan: Plan) -> Iterator[Check]:
+    submission, gpu = plan.submission, plan.submission.profile["gpu"]
+    hours = f"{plan.gpu_hours:,.1f} GPU-hours at most"
+    each = (
+        f"{submission.nodes} node(s) of {submission.gpus} GPU(s) for {submission.profile['time']}"
+    )
+    runs = f"{len(plan.runs)} runs, each " if len(plan.runs) > 1 else ""
+    if submission.gpus > gpu["per_node"]:
+        text = f"--gpus {submission.gpus}: a node has {gpu['per_node']}; take more --nodes"
+        yield Check("resources", "error", text)
+    else:
+        yield Check("resources", "ok", f"{runs}{each}: {hours}")
+    if submission.time_seconds < submission.signal_delay_seconds + 60:
+        text = "Slurm may give its warning a minute early: little or no time is left to train"
+        yield Check("resources", "warning", text)
+
+
+def _scheduler(plan: Plan) -> Iterator[Check]:
+    """What Slurm says of the very script."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "job.sh")
+        file.write_text(script(plan.submission, len(plan.runs)))
+        try:
+            yield Check("Slurm", "ok", scheduler.expected_start(file))
+        except ControllerAway as away:
+            yield Check("Slurm", "not checked", str(away))
+        except Refused as refused:
+            yield Check("Slurm", "error", str(refused))

@@ -1,0 +1,173 @@
+"""What Slurm is asked for: the sbatch script by submitit, and its submission."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from job.durability.files import write_atomic
+from job.outcome import InputError
+from slurm.cluster import time_limit_seconds
+from slurm.record import Record
+from slurm.scheduler import AWAY, ControllerAway, Refused, outside_of_jobs
+
+PROJECT = Path(__file__).resolve().parents[1]
+# Until Python has handlers of its own a signal would end the task; the supervisor asks Slurm what
+# it has missed.
+_DEAF = 'trap "" TERM USR1 USR2; exec "$@"'
+
+
+@dataclass(frozen=True)
+class Submission:
+    """All that is asked of Slurm for one run, or for each run of a sweep."""
+
+    cluster: str
+    profile: dict[str, Any]  # the cluster profile, resolved
+    gpus: int  # per node
+    nodes: int
+    name: str
+    folder: str  # of submitit's files
+    cwd: str
+    image: str | None = None
+    binds: list[str] = field(default_factory=list)
+    after: str | None = None  # job id that must have ended well
+    python: str = sys.executable
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {key: str(value) for key, value in self.profile["environment"].items()}
+
+    @property
+    def scratch(self) -> str | None:
+        return self.profile["scratch"]
+
+    @property
+    def signal_delay_seconds(self) -> int:
+        return self.profile["signal_delay_seconds"]
+
+    @property
+    def max_attempts(self) -> int:
+        return self.profile["max_attempts"]
+
+    @property
+    def time_seconds(self) -> float:
+        return time_limit_seconds(self.profile["time"])
+
+    def of_one_run(self) -> Submission:
+        """The same for a run that is submitted once more by itself."""
+        return replace(self, after=None)
+
+    def trainer_command(self, config: Path, environment: Mapping[str, str]) -> list[str]:
+        """How a task starts its trainer, with `environment` where a container drops its own."""
+        train = ["--config", str(config)]
+        if self.image is None:
+            return [self.python, "-m", "job.train", *train]
+        binds = [option for path in self.binds for option in ("--bind", path)]
+        given = [option for k, v in environment.items() for option in ("--env", f"{k}={v}")]
+        inside = ["--nv", "--containall", "--pwd", self.cwd, *binds, *given]
+        return ["apptainer", "run", *inside, self.image, "train", *train]
+
+    def parameters(self) -> dict[str, Any]:
+        """The parameters of submitit's executor."""
+        profile, gpu = self.profile, self.profile["gpu"]
+        wanted = {
+            "job_name": self.name,
+            "time": int(self.time_seconds // 60) or 1,
+            "nodes": self.nodes,
+            "ntasks_per_node": self.gpus,
+            "gpus_per_node": f"{gpu['type']}:{self.gpus}" if gpu["type"] else self.gpus,
+            "cpus_per_task": profile["cpus_per_gpu"],
+            "mem": f"{profile['memory_per_gpu_gb'] * self.gpus}G",
+            "signal_delay_s": profile["signal_delay_seconds"],
+            "dependency": f"afterok:{self.after}" if self.after else None,
+            "setup": self._setup(),
+            "stderr_to_stdout": True,
+            "wckey": None,
+            # srun of Slurm 22.05 and later does not take the CPUs of a task from sbatch
+            "srun_args": [
+                f"--cpus-per-task={profile['cpus_per_gpu']}",
+                "--cpu-bind=cores",
+                "--kill-on-bad-exit=0",  # the others report too
+                "--wait=0",
+            ],
+            # a dependency that has failed ends the job in place of leaving it to wait for ever
+            "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes"},
+        }
+        wanted |= {key: profile[key] for key in ("partition", "account", "qos", "constraint")}
+        return {key: value for key, value in wanted.items() if value is not None} | {"wckey": None}
+
+    def _setup(self) -> list[str]:
+        path = shlex.quote(str(PROJECT))
+        exports = [f"export {k}={shlex.quote(v)}" for k, v in self.environment.items()]
+        here = f'export PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"'
+        return [*self.profile["setup"], *exports, here]
+
+
+class _Executor(submitit.SlurmExecutor):
+    """submitit's, whose script can be looked at where there is no Slurm too."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+
+def _executor(submission: Submission) -> _Executor:
+    deaf = f"bash -c {shlex.quote(_DEAF)} bash {shlex.quote(submission.python)}"
+    executor = _Executor(submission.folder, python=deaf)
+    executor.update_parameters(**submission.parameters())
+    return executor
+
+
+def script(submission: Submission, runs: int = 1) -> str:
+    """The sbatch script of a run, or of a sweep of several."""
+    executor = _executor(submission)
+    if runs > 1:
+        executor.parameters["map_count"] = runs
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def submit(supervisors: Sequence[Callable[[], str]], submission: Submission) -> list[str]:
+    """Submit one job, or an array of several; their ids.
+
+    Raises:
+        ControllerAway: there is no Slurm here, or no controller answers.
+        Refused: Slurm does not take the job.
+    """
+    executor = _executor(submission)
+    with outside_of_jobs():
+        try:
+            return [job.job_id for job in executor.submit_array(supervisors)]
+        except (FailedJobError, FailedSubmissionError) as error:
+            text = _last_line(str(error))
+            raise (ControllerAway if AWAY.search(text) else Refused)(text) from None
+        except FileNotFoundError:
+            raise ControllerAway("sbatch is not installed here") from None
+
+
+def _last_line(text: str) -> str:
+    said = [line for line in text.splitlines() if "error:" in line]
+    return (said or text.splitlines() or [""])[-1].removeprefix("sbatch: error: ")
+
+
+def store(submission: Submission, record: Record) -> None:
+    write_atomic(record.submission, json.dumps(asdict(submission), indent=2) + "\n")
+
+
+def load(record: Record) -> Submission:
+    """What a run was submitted with.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return Submission(**json.loads(record.submission.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise InputError(f"{record.submission}: cannot be read; submit the run anew") from None

@@ -1,0 +1,226 @@
+"""Submit the training of a critic to Slurm, and look after it.
+
+    python slurm/submit.py --gpus 4 --unfreeze 4 --override model.path=TRUNK \\
+        data.train=train.jsonl data.validation=val.jsonl
+    python slurm/submit.py --gpus 1 --unfreeze 0 1 2 4 --name depth     a sweep: one job array
+    python slurm/submit.py --gpus 4 --nodes 2 --cluster a100-40gb --time 12:00:00 --watch
+    python slurm/submit.py --gpus 4 --dry-run        all checks and the script; submits nothing
+    python slurm/submit.py --resume runs/RUN         go on with a run that has ended
+    python slurm/submit.py status runs/RUN [--watch] [--json]
+    python slurm/submit.py logs runs/RUN [--rank 2] [--follow]
+    python slurm/submit.py cancel runs/RUN
+
+The job comes back by itself after preemption, its time limit, or the loss of a node. Exit codes:
+0 done; 1 (of `status`) the run has failed, was cancelled or is lost; 69 no Slurm answers; 78
+something asked for is wrong, and nothing was submitted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# run as a file, so that neither this folder's neighbours nor an installed copy must be there
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from job.outcome import Exit, InputError, run_command
+from slurm import scheduler
+from slurm.checks import Check, check
+from slurm.plan import Plan, Run, describe, make_plan, write_config
+from slurm.record import Record
+from slurm.status import log_file, runs_of, standing
+from slurm.submission import script, store, submit
+from slurm.supervisor import Supervisor
+from slurm.watch import page, watch
+
+_STYLES = {"ok": "green", "warning": "yellow", "error": "red", "not checked": "dim"}
+_console = Console(stderr=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}\n{self.format_usage()}see submit.py --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"status": _status, "logs": _logs, "cancel": _cancel}
+    if given and given[0] in commands:
+        commands[given[0]](given[1:])
+    else:
+        _submit(_options(given))
+
+
+def _options(given: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="submit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--gpus", type=int, metavar="N", help="GPUs per node (1)")
+    add("--nodes", type=int, metavar="N", help="nodes (1)")
+    add("--unfreeze", type=int, nargs="+", metavar="N", help="blocks to train; several: a sweep")
+    add("--config", metavar="FILE", help="default: critic_1gpu.yaml, or critic_4gpu.yaml for more")
+    add("--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    add("--cluster", metavar="NAME", help="a profile in configs/cluster, or a file (a100-80gb)")
+    add("--name", help="of the run; time is added to it")
+    add("--time", metavar="LIMIT", help="of one attempt, as sbatch reads it (the profile's)")
+    add("--image", metavar="FILE", help="critic.sif, or none (the profile's)")
+    add("--resume", metavar="RUN", help="submit a run again, to go on where it stands")
+    add("--after", metavar="JOB", help="start when this job (or run) has ended well")
+    add("--dry-run", action="store_true", help="check and show everything, submit nothing")
+    add("--watch", action="store_true", help="follow it; leaving does not touch the job")
+    add("--json", action="store_true", help="the result as JSON on stdout")
+    return parser.parse_args(given)
+
+
+def _submit(options: argparse.Namespace) -> None:
+    plan = make_plan(options)
+    if plan.resumes:
+        _refuse_active(plan.runs[0])
+    checks = list(check(plan))
+    result = describe(plan) | {"checks": [vars(one) for one in checks]}
+    if options.dry_run:
+        result["script"] = script(plan.submission, len(plan.runs))
+    if not options.json:
+        _show(result, checks)
+    if any(one.state == "error" for one in checks):
+        _print_json(result, options.json)
+        raise InputError("nothing was submitted: see the errors above")
+    if options.dry_run:
+        _print_json(result, options.json)
+        return
+    result["job_ids"] = _send(plan)
+    _print_json(result, options.json)
+    if not options.json:
+        here = f"submit.py status {plan.folder} --watch"
+        _console.print(f"submitted: job {', '.join(result['job_ids'])}\n{here}", highlight=False)
+    if options.watch:
+        watch([run.folder for run in plan.runs], _console)
+
+
+def _refuse_active(run: Run) -> None:
+    """Two jobs of one run would only push each other aside."""
+    now = standing(run.folder)
+    if now.job_id is not None and not now.is_final:
+        raise InputError(f"{run.folder}: its job {now.job_id} is {now.state}; cancel it first")
+
+
+def _show(result: dict[str, Any], checks: Sequence[Check]) -> None:
+    table = Table(title=result["run"], title_justify="left", show_header=False, box=None)
+    for one in checks:
+        table.add_row(one.name, f"[{_STYLES[one.state]}]{one.state}[/]", one.text)
+    _console.print(table)
+    if "script" in result:
+        _console.print(f"\n{result['script']}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_json(result: dict[str, Any], wanted: bool) -> None:
+    if wanted:
+        print(json.dumps(result, indent=2))
+
+
+def _send(plan: Plan) -> list[str]:
+    """Write what the job needs, and submit it; if that fails, nothing of it stays."""
+    new = not plan.folder.exists()
+    before = [Record(run.folder).status() for run in plan.runs]
+    try:
+        for run in plan.runs:
+            _prepare(plan, run)
+        supervisors = [Supervisor(str(run.folder), plan.submission) for run in plan.runs]
+        ids = submit(supervisors, plan.submission)
+    except BaseException as error:
+        for run, status in zip(plan.runs, before, strict=True):
+            Record(run.folder).start_status(**status)
+        if new:
+            shutil.rmtree(plan.folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise InputError(f"{plan.folder}: cannot write: {error.strerror}") from None
+        raise
+    for run, job_id in zip(plan.runs, ids, strict=True):
+        Record(run.folder).add_job(job_id)
+    return ids
+
+
+def _prepare(plan: Plan, run: Run) -> None:
+    """What the job finds when it starts, which may be before sbatch has returned."""
+    write_config(run)
+    record = Record(run.folder)
+    store(plan.submission.of_one_run(), record)
+    record.cancelled.unlink(missing_ok=True)
+    record.start_status(state="pending", submitted=time.time())
+    record.add_event("submitted")
+
+
+def _run_options(name: str, given: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog=f"submit.py {name}")
+    parser.add_argument("run", type=Path, help="a run directory, or a sweep's")
+    if name == "logs":
+        parser.add_argument("--rank", type=int, default=0)
+        parser.add_argument("--follow", action="store_true")
+    if name == "status":
+        parser.add_argument("--watch", action="store_true")
+    if name != "logs":
+        parser.add_argument("--json", action="store_true")
+    return parser.parse_args(given)
+
+
+def _status(given: Sequence[str]) -> None:
+    options = _run_options("status", given)
+    runs = runs_of(options.run.absolute())
+    standings = watch(runs, _console) if options.watch else [standing(run) for run in runs]
+    if options.json:
+        print(json.dumps([one.to_dict() for one in standings], indent=2))
+    elif not options.watch:
+        _console.print(page(standings))
+    if any(one.is_bad for one in standings):
+        sys.exit(Exit.CRASHED)
+
+
+def _logs(given: Sequence[str]) -> None:
+    options = _run_options("logs", given)
+    record = Record.of(options.run.absolute())
+    file = log_file(record, options.rank)
+    if file is None or not file.exists():
+        raise InputError(f"{options.run}: rank {options.rank} has written nothing yet")
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        while True:
+            print(stream.read(), end="", flush=True)
+            if not options.follow or standing(record.run).is_final:
+                print(stream.read(), end="")
+                return
+            time.sleep(1)
+
+
+def _cancel(given: Sequence[str]) -> None:
+    options = _run_options("cancel", given)
+    cancelled = []
+    for run in runs_of(options.run.absolute()):
+        record = Record(run)
+        record.cancelled.touch()  # first: who is about to requeue it must see this
+        now = standing(run)
+        if now.job_id is not None and not now.is_final:
+            cancelled.append(_cancel_job(record, now.job_id))
+    if options.json:
+        print(json.dumps({"cancelled": cancelled}))
+    else:
+        _console.print(f"cancelled: {', '.join(cancelled) or 'nothing was queued'}")
+
+
+def _cancel_job(record: Record, job_id: str) -> str:
+    scheduler.cancel(job_id)
+    record.add_event("cancelled", job_id=job_id)
+    return job_id
+
+
+if __name__ == "__main__":
+    run_command(main)

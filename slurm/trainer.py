@@ -1,0 +1,140 @@
+"""The trainer of one task: a process, how it is started, and how it ended."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from job.outcome import Exit
+from slurm.record import Outcome
+
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM)
+_LAST_LINES, _LAST_BYTES = 20, 20_000
+_GPU_OUT_OF_MEMORY = re.compile(r"CUDA out of memory|OutOfMemoryError")
+_SMALLER = (
+    "lower training.micro_batch_tokens, set distributed.fsdp.activation_checkpointing, "
+    "unfreeze fewer blocks, or take more GPUs"
+)
+_MEANINGS = {
+    Exit.UNFIT_NODE: "the node is unfit",
+    Exit.SUPERSEDED: "a newer attempt has taken over",
+    Exit.STOPPED: "stopped on request, with its state saved",
+    Exit.BAD_INPUT: "wrong input or configuration",
+}
+
+
+class Trainer:
+    """A trainer that runs; its terminal is a file."""
+
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], cwd: Path, log: Path
+    ) -> None:
+        self._log = log
+        self._kills_before = _out_of_memory_kills()
+        with log.open("ab") as stream:
+            self._process = subprocess.Popen(
+                command,
+                env=dict(environment),
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                preexec_fn=_hold_back_signals,
+            )
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended, after `seconds` at most."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def send(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def outcome(self, rank: int, node: str) -> Outcome:
+        code, lines = self._process.wait(), last_lines(self._log)
+        killed_for_memory = _out_of_memory_kills() > self._kills_before
+        reason = describe(code, lines, killed_for_memory=killed_for_memory)
+        return Outcome(rank, node, code, time.time(), reason, lines)
+
+
+def _hold_back_signals() -> None:
+    # until the trainer has installed its handlers, and lets them through
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def describe(code: int, lines: Sequence[str], *, killed_for_memory: bool = False) -> str:
+    """Why a trainer ended, for people."""
+    if code == -signal.SIGKILL and killed_for_memory:
+        return "the host's memory ran out (killed by the kernel): ask for more, memory_per_gpu_gb"
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    if code == Exit.FINISHED:
+        return "finished"
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    if any(_GPU_OUT_OF_MEMORY.search(line) for line in lines):
+        return f"the GPU's memory ran out: {_SMALLER}. {said}"
+    meaning = _MEANINGS.get(Exit(code), "a crash") if code in set(Exit) else "a crash"
+    return f"{meaning} (exit code {code}): {said}"
+
+
+def last_lines(log: Path) -> list[str]:
+    """The end of what a trainer has written to its terminal."""
+    try:
+        with log.open("rb") as stream:
+            stream.seek(max(0, log.stat().st_size - _LAST_BYTES))
+            text = stream.read().decode("utf-8", errors="replace")
+    except OSError:
+        return []
+    return text.splitlines()[-_LAST_LINES:]
+
+
+def _out_of_memory_kills() -> int:
+    """How often the kernel has killed in this task's memory group; 0 where nobody counts."""
+    for file in _memory_events():
+        try:
+            match = re.search(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE)
+        except OSError:
+            continue
+        if match:
+            return int(match[1])
+    return 0
+
+
+def _memory_events() -> list[Path]:
+    """Where the kernel counts, in version 1 and 2 of control groups."""
+    try:
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    files = []
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if "memory" in controllers.split(","):
+            files.append(Path(f"/sys/fs/cgroup/memory{path}/memory.oom_control"))
+        elif not controllers:
+            files.append(Path(f"/sys/fs/cgroup{path}/memory.events"))
+    return files
+
+
+def rank_environment(rank: int, size: int, local_rank: int, local_size: int) -> dict[str, str]:
+    """The variables by which a trainer knows its place, as torchrun names them."""
+    ranks = {
+        "RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": local_rank,
+        "LOCAL_WORLD_SIZE": local_size,
+    }
+    return {name: str(value) for name, value in ranks.items()}
+
+
+def threads() -> str:
+    """CPU threads of one process: its share of the allocation."""
+    return os.environ.get("SLURM_CPUS_PER_TASK") or str(len(os.sched_getaffinity(0)))

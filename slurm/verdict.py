@@ -1,0 +1,105 @@
+"""What becomes of a job whose trainers have ended: one table.
+
+| the trainer's end                             | code  | the job                               |
+|-----------------------------------------------|-------|---------------------------------------|
+| finished                                      | 0     | finished                              |
+| superseded by a newer attempt                 | 73    | leaves, touching nothing              |
+| wrong input, or numerics beyond repair        | 78    | stops for good                        |
+| this node is unfit                            | 71    | comes back on another node            |
+| stopped on request, checkpoint committed      | 75    | comes back, or stops if a person asked |
+| killed by a signal                            | 128+n | comes back                            |
+| anything else: a crash                        | other | comes back from its last checkpoint   |
+
+It comes back as often as attempts make progress, which is a newer checkpoint; after `max_attempts`
+in a row without any, it stops for good. Whether the job was cancelled meanwhile, Slurm knows.
+"""
+
+from __future__ import annotations
+
+import enum
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from job.outcome import Exit
+from slurm.record import Outcome
+
+
+class Action(enum.Enum):
+    FINISH = "finish"
+    LEAVE = "leave"
+    STOP = "stop"
+    COME_BACK = "come back"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the job does next, and why; `code` is its exit code if it ends."""
+
+    action: Action
+    reason: str
+    code: int = 0
+    avoid_node: str | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Attempts in a row without progress, this one included, and how many are given."""
+
+    fruitless: int
+    max_attempts: int
+
+
+_BEFORE_OTHERS = (Exit.SUPERSEDED, Exit.BAD_INPUT, Exit.UNFIT_NODE)
+
+
+def first_cause(outcomes: Sequence[Outcome], size: int) -> Outcome | None:
+    """The outcome that explains the others; None if all ranks have finished.
+
+    A rank that was killed comes before those that failed because it was gone, and a failure
+    before a stop that the others were asked for.
+    """
+    missing = sorted(set(range(size)) - {outcome.rank for outcome in outcomes})
+    ended = [outcome for outcome in outcomes if outcome.code != Exit.FINISHED]
+    if missing and (ended or not outcomes):
+        ended.append(_silent(missing[0], ended))
+    return min(ended, key=lambda outcome: (_order(outcome.code), outcome.time), default=None)
+
+
+def _silent(rank: int, others: Sequence[Outcome]) -> Outcome:
+    latest = max((outcome.time for outcome in others), default=0.0)
+    return Outcome(rank, "?", Exit.CRASHED, latest, "it did not report: its node or task died", [])
+
+
+def _order(code: int) -> int:
+    if code in _BEFORE_OTHERS:
+        return _BEFORE_OTHERS.index(code)
+    if code == -signal.SIGKILL:
+        return 3
+    if code == Exit.STOPPED:
+        return 6
+    return 5 if code in (-signal.SIGTERM, -signal.SIGUSR2, -signal.SIGUSR1) else 4
+
+
+def decide(cause: Outcome | None, budget: Budget, *, by_a_person: bool = False) -> Verdict:
+    """What the table says; `by_a_person` tells that someone asked this run to stop."""
+    if cause is None:
+        return Verdict(Action.FINISH, "finished")
+    code = exit_status(cause.code)
+    reason = f"rank {cause.rank} on {cause.node}: {cause.reason}"
+    if code == Exit.SUPERSEDED:
+        return Verdict(Action.LEAVE, "a newer attempt has taken over", code)
+    if code == Exit.BAD_INPUT:
+        return Verdict(Action.STOP, reason, code)
+    if code == Exit.STOPPED and by_a_person:
+        return Verdict(Action.STOP, cause.reason, code)
+    if budget.fruitless >= budget.max_attempts:
+        tried = f"{budget.fruitless} attempts in a row without progress; the last: "
+        return Verdict(Action.STOP, tried + reason, code)
+    avoid = cause.node if code == Exit.UNFIT_NODE else None
+    return Verdict(Action.COME_BACK, reason, code, avoid)
+
+
+def exit_status(code: int) -> int:
+    """A return code as a shell gives it."""
+    return 128 - code if code < 0 else code
