@@ -97,13 +97,15 @@ def _attempt(config: CriticConfig, run: RunDirectory, number: int, world: World)
     if not world.is_main:
         only_warnings()
         log = run.fence.folder / f"rank-{world.rank:05}.log"
-    facts = {"attempt": number, "max_steps": config.training.max_steps, "checkpoint_error": None}
+    facts: dict[str, Any] = {"attempt": number, "max_steps": config.training.max_steps}
+    facts |= {"checkpoint_error": None, "stop_file": False}
     with log_file(log), _told(world), run.recorded(**facts):
         _log.info("attempt %d of %s, %d process(es)", number, run.path, world.size)
         try:
             yield
         except Stopped:
             if run.writes:  # the request is fulfilled: the next attempt goes on
+                run.set_status(stop_file=run.file(STOP_FILE).exists())
                 run.file(STOP_FILE).unlink(missing_ok=True)
             raise
 

@@ -32,8 +32,11 @@ def ranks() -> tuple[int, int, int, int]:
     env = os.environ
     if "RANK" in env:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    elif env.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in env:
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+    elif env.get("SLURM_STEP_NUM_TASKS", "1") != "1":  # a batch script's own shell is no step
+        names = (
+            *("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+            *("SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+        )
     else:
         return 0, 1, 0, 1
     rank, size, local = (_number(name, "0") for name in names[:3])
@@ -59,8 +62,10 @@ def _number(name: str, default: str, form: re.Pattern[str] = _WHOLE) -> int:
 
 def address() -> tuple[str, int]:
     """Where rank 0 can be met."""
-    job = os.environ.get("SLURM_JOB_ID", "0")
-    port = 20000 + int(job) % 20000 if job.isdigit() else 20000  # all processes derive the same
+    job, step = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    start = int(job) if job.isdigit() else 0
+    start += 7919 * int(step) if step.isdigit() else 0  # steps may run side by side on one node
+    port = 20000 + start % 20000  # all processes derive the same
     return os.environ.get("MASTER_ADDR") or _first_host(), _number("MASTER_PORT", str(port))
 
 

@@ -408,7 +408,7 @@ def test_torchrun_starts_it_again_after_a_failure(folder: Path, metrics: bytes) 
 def test_srun_starts_the_same_training(folder: Path, metrics: bytes) -> None:
     job = Job(folder, "srun")
     shared = {
-        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_NTASKS_PER_NODE": "2",
         "SLURM_STEP_TASKS_PER_NODE": "2",
         "SLURM_JOB_ID": _job_of_a_free_port(),

@@ -25,10 +25,12 @@ from job.outcome import Exit, InputError, Stopped, UnfitNode
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SRUN = {
     "SLURM_PROCID": "5",
-    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
     "SLURM_LOCALID": "1",
     "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
 }
+# A batch script's own shell: the job has tasks, but it is none of them.
+BATCH = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
 LAUNCHERS = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_JOB_NODELIST")
 GRACE = 0.3  # seconds in which a test's failures count as one
 
@@ -36,7 +38,7 @@ GRACE = 0.3  # seconds in which a test's failures count as one
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
     """Sets variables, where none of any launcher are left."""
-    for name in (*TORCHRUN, *SRUN, *LAUNCHERS, "SLURM_STEP_NODELIST", "SLURM_NTASKS_PER_NODE"):
+    for name in (*TORCHRUN, *SRUN, *LAUNCHERS, "SLURM_STEP_NODELIST", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
 
     def put(variables: dict[str, str]) -> None:
@@ -59,15 +61,15 @@ def test_ranks_come_from_the_launcher(environment: Environment, variables: dict[
 
 
 def test_torchrun_inside_a_slurm_job_counts(environment: Environment) -> None:
-    environment(TORCHRUN | {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"})
+    environment(TORCHRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"})
     assert rendezvous.ranks() == (5, 8, 1, 4)
 
 
-@pytest.mark.parametrize("variables", [{}, {"SLURM_NTASKS": "4"}, SRUN | {"SLURM_NTASKS": "1"}])
+@pytest.mark.parametrize("variables", [{}, BATCH, SRUN | {"SLURM_STEP_NUM_TASKS": "1"}])
 def test_a_process_without_others_is_alone(
     environment: Environment, variables: dict[str, str]
 ) -> None:
-    environment(variables)  # a shell within an allocation has NTASKS, and no rank
+    environment(variables)
     assert rendezvous.ranks() == (0, 1, 0, 1)
 
 
@@ -86,8 +88,8 @@ def test_ranks_of_one_node_need_no_count_of_their_own(environment: Environment) 
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE=3.* 8 ranks"),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0"),
         (TORCHRUN | {"LOCAL_RANK": "x"}, "LOCAL_RANK=x"),
-        (SRUN | {"SLURM_PROCID": "9"}, "SLURM_PROCID=9 .*SLURM_NTASKS=8"),
-        (SRUN | {"SLURM_NTASKS": "8.0"}, r"SLURM_NTASKS=8\.0"),
+        (SRUN | {"SLURM_PROCID": "9"}, "SLURM_PROCID=9 .*SLURM_STEP_NUM_TASKS=8"),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "8.0"}, r"SLURM_STEP_NUM_TASKS=8\.0"),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3(x2),2"}, r"SLURM_STEP_TASKS_PER_NODE=3\(x2\),2"),
     ],
 )
@@ -135,6 +137,14 @@ def test_two_jobs_of_one_node_meet_at_different_ports(environment: Environment) 
         environment({"MASTER_ADDR": "a", "SLURM_JOB_ID": job})
         ports.append(rendezvous.address()[1])
     assert ports == [34567, 34568]
+
+
+def test_two_steps_of_one_job_meet_at_different_ports(environment: Environment) -> None:
+    ports = []
+    for step in ("0", "1"):
+        environment({"MASTER_ADDR": "a", "SLURM_JOB_ID": "1234567", "SLURM_STEP_ID": step})
+        ports.append(rendezvous.address()[1])
+    assert ports == [34567, 22486]
 
 
 @pytest.mark.parametrize(
@@ -216,6 +226,7 @@ def test_exit_codes_are_those_that_the_supervisor_reads() -> None:
     assert codes == {
         "FINISHED": 0,
         "CRASHED": 1,
+        "UNAVAILABLE": 69,
         "UNFIT_NODE": 71,
         "SUPERSEDED": 73,
         "STOPPED": 75,
