@@ -26,7 +26,7 @@ test-fast: $(TEST_SET_UP)
 
 soak: $(TEST_SET_UP)
 	SOAK_KILLS=40 $(BIN)/python -m pytest --timeout 7200 -q -k kill tests/distributed/test_resume.py
-	SOAK_INTERRUPTIONS=25 $(BIN)/python -m pytest --timeout 7200 -q -k in_a_row tests/cluster
+	SOAK_INTERRUPTIONS=25 $(BIN)/python -m pytest --timeout 7200 -q -k many_interruptions tests/cluster
 
 lint: $(TEST_SET_UP)
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from job.config import CriticConfig
-from job.model.architecture import TransformerConfig, read_architecture
+from job.model.architecture import read_architecture
 from job.model.parameters import (
     ParameterCounts,
     checkpoint_bytes,
@@ -21,7 +21,7 @@ from job.model.parameters import (
 from job.outcome import InputError
 from slurm import scheduler
 from slurm.plan import Plan, Run, inputs
-from slurm.scheduler import ControllerAway, Refused
+from slurm.scheduler import ControllerAway, Partition, Refused
 from slurm.status import newest_values
 from slurm.submission import script
 
@@ -45,8 +45,9 @@ def check(plan: Plan) -> Iterator[Check]:
     """Every finding; those that hold for all runs of a sweep come once."""
     for run in plan.runs[:1]:
         yield from _inputs(plan, run)
+    partition = _partition(plan)
     for run in plan.runs:
-        yield from _model(plan, run)
+        yield from _model(plan, run, partition)
     yield from _resources(plan)
     yield from _scheduler(plan)
 
@@ -66,9 +67,20 @@ def _inputs(plan: Plan, run: Run) -> Iterator[Check]:
     if local:
         text = f"{', '.join(local)}: under {' or '.join(_LOCAL)}, which compute nodes do not share"
         yield Check("shared files", "warning", text)
+    yield _caches(run)
 
 
-def _model(plan: Plan, run: Run) -> Iterator[Check]:
+def _caches(run: Run) -> Check:
+    """Free space for the tokens: four bytes for each, of at least two characters or so."""
+    data = [path for key, path in inputs(run.config) if key.startswith("data.")]
+    needed = 2 * sum(path.stat().st_size for path in data if path.exists())
+    folder = Path(run.config.data.cache_dir).absolute()
+    free = shutil.disk_usage(_existing(folder)).free
+    text = f"{free / 1e9:,.0f} GB free at {folder}, at most {needed / 1e9:.1f} GB needed"
+    return Check("disk for caches", "ok" if free > needed else "error", text)
+
+
+def _model(plan: Plan, run: Run, partition: Partition | None) -> Iterator[Check]:
     """Memory, disk and interruptions, as far as they follow from the architecture."""
     config, name = run.config, f"N={run.config.training.num_unfrozen_layers}"
     if config.model.recipe is not None and not Path(config.model.path, "params.json").exists():
@@ -83,7 +95,7 @@ def _model(plan: Plan, run: Run) -> Iterator[Check]:
     counts = count_parameters(architecture, config.training.num_unfrozen_layers)
     yield _memory(plan, config, counts)
     yield _disk(run, counts)
-    yield from _interruptions(plan, run, architecture, counts)
+    yield from _interruptions(plan, run, partition, counts)
 
 
 def _memory(plan: Plan, config: CriticConfig, counts: ParameterCounts) -> Check:
@@ -118,7 +130,7 @@ def _existing(path: Path) -> Path:
 
 
 def _interruptions(
-    plan: Plan, run: Run, architecture: TransformerConfig, counts: ParameterCounts
+    plan: Plan, run: Run, partition: Partition | None, counts: ParameterCounts
 ) -> Iterator[Check]:
     """Whether the time between a warning and the end covers a step and a save."""
     save = checkpoint_bytes(counts) / _WRITE_BYTES_PER_SECOND
@@ -129,11 +141,7 @@ def _interruptions(
     if step + save > delay:
         text = f"{needed} take longer than signal_delay_seconds, {delay}: at the time limit {lost}"
         yield Check(name, "warning", text)
-    try:
-        partition = scheduler.show_partition(plan.submission.profile["partition"])
-    except (ControllerAway, Refused):
-        return  # said elsewhere
-    if partition.preempt_mode == "OFF":
+    if partition is None or partition.preempt_mode == "OFF":
         return
     if step + save > partition.grace_seconds:
         text = f"partition {partition.name} gives {partition.grace_seconds} s when it preempts"
@@ -141,6 +149,14 @@ def _interruptions(
     else:
         text = f"partition {partition.name}: {partition.grace_seconds} s for {needed}"
         yield Check(name, "ok", text)
+
+
+def _partition(plan: Plan) -> Partition | None:
+    """The partition, if Slurm can be asked; if not, that is said elsewhere."""
+    try:
+        return scheduler.show_partition(plan.submission.profile["partition"])
+    except (ControllerAway, Refused):
+        return None
 
 
 def _step_seconds(plan: Plan, run: Run, counts: ParameterCounts) -> tuple[float, str]:

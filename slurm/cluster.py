@@ -29,7 +29,7 @@ class GpuProfile:
 
 @dataclass
 class ClusterProfile:
-    """One site. Memory in GB of 1e9 bytes, times as sbatch writes them unless in seconds."""
+    """One site. Times are as sbatch writes them unless in seconds."""
 
     gpu: GpuProfile = field(default_factory=GpuProfile)
     partition: str | None = None
@@ -38,7 +38,7 @@ class ClusterProfile:
     constraint: str | None = None
     time: str = "24:00:00"
     cpus_per_gpu: int = 8
-    memory_per_gpu_gb: int = 100
+    memory_per_gpu_gb: int = 100  # of the host, in Slurm's G: 2**30 bytes
     image: str | None = None  # critic.sif; without one the trainer runs in this environment
     binds: list[str] = field(default_factory=list)  # paths that every container sees
     scratch: str | None = None  # node-local folder for caches

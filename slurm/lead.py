@@ -105,7 +105,11 @@ class Lead:
     def _see_to_return(self) -> None:
         """Have a job that is being ended already come back; its trainers may still be saving."""
         job = _ask(self._task.job_name)
-        if job is None or self._returns or self._record.cancelled.exists():
+        if self._record.cancelled.exists() or (job is not None and job.state == "CANCELLED"):
+            # said now: Slurm may kill all of the job before its trainers have saved
+            self._set_status(state="cancelled", reason="cancelled while it ran")
+            return
+        if job is None or self._returns:
             return
         if job.state in ("PREEMPTED", "TIMEOUT"):
             self._come_back(Verdict(Action.COME_BACK, f"{job.state.lower()} by Slurm"))
@@ -164,6 +168,8 @@ class Lead:
 
     def _try_to_come_back(self, verdict: Verdict) -> None:
         job = scheduler.show_job(self._task.job_name)
+        if self._attempt.superseded or (job is not None and job.restarts > self._task.restart):
+            leave(Exit.SUPERSEDED)  # what runs now is a later attempt
         if self._record.cancelled.exists() or (job is not None and job.state == "CANCELLED"):
             self._end("cancelled", "cancelled while it ran", [])
             leave(0)

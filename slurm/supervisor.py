@@ -63,11 +63,11 @@ class Supervisor:
             leave(0)
         if unfit := self.unfitness():
             return Outcome(task.rank, task.node, Exit.UNFIT_NODE, time.time(), unfit, [])
-        environment = self._environment(task, meeting)
-        command = self.submission.trainer_command(Record(self.run).config, environment)
+        environment = self.submission.trainer_environment(self._environment(task, meeting))
+        command = self.submission.trainer_command(Record(self.run).config)
         cwd, log = Path(self.submission.cwd), attempt.log(task.rank)
         try:
-            trainer = Trainer(command, os.environ | environment, cwd, log)
+            trainer = Trainer(command, environment, cwd, log)
         except OSError as error:
             problem = f"cannot start {command[0]}: {error.strerror}"
             return Outcome(task.rank, task.node, Exit.UNFIT_NODE, time.time(), problem, [])
