@@ -168,7 +168,8 @@ class Lead:
 
     def _try_to_come_back(self, verdict: Verdict) -> None:
         job = scheduler.show_job(self._task.job_name)
-        if self._attempt.superseded or (job is not None and job.restarts > self._task.restart):
+        restarted = job is not None and job.restarts > self._task.restart and not job.waits
+        if self._attempt.superseded or restarted:
             leave(Exit.SUPERSEDED)  # what runs now is a later attempt
         if self._record.cancelled.exists() or (job is not None and job.state == "CANCELLED"):
             self._end("cancelled", "cancelled while it ran", [])
