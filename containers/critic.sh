@@ -28,10 +28,8 @@ export MPLCONFIGDIR="$HOME/.config/matplotlib"
 python() { exec /opt/venv/bin/python -m "$@"; }
 
 if [ $# -eq 0 ]; then
-  if [ ! -w . ]; then
-    cd "$(mktemp -d "$scratch/critic-run-XXXXXX")"
-    echo "the working folder cannot be written to; the runs go to $PWD/runs, inside the container"
-  fi
+  [ -w . ] || cd "$(mktemp -d "$scratch/critic-run-XXXXXX")"
+  echo "the embedded main job; its runs go to $PWD/runs"
   python job.compare --config $configs/critic/critic_local.yaml --unfreeze 0 2 \
     --override model.recipe=$configs/pretrain/arithmetic.yaml
 fi
