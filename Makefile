@@ -32,6 +32,8 @@ lint: $(TEST_SET_UP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck containers/*.sh
 
 clean:
 	rm -rf $(VENV)

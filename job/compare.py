@@ -8,9 +8,11 @@ are taken as they are. Writes comparison.json and report.html beside the run dir
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from job.config import CriticConfig, command_line, load_config
+from job.durability.preemption import SIGNALS
 from job.durability.run_directory import RunDirectory
 from job.outcome import InputError, run_and_leave
 from job.report import write_report
@@ -47,8 +50,9 @@ def compare(config_file: str, overrides: Sequence[str], unfreeze: Sequence[int])
     runs = [RunDirectory(config.run.dir) for config in configs]
     if len({run.path for run in runs}) < len(runs):
         raise InputError("run.dir: the runs share a directory; build it from the number of blocks")
-    for choice in choices:
-        _train(config_file, choice)
+    with _stop_signals_held_back():
+        for choice in choices:
+            _train(config_file, choice)
     rows = [summarise(run) for run in runs]
     RunDirectory(runs[0].path.parent).write_json("comparison.json", rows)
     _show(rows)
@@ -57,9 +61,36 @@ def compare(config_file: str, overrides: Sequence[str], unfreeze: Sequence[int])
 
 def _train(config_file: str, overrides: Sequence[str]) -> None:
     command = [sys.executable, "-m", "job.train", "--config", config_file, "--override"]
-    done = subprocess.run([*command, *overrides], check=False)
-    if done.returncode:
-        sys.exit(done.returncode if done.returncode > 0 else 128 - done.returncode)
+    with (
+        subprocess.Popen([*command, *overrides]) as training,
+        _stop_signals_passed_on(training),
+    ):
+        code = training.wait()
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
+
+
+@contextmanager
+def _stop_signals_held_back() -> Iterator[None]:
+    """Let a stop signal wait for the next moment at which there is a training to tell."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _stop_signals_passed_on(training: subprocess.Popen[bytes]) -> Iterator[None]:
+    """The training saves and ends; as a container's first process this one would ignore them."""
+    before = {n: signal.signal(n, lambda number, _: training.send_signal(number)) for n in SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def summarise(run: RunDirectory) -> dict[str, Any]:

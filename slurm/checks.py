@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from slurm import scheduler
 from slurm.plan import Plan, Run, inputs
 from slurm.scheduler import ControllerAway, Partition, Refused
 from slurm.status import newest_values
-from slurm.submission import script
+from slurm.submission import PROJECT, script
 
 # Folders that each machine has for itself, almost everywhere.
 _LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
@@ -68,6 +70,32 @@ def _inputs(plan: Plan, run: Run) -> Iterator[Check]:
         text = f"{', '.join(local)}: under {' or '.join(_LOCAL)}, which compute nodes do not share"
         yield Check("shared files", "warning", text)
     yield _caches(run)
+    if plan.submission.image is not None and not missing:
+        yield _image(plan.submission.image)
+
+
+def _image(image: str) -> Check:
+    """Whether the image holds what the checkout holds; the supervisor comes from the checkout."""
+    try:
+        inspected = _output("apptainer", "inspect", "--json", image)
+        labels = json.loads(inspected)["data"]["attributes"]["labels"]
+        built = labels["org.opencontainers.image.revision"]
+        here = _output("git", "-C", str(PROJECT), "rev-parse", "HEAD").strip()
+        changed = _output("git", "-C", str(PROJECT), "status", "--porcelain", "--", "job", "slurm")
+    except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
+        return Check("image", "not checked", f"its commit is not known here: {error}")
+    if built == here and not changed:
+        return Check("image", "ok", f"built from this commit, {here[:12]}")
+    edited = ", edited" if changed else ""
+    text = (
+        f"built from {built[:12]}, and this checkout is {here[:12]}{edited}: the image's is trained"
+    )
+    return Check("image", "warning", text)
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    return done.stdout
 
 
 def _caches(run: Run) -> Check:
@@ -108,6 +136,8 @@ def _memory(plan: Plan, config: CriticConfig, counts: ParameterCounts) -> Check:
         f"{counts.trainable:,} of {counts.total:,} parameters trained; weights, gradients and "
         f"optimizer {least / 1e9:.1f} GB of a GPU's {memory / 1e9:.1f} GB, before activations"
     )
+    if not memory:
+        return Check(name, "not checked", "the profile's GPUs are pretended")
     if least < memory:
         return Check(name, "ok" if least < 0.8 * memory else "warning", text)
     return Check(name, "error", f"{text}: unfreeze fewer blocks, or take more GPUs")

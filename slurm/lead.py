@@ -39,7 +39,7 @@ class Lead:
         self._supervisor, self._submission = supervisor, submission
         self._task, self._attempt, self._signals = task, attempt, signals
         self._record = attempt.record
-        self._beaten = 0.0
+        self._beaten, self._heard = 0.0, 0
         self._returns = False  # the job is to run again, and Slurm knows
         self._first_checkpoint = self._record.newest_checkpoint()
         self._fruitless = _fruitless_before(self._record, self._first_checkpoint)
@@ -75,21 +75,24 @@ class Lead:
 
     def _meeting(self, job: Job | None) -> dict[str, str]:
         """Variables that all trainers share."""
-        host, port = self._address()
-        meeting = {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+        port, another = self._ports()
+        meeting = {"MASTER_ADDR": self._task.node, "MASTER_PORT": str(port)}
+        meeting["PREFLIGHT_PORT"] = str(another)
         if job is not None and job.end is not None:
             deadline = job.end - self._submission.signal_delay_seconds
             meeting["CRITIC_DEADLINE"] = f"{deadline:.0f}"
         return meeting
 
-    def _address(self) -> tuple[str, int]:
-        """Where ranks meet: a port that follows from the job, or the next one that is free."""
-        start = self._task.job % len(_PORTS)
-        ports = [*_PORTS[start:], *_PORTS[:start]]
-        return self._task.node, next(port for port in ports if _is_free(port))
+    def _ports(self) -> tuple[int, int]:
+        """Ports that follow from the job, or the next ones that are free."""
+        start = 2 * self._task.job % len(_PORTS)
+        ports = (port for port in (*_PORTS[start:], *_PORTS[:start]) if _is_free(port))
+        return next(ports), next(ports)
 
-    def watch(self, received: list[int]) -> None:
-        """Keep the heartbeat, and on signals see that the job will return."""
+    def watch(self) -> None:
+        """Keep the heartbeat, and on new signals see that the job will return."""
+        received = self._signals.received[self._heard :]
+        self._heard += len(received)
         if received:
             names = ", ".join(signal.Signals(number).name for number in received)
             say(f"received {names}")
@@ -140,7 +143,7 @@ class Lead:
         """Every rank's outcome, or of those that report in time."""
 
         def all_there() -> list[Outcome] | None:
-            self.watch([])
+            self.watch()
             outcomes = self._attempt.outcomes()
             return outcomes if len(outcomes) == self._task.size else None
 

@@ -69,17 +69,22 @@ class Submission:
         """The same for a run that is submitted once more by itself."""
         return replace(self, after=None)
 
-    def trainer_command(self, config: Path) -> list[str]:
-        """How a task starts its trainer."""
-        train = ["--config", str(config)]
+    def preflight_command(self, config: str, gpus: int) -> list[str]:
+        """How a task looks at its node before it trains; `gpus` of it are the job's."""
+        there = gpus if self.profile["gpu"]["memory_gb"] else 0
+        scratch = ["--scratch", os.path.expandvars(self.scratch)] if self.scratch else []
+        return self.command("preflight", "--config", config, "--gpus", str(there), *scratch)
+
+    def command(self, name: str, *arguments: str) -> list[str]:
+        """How a task starts a command of the job."""
         if self.image is None:
-            return [self.python, "-m", "job.train", *train]
+            return [self.python, "-m", f"job.{name}", *arguments]
         paths = [*self.binds, *filter(None, [self.scratch])]
         binds = [option for path in paths for option in ("--bind", os.path.expandvars(path))]
         inside = ["--nv", "--containall", "--pwd", self.cwd, *binds]
-        return ["apptainer", "run", *inside, self.image, "train", *train]
+        return ["apptainer", "run", *inside, self.image, name, *arguments]
 
-    def trainer_environment(self, given: Mapping[str, str]) -> dict[str, str]:
+    def task_environment(self, given: Mapping[str, str]) -> dict[str, str]:
         """This task's environment with `given`, and what of it a container lets in."""
         everything = os.environ | dict(given)
         if self.image is None:

@@ -63,8 +63,29 @@ class Supervisor:
             leave(0)
         if unfit := self.unfitness():
             return Outcome(task.rank, task.node, Exit.UNFIT_NODE, time.time(), unfit, [])
-        environment = self.submission.trainer_environment(self._environment(task, meeting))
-        command = self.submission.trainer_command(Record(self.run).config)
+        config, given = str(Record(self.run).config), self._environment(task, meeting)
+        outcome = None
+        if self.submission.profile["preflight"]:
+            # at an address of its own: who is faster must not meet those who still are there
+            own = given | {"MASTER_PORT": meeting["PREFLIGHT_PORT"]}
+            command = self.submission.preflight_command(config, task.local_size)
+            outcome = self._run(command, own, task, attempt, signals, lead)
+        if outcome is None or outcome.code == Exit.FINISHED:
+            command = self.submission.command("train", "--config", config)
+            outcome = self._run(command, given, task, attempt, signals, lead)
+        return outcome
+
+    def _run(
+        self,
+        command: list[str],
+        given: dict[str, str],
+        task: Task,
+        attempt: Attempt,
+        signals: Signals,
+        lead: Lead | None,
+    ) -> Outcome:
+        """Run a command of the job to its end."""
+        environment = self.submission.task_environment(given)
         cwd, log = Path(self.submission.cwd), attempt.log(task.rank)
         try:
             trainer = Trainer(command, environment, cwd, log)
@@ -108,14 +129,13 @@ def _wait_for_the_end(
     trainer: Trainer, attempt: Attempt, signals: Signals, lead: Lead | None
 ) -> None:
     """Wait for a trainer, pass the first signal on, and end it where it waits in vain."""
-    passed_on, looked = 0, time.monotonic()
+    passed_on, looked = False, time.monotonic()
     while not trainer.wait(POLL_SECONDS):
-        received = signals.received[passed_on:]
-        if received and not passed_on:  # more would change nothing
-            trainer.send(received[0])
-        passed_on += len(received)
+        if signals.received and not passed_on:  # more would change nothing
+            trainer.send(signals.received[0])
+            passed_on = True
         if lead is not None:
-            lead.watch(received)
+            lead.watch()
         if time.monotonic() - looked > _OTHERS_SECONDS:
             looked = time.monotonic()
             if any(outcome.code == Exit.UNFIT_NODE for outcome in attempt.outcomes()):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from launch import MicroJob, Ranks
+from launch import MicroJob, Ranks, running
 from micro_job import MicroRun
 
 pytestmark = pytest.mark.slow
@@ -193,6 +193,17 @@ def test_after_all_stops_the_run_ends_as_if_undisturbed(
     assert run.step < STEPS, "the stops came too late to be any; make the run longer"
     job.finish(run.path.name)
     run.assert_equals(undisturbed)
+
+
+def test_a_comparison_passes_a_stop_on_to_its_training(job: MicroJob) -> None:
+    command = ["-m", "job.compare", "--config", "critic.yaml", "--unfreeze", "0", "1"]
+    command += ["--override", *SETTINGS, "run.name=compared-${training.num_unfrozen_layers}"]
+    run = job.run("compared-0")
+    with running(command, 1, job.folder) as ranks:
+        ranks.wait_until(lambda: run.step >= 2, "a step")
+        ranks.signal(signal.SIGTERM)
+        _assert_stopped(run, ranks)
+    assert not job.run("compared-1").path.exists()
 
 
 # While rank 0 makes trunk and token cache alone

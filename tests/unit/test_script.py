@@ -190,9 +190,9 @@ def test_a_script_holds_no_value_of_the_environment(monkeypatch: pytest.MonkeyPa
 def test_without_an_image_the_trainer_is_this_environments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANYTHING", "else")
     given = submission(Path("/runs/mine"))
-    command = given.trainer_command(Path("/c.yaml"))
+    command = given.command("train", "--config", "/c.yaml")
     assert command == ["python", "-m", "job.train", "--config", "/c.yaml"]
-    environment = given.trainer_environment({"RANK": "1"})
+    environment = given.task_environment({"RANK": "1"})
     assert (environment["RANK"], environment["ANYTHING"]) == ("1", "else")
     assert not [name for name in environment if name.startswith("APPTAINERENV_")]
 
@@ -202,7 +202,7 @@ def test_in_an_image_the_trainer_sees_its_folders(monkeypatch: pytest.MonkeyPatc
     own = profile(scratch="$FAST/me")
     binds = ["/data", "/a:/b:ro"]
     given = submission(Path("/runs/mine"), image="/critic.sif", binds=binds, profile=own)
-    command = given.trainer_command(Path("/c.yaml"))
+    command = given.command("train", "--config", "/c.yaml")
     assert command[:2] == ["apptainer", "run"]
     image = command.index("/critic.sif")
     assert command[image:] == ["/critic.sif", "train", "--config", "/c.yaml"]
@@ -218,7 +218,7 @@ def test_in_an_image_the_trainer_gets_its_variables_and_no_others(
     for name in ("CUDA_VISIBLE_DEVICES", "MLFLOW_TRACKING_URI", "SLURM_JOB_ID", "SLURM_NTASKS"):
         monkeypatch.setenv(name, f"its {name}")
     given = submission(Path("/runs/mine"), image="/critic.sif")
-    environment = given.trainer_environment({"RANK": "1", "NCCL_IB_HCA": "mlx5_0,mlx5_1"})
+    environment = given.task_environment({"RANK": "1", "NCCL_IB_HCA": "mlx5_0,mlx5_1"})
     inside = {k: v for k, v in environment.items() if k.startswith("APPTAINERENV_")}
     assert inside["APPTAINERENV_RANK"] == "1"
     assert inside["APPTAINERENV_NCCL_IB_HCA"] == "mlx5_0,mlx5_1"

@@ -1,0 +1,152 @@
+"""The image and the SIF of this checkout, built once for all that goes into them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tools import Missing, NotPackaged, Tools, find_tools, mirror
+
+ROOT = Path(__file__).parents[2]
+BUILD_SECONDS = 3000
+_INPUTS = ("Dockerfile", ".dockerignore", "constraints.txt", "pyproject.toml", "README.md")
+_INPUT_FOLDERS = ("job", "slurm", "configs", "containers")
+_BASE = "debian:bookworm-slim"
+_OWN_BASE = "localhost/critic-test-base:bookworm"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first test that needs the image builds it."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.timeout(BUILD_SECONDS + 600))
+
+
+@dataclass(frozen=True)
+class Built:
+    """What containers/build.sh has left."""
+
+    sif: Path
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return dict(json.loads(Path(f"{self.sif}.json").read_text()))
+
+    @property
+    def contents(self) -> dict[str, Any]:
+        return dict(json.loads(Path(f"{self.sif}.cdx.json").read_text()))
+
+
+@pytest.fixture(scope="session")
+def tools() -> Tools:
+    try:
+        return find_tools()
+    except Missing as missing:
+        here = os.environ.get("CI") == "true" and os.geteuid() == 0
+        if here and Path("/etc/debian_version").exists() and not isinstance(missing, NotPackaged):
+            pytest.fail(f"not to be had: {missing}")
+        pytest.skip(f"not to be had here: {missing}")
+
+
+@pytest.fixture(scope="session")
+def built(tools: Tools) -> Built:
+    folder = tools.folder / "built" / _key()
+    result = Built(folder / "critic.sif")
+    if not (result.sif.exists() and _has_image(tools, result.facts["image"])):
+        _forget_others(tools, folder)
+        folder.mkdir(parents=True)
+        _build(tools, result.sif, _name(folder))
+    return result
+
+
+@pytest.fixture(scope="session")
+def built_again(tools: Tools, built: Built) -> Built:
+    """From nothing, of the same checkout; the image alone, and only what was written about it."""
+    result = Built(built.sif.with_name("again.sif"))
+    if not Path(f"{result.sif}.json").exists():
+        name = f"{_name(result.sif.parent)}-again"
+        _build(tools, result.sif, name, "--image-only", "--no-cache")
+        tools.output("podman", "rmi", name)
+    return result
+
+
+@pytest.fixture(scope="session")
+def image(built: Built) -> str:
+    return str(built.facts["image"])
+
+
+@pytest.fixture(scope="session")
+def sif(built: Built) -> Path:
+    return built.sif
+
+
+def _key() -> str:
+    """Of everything that goes into the image."""
+    files = [ROOT / name for name in _INPUTS]
+    for name in _INPUT_FOLDERS:
+        files += sorted(p for p in (ROOT / name).rglob("*") if p.is_file() and p.suffix != ".pyc")
+    total = hashlib.sha256()
+    for file in files:
+        total.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes() + b"\0")
+    return total.hexdigest()[:16]
+
+
+def _name(folder: Path) -> str:
+    return f"localhost/critic-test:{folder.name}"
+
+
+def _has_image(tools: Tools, image: str) -> bool:
+    return tools.run("podman", "image", "exists", image).returncode == 0
+
+
+def _forget_others(tools: Tools, folder: Path) -> None:
+    """Those of earlier checkouts; layers that are in use stay."""
+    for other in folder.parent.glob("*"):
+        shutil.rmtree(other)
+        tools.run("podman", "rmi", _name(other))
+
+
+def _build(tools: Tools, sif: Path, name: str, *options: str) -> None:
+    command = [ROOT / "containers/build.sh", "--base", _base(tools), "--name", name, "--out", sif]
+    if wheels := _folder_of_torch():
+        command += ["--variant", "cpu", "--find-links", wheels]
+    if certificates := os.environ.get("PIP_CERT"):
+        command += ["--ca", certificates]
+    tools.output(*command, *options, seconds=BUILD_SECONDS)
+
+
+def _base(tools: Tools) -> str:
+    """Debian's own image, or one made of its packages where no registry is in reach."""
+    for name in (_BASE, _OWN_BASE):
+        if _has_image(tools, name):
+            return name
+    if tools.run("podman", "pull", "--quiet", _BASE, seconds=300).returncode == 0:
+        return _BASE
+    archive = tools.folder / "base.tar"
+    left_out = [f"--dpkgopt=path-exclude=/usr/share/{x}/*" for x in ("man", "doc", "locale")]
+    source = f"deb {mirror()} bookworm main"
+    tools.output("mmdebstrap", "--variant=minbase", *left_out, "bookworm", archive, source)
+    tools.output("podman", "import", "--quiet", archive, _OWN_BASE)
+    archive.unlink()
+    return _OWN_BASE
+
+
+def _folder_of_torch() -> str | None:
+    """Where pip here finds a CPU wheel of the pinned torch; None: on its index, if at all."""
+    pinned = re.search(r"^torch==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned is not None
+    asked = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
+    configured = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    for folder in f"{os.environ.get('PIP_FIND_LINKS', '')} {configured}".split():
+        if list(Path(folder).glob(f"torch-{pinned[1]}+cpu-cp311-*.whl")):
+            return folder
+    return None
