@@ -27,6 +27,11 @@ PROJECT = Path(__file__).resolve().parents[1]
 # it has missed.
 _INSIDE = re.compile("(MLFLOW|AWS|CUDA|NCCL|GLOO)_|SLURM_JOB_ID$")
 _DEAF = 'trap "" TERM USR1 USR2; exec "$@"'
+# One that comes a moment before even that ends the task, which is then begun again.
+_AGAIN = (
+    'srun() { local code; until command srun "$@"; do code=$?; '
+    "case $code in 138 | 140 | 143) ;; *) return $code ;; esac; done; }"
+)
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ class Submission:
 
     def _setup(self) -> list[str]:
         here = f'export PYTHONPATH={shlex.quote(str(PROJECT))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
-        return [*self.profile["setup"], here]
+        return [*self.profile["setup"], here, _AGAIN]
 
 
 class _Executor(submitit.SlurmExecutor):

@@ -17,6 +17,7 @@
 
 # setup
 export PYTHONPATH=/PROJECT"${PYTHONPATH:+:$PYTHONPATH}"
+srun() { local code; until command srun "$@"; do code=$?; case $code in 138 | 140 | 143) ;; *) return $code ;; esac; done; }
 
 # command
 export SUBMITIT_EXECUTOR=slurm
