@@ -3,8 +3,8 @@
     python bench/cold_start.py critic.sif --out bench/results/cold_start.json
 
 Apptainer starts a training of two steps on a micro trunk that is there already, as a Slurm task
-would (`--containall`), on CPU. Cold: none of the SIF's pages is in the page cache, as on a node that
-has not run it yet; its file system is this machine's. Warm: right after. Figures are medians.
+would (`--containall`), on CPU. Cold: none of the SIF's pages is in the page cache, as on a node
+that has not run it yet; its file system is this machine's. Warm: right after. Figures are medians.
 """
 
 from __future__ import annotations
