@@ -26,13 +26,14 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* \
  && python3 -m venv /opt/venv
 WORKDIR /build
-COPY constraints.txt ./
+COPY constraints.txt containers/cuda13.txt ./
 # pip reads these from its environment. FIND_LINKS: a folder or page of wheels.
 ARG FIND_LINKS=/wheels
+ARG CONSTRAINTS="constraints.txt cuda13.txt"
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ENV PIP_FIND_LINKS=${FIND_LINKS} \
-    PIP_CONSTRAINT=/build/constraints.txt \
+    PIP_CONSTRAINT=${CONSTRAINTS} \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 # Which build of torch: with `torch` alone the constraint's, as the index has it.
 ARG TORCH=torch

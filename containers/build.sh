@@ -105,6 +105,10 @@ torch=$(grep '^torch==' constraints.txt) || fail "constraints.txt pins no torch"
 
 say "image $name: version $version, commit $commit, $torch ($variant), with $engine"
 set -- --build-arg "TORCH=$torch" --build-arg "VERSION=$version" --build-arg "COMMIT=$commit"
+case $variant in
+cuda | cpu) ;;
+*) set -- "$@" --build-arg CONSTRAINTS=constraints.txt ;;
+esac
 [ $cache = yes ] || set -- "$@" --no-cache
 [ -z "$base" ] || set -- "$@" --build-arg "BASE=$base"
 [ -z "$wheels" ] || set -- "$@" --build-context "wheels=$wheels"

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
+from built import Built
 from tools import Missing, NotPackaged, Tools, find_tools, mirror
 
 ROOT = Path(__file__).parents[2]
 BUILD_SECONDS = 3000
 _INPUTS = ("Dockerfile", ".dockerignore", "constraints.txt", "pyproject.toml", "README.md")
 _INPUT_FOLDERS = ("job", "slurm", "configs", "containers")
+_FREE_BYTES = 30_000_000_000
 _BASE = "debian:bookworm-slim"
 _OWN_BASE = "localhost/critic-test-base:bookworm"
 
@@ -29,21 +28,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.timeout(BUILD_SECONDS + 600))
-
-
-@dataclass(frozen=True)
-class Built:
-    """What containers/build.sh has left."""
-
-    sif: Path
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return dict(json.loads(Path(f"{self.sif}.json").read_text()))
-
-    @property
-    def contents(self) -> dict[str, Any]:
-        return dict(json.loads(Path(f"{self.sif}.cdx.json").read_text()))
 
 
 @pytest.fixture(scope="session")
@@ -73,9 +57,8 @@ def built_again(tools: Tools, built: Built) -> Built:
     """From nothing, of the same checkout; the image alone, and only what was written about it."""
     result = Built(built.sif.with_name("again.sif"))
     if not Path(f"{result.sif}.json").exists():
-        name = f"{_name(result.sif.parent)}-again"
-        _build(tools, result.sif, name, "--image-only", "--no-cache")
-        tools.output("podman", "rmi", name)
+        with tools.with_another_storage() as others:
+            _build(others, result.sif, "critic-test-again", "--image-only", "--no-cache")
     return result
 
 
@@ -109,10 +92,12 @@ def _has_image(tools: Tools, image: str) -> bool:
 
 
 def _forget_others(tools: Tools, folder: Path) -> None:
-    """Those of earlier checkouts; layers that are in use stay."""
+    """What was built of other checkouts; layers to build on go only where disk is short."""
     for other in folder.parent.glob("*"):
         shutil.rmtree(other)
-        tools.run("podman", "rmi", _name(other))
+        tools.run("podman", "rmi", "--force", _name(other))
+    if shutil.disk_usage(tools.folder).free < _FREE_BYTES:
+        tools.run("podman", "image", "prune", "--force")
 
 
 def _build(tools: Tools, sif: Path, name: str, *options: str) -> None:

@@ -95,3 +95,6 @@ def test_a_variant_names_its_build_of_torch(checkout: Path) -> None:
     torch = next(x for x in (checkout / "constraints.txt").read_text().split() if "torch==" in x)
     assert f"TORCH={torch} " in _said(checkout, "--image-only")
     assert f"TORCH={torch}+cpu " in _said(checkout, "--image-only", "--variant", "cpu")
+    older = _said(checkout, "--image-only", "--variant", "cu126")
+    assert f"TORCH={torch}+cu126 " in older
+    assert "CONSTRAINTS=constraints.txt " in older  # without those of CUDA 13

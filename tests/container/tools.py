@@ -41,8 +41,10 @@ events_logger = "file"
 _STORAGE_CONF = """
 [storage]
 driver = "overlay"
-graphroot = "{folder}/storage"
-runroot = "{folder}/run"
+graphroot = "{folder}/{name}"
+runroot = "{folder}/run-{name}"
+[storage.options]
+additionalimagestores = [{others}]
 """
 
 
@@ -88,6 +90,18 @@ class Tools:
         assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stderr[-4000:]}"
         return done.stdout
 
+    @contextmanager
+    def with_another_storage(self) -> Iterator[Tools]:
+        """The same tools, which see the images here and leave none."""
+        config = _storage(self.folder, "another", f'"{self.folder}/storage"')
+        other = Tools(self.folder, {**self.environment, "CONTAINERS_STORAGE_CONF": config})
+        try:
+            yield other
+        finally:
+            other.run("podman", "rmi", "--all", "--force")
+            for name in ("another", "run-another"):
+                shutil.rmtree(self.folder / name)
+
 
 def find_tools() -> Tools:
     """Raises: Missing."""
@@ -99,9 +113,7 @@ def find_tools() -> Tools:
         _give_root_subordinate_ids()
         settings = {
             "CONTAINERS_CONF": _written(folder / "containers.conf", _CONTAINERS_CONF),
-            "CONTAINERS_STORAGE_CONF": _written(
-                folder / "storage.conf", _STORAGE_CONF.format(folder=folder)
-            ),
+            "CONTAINERS_STORAGE_CONF": _storage(folder, "storage"),
             "APPTAINER_CACHEDIR": str(folder / "apptainer-cache"),
             # by a namespace: a root that lacks a capability, as in a container, needs it
             "APPTAINER_USERNS": "1",
@@ -110,6 +122,11 @@ def find_tools() -> Tools:
     # what a developer has set for the outside must not reach the inside
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("APPTAINER", "SINGULARITY"))}
     return Tools(folder, kept | settings)
+
+
+def _storage(folder: Path, name: str, others: str = "") -> str:
+    text = _STORAGE_CONF.format(folder=folder, name=name, others=others)
+    return _written(folder / f"{name}.conf", text)
 
 
 @contextmanager
