@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -58,14 +60,68 @@ class Submitted:
         lines = (self.path / "slurm" / "events.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
+    def command(self, name: str, *options: str) -> subprocess.CompletedProcess[str]:
+        """A subcommand of submit.py on this run; `--resume` is one too."""
+        return submit(self.lab, name, str(self.path), *options, cwd=self.path.parents[1])
+
+    @property
+    def attempts(self) -> list[Path]:
+        """The folders of its starts on nodes, the oldest first."""
+        folders = (self.path / "slurm" / "attempts").glob("*")
+        return sorted(folders, key=lambda folder: [int(part) for part in folder.name.split("-")])
+
+    @property
+    def queue(self) -> str:
+        """Its job's state and reason as squeue shows them; empty if it is not there."""
+        return self.lab.run("squeue", "-h", "-j", self.job_id, "-o", "%T %r", check=False).strip()
+
+    def trainers(self) -> dict[int, dict[str, str]]:
+        """The environments of its trainers that run now, by process id."""
+        config = str(self.path / "slurm" / "config.yaml").encode()
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                command = (folder / "cmdline").read_bytes().split(b"\0")
+                if config in command and b"job.train" in command:
+                    pairs = (folder / "environ").read_text(errors="replace").split("\0")
+                    found[int(folder.name)] = dict(p.split("=", 1) for p in pairs if "=" in p)
+        return found
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to its trainers alone, as Slurm would not."""
+        for pid in self.trainers():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def freeze_when(self, condition: Callable[[], object], what: str, seconds: float = 90) -> None:
+        """Halt its trainers (until SIGCONT, which Slurm sends too) while `condition` holds."""
+        limit = time.monotonic() + seconds
+        while True:
+            left = limit - time.monotonic()
+            self.wait_until(condition, what, left, poll=0.002)
+            self.send(signal.SIGSTOP)
+            time.sleep(0.05)  # what a thread has begun in the kernel ends first
+            if condition():
+                return
+            self.send(signal.SIGCONT)
+
+    def freeze_at(self, step: int) -> None:
+        self.freeze_when(lambda: self.results.step >= step, f"step {step}")
+
     def count(self, event: str) -> int:
         return sum(one["event"] == event for one in self.events)
 
-    def wait_until(self, condition: Callable[[], object], what: str, seconds: float = 90) -> None:
+    def wait_until(
+        self,
+        condition: Callable[[], object],
+        what: str,
+        seconds: float = 90,
+        poll: float = _POLL_SECONDS,
+    ) -> None:
         limit = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < limit, f"{seconds:.0f} s without: {what}\n{self.describe()}"
-            time.sleep(_POLL_SECONDS)
+            time.sleep(poll)
 
     def wait_for_step(self, step: int, seconds: float = 90) -> None:
         self.wait_until(lambda: self.results.step >= step, f"step {step}", seconds)
@@ -120,12 +176,24 @@ class ClusterJob:
         OmegaConf.save(content, file)
         return str(file)
 
-    def submit(self, *options: str, settings: tuple[str, ...] = (), **profile: Any) -> Submitted:
-        """Submit a run (or a sweep: then the path is its folder)."""
+    def arguments(
+        self, *options: str, settings: tuple[str, ...] = (), **profile: Any
+    ) -> tuple[str, ...]:
+        """What submit.py is told."""
         options = (*options, "--config", "critic.yaml", "--cluster", self.profile(**profile))
-        overrides = ("--override", *self.micro.settings, *settings)
-        done = submit(self.lab, *options, "--json", *overrides, cwd=self.folder)
-        assert done.returncode == 0, done.stderr
+        return (*options, "--json", "--override", *self.micro.settings, *settings)
+
+    def submit(
+        self,
+        *options: str,
+        settings: tuple[str, ...] = (),
+        environment: Mapping[str, str] | None = None,
+        **profile: Any,
+    ) -> Submitted:
+        """Submit a run (or a sweep: then the path is its folder)."""
+        arguments = self.arguments(*options, settings=settings, **profile)
+        done = submit(self.lab, *arguments, cwd=self.folder, environment=environment)
+        assert done.returncode == 0, done.stderr + done.stdout
         return Submitted(self.lab, Path(json.loads(done.stdout)["run"]))
 
     def preempt(self, seconds: float = 1, nodes: int = 2) -> None:
