@@ -11,7 +11,7 @@ help:
 	@echo "make run        train the local critics (N=0 and N=2) and compare them: no GPU, minutes"
 	@echo "make test       lint, types and all tests"
 	@echo "make test-fast  the fast tests only"
-	@echo "make soak       kill one run 40 times; it must end as if nothing had happened"
+	@echo "make soak       kill one run 40 times, interrupt one on Slurm 25 times: nothing is lost"
 	@echo "make clean      remove the virtual environment; runs/ stays"
 
 run: $(RUN_SET_UP)
@@ -26,6 +26,7 @@ test-fast: $(TEST_SET_UP)
 
 soak: $(TEST_SET_UP)
 	SOAK_KILLS=40 $(BIN)/python -m pytest --timeout 7200 -q -k kill tests/distributed/test_resume.py
+	SOAK_INTERRUPTIONS=25 $(BIN)/python -m pytest --timeout 7200 -q -k many_interruptions tests/cluster
 
 lint: $(TEST_SET_UP)
 	$(BIN)/ruff check .

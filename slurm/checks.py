@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from job.config import CriticConfig
-from job.model.architecture import TransformerConfig, read_architecture
+from job.model.architecture import read_architecture
 from job.model.parameters import (
     ParameterCounts,
     checkpoint_bytes,
@@ -21,9 +23,9 @@ from job.model.parameters import (
 from job.outcome import InputError
 from slurm import scheduler
 from slurm.plan import Plan, Run, inputs
-from slurm.scheduler import ControllerAway, Refused
+from slurm.scheduler import ControllerAway, Partition, Refused
 from slurm.status import newest_values
-from slurm.submission import script
+from slurm.submission import PROJECT, script
 
 # Folders that each machine has for itself, almost everywhere.
 _LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
@@ -45,8 +47,9 @@ def check(plan: Plan) -> Iterator[Check]:
     """Every finding; those that hold for all runs of a sweep come once."""
     for run in plan.runs[:1]:
         yield from _inputs(plan, run)
+    partition = _partition(plan)
     for run in plan.runs:
-        yield from _model(plan, run)
+        yield from _model(plan, run, partition)
     yield from _resources(plan)
     yield from _scheduler(plan)
 
@@ -66,9 +69,46 @@ def _inputs(plan: Plan, run: Run) -> Iterator[Check]:
     if local:
         text = f"{', '.join(local)}: under {' or '.join(_LOCAL)}, which compute nodes do not share"
         yield Check("shared files", "warning", text)
+    yield _caches(run)
+    if plan.submission.image is not None and not missing:
+        yield _image(plan.submission.image)
 
 
-def _model(plan: Plan, run: Run) -> Iterator[Check]:
+def _image(image: str) -> Check:
+    """Whether the image holds what the checkout holds; the supervisor comes from the checkout."""
+    try:
+        inspected = _output("apptainer", "inspect", "--json", image)
+        labels = json.loads(inspected)["data"]["attributes"]["labels"]
+        built = labels["org.opencontainers.image.revision"]
+        here = _output("git", "-C", str(PROJECT), "rev-parse", "HEAD").strip()
+        changed = _output("git", "-C", str(PROJECT), "status", "--porcelain", "--", "job", "slurm")
+    except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
+        return Check("image", "not checked", f"its commit is not known here: {error}")
+    if built == here and not changed:
+        return Check("image", "ok", f"built from this commit, {here[:12]}")
+    edited = ", edited" if changed else ""
+    text = (
+        f"built from {built[:12]}, and this checkout is {here[:12]}{edited}: the image's is trained"
+    )
+    return Check("image", "warning", text)
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    return done.stdout
+
+
+def _caches(run: Run) -> Check:
+    """Free space for the tokens: four bytes for each, of at least two characters or so."""
+    data = [path for key, path in inputs(run.config) if key.startswith("data.")]
+    needed = 2 * sum(path.stat().st_size for path in data if path.exists())
+    folder = Path(run.config.data.cache_dir).absolute()
+    free = shutil.disk_usage(_existing(folder)).free
+    text = f"{free / 1e9:,.0f} GB free at {folder}, at most {needed / 1e9:.1f} GB needed"
+    return Check("disk for caches", "ok" if free > needed else "error", text)
+
+
+def _model(plan: Plan, run: Run, partition: Partition | None) -> Iterator[Check]:
     """Memory, disk and interruptions, as far as they follow from the architecture."""
     config, name = run.config, f"N={run.config.training.num_unfrozen_layers}"
     if config.model.recipe is not None and not Path(config.model.path, "params.json").exists():
@@ -83,7 +123,7 @@ def _model(plan: Plan, run: Run) -> Iterator[Check]:
     counts = count_parameters(architecture, config.training.num_unfrozen_layers)
     yield _memory(plan, config, counts)
     yield _disk(run, counts)
-    yield from _interruptions(plan, run, architecture, counts)
+    yield from _interruptions(plan, run, partition, counts)
 
 
 def _memory(plan: Plan, config: CriticConfig, counts: ParameterCounts) -> Check:
@@ -96,6 +136,8 @@ def _memory(plan: Plan, config: CriticConfig, counts: ParameterCounts) -> Check:
         f"{counts.trainable:,} of {counts.total:,} parameters trained; weights, gradients and "
         f"optimizer {least / 1e9:.1f} GB of a GPU's {memory / 1e9:.1f} GB, before activations"
     )
+    if not memory:
+        return Check(name, "not checked", "the profile's GPUs are pretended")
     if least < memory:
         return Check(name, "ok" if least < 0.8 * memory else "warning", text)
     return Check(name, "error", f"{text}: unfreeze fewer blocks, or take more GPUs")
@@ -118,7 +160,7 @@ def _existing(path: Path) -> Path:
 
 
 def _interruptions(
-    plan: Plan, run: Run, architecture: TransformerConfig, counts: ParameterCounts
+    plan: Plan, run: Run, partition: Partition | None, counts: ParameterCounts
 ) -> Iterator[Check]:
     """Whether the time between a warning and the end covers a step and a save."""
     save = checkpoint_bytes(counts) / _WRITE_BYTES_PER_SECOND
@@ -129,11 +171,7 @@ def _interruptions(
     if step + save > delay:
         text = f"{needed} take longer than signal_delay_seconds, {delay}: at the time limit {lost}"
         yield Check(name, "warning", text)
-    try:
-        partition = scheduler.show_partition(plan.submission.profile["partition"])
-    except (ControllerAway, Refused):
-        return  # said elsewhere
-    if partition.preempt_mode == "OFF":
+    if partition is None or partition.preempt_mode == "OFF":
         return
     if step + save > partition.grace_seconds:
         text = f"partition {partition.name} gives {partition.grace_seconds} s when it preempts"
@@ -141,6 +179,14 @@ def _interruptions(
     else:
         text = f"partition {partition.name}: {partition.grace_seconds} s for {needed}"
         yield Check(name, "ok", text)
+
+
+def _partition(plan: Plan) -> Partition | None:
+    """The partition, if Slurm can be asked; if not, that is said elsewhere."""
+    try:
+        return scheduler.show_partition(plan.submission.profile["partition"])
+    except (ControllerAway, Refused):
+        return None
 
 
 def _step_seconds(plan: Plan, run: Run, counts: ParameterCounts) -> tuple[float, str]:

@@ -22,14 +22,14 @@ _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?$")
 class GpuProfile:
     """The GPUs of a node."""
 
-    memory_gb: float = MISSING  # of one GPU, 1e9 bytes
+    memory_gb: float = MISSING  # of one GPU, 1e9 bytes; 0: there are none, it is pretended
     per_node: int = MISSING
     type: str | None = None  # Slurm's name for it, a100 for instance; default: any
 
 
 @dataclass
 class ClusterProfile:
-    """One site. Memory in GB of 1e9 bytes, times as sbatch writes them unless in seconds."""
+    """One site. Times are as sbatch writes them unless in seconds."""
 
     gpu: GpuProfile = field(default_factory=GpuProfile)
     partition: str | None = None
@@ -38,7 +38,7 @@ class ClusterProfile:
     constraint: str | None = None
     time: str = "24:00:00"
     cpus_per_gpu: int = 8
-    memory_per_gpu_gb: int = 100
+    memory_per_gpu_gb: int = 100  # of the host, in Slurm's G: 2**30 bytes
     image: str | None = None  # critic.sif; without one the trainer runs in this environment
     binds: list[str] = field(default_factory=list)  # paths that every container sees
     scratch: str | None = None  # node-local folder for caches
@@ -46,6 +46,7 @@ class ClusterProfile:
     environment: dict[str, str] = field(default_factory=dict)  # NCCL's settings for instance
     signal_delay_seconds: int = 120  # between Slurm's warning and the time limit
     max_attempts: int = 10  # in a row without progress
+    preflight: bool = True  # look at nodes, GPUs and links before each attempt, some seconds
 
 
 def load_profile(name: str) -> ClusterProfile:
@@ -87,7 +88,7 @@ def _impossible(profile: ClusterProfile) -> Iterator[str]:
             yield f"{name}: {getattr(profile, name)} is below 1"
     if profile.gpu.per_node < 1:
         yield f"gpu.per_node: {profile.gpu.per_node} is below 1"
-    if profile.gpu.memory_gb <= 0:
-        yield f"gpu.memory_gb: {profile.gpu.memory_gb:g} is not above 0"
+    if profile.gpu.memory_gb < 0:
+        yield f"gpu.memory_gb: {profile.gpu.memory_gb:g} is below 0"
     if not _TIME.match(profile.time):
         yield f"time: {profile.time!r} is no time as sbatch reads it, 24:00:00 for instance"

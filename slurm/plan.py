@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 
 import yaml
 
-from job.config import CriticConfig, load_config, to_dict
+from job.config import EMBEDDED, CriticConfig, load_config, to_dict
 from job.outcome import InputError
-from slurm.cluster import load_profile, time_limit_seconds
+from slurm.cluster import load_profile
 from slurm.record import Record
 from slurm.submission import PROJECT, Submission, load
 
 CONFIGS = PROJECT / "configs" / "critic"
+STANDARD_CLUSTER = "a100-80gb"
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,16 @@ def make_plan(options: argparse.Namespace) -> Plan:
     """
     if options.resume is not None:
         return _plan_to_resume(options)
-    gpus, nodes = options.gpus or 1, options.nodes or 1
+    gpus, nodes = _asked(options.gpus, 1), _asked(options.nodes, 1)
     standard = CONFIGS / f"critic_{'1' if gpus * nodes == 1 else '4'}gpu.yaml"
     file = Path(options.config or standard)
     runs = _planned_runs(file, options)
     folder = runs[0].folder if len(runs) == 1 else runs[0].folder.parent
-    profile = load_profile(options.cluster or "a100-80gb")
+    cluster = options.cluster or STANDARD_CLUSTER
+    profile = load_profile(cluster)
     asked = {"time": options.time} if options.time else {}
     submission = Submission(
-        cluster=options.cluster or "a100-80gb",
+        cluster=cluster,
         profile=asdict(profile) | asked,
         gpus=gpus,
         nodes=nodes,
@@ -99,13 +102,22 @@ def _planned_run(
     if by_hand and sweep is not None:
         raise InputError("--override run.dir=...: a sweep's runs need one each; use --name")
     if by_hand:
-        return Run(Path(config.run.dir).absolute(), config)
+        return Run(Path(config.run.dir).absolute(), _with_whole_paths(config))
     parent, name = Path(config.run.dir).absolute().parent, options.name or config.run.name
     folder = _unused(parent / f"{sweep or name}-{stamp}")
     run = folder / f"n{n}" if sweep else folder
-    unique = f"{folder.name}-n{n}" if sweep else folder.name
-    names = [f"run.name={unique}", f"run.dir={run}"]
-    return Run(run, load_config(CriticConfig, file, [*asked, *names]))
+    config.run.name = f"{folder.name}-n{n}" if sweep else folder.name
+    config.run.dir = str(run)
+    return Run(run, _with_whole_paths(config))
+
+
+def _with_whole_paths(config: CriticConfig) -> CriticConfig:
+    """Paths that mean the same from everywhere: on a node, in a container, when resumed."""
+    for section, key in (*_INPUTS, ("data", "cache_dir"), ("run", "dir")):
+        value = getattr(getattr(config, section), key)
+        if value is not None and value != EMBEDDED:
+            setattr(getattr(config, section), key, str(Path(value).absolute()))
+    return config
 
 
 def _unused(folder: Path) -> Path:
@@ -120,31 +132,36 @@ def _plan_to_resume(options: argparse.Namespace) -> Plan:
     if refused:
         raise InputError(f"--resume goes on with the run's own configuration, not {refused[0]}")
     before = load(record)
-    run = Run(record.run, load_config(CriticConfig, record.config, options.override))
+    config = load_config(CriticConfig, record.config, options.override)
+    run = Run(record.run, _with_whole_paths(config))
     asked = {"time": options.time} if options.time else {}
     cluster = options.cluster or before.cluster
     profile = asdict(load_profile(cluster)) if options.cluster else before.profile
     submission = Submission(
         cluster=cluster,
         profile=profile | asked,
-        gpus=options.gpus or before.gpus,
-        nodes=options.nodes or before.nodes,
+        gpus=_asked(options.gpus, before.gpus),
+        nodes=_asked(options.nodes, before.nodes),
         name=record.run.name,
         folder=str(record.folder),
         cwd=before.cwd,
-        image=_image(options.image, before.image),
+        image=_image(options.image, profile["image"] if options.cluster else before.image),
         binds=_binds([run], profile["binds"]),
         after=_after(options.after),
     )
     return Plan(_checked(submission), [run], resumes=True)
 
 
+def _asked(number: int | None, default: int) -> int:
+    return default if number is None else number
+
+
 def _checked(submission: Submission) -> Submission:
     if submission.gpus < 1 or submission.nodes < 1:
         raise InputError("--gpus and --nodes: at least one")
     seconds, delay = submission.time_seconds, submission.signal_delay_seconds
-    if seconds != seconds or time_limit_seconds(submission.profile["time"]) == float("inf"):
-        raise InputError(f"--time {submission.profile['time']}: no time as sbatch reads it")
+    if math.isinf(seconds):
+        raise InputError(f"--time {submission.profile['time']}: write hours:minutes:seconds")
     if seconds <= delay:
         raise InputError(
             f"--time {submission.profile['time']}: Slurm's warning comes {delay} s before the end "
@@ -172,25 +189,32 @@ def _binds(runs: list[Run], of_profile: list[str]) -> list[str]:
     """Folders that a container must see: the profile's, and those of the configuration's files."""
     needed = {Path.cwd(), *(run.folder.parent for run in runs)}
     for run in runs:
-        needed |= {path if path.is_dir() else path.parent for _, path in inputs(run.config)}
-    needed |= {Path(run.config.data.cache_dir).absolute().parent for run in runs}
+        named = [path for _, path in inputs(run.config)]
+        for path in (*named, *(path.resolve() for path in named)):  # links and what they lead to
+            needed.add(path if path.is_dir() else path.parent)
+        needed |= {Path(run.config.data.cache_dir).parent}
+        if run.config.model.recipe is not None:
+            needed.add(Path(run.config.model.path).parent)
     given = {Path(path) for path in of_profile}
     roots = [path for path in sorted(needed) if not any(path.is_relative_to(g) for g in given)]
     outer = [p for p in roots if not any(p != q and p.is_relative_to(q) for q in roots)]
     return [*of_profile, *map(str, outer)]
 
 
+_INPUTS = (
+    *(("model", key) for key in ("path", "recipe", "init_from")),
+    ("tokenizer", "path"),
+    *(("data", key) for key in ("train", "validation")),
+)
+
+
 def inputs(config: CriticConfig) -> list[tuple[str, Path]]:
     """The files and folders that a configuration names, with their keys."""
-    named = {
-        "model.path": config.model.path if config.model.recipe is None else None,
-        "model.recipe": config.model.recipe,
-        "model.init_from": config.model.init_from,
-        "tokenizer.path": config.tokenizer.path,
-        "data.train": config.data.train if config.data.train != "embedded" else None,
-        "data.validation": config.data.validation if config.data.train != "embedded" else None,
-    }
-    return [(key, Path(path).absolute()) for key, path in named.items() if path is not None]
+    named = {f"{s}.{key}": getattr(getattr(config, s), key) for s, key in _INPUTS}
+    if config.model.recipe is not None:
+        named.pop("model.path")  # it is made
+    there = {key: path for key, path in named.items() if path not in (None, EMBEDDED)}
+    return [(key, Path(path)) for key, path in there.items()]
 
 
 def write_config(run: Run) -> None:

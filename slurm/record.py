@@ -60,13 +60,25 @@ class Record:
             raise InputError(f"{run}: no run that submit.py has submitted: no {record.submission}")
         return record
 
+    @property
+    def prepared(self) -> tuple[Path, ...]:
+        """What a submission writes, and takes back if it fails."""
+        names = ("status.json", "events.jsonl")
+        return self.config, self.submission, self.cancelled, *(self.folder / n for n in names)
+
     def status(self) -> dict[str, Any]:
         """The job's own state; empty if there is none."""
         return _read(self.folder / "status.json")
 
     def set_status(self, **changes: Any) -> None:
-        """Change some entries of the job's own state."""
-        self.start_status(**self.status() | changes)
+        """Change some entries of the job's own state.
+
+        Raises:
+            OSError: the rest cannot be read, and would be lost.
+        """
+        file = self.folder / "status.json"
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        self.start_status(**before | changes)
 
     def start_status(self, **entries: Any) -> None:
         """The job's own state from now on."""

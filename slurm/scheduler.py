@@ -18,13 +18,13 @@ _PATIENCE_SECONDS = 120  # a client gives up by itself within a minute
 AWAY = re.compile(
     "Unable to contact slurm controller|Connection refused|Socket timed out|Zero Bytes|"
     "Communication connection failure|Transport endpoint|backup controller in standby|"
-    "configuration source",
+    "configuration (source|file)",
     re.IGNORECASE,
 )
 _UNKNOWN = re.compile("Invalid job id", re.IGNORECASE)
 _MISSING = ("", "None", "(null)", "N/A", "Unknown")
 # What Slurm tells of the job that a command runs in; a new job must not inherit it.
-_OF_A_JOB = re.compile("(SLURM|SLURMD|SRUN|SBATCH|SALLOC|PMI)_|SLURMD_NODENAME")
+_OF_A_JOB = re.compile("(SLURM|SLURMD|SRUN|SBATCH|SALLOC|PMI)_")
 _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
 
 
@@ -75,8 +75,8 @@ class Partition:
     preempt_mode: str
 
 
-def client(*command: str) -> str:
-    """What a client command prints.
+def client(*command: str, stdin: str = "") -> str:
+    """What a client command prints, to stderr if to nothing else.
 
     Raises:
         ControllerAway: it is not installed, or no controller answers.
@@ -85,6 +85,7 @@ def client(*command: str) -> str:
     try:
         done = subprocess.run(
             command,
+            input=stdin,
             capture_output=True,
             text=True,
             timeout=_PATIENCE_SECONDS,
@@ -98,18 +99,23 @@ def client(*command: str) -> str:
     except subprocess.TimeoutExpired:
         raise ControllerAway(f"{command[0]}: no answer in {_PATIENCE_SECONDS} s") from None
     if done.returncode == 0:
-        return done.stdout
+        return done.stdout or done.stderr
+    if done.returncode < 0:
+        raise ControllerAway(f"{command[0]}: killed by signal {-done.returncode}")
     text = (done.stderr.strip() or done.stdout.strip()).removeprefix(f"{command[0]}: error: ")
     raise ControllerAway(f"{command[0]}: {text}") if AWAY.search(text) else Refused(text)
 
 
 def _not_stopped() -> None:
     # Slurm signals all processes of a step, and a request that is cut in two helps nobody
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def outside_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment without what Slurm has set for the job that this process may be part of."""
+    if "SLURM_JOB_ID" not in environment:
+        return dict(environment)
     return {k: v for k, v in environment.items() if k in _KEPT or not _OF_A_JOB.match(k)}
 
 
@@ -197,11 +203,28 @@ def requeue(job_id: str) -> None:
 
 
 def exclude_node(job_id: str, node: str) -> None:
-    """Keep a waiting job from a node, besides those that it avoids already."""
+    """Keep a waiting job from a node, besides those that it avoids already.
+
+    Where no other node would be left, Slurm would let it wait for ever: then it avoids this one
+    alone, or none.
+    """
     text = client("scontrol", "show", "job", "-o", job_id)
     before = _fields(text.partition("\n")[0]).get("ExcNodeList", "")
-    nodes = node if before in _MISSING else f"{before},{node}"
+    script = client("scontrol", "write", "batch_script", job_id, "-")
+    wanted = [node] if before in _MISSING else [f"{before},{node}", node]
+    nodes = next((nodes for nodes in wanted if _leaves_others(script, nodes)), "")
     client("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={nodes}")
+
+
+def _leaves_others(script: str, excluded: str) -> bool:
+    """Whether a job could run without these nodes; they are given the benefit of the doubt."""
+    try:
+        client("sbatch", "--test-only", f"--exclude={excluded}", stdin=script)
+    except ControllerAway:
+        return True
+    except Refused:
+        return False
+    return True
 
 
 def cancel(job_id: str) -> None:
@@ -236,13 +259,4 @@ def expected_start(script: Path) -> str:
         ControllerAway: it cannot be asked.
         Refused: it would not take the job.
     """
-    command = ["sbatch", "--test-only", str(script)]
-    env = outside_environment(os.environ)
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
-    except FileNotFoundError:
-        raise ControllerAway("sbatch is not installed here") from None
-    text = done.stderr.strip().removeprefix("sbatch: ")
-    if done.returncode == 0:
-        return text
-    raise ControllerAway(text) if AWAY.search(text) else Refused(text)
+    return client("sbatch", "--test-only", str(script)).strip().removeprefix("sbatch: ")

@@ -71,6 +71,8 @@ def standing(run: Path | str) -> Standing:
     state, reason = str(status.get("state", "pending")), "Slurm has not given it an id yet"
     if job_id is not None:
         state, reason = combine(status, job, away, time.time())
+    if state == "lost" and record.cancelled.exists():
+        state, reason = "cancelled", "cancelled by submit.py"
     metrics, telemetry = (
         newest_values(record.run / f"{n}.jsonl") for n in ("metrics", "telemetry")
     )
@@ -116,10 +118,12 @@ def combine(
         return "pending", f"{_why_waiting(job)}{'; ' + reason if reason else ''}"
     if job.active:
         return "running", _silence(status, job, now)
-    if job.state == "CANCELLED":
-        return "cancelled", "cancelled by scancel"
     if job.completing:
         return "running", "ending"
+    if job.state == "CANCELLED":
+        unmet = job.reason == "DependencyNeverSatisfied"
+        why = "the job before it, --after, has not ended well" if unmet else "cancelled by scancel"
+        return "cancelled", why
     return "failed", f"its job has ended as {job.state} without a word: see the logs"
 
 
@@ -129,6 +133,8 @@ def _why_waiting(job: Job) -> str:
 
 def _silence(status: Mapping[str, Any], job: Job, now: float) -> str | None:
     """A warning where the job should have been heard of."""
+    if job.state != "RUNNING":
+        return job.state.lower()
     heard = float(status.get("heartbeat") or job.start or now)
     if now - max(heard, job.start or 0) > SILENT_SECONDS:
         return f"not heard of for {now - heard:.0f} s: its node may be dead"
@@ -170,6 +176,9 @@ def newest_values(file: Path) -> dict[str, Any]:
         return {}
     merged: dict[str, Any] = {}
     for line in lines:
-        if line.startswith(b"{") and line.endswith(b"}\n"):
-            merged |= json.loads(line)
+        try:
+            values = json.loads(line)
+        except ValueError:  # cut off at the beginning, or being written
+            continue
+        merged |= values if isinstance(values, dict) else {}
     return merged

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +25,13 @@ from slurm.scheduler import AWAY, ControllerAway, Refused, outside_of_jobs
 PROJECT = Path(__file__).resolve().parents[1]
 # Until Python has handlers of its own a signal would end the task; the supervisor asks Slurm what
 # it has missed.
+_INSIDE = re.compile("(MLFLOW|AWS|CUDA|NCCL|GLOO)_|SLURM_JOB_ID$")
 _DEAF = 'trap "" TERM USR1 USR2; exec "$@"'
+# One that comes a moment before even that ends the task, which is then begun again.
+_AGAIN = (
+    'srun() { local code; until command srun "$@"; do code=$?; '
+    "case $code in 138 | 140 | 143) ;; *) return $code ;; esac; done; }"
+)
 
 
 @dataclass(frozen=True)
@@ -65,15 +74,29 @@ class Submission:
         """The same for a run that is submitted once more by itself."""
         return replace(self, after=None)
 
-    def trainer_command(self, config: Path, environment: Mapping[str, str]) -> list[str]:
-        """How a task starts its trainer, with `environment` where a container drops its own."""
-        train = ["--config", str(config)]
+    def preflight_command(self, config: str, gpus: int) -> list[str]:
+        """How a task looks at its node before it trains; `gpus` of it are the job's."""
+        there = gpus if self.profile["gpu"]["memory_gb"] else 0
+        scratch = ["--scratch", os.path.expandvars(self.scratch)] if self.scratch else []
+        return self.command("preflight", "--config", config, "--gpus", str(there), *scratch)
+
+    def command(self, name: str, *arguments: str) -> list[str]:
+        """How a task starts a command of the job."""
         if self.image is None:
-            return [self.python, "-m", "job.train", *train]
-        binds = [option for path in self.binds for option in ("--bind", path)]
-        given = [option for k, v in environment.items() for option in ("--env", f"{k}={v}")]
-        inside = ["--nv", "--containall", "--pwd", self.cwd, *binds, *given]
-        return ["apptainer", "run", *inside, self.image, "train", *train]
+            return [self.python, "-m", f"job.{name}", *arguments]
+        paths = [*self.binds, *filter(None, [self.scratch])]
+        binds = [option for path in paths for option in ("--bind", os.path.expandvars(path))]
+        inside = ["--nv", "--containall", "--pwd", self.cwd, *binds]
+        return ["apptainer", "run", *inside, self.image, name, *arguments]
+
+    def task_environment(self, given: Mapping[str, str]) -> dict[str, str]:
+        """This task's environment with `given`, and what of it a container lets in."""
+        everything = os.environ | dict(given)
+        if self.image is None:
+            return everything
+        inside = {k: v for k, v in everything.items() if k in given or _INSIDE.match(k)}
+        # not --env, which takes a comma for a separator
+        return everything | {f"APPTAINERENV_{key}": value for key, value in inside.items()}
 
     def parameters(self) -> dict[str, Any]:
         """The parameters of submitit's executor."""
@@ -90,7 +113,6 @@ class Submission:
             "dependency": f"afterok:{self.after}" if self.after else None,
             "setup": self._setup(),
             "stderr_to_stdout": True,
-            "wckey": None,
             # srun of Slurm 22.05 and later does not take the CPUs of a task from sbatch
             "srun_args": [
                 f"--cpus-per-task={profile['cpus_per_gpu']}",
@@ -102,13 +124,12 @@ class Submission:
             "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes"},
         }
         wanted |= {key: profile[key] for key in ("partition", "account", "qos", "constraint")}
-        return {key: value for key, value in wanted.items() if value is not None} | {"wckey": None}
+        given = {key: value for key, value in wanted.items() if value is not None}
+        return given | {"wckey": None}  # submitit's own default, which sites may refuse
 
     def _setup(self) -> list[str]:
-        path = shlex.quote(str(PROJECT))
-        exports = [f"export {k}={shlex.quote(v)}" for k, v in self.environment.items()]
-        here = f'export PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"'
-        return [*self.profile["setup"], *exports, here]
+        here = f'export PYTHONPATH={shlex.quote(str(PROJECT))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
+        return [*self.profile["setup"], here, _AGAIN]
 
 
 class _Executor(submitit.SlurmExecutor):
@@ -141,15 +162,19 @@ def submit(supervisors: Sequence[Callable[[], str]], submission: Submission) -> 
         ControllerAway: there is no Slurm here, or no controller answers.
         Refused: Slurm does not take the job.
     """
+    if missing := [name for name in ("sbatch", "srun") if shutil.which(name) is None]:
+        raise ControllerAway(
+            f"{missing[0]} is not installed here: run this on a login node of the cluster"
+        )
     executor = _executor(submission)
     with outside_of_jobs():
         try:
             return [job.job_id for job in executor.submit_array(supervisors)]
-        except (FailedJobError, FailedSubmissionError) as error:
+        except FailedSubmissionError as error:  # no id in what sbatch has said
+            raise Refused(str(error).partition("\n")[0]) from None
+        except FailedJobError as error:
             text = _last_line(str(error))
             raise (ControllerAway if AWAY.search(text) else Refused)(text) from None
-        except FileNotFoundError:
-            raise ControllerAway("sbatch is not installed here") from None
 
 
 def _last_line(text: str) -> str:

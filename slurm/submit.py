@@ -24,16 +24,19 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import contextlib
+import io
 import json
 import shutil
 import time
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from job.outcome import Exit, InputError, run_command
+from job.outcome import Ending, Exit, InputError, run_command
 from slurm import scheduler
 from slurm.checks import Check, check
 from slurm.plan import Plan, Run, describe, make_plan, write_config
@@ -43,6 +46,7 @@ from slurm.submission import script, store, submit
 from slurm.supervisor import Supervisor
 from slurm.watch import page, watch
 
+FOLLOW_SECONDS = 2.0
 _STYLES = {"ok": "green", "warning": "yellow", "error": "red", "not checked": "dim"}
 _console = Console(stderr=True)
 
@@ -85,8 +89,9 @@ def _options(given: Sequence[str]) -> argparse.Namespace:
 
 def _submit(options: argparse.Namespace) -> None:
     plan = make_plan(options)
-    if plan.resumes:
-        _refuse_active(plan.runs[0])
+    for run in plan.runs:
+        if Record(run.folder).submission.exists():
+            _refuse_active(run)
     checks = list(check(plan))
     result = describe(plan) | {"checks": [vars(one) for one in checks]}
     if options.dry_run:
@@ -103,7 +108,8 @@ def _submit(options: argparse.Namespace) -> None:
     _print_json(result, options.json)
     if not options.json:
         here = f"submit.py status {plan.folder} --watch"
-        _console.print(f"submitted: job {', '.join(result['job_ids'])}\n{here}", highlight=False)
+        text = f"submitted: job {', '.join(result['job_ids'])}\n{here}"
+        _console.print(text, markup=False, highlight=False, soft_wrap=True)
     if options.watch:
         watch([run.folder for run in plan.runs], _console)
 
@@ -116,9 +122,10 @@ def _refuse_active(run: Run) -> None:
 
 
 def _show(result: dict[str, Any], checks: Sequence[Check]) -> None:
-    table = Table(title=result["run"], title_justify="left", show_header=False, box=None)
+    title = Text(result["run"])
+    table = Table(title=title, title_justify="left", show_header=False, box=None)
     for one in checks:
-        table.add_row(one.name, f"[{_STYLES[one.state]}]{one.state}[/]", one.text)
+        table.add_row(one.name, Text(one.state, _STYLES[one.state]), Text(one.text))
     _console.print(table)
     if "script" in result:
         _console.print(f"\n{result['script']}", markup=False, highlight=False, soft_wrap=True)
@@ -131,23 +138,24 @@ def _print_json(result: dict[str, Any], wanted: bool) -> None:
 
 def _send(plan: Plan) -> list[str]:
     """Write what the job needs, and submit it; if that fails, nothing of it stays."""
-    new = not plan.folder.exists()
-    before = [Record(run.folder).status() for run in plan.runs]
+    records = [Record(run.folder) for run in plan.runs]
+    new = [one for one in (plan.folder, *(r.folder for r in records)) if not one.exists()]
+    before = {file: file.read_bytes() for r in records for file in r.prepared if file.exists()}
     try:
         for run in plan.runs:
             _prepare(plan, run)
         supervisors = [Supervisor(str(run.folder), plan.submission) for run in plan.runs]
         ids = submit(supervisors, plan.submission)
-    except BaseException as error:
-        for run, status in zip(plan.runs, before, strict=True):
-            Record(run.folder).start_status(**status)
-        if new:
-            shutil.rmtree(plan.folder, ignore_errors=True)
+    except (Ending, OSError) as error:  # at Ctrl-C there may be a job already
+        for folder in new:
+            shutil.rmtree(folder, ignore_errors=True)
+        for file, content in before.items():
+            file.write_bytes(content)
         if isinstance(error, OSError):
             raise InputError(f"{plan.folder}: cannot write: {error.strerror}") from None
         raise
-    for run, job_id in zip(plan.runs, ids, strict=True):
-        Record(run.folder).add_job(job_id)
+    for record, job_id in zip(records, ids, strict=True):
+        record.add_job(job_id)
     return ids
 
 
@@ -192,22 +200,37 @@ def _logs(given: Sequence[str]) -> None:
     file = log_file(record, options.rank)
     if file is None or not file.exists():
         raise InputError(f"{options.run}: rank {options.rank} has written nothing yet")
-    with file.open(encoding="utf-8", errors="replace") as stream:
-        while True:
+    if options.follow:
+        _follow(record, options.rank)
+    else:
+        print(file.read_text(encoding="utf-8", errors="replace"), end="")
+
+
+def _follow(record: Record, rank: int) -> None:
+    """Print what a rank writes until the run has ended, over all attempts to come."""
+    with contextlib.suppress(KeyboardInterrupt):
+        ended, file = False, None
+        stream: TextIO = io.StringIO()
+        while not ended:
+            ended = standing(record.run).is_final
+            newest = log_file(record, rank)
             print(stream.read(), end="", flush=True)
-            if not options.follow or standing(record.run).is_final:
-                print(stream.read(), end="")
-                return
-            time.sleep(1)
+            if newest is not None and newest != file and newest.exists():
+                stream.close()
+                file, stream = newest, newest.open(encoding="utf-8", errors="replace")
+                print(stream.read(), end="", flush=True)
+            time.sleep(0 if ended else FOLLOW_SECONDS)
+        stream.close()
 
 
 def _cancel(given: Sequence[str]) -> None:
     options = _run_options("cancel", given)
-    cancelled = []
-    for run in runs_of(options.run.absolute()):
-        record = Record(run)
+    records = [Record(run) for run in runs_of(options.run.absolute())]
+    for record in records:
         record.cancelled.touch()  # first: who is about to requeue it must see this
-        now = standing(run)
+    cancelled = []
+    for record in records:
+        now = standing(record.run)
         if now.job_id is not None and not now.is_final:
             cancelled.append(_cancel_job(record, now.job_id))
     if options.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
@@ -12,15 +13,18 @@ from pathlib import Path
 
 from job.outcome import Exit
 from slurm.record import Outcome
+from slurm.verdict import exit_status
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM)
 _LAST_LINES, _LAST_BYTES = 20, 20_000
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
 _GPU_OUT_OF_MEMORY = re.compile(r"CUDA out of memory|OutOfMemoryError")
 _SMALLER = (
     "lower training.micro_batch_tokens, set distributed.fsdp.activation_checkpointing, "
     "unfreeze fewer blocks, or take more GPUs"
 )
-_MEANINGS = {
+_MEANINGS: dict[int, str] = {
     Exit.UNFIT_NODE: "the node is unfit",
     Exit.SUPERSEDED: "a newer attempt has taken over",
     Exit.STOPPED: "stopped on request, with its state saved",
@@ -44,7 +48,7 @@ class Trainer:
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                preexec_fn=_hold_back_signals,
+                preexec_fn=_before_it_starts,
             )
 
     def wait(self, seconds: float) -> bool:
@@ -59,29 +63,33 @@ class Trainer:
         self._process.send_signal(number)
 
     def outcome(self, rank: int, node: str) -> Outcome:
-        code, lines = self._process.wait(), last_lines(self._log)
+        code, ended = self._process.wait(), time.time()
+        lines = last_lines(self._log)
         killed_for_memory = _out_of_memory_kills() > self._kills_before
         reason = describe(code, lines, killed_for_memory=killed_for_memory)
-        return Outcome(rank, node, code, time.time(), reason, lines)
+        return Outcome(rank, node, code, ended, reason, lines)
 
 
-def _hold_back_signals() -> None:
-    # until the trainer has installed its handlers, and lets them through
+def _before_it_starts() -> None:
+    # signals wait until the trainer has installed its handlers, and lets them through
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    # a supervisor that is killed leaves no trainer that goes on with nobody to bring it back
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def describe(code: int, lines: Sequence[str], *, killed_for_memory: bool = False) -> str:
     """Why a trainer ended, for people."""
-    if code == -signal.SIGKILL and killed_for_memory:
+    if exit_status(code) == 128 + signal.SIGKILL and killed_for_memory:
         return "the host's memory ran out (killed by the kernel): ask for more, memory_per_gpu_gb"
     if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
+        names = {number.value: number.name for number in signal.Signals}
+        return f"killed by {names.get(-code, f'signal {-code}')}"
     if code == Exit.FINISHED:
         return "finished"
     said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
     if any(_GPU_OUT_OF_MEMORY.search(line) for line in lines):
         return f"the GPU's memory ran out: {_SMALLER}. {said}"
-    meaning = _MEANINGS.get(Exit(code), "a crash") if code in set(Exit) else "a crash"
+    meaning = _MEANINGS.get(code, "a crash")
     return f"{meaning} (exit code {code}): {said}"
 
 

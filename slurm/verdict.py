@@ -50,7 +50,8 @@ class Budget:
     max_attempts: int
 
 
-_BEFORE_OTHERS = (Exit.SUPERSEDED, Exit.BAD_INPUT, Exit.UNFIT_NODE)
+_BEFORE_OTHERS = (Exit.SUPERSEDED, Exit.BAD_INPUT, Exit.UNFIT_NODE, 128 + signal.SIGKILL)
+_NOWHERE = "an unknown node"
 
 
 def first_cause(outcomes: Sequence[Outcome], size: int) -> Outcome | None:
@@ -62,23 +63,25 @@ def first_cause(outcomes: Sequence[Outcome], size: int) -> Outcome | None:
     missing = sorted(set(range(size)) - {outcome.rank for outcome in outcomes})
     ended = [outcome for outcome in outcomes if outcome.code != Exit.FINISHED]
     if missing and (ended or not outcomes):
-        ended.append(_silent(missing[0], ended))
-    return min(ended, key=lambda outcome: (_order(outcome.code), outcome.time), default=None)
+        ended.append(_silent(missing[0]))
+    return min(ended, key=lambda outcome: (_order(outcome), outcome.time), default=None)
 
 
-def _silent(rank: int, others: Sequence[Outcome]) -> Outcome:
-    latest = max((outcome.time for outcome in others), default=0.0)
-    return Outcome(rank, "?", Exit.CRASHED, latest, "it did not report: its node or task died", [])
+def _silent(rank: int) -> Outcome:
+    return Outcome(
+        rank, _NOWHERE, Exit.CRASHED, 0.0, "it did not report: its node or task died", []
+    )
 
 
-def _order(code: int) -> int:
-    if code in _BEFORE_OTHERS:
-        return _BEFORE_OTHERS.index(code)
-    if code == -signal.SIGKILL:
-        return 3
-    if code == Exit.STOPPED:
+def _order(outcome: Outcome) -> int:
+    status = exit_status(outcome.code)
+    if status in _BEFORE_OTHERS:
+        return _BEFORE_OTHERS.index(status)
+    if status == Exit.STOPPED:
+        return 7
+    if status - 128 in (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1):
         return 6
-    return 5 if code in (-signal.SIGTERM, -signal.SIGUSR2, -signal.SIGUSR1) else 4
+    return 4 if outcome.node == _NOWHERE else 5
 
 
 def decide(cause: Outcome | None, budget: Budget, *, by_a_person: bool = False) -> Verdict:

@@ -90,7 +90,7 @@ def _progress(one: Standing) -> list[RenderableType]:
         return []
     row = Table.grid(padding=(0, 2))
     figures = [f"{name} {value:.4f}" for name, value in _figures(one)]
-    bar = ProgressBar(total=one.max_steps, completed=one.step, width=30)
+    bar = ProgressBar(total=one.max_steps, completed=one.step, width=20)
     steps = f"{one.step}/{one.max_steps} steps, checkpoint {one.checkpoint}"
     row.add_row("", bar, steps, *figures)
     return [row]

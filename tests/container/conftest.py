@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
+from built import Built
 from tools import Missing, NotPackaged, Tools, find_tools, mirror
 
 ROOT = Path(__file__).parents[2]
@@ -31,24 +29,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.timeout(BUILD_SECONDS + 600))
-
-
-# The image and what was written about it
-
-
-@dataclass(frozen=True)
-class Built:
-    """What containers/build.sh has left."""
-
-    sif: Path
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return dict(json.loads(Path(f"{self.sif}.json").read_text()))
-
-    @property
-    def contents(self) -> dict[str, Any]:
-        return dict(json.loads(Path(f"{self.sif}.cdx.json").read_text()))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import Built
+from built import Built
 from micro_job import MicroRun
 from tools import Tools
 

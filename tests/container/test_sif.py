@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from conftest import Built
+from built import Built
 from launch import free_port, run_ranks
 from micro_job import CHANGES, MicroRun, write_job
 from tools import Tools
@@ -33,10 +33,19 @@ def _start(
     """A task's trainer, by the command and with the signals of the supervisor."""
     folder = config.parent
     submission = Submission(
-        "here", {}, 1, 1, "test", str(folder), str(folder), str(sif), binds=[str(folder)]
+        "here",
+        {"scratch": None},
+        1,
+        1,
+        "test",
+        str(folder),
+        str(folder),
+        str(sif),
+        binds=[str(folder)],
     )
-    command = submission.trainer_command(config, {"OMP_NUM_THREADS": "1"} | inside)
-    return Trainer(command, tools.environment, folder, folder / f"{name}.txt")
+    command = submission.command("train", "--config", str(config))
+    environment = submission.task_environment({"OMP_NUM_THREADS": "1"} | dict(inside))
+    return Trainer(command, environment | tools.environment, folder, folder / f"{name}.txt")
 
 
 def _code(trainer: Trainer, seconds: float = 300) -> int:

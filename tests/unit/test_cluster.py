@@ -42,7 +42,7 @@ def test_an_unknown_profile_lists_those_there_are() -> None:
         (GOOD + "time: tomorrow\n", "time: 'tomorrow' is no time"),
         (GOOD + "cpus_per_gpu: 0\n", "cpus_per_gpu: 0 is below 1"),
         (GOOD.replace("4", "0"), "gpu.per_node: 0 is below 1"),
-        (GOOD.replace("85", "-1"), "gpu.memory_gb: -1 is not above 0"),
+        (GOOD.replace("85", "-1"), "gpu.memory_gb: -1 is below 0"),
         (GOOD + "binds: a\n", "binds"),
     ],
 )

@@ -1,0 +1,261 @@
+"""Task 0's part of a job: the run's record, the decision in the end, and the way back.
+
+Requests to the controller are repeated while it is away: a run that has saved its state can wait.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from job.outcome import Exit
+from slurm import scheduler
+from slurm.record import Attempt, Outcome, Record
+from slurm.scheduler import ControllerAway, Job, Refused
+from slurm.submission import Submission, submit
+from slurm.task import Signals, Task, leave, say, wait_for
+from slurm.verdict import Action, Budget, Verdict, decide, first_cause
+
+HEARTBEAT_SECONDS = 10.0
+_OUTCOME_SECONDS = 60.0  # between the first trainer's end and the last one's
+_PAUSES = (1, 2, 5, 10, 20, 30)  # between requests to a controller that is away; then the last
+_PORTS = range(15000, 32000)  # below those that systems give to clients
+
+
+class Lead:
+    """Task 0's part: the run's record, and the decision in the end."""
+
+    def __init__(
+        self,
+        supervisor: Callable[[], str],
+        submission: Submission,
+        task: Task,
+        attempt: Attempt,
+        signals: Signals,
+    ) -> None:
+        self._supervisor, self._submission = supervisor, submission
+        self._task, self._attempt, self._signals = task, attempt, signals
+        self._record = attempt.record
+        self._beaten, self._heard = 0.0, 0
+        self._returns = False  # the job is to run again, and Slurm knows
+        self._first_checkpoint = self._record.newest_checkpoint()
+        self._fruitless = _fruitless_before(self._record, self._first_checkpoint)
+
+    def begin(self) -> None:
+        """Take the run over, and tell all tasks where to meet and until when."""
+        self._attempt.begin()
+        if self._record.cancelled.exists():
+            self._turn_away("cancelled", "cancelled before it ran")
+        job = _ask(self._task.job_name)
+        self._set_status(
+            state="running",
+            reason=None,
+            attempt=[self._task.job, self._task.restart],
+            node=self._task.node,
+            nodes=job.nodes if job is not None else None,
+            started=time.time(),
+            ends=job.end if job is not None else None,
+            first_checkpoint=self._first_checkpoint,
+            fruitless=self._fruitless,
+            last_lines=[],
+        )
+        if self._fruitless >= self._submission.max_attempts:
+            self._turn_away("failed", f"{self._fruitless} attempts in a row without progress")
+        self._event("started", node=self._task.node, checkpoint=self._first_checkpoint)
+        self._beat()
+        self._attempt.set_meeting(**self._meeting(job))
+
+    def _turn_away(self, state: str, reason: str) -> NoReturn:
+        self._attempt.set_meeting(leave=reason)
+        self._end(state, reason, [])
+        leave(0 if state == "cancelled" else Exit.CRASHED)
+
+    def _meeting(self, job: Job | None) -> dict[str, str]:
+        """Variables that all trainers share."""
+        port, another = self._ports()
+        meeting = {"MASTER_ADDR": self._task.node, "MASTER_PORT": str(port)}
+        meeting["PREFLIGHT_PORT"] = str(another)
+        if job is not None and job.end is not None:
+            deadline = job.end - self._submission.signal_delay_seconds
+            meeting["CRITIC_DEADLINE"] = f"{deadline:.0f}"
+        return meeting
+
+    def _ports(self) -> tuple[int, int]:
+        """Ports that follow from the job, or the next ones that are free."""
+        start = 2 * self._task.job % len(_PORTS)
+        ports = (port for port in (*_PORTS[start:], *_PORTS[:start]) if _is_free(port))
+        return next(ports), next(ports)
+
+    def watch(self) -> None:
+        """Keep the heartbeat, and on new signals see that the job will return."""
+        received = self._signals.received[self._heard :]
+        self._heard += len(received)
+        if received:
+            names = ", ".join(signal.Signals(number).name for number in received)
+            say(f"received {names}")
+            self._event("signal", signals=names)
+            self._see_to_return()
+        if time.monotonic() - self._beaten > HEARTBEAT_SECONDS:
+            self._beat()
+
+    def _beat(self) -> None:
+        self._beaten = time.monotonic()
+        self._set_status()
+
+    def _see_to_return(self) -> None:
+        """Have a job that is being ended already come back; its trainers may still be saving."""
+        job = _ask(self._task.job_name)
+        if self._record.cancelled.exists() or (job is not None and job.state == "CANCELLED"):
+            # said now: Slurm may kill all of the job before its trainers have saved
+            self._set_status(state="cancelled", reason="cancelled while it ran")
+            return
+        if job is None or self._returns:
+            return
+        if job.state in ("PREEMPTED", "TIMEOUT"):
+            self._come_back(Verdict(Action.COME_BACK, f"{job.state.lower()} by Slurm"))
+
+    def conclude(self) -> str:
+        """Decide, act and end this task; the text returned is for a job that has finished."""
+        if self._attempt.superseded:
+            say("a newer attempt has taken over")
+            leave(Exit.SUPERSEDED)
+        outcomes = self._collect()
+        cause = first_cause(outcomes, self._task.size)
+        verdict = decide(cause, self._budget(), by_a_person=self._asked_by_a_person())
+        say(f"{verdict.action.value}: {verdict.reason}")
+        self._event("ended", reason=verdict.reason, code=verdict.code)
+        if verdict.action is Action.FINISH:
+            self._end("finished", verdict.reason, [])
+            return verdict.reason
+        if verdict.action is Action.COME_BACK:
+            self._come_back(verdict)
+            leave(0)
+        if verdict.action is Action.STOP:
+            stopped = verdict.code == Exit.STOPPED
+            lines = cause.last_lines if cause is not None else []
+            self._end("stopped" if stopped else "failed", verdict.reason, lines)
+        return leave(verdict.code)
+
+    def _collect(self) -> list[Outcome]:
+        """Every rank's outcome, or of those that report in time."""
+
+        def all_there() -> list[Outcome] | None:
+            self.watch()
+            outcomes = self._attempt.outcomes()
+            return outcomes if len(outcomes) == self._task.size else None
+
+        return wait_for(all_there, _OUTCOME_SECONDS) or self._attempt.outcomes()
+
+    def _budget(self) -> Budget:
+        progress = self._record.newest_checkpoint() > self._first_checkpoint
+        fruitless = 0 if progress else self._fruitless + 1
+        return Budget(fruitless, self._submission.max_attempts)
+
+    def _asked_by_a_person(self) -> bool:
+        """Whether the trainer has stopped because of a file in the run directory."""
+        return bool(self._record.trainer_status().get("stop_file")) and not self._signals.received
+
+    def _come_back(self, verdict: Verdict) -> None:
+        """Let the job run again, unless it was cancelled; wait for a controller that is away."""
+        for pause in _pauses():
+            try:
+                self._try_to_come_back(verdict)
+                return
+            except ControllerAway as away:
+                say(f"{away}; trying again in {pause} s")
+                self._set_status(reason=f"waiting for Slurm's controller: {away}")
+                time.sleep(pause)
+
+    def _try_to_come_back(self, verdict: Verdict) -> None:
+        job = scheduler.show_job(self._task.job_name)
+        restarted = job is not None and job.restarts > self._task.restart and not job.waits
+        if self._attempt.superseded or restarted:
+            leave(Exit.SUPERSEDED)  # what runs now is a later attempt
+        if self._record.cancelled.exists() or (job is not None and job.state == "CANCELLED"):
+            self._end("cancelled", "cancelled while it ran", [])
+            leave(0)
+        self._set_status(state="pending", reason=verdict.reason)
+        if self._returns:
+            return
+        try:
+            self._requeue(job, verdict)
+        except Refused as refused:
+            self._submit_again(str(refused))
+        self._returns = True
+
+    def _requeue(self, job: Job | None, verdict: Verdict) -> None:
+        if job is None:
+            raise Refused("Slurm does not know the job any more")
+        if not job.waits:
+            scheduler.requeue(self._task.job_name)
+        self._event("requeued", reason=verdict.reason)
+        say("requeued")
+        if verdict.avoid_node is not None:
+            try:
+                scheduler.exclude_node(self._task.job_name, verdict.avoid_node)
+            except Refused as refused:
+                say(f"cannot keep the job from {verdict.avoid_node}: {refused}")
+
+    def _submit_again(self, why: str) -> None:
+        """Where the site does not requeue, submit the same run as a new job."""
+        say(f"not requeued ({why}): submitting the run again")
+        try:
+            job_id = submit([self._supervisor], self._submission.of_one_run())[0]
+        except Refused as refused:
+            self._end("failed", f"not requeued ({why}) and not submitted again: {refused}", [])
+            leave(Exit.CRASHED)
+        self._record.add_job(job_id)
+        self._event("submitted again", job_id=job_id, reason=why)
+
+    def _end(self, state: str, reason: str, lines: list[str]) -> None:
+        self._set_status(state=state, reason=reason, last_lines=lines)
+        self._event(state, reason=reason)
+        for line in lines:
+            say(f"  | {line}")
+
+    def _event(self, event: str, **facts: object) -> None:
+        if not self._attempt.superseded:
+            name, restart = self._task.job_name, self._task.restart
+            self._record.add_event(event, job_id=name, restart=restart, **facts)
+
+    def _set_status(self, **changes: object) -> None:
+        if self._attempt.superseded:
+            return
+        try:
+            self._record.set_status(heartbeat=time.time(), **changes)
+        except OSError as error:  # the trainer has a word in that, not this record
+            say(f"cannot write the status: {error}")
+
+
+def _fruitless_before(record: Record, checkpoint: int) -> int:
+    """Attempts in a row, up to the last one, that brought no newer checkpoint."""
+    before = record.status()
+    if "attempt" not in before or checkpoint > before["first_checkpoint"]:
+        return 0
+    return int(before["fruitless"]) + 1
+
+
+def _pauses() -> list[int]:
+    return [*_PAUSES, *[_PAUSES[-1]] * 1000]  # Slurm's time limit ends it
+
+
+def _ask(job_name: str) -> Job | None:
+    """The controller's answer, or None if it is away: then nothing that depends on it is done."""
+    try:
+        return scheduler.show_job(job_name)
+    except ControllerAway as away:
+        say(str(away))
+        return None
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,81 @@
+"""One task of the job: who it is, what it hears and says, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn, TypeVar
+
+from slurm.trainer import STOP_SIGNALS
+from slurm.verdict import exit_status
+
+POLL_SECONDS = 0.2
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Task:
+    """This process among the tasks of the job, as srun tells it."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    node: str
+    job: int
+    job_name: str  # as clients know it: 12, or 12_3 of an array
+    restart: int
+
+    @classmethod
+    def here(cls) -> Task:
+        env = os.environ
+        size, nodes = int(env["SLURM_NTASKS"]), int(env["SLURM_JOB_NUM_NODES"])
+        array = env.get("SLURM_ARRAY_JOB_ID")
+        return cls(
+            rank=int(env["SLURM_PROCID"]),
+            size=size,
+            local_rank=int(env["SLURM_LOCALID"]),
+            local_size=size // nodes,
+            node=env.get("SLURMD_NODENAME") or socket.gethostname(),
+            job=int(env["SLURM_JOB_ID"]),
+            job_name=f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else env["SLURM_JOB_ID"],
+            restart=int(env.get("SLURM_RESTART_COUNT", 0)),
+        )
+
+
+class Signals:
+    """The stop signals that this task has received."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._receive)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
+
+    def _receive(self, number: int, _frame: object) -> None:
+        self.received.append(number)
+
+
+def wait_for(condition: Callable[[], Found], seconds: float) -> Found | None:
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        if found := condition():
+            return found
+        time.sleep(POLL_SECONDS)
+    return None
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+
+
+def leave(code: int) -> NoReturn:
+    """End this task without a result for submitit, which would take it for the run's."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_status(code))

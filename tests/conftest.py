@@ -1,0 +1,47 @@
+"""A running Slurm cluster for the tests: that in $SLURM_LAB, or one of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lab import Lab, LabImpossible
+
+SECONDS = pytest.StashKey[float]()
+
+
+@pytest.fixture(scope="session")
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    if running := os.environ.get("SLURM_LAB"):
+        yield Lab.attach(Path(running))
+        return
+    folder = Path(tempfile.mkdtemp(prefix="lab-"))
+    try:
+        lab = _start(folder)
+        request.config.stash[SECONDS] = lab.seconds
+        yield lab
+        lab.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(folder: Path) -> Lab:
+    try:
+        return Lab.start(folder)
+    except LabImpossible as reason:
+        # A machine of continuous integration that could hold a lab must not pass without one.
+        root_on_debian = os.geteuid() == 0 and Path("/etc/debian_version").exists()
+        if os.environ.get("CI") == "true" and root_on_debian:
+            pytest.fail(str(reason))
+        pytest.skip(str(reason))
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if seconds := config.stash.get(SECONDS, None):
+        terminalreporter.write_line(f"the Slurm lab was up in {seconds:.1f} s")

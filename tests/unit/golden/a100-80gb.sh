@@ -1,0 +1,23 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --cpus-per-task=8
+#SBATCH --gpus-per-node=a100:4
+#SBATCH --job-name=critic-4gpu-n4-20260102-030405
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --mem=400G
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --open-mode=append
+#SBATCH --output=/HERE/runs/critic-4gpu-n4-20260102-030405/slurm/%j_0_log.out
+#SBATCH --requeue
+#SBATCH --signal=USR2@120
+#SBATCH --time=1440
+
+# setup
+export PYTHONPATH=/PROJECT"${PYTHONPATH:+:$PYTHONPATH}"
+srun() { local code; until command srun "$@"; do code=$?; case $code in 138 | 140 | 143) ;; *) return $code ;; esac; done; }
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /HERE/runs/critic-4gpu-n4-20260102-030405/slurm/%j_%t_log.out --cpus-per-task=8 --cpu-bind=cores --kill-on-bad-exit=0 --wait=0 bash -c 'trap "" TERM USR1 USR2; exec "$@"' bash /PYTHON -u -m submitit.core._submit /HERE/runs/critic-4gpu-n4-20260102-030405/slurm
