@@ -106,6 +106,7 @@ class Tools:
             yield other
         finally:
             other.run("podman", "rmi", "--all", "--force")
+            other.run("umount", self.folder / "another/overlay")  # podman may leave it mounted
             for name in ("another", "run-another"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
 
