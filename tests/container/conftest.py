@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 BUILD_SECONDS = 3000
 _INPUTS = ("Dockerfile", ".dockerignore", "constraints.txt", "pyproject.toml", "README.md")
 _INPUT_FOLDERS = ("job", "slurm", "configs", "containers")
+_KEPT = 2
 _FREE_BYTES = 30_000_000_000
 _BASE = "debian:bookworm-slim"
 _OWN_BASE = "localhost/critic-test-base:bookworm"
@@ -45,10 +46,12 @@ def tools() -> Tools:
 def built(tools: Tools) -> Built:
     folder = tools.folder / "built" / _key()
     result = Built(folder / "critic.sif")
-    if not (result.sif.exists() and _has_image(tools, result.facts["image"])):
-        _forget_others(tools, folder)
-        folder.mkdir(parents=True)
-        _build(tools, result.sif, _name(folder))
+    with tools.alone():
+        if not (result.sif.exists() and _has_image(tools, result.facts["image"])):
+            shutil.rmtree(folder, ignore_errors=True)
+            _forget_others(tools, folder.parent)
+            folder.mkdir(parents=True)
+            _build(tools, result.sif, _name(folder))
     return result
 
 
@@ -57,7 +60,7 @@ def built_again(tools: Tools, built: Built) -> Built:
     """From nothing, of the same checkout; the image alone, and only what was written about it."""
     result = Built(built.sif.with_name("again.sif"))
     if not Path(f"{result.sif}.json").exists():
-        with tools.with_another_storage() as others:
+        with tools.alone(), tools.with_another_storage() as others:
             _build(others, result.sif, "critic-test-again", "--image-only", "--no-cache")
     return result
 
@@ -92,8 +95,9 @@ def _has_image(tools: Tools, image: str) -> bool:
 
 
 def _forget_others(tools: Tools, folder: Path) -> None:
-    """What was built of other checkouts; layers to build on go only where disk is short."""
-    for other in folder.parent.glob("*"):
+    """What was built of other checkouts but the last few; layers too where disk is short."""
+    newest_first = sorted(folder.glob("*"), key=lambda path: -path.stat().st_mtime)
+    for other in newest_first[_KEPT:]:
         shutil.rmtree(other)
         tools.run("podman", "rmi", "--force", _name(other))
     if shutil.disk_usage(tools.folder).free < _FREE_BYTES:

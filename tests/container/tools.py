@@ -91,6 +91,13 @@ class Tools:
         return done.stdout
 
     @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One process at a time installs or builds."""
+        with (self.folder / "lock").open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
     def with_another_storage(self) -> Iterator[Tools]:
         """The same tools, which see the images here and leave none."""
         config = _storage(self.folder, "another", f'"{self.folder}/storage"')
@@ -99,42 +106,35 @@ class Tools:
             yield other
         finally:
             other.run("podman", "rmi", "--all", "--force")
+            other.run("umount", self.folder / "another/overlay")  # podman may leave it mounted
             for name in ("another", "run-another"):
-                shutil.rmtree(self.folder / name)
+                shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
 def find_tools() -> Tools:
     """Raises: Missing."""
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder / "lock"):
-        _install_packages(folder)
-        path = [str(_apptainer(folder)), os.environ["PATH"]]
+    # what a developer has set for the outside must not reach the inside
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("APPTAINER", "SINGULARITY"))}
+    tools = Tools(folder, kept)
+    with tools.alone():
+        _install_packages()
         _give_root_subordinate_ids()
         settings = {
+            "PATH": os.pathsep.join([str(_apptainer(folder)), kept["PATH"]]),
             "CONTAINERS_CONF": _written(folder / "containers.conf", _CONTAINERS_CONF),
             "CONTAINERS_STORAGE_CONF": _storage(folder, "storage"),
             "APPTAINER_CACHEDIR": str(folder / "apptainer-cache"),
             # by a namespace: a root that lacks a capability, as in a container, needs it
             "APPTAINER_USERNS": "1",
-            "PATH": os.pathsep.join(path),
         }
-    # what a developer has set for the outside must not reach the inside
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("APPTAINER", "SINGULARITY"))}
     return Tools(folder, kept | settings)
 
 
 def _storage(folder: Path, name: str, others: str = "") -> str:
     text = _STORAGE_CONF.format(folder=folder, name=name, others=others)
     return _written(folder / f"{name}.conf", text)
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process at a time installs."""
-    with lock.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def _written(file: Path, text: str) -> str:
@@ -164,7 +164,7 @@ def _do(
 # Debian's packages
 
 
-def _install_packages(folder: Path) -> None:
+def _install_packages() -> None:
     missing = {c: package for c, package in _PACKAGES.items() if shutil.which(c) is None}
     if not missing:
         return
