@@ -41,6 +41,7 @@ class Lead:
         self._record = attempt.record
         self._beaten, self._heard = 0.0, 0
         self._returns = False  # the job is to run again, and Slurm knows
+        self._code = 0  # of a job that comes back
         self._first_checkpoint = self._record.newest_checkpoint()
         self._fruitless = _fruitless_before(self._record, self._first_checkpoint)
 
@@ -132,7 +133,7 @@ class Lead:
             return verdict.reason
         if verdict.action is Action.COME_BACK:
             self._come_back(verdict)
-            leave(0)
+            leave(self._code)
         if verdict.action is Action.STOP:
             stopped = verdict.code == Exit.STOPPED
             lines = cause.last_lines if cause is not None else []
@@ -207,6 +208,7 @@ class Lead:
         except Refused as refused:
             self._end("failed", f"not requeued ({why}) and not submitted again: {refused}", [])
             leave(Exit.CRASHED)
+        self._code = Exit.STOPPED  # or who waits for this job would take the run for finished
         self._record.add_job(job_id)
         self._event("submitted again", job_id=job_id, reason=why)
 

@@ -129,6 +129,8 @@ class Attempt:
 
     def begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        for file in self.folder.glob("*.json"):  # of a step that was ended and is begun again
+            file.unlink()
 
     def log(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:05}.log"

@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from job.outcome import Ending, Exit, InputError, run_command
+from job.outcome import Ending, Exit, InputError, listing, run_command
 from slurm import scheduler
 from slurm.checks import Check, check
 from slurm.plan import Plan, Run, describe, make_plan, write_config
@@ -98,9 +98,9 @@ def _submit(options: argparse.Namespace) -> None:
         result["script"] = script(plan.submission, len(plan.runs))
     if not options.json:
         _show(result, checks)
-    if any(one.state == "error" for one in checks):
+    if errors := [f"{one.name}: {one.text}" for one in checks if one.state == "error"]:
         _print_json(result, options.json)
-        raise InputError("nothing was submitted: see the errors above")
+        raise InputError("nothing was submitted" + listing(errors))
     if options.dry_run:
         _print_json(result, options.json)
         return

@@ -195,7 +195,7 @@ def test_an_error_of_a_check_keeps_the_job_from_being_submitted(
     assert "job_ids" not in done.json
     errors = [one["text"] for one in done.json["checks"] if one["state"] == "error"]
     assert errors == ["--gpus 8: a node has 4; take more --nodes"]
-    assert done.err == "error: nothing was submitted: see the errors above\n"
+    assert done.err == f"error: nothing was submitted\n  resources: {errors[0]}\n"
     assert not _files(here)
     assert not any("--test-only" not in call for call in slurm.calls if call.startswith("sbatch"))
 
