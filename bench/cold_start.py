@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import OtherLoad, command_line, say, table, write_record
+from common import command_line, say, table, write_record
 
 ROUNDS = 5
 _TRUNK = """
@@ -61,7 +61,7 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("sif", type=Path)
     options = parser.parse_args()
-    load, seconds = OtherLoad(), dict[str, list[float]](cold=[], warm=[])
+    seconds = dict[str, list[float]](cold=[], warm=[])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "trunk.yaml").write_text(_TRUNK)
@@ -73,8 +73,8 @@ def main() -> None:
                 say(f"{kind}: {times[-1]:.1f} s")
     print(table(["start", "s"], [[k, f"{statistics.median(v):.1f}"] for k, v in seconds.items()]))
     if options.out is not None:
-        sif = {"sif_bytes": options.sif.stat().st_size, "cpu_share_of_others": load.share()}
-        write_record(options.out, {"seconds": seconds, **sif}, seed=options.seed, packages=[])
+        results = {"sif_bytes": options.sif.stat().st_size, "seconds": seconds}
+        write_record(options.out, results, seed=options.seed, packages=[])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from tools import Tools
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[2]
 STRANGER = 23456  # a user id that the image does not know
 _LOCKED = ("--rm", "--read-only", "--network", "none", "--user", f"{STRANGER}:{STRANGER}")
 
@@ -56,7 +57,8 @@ def test_without_arguments_the_main_job_trains_and_a_signal_saves_it(
 ) -> None:
     tmp_path.chmod(0o777)
     run = MicroRun(tmp_path / "runs/local/n0")
-    here = ["--volume", f"{tmp_path}:/data", "--workdir", "/data"]
+    # one thread: two that wait for each other take minutes on a machine that has other work
+    here = ["--volume", f"{tmp_path}:/data", "--workdir", "/data", "--env", "OMP_NUM_THREADS=1"]
     with _started(tools, image, *here) as process:  # it pre-trains its trunk first
         _wait_until(lambda: run.step >= 3, process)
         tools.output("podman", "kill", "--signal", "TERM", "critic-test")
@@ -143,6 +145,16 @@ def test_the_bill_of_materials_lists_every_package_of_the_image(
     assert python == installed
     debian = {p["name"] for p in parts if p["purl"].startswith("pkg:deb/debian/")}
     assert {"libc6", "python3.11"} <= debian
+
+
+def test_every_package_has_the_version_that_the_checkout_pins(built: Built) -> None:
+    files = ("constraints.txt", "containers/cuda13.txt")
+    lines = [line for file in files for line in (ROOT / file).read_text().splitlines()]
+    pins = {name.lower(): version for name, _, version in (x.partition("==") for x in lines)}
+    parts = [p for p in built.contents["components"] if p["purl"].startswith("pkg:pypi/")]
+    # a build of torch adds its suffix; pip is the one that Debian's venv has
+    found = {p["name"].lower(): p["version"].partition("+")[0] for p in parts if p["name"] != "pip"}
+    assert found == {name: pins.get(name) for name in found}
 
 
 def test_two_builds_of_a_commit_have_the_same_packages(built: Built, built_again: Built) -> None:
