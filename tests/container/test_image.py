@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 STRANGER = 23456  # a user id that the image does not know
+_NAME = f"critic-test-{os.getpid()}"  # tests of another checkout may run too
 _LOCKED = ("--rm", "--read-only", "--network", "none", "--user", f"{STRANGER}:{STRANGER}")
 
 
@@ -27,18 +29,15 @@ def _inside(tools: Tools, image: str, program: str, *arguments: str) -> str:
 
 
 @contextmanager
-def _started(
-    tools: Tools, image: str, *options: str, name: str = "critic-test"
-) -> Iterator[subprocess.Popen[str]]:
+def _started(tools: Tools, image: str, *options: str) -> Iterator[subprocess.Popen[str]]:
     """The image's default command, for the length of the body."""
-    tools.run("podman", "rm", "--force", "--time", "0", name)
-    command = ["podman", "run", *_LOCKED, "--name", name, *options, image]
+    command = ["podman", "run", *_LOCKED, "--name", _NAME, *options, image]
     environment = dict(tools.environment)
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
         finally:
-            tools.run("podman", "rm", "--force", "--time", "0", name)
+            tools.run("podman", "rm", "--force", "--time", "0", _NAME)
 
 
 def _wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
@@ -61,7 +60,7 @@ def test_without_arguments_the_main_job_trains_and_a_signal_saves_it(
     here = ["--volume", f"{tmp_path}:/data", "--workdir", "/data", "--env", "OMP_NUM_THREADS=1"]
     with _started(tools, image, *here) as process:  # it pre-trains its trunk first
         _wait_until(lambda: run.step >= 3, process)
-        tools.output("podman", "kill", "--signal", "TERM", "critic-test")
+        tools.output("podman", "kill", "--signal", "TERM", _NAME)
         assert process.wait(60) == 75
     assert run.status["state"] == "stopped"
     assert run.checkpoints
