@@ -53,7 +53,8 @@ def _end(trainer: Trainer) -> tuple[int, list[str]]:
 
 
 def _bad(lines: list[str]) -> list[str]:
-    return [line for line in lines if line.startswith("BAD")]
+    """What is wrong; the worst is said once more at the end, as the reason."""
+    return sorted({line for line in lines if line.startswith("BAD")})
 
 
 def test_a_node_without_fault_passes(tools: Tools, sif: Path, folder: Path) -> None:
