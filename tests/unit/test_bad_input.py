@@ -175,6 +175,7 @@ def pretrain_refused(workplace: Path, command: Command) -> Callable[..., None]:
     return check
 
 
+@pytest.mark.slow
 def test_the_input_that_the_cases_spoil_is_good(workplace: Path, command: Command) -> None:
     ended = command(job.train.main, "--config", "critic.yaml")
     assert ended.code == Exit.FINISHED, ended.err

@@ -60,6 +60,7 @@ def test_contestants_freeze_the_same_and_stay_together(
         assert packed.step(step) == pytest.approx(padded.step(step), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_contestant_with_other_weights_is_refused(throughput: ModuleType, data: object) -> None:
     contestants = {"padded": throughput.PaddedSorted(throughput.make_critic(TINY, 0), data, 0)}
     first = throughput.take_turns(contestants, 0)

@@ -195,6 +195,7 @@ def _defaults(schema: type) -> dict[str, Any]:
     return flatten(dataclasses.asdict(schema()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schema", [CriticConfig, PretrainConfig])
 def test_bounds_hold_at_the_bound_and_not_beyond(schema: type, tmp_path: Path) -> None:
     empty = tmp_path / "empty.yaml"

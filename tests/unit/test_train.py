@@ -41,6 +41,7 @@ def _train(*overrides: str) -> RunDirectory:
     return RunDirectory(config.run.dir)
 
 
+@pytest.mark.slow
 def test_a_run_directory_tells_the_whole_run(folder: Path) -> None:
     run = _train()
     status = run.status()
