@@ -23,9 +23,10 @@ from slurm.record import Record
 from slurm.scheduler import AWAY, ControllerAway, Refused, outside_of_jobs
 
 PROJECT = Path(__file__).resolve().parents[1]
+# What of a task's own environment a container needs as well.
+_INSIDE = re.compile("(MLFLOW|AWS|CUDA|NCCL|GLOO)_|SLURM_JOB_ID$")
 # Until Python has handlers of its own a signal would end the task; the supervisor asks Slurm what
 # it has missed.
-_INSIDE = re.compile("(MLFLOW|AWS|CUDA|NCCL|GLOO)_|SLURM_JOB_ID$")
 _DEAF = 'trap "" TERM USR1 USR2; exec "$@"'
 # One that comes a moment before even that ends the task, which is then begun again.
 _AGAIN = (

@@ -20,15 +20,6 @@ Planner = Callable[..., Plan]
 
 
 @pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    """A machine where no Slurm is installed, until a test lets a client speak."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", str(folder))
-    return FakeSlurm(folder)
-
-
-@pytest.fixture
 def plan(tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Planner:
     """A plan to train a trunk of seven billion parameters, with these entries of a profile."""
     monkeypatch.chdir(tmp_path)

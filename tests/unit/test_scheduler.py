@@ -51,12 +51,6 @@ UNKNOWN = "slurm_load_jobs error: Invalid job id specified\n"
 AWAY = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n"
 
 
-@pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    return FakeSlurm(tmp_path)
-
-
 def _line(**changes: object) -> str:
     return LINE.format(**DEFAULTS | changes)
 

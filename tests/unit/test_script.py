@@ -49,11 +49,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Planner:
 
 
 @pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", str(folder))
-    slurm = FakeSlurm(folder)
+def slurm(slurm: FakeSlurm) -> FakeSlurm:
     slurm.says("srun")  # submitit wants it to be there
     return slurm
 

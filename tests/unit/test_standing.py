@@ -24,14 +24,6 @@ def _job(state: str, *, completing: bool = False, reason: str = "None", start: f
 
 
 @pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", str(folder))
-    return FakeSlurm(folder)
-
-
-@pytest.fixture
 def inputs(tmp_path: Path) -> list[str]:
     return write_inputs(tmp_path)
 

@@ -43,15 +43,6 @@ Submit = Callable[..., Result]
 
 
 @pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    """A machine where no Slurm is installed, until a test lets a client speak."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", str(folder))
-    return FakeSlurm(folder)
-
-
-@pytest.fixture
 def here(tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder in which submit.py is called."""
     folder = tmp_path / "here"
