@@ -25,6 +25,7 @@ from job.outcome import InputError, listing
 
 Schema = TypeVar("Schema")
 EMBEDDED = "embedded"  # as data source: the chains of job.data.arithmetic
+AUTO = "auto"
 _WIDTH = 200  # characters of an override or a library's message in it
 
 
@@ -113,7 +114,7 @@ class TrainingConfig:
     num_unfrozen_layers: int = 4
     max_steps: int = 1000
     batch_size: int = 16  # sequences per optimizer step, over all GPUs
-    micro_batch_tokens: int = 8192  # per GPU
+    micro_batch_tokens: int | str = 8192  # per GPU; auto: the most that its memory takes
     learning_rate: float = 1e-5
     lr_decay_factor: float = 1.0
     min_lr_ratio: float = 0.1
@@ -470,7 +471,7 @@ def _impossible_values(config: Any) -> Iterator[str]:
             yield f"{key}: {value!r} is no name or path"
     for key, (low, high) in _BOUNDS.items():
         value = flat.get(key)
-        if value is None:
+        if value is None or isinstance(value, str):
             continue
         if low is not None and value < low:
             yield f"{key}: {value} is below {low:g}, the smallest possible value"
@@ -488,10 +489,13 @@ def _impossible_data(config: CriticConfig | PretrainConfig) -> Iterator[str]:
     data = config.data
     if data.arithmetic.min_steps > data.arithmetic.max_steps:
         yield "data.arithmetic.min_steps: above data.arithmetic.max_steps"
-    if data.max_length > config.training.micro_batch_tokens:
+    tokens = config.training.micro_batch_tokens
+    if isinstance(tokens, str) and tokens != AUTO:
+        yield f"training.micro_batch_tokens: {tokens!r} is neither a number of tokens nor {AUTO}"
+    elif isinstance(tokens, int) and data.max_length > tokens:
         yield (
             f"data.max_length: {data.max_length} does not fit into "
-            f"training.micro_batch_tokens: {config.training.micro_batch_tokens}"
+            f"training.micro_batch_tokens: {tokens}"
         )
     if isinstance(data.fields, str) and data.fields != "alpaca":
         yield f"data.fields: unknown preset {data.fields!r}; the one preset is alpaca"
@@ -511,7 +515,9 @@ def _impossible_critic(config: CriticConfig) -> Iterator[str]:
         yield "objective.target: the pairwise loss compares outcomes; use monte_carlo"
     if objective.loss is Loss.pairwise and training.batch_size % 2:
         yield f"training.batch_size: {training.batch_size} is odd; the pairwise loss takes pairs"
-    if objective.loss is Loss.pairwise and 2 * config.data.max_length > training.micro_batch_tokens:
+    tokens = training.micro_batch_tokens
+    pairs = objective.loss is Loss.pairwise and isinstance(tokens, int)
+    if pairs and 2 * config.data.max_length > tokens:
         yield "training.micro_batch_tokens: a pair needs 2 x data.max_length"
     fsdp = config.distributed.fsdp
     if fsdp.cpu_offload and fsdp.sharding_strategy is ShardingStrategy.REPLICATE_FROZEN:

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from job.config import CriticConfig
-from job.model.architecture import read_architecture
-from job.model.parameters import (
-    ParameterCounts,
-    checkpoint_bytes,
-    count_parameters,
-    least_state_bytes,
-)
+from job.memory.fit import Fit, fit
+from job.memory.footprint import Setting
+from job.memory.settings import setting_of
+from job.model.architecture import TransformerConfig, read_architecture
+from job.model.parameters import ParameterCounts, checkpoint_bytes, count_parameters
 from job.outcome import InputError
 from slurm import scheduler
 from slurm.plan import Plan, Run, inputs
@@ -121,26 +119,60 @@ def _model(plan: Plan, run: Run, partition: Partition | None) -> Iterator[Check]
         yield Check("model", "error", str(error))
         return
     counts = count_parameters(architecture, config.training.num_unfrozen_layers)
-    yield _memory(plan, config, counts)
+    yield _memory(plan, config, architecture, counts)
     yield _disk(run, counts)
     yield from _interruptions(plan, run, partition, counts)
 
 
-def _memory(plan: Plan, config: CriticConfig, counts: ParameterCounts) -> Check:
-    """What each GPU must hold whatever the batch, against what it has."""
-    fsdp, gpus = config.distributed.fsdp, plan.submission.gpus
-    least = least_state_bytes(counts, world_size=plan.world_size, per_node=gpus, fsdp=fsdp).gpu
-    memory = plan.submission.profile["gpu"]["memory_gb"] * 1e9
-    name = f"memory N={config.training.num_unfrozen_layers}"
-    text = (
-        f"{counts.trainable:,} of {counts.total:,} parameters trained; weights, gradients and "
-        f"optimizer {least / 1e9:.1f} GB of a GPU's {memory / 1e9:.1f} GB, before activations"
+def memory_setting(plan: Plan, config: CriticConfig) -> Setting | None:
+    """What a run of the plan means for the memory of a GPU; None while there is no trunk.
+
+    Raises:
+        InputError: the trunk cannot be read, or no micro-batch fits where one is to be chosen.
+    """
+    if config.model.recipe is not None and not Path(config.model.path, "params.json").exists():
+        return None
+    return _setting(plan, config, read_architecture(config.model.path))
+
+
+def _setting(plan: Plan, config: CriticConfig, architecture: TransformerConfig) -> Setting:
+    return setting_of(
+        config,
+        architecture,
+        world_size=plan.world_size,
+        per_node=plan.submission.gpus,
+        capacity=plan.gpu_bytes,
     )
-    if not memory:
+
+
+def _memory(
+    plan: Plan, config: CriticConfig, architecture: TransformerConfig, counts: ParameterCounts
+) -> Check:
+    """The predicted peak of a GPU against what it has."""
+    name = f"memory N={config.training.num_unfrozen_layers}"
+    if not plan.gpu_bytes:
         return Check(name, "not checked", "the profile's GPUs are pretended")
-    if least < memory:
-        return Check(name, "ok" if least < 0.8 * memory else "warning", text)
-    return Check(name, "error", f"{text}: unfreeze fewer blocks, or take more GPUs")
+    try:
+        found = fit(_setting(plan, config, architecture), plan.gpu_bytes)
+    except InputError as error:
+        return Check(name, "error", str(error))
+    text = (
+        f"{counts.trainable:,} of {counts.total:,} parameters trained; {_needed(found)} of a GPU's "
+        f"{plan.gpu_bytes / 1e9:.1f} GB"
+    )
+    if found.fits:
+        return Check(name, "ok", text)
+    if found.is_tight:
+        return Check(name, "warning", f"{text}: little is left for fragmentation")
+    advice = "unfreeze fewer blocks, lower training.micro_batch_tokens, or take more GPUs"
+    return Check(name, "error", f"{text}: {advice}")
+
+
+def _needed(found: Fit) -> str:
+    return (
+        f"{found.needed / 1e9:.1f} GB at the peak ({found.footprint.peak.name}), "
+        f"{found.outside / 1e9:.1f} GB of it outside torch's allocator,"
+    )
 
 
 def _disk(run: Run, counts: ParameterCounts) -> Check:

@@ -47,6 +47,11 @@ class Plan:
         return self.submission.gpus * self.submission.nodes
 
     @property
+    def gpu_bytes(self) -> int:
+        """Memory of one GPU; 0 where GPUs are pretended."""
+        return int(self.submission.profile["gpu"]["memory_gb"] * 1e9)
+
+    @property
     def gpu_hours(self) -> float:
         return len(self.runs) * self.world_size * self.submission.time_seconds / 3600
 

@@ -36,9 +36,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from job.memory.footprint import Setting, footprint
+from job.memory.table import as_dict, component_table, footprint_columns, verdicts
 from job.outcome import Ending, Exit, InputError, listing, run_command
 from slurm import scheduler
-from slurm.checks import Check, check
+from slurm.checks import Check, check, memory_setting
 from slurm.plan import Plan, Run, describe, make_plan, write_config
 from slurm.record import Record
 from slurm.status import log_file, runs_of, standing
@@ -47,6 +49,7 @@ from slurm.supervisor import Supervisor
 from slurm.watch import page, watch
 
 FOLLOW_SECONDS = 2.0
+A100_40GB, A100_80GB = 42_300_000_000, 85_000_000_000  # bytes that their drivers give
 _STYLES = {"ok": "green", "warning": "yellow", "error": "red", "not checked": "dim"}
 _console = Console(stderr=True)
 
@@ -93,11 +96,15 @@ def _submit(options: argparse.Namespace) -> None:
         if Record(run.folder).submission.exists():
             _refuse_active(run)
     checks = list(check(plan))
+    memory = _memory(plan)
     result = describe(plan) | {"checks": [vars(one) for one in checks]}
+    result["memory"] = [as_dict(setting, _capacities(plan)) for setting in memory]
     if options.dry_run:
         result["script"] = script(plan.submission, len(plan.runs))
     if not options.json:
         _show(result, checks)
+    if options.dry_run and not options.json:
+        _show_memory(plan, memory)
     if errors := [f"{one.name}: {one.text}" for one in checks if one.state == "error"]:
         _print_json(result, options.json)
         raise InputError("nothing was submitted" + listing(errors))
@@ -112,6 +119,30 @@ def _submit(options: argparse.Namespace) -> None:
         _console.print(text, markup=False, highlight=False, soft_wrap=True)
     if options.watch:
         watch([run.folder for run in plan.runs], _console)
+
+
+def _memory(plan: Plan) -> list[Setting]:
+    """The memory settings of the plan's runs, where they can be known."""
+    found = []
+    for run in plan.runs:
+        with contextlib.suppress(InputError):  # it is among the checks
+            setting = memory_setting(plan, run.config)
+            found += [] if setting is None else [setting]
+    return found
+
+
+def _capacities(plan: Plan) -> list[int]:
+    """The profile's GPUs, and the two sizes of A100."""
+    return sorted({A100_40GB, A100_80GB, *([plan.gpu_bytes] if plan.gpu_bytes else [])})
+
+
+def _show_memory(plan: Plan, memory: Sequence[Setting]) -> None:
+    for setting in memory:
+        n, tokens = setting.num_unfrozen_layers, setting.micro_batch_tokens
+        title = f"memory of each of {plan.world_size} GPU(s), N={n}, {tokens:,} tokens"
+        _console.print(component_table(title, footprint_columns(footprint(setting))))
+        for line in verdicts(setting, _capacities(plan)):
+            _console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _refuse_active(run: Run) -> None:

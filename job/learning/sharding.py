@@ -1,10 +1,11 @@
 """How a critic lies on its GPUs: FSDP2 with frozen and trainable parameters side by side.
 
 Frozen parameters are stored in the compute dtype and trainable ones as float32 masters; gradients
-are reduced in float32. A frozen block is never gathered in the backward pass. Strategies:
+are reduced in float32. A frozen block is given up after its forward pass, and never gathered in the
+backward pass. Strategies:
 
     FULL_SHARD        everything sharded over all GPUs
-    SHARD_GRAD_OP     the same, but gathered parameters stay until the backward pass
+    SHARD_GRAD_OP     the same, but a trainable block's gathered parameters stay until its backward
     HYBRID_SHARD      sharded inside a node, replicated across nodes
     NO_SHARD          everything whole on every GPU
     REPLICATE_FROZEN  the frozen part whole on every GPU, the trainable part sharded
@@ -35,13 +36,18 @@ def shard(critic: Critic, config: FsdpConfig, world: World) -> None:
 
     `load_trunk` and the head's initialisation fill the shards afterwards.
     """
+    lay_out(critic, config, world)
+    critic.to_empty(device="cpu" if config.cpu_offload else world.device)
+
+
+def lay_out(critic: Critic, config: FsdpConfig, world: World) -> None:
+    """The part of `shard` that needs no memory: dtypes and placements, on the meta device."""
     compute = torch.bfloat16 if config.mixed_precision else torch.float32
     for parameter in critic.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(compute)
     if world.size > 1 or config.mixed_precision or config.cpu_offload:
         _fully_shard(critic, config, world, compute)  # else nothing to shard, cast or move
-    critic.to_empty(device="cpu" if config.cpu_offload else world.device)
 
 
 def _fully_shard(critic: Critic, config: FsdpConfig, world: World, compute: torch.dtype) -> None:
@@ -56,16 +62,20 @@ def _fully_shard(critic: Critic, config: FsdpConfig, world: World, compute: torc
         "offload_policy": CPUOffloadPolicy(on_gpu) if config.cpu_offload else OffloadPolicy(),
         "ignored_params": _replicated(critic, strategy),
     }
-    for block in trunk.layers:
+    first = trunk.first_trainable_block()
+    for index, block in enumerate(trunk.layers):
         # the last block's backward comes next: gathering it again would be waste
-        again = gather_again and block is not trunk.layers[-1]
+        again = index < first or (gather_again and block is not trunk.layers[-1])
         fully_shard(block, mp_policy=mixed, reshard_after_forward=again, **settings)
     fully_shard(
-        trunk.tok_embeddings, mp_policy=mixed, reshard_after_forward=gather_again, **settings
+        trunk.tok_embeddings,
+        mp_policy=mixed,
+        reshard_after_forward=first > 0 or gather_again,
+        **settings,
     )
     fully_shard(critic.value_head, mp_policy=exact, reshard_after_forward=False, **settings)
     fully_shard(critic, mp_policy=mixed, reshard_after_forward=False, **settings)
-    for block in trunk.layers[: trunk.first_trainable_block()]:
+    for block in trunk.layers[:first]:
         assert isinstance(block, FSDPModule)
         block.set_unshard_in_backward(False)  # nothing in it has a gradient
 

@@ -1,4 +1,4 @@
-"""How many parameters a critic has and trains, and the bytes they take at least. Free of torch.
+"""How many parameters a critic has and trains, and the bytes they take. Free of torch.
 
 Unfreezing N of the trunk's blocks (N counts on the trunk's own, without multi-token heads):
 
@@ -11,13 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from job.config import FsdpConfig, ShardingStrategy
 from job.model.architecture import TransformerConfig
 from job.outcome import InputError
 
 # Bytes per parameter, as job.learning.sharding and AdamW keep them.
-FROZEN_BYTES = 4
-FROZEN_BYTES_MIXED = 2  # bfloat16, with distributed.fsdp.mixed_precision
 MASTER_BYTES = 4  # trainable weights are float32, whatever the compute dtype
 GRADIENT_BYTES = 4  # reduced in float32
 OPTIMIZER_BYTES = 8  # AdamW's two moments in float32
@@ -88,7 +85,7 @@ def count_parameters(architecture: TransformerConfig, num_unfrozen_layers: int) 
     """
     d, n_blocks = architecture.dim, architecture.n_trunk_layers
     chosen = select_trainable(num_unfrozen_layers, n_blocks)
-    head, block = d + 1, _block_parameters(architecture)
+    head, block = d + 1, block_parameters(architecture)
     embeddings = architecture.vocab_size * d
     return ParameterCounts(
         value_head=Count(head, head),
@@ -98,76 +95,13 @@ def count_parameters(architecture: TransformerConfig, num_unfrozen_layers: int) 
     )
 
 
-def _block_parameters(a: TransformerConfig) -> int:
-    """Attention, its optional biases and norms, SwiGLU, and the norms before both."""
+def block_parameters(a: TransformerConfig) -> int:
+    """One block's: attention, its optional biases and norms, SwiGLU, and the norms before both."""
     queries, keys = a.n_heads * a.head_width, a.kv_heads * a.head_width
     attention = a.dim * (2 * queries + 2 * keys)  # wq and wo; wk and wv
     biases = (queries + 2 * keys) * a.qkv_bias
     head_norms = 2 * a.head_width * a.qk_norm
     return attention + biases + head_norms + 3 * a.dim * a.ffn_width + 2 * a.dim
-
-
-@dataclass(frozen=True)
-class StateBytes:
-    """What one rank keeps from step to step, in bytes.
-
-    With `offloaded` (`distributed.fsdp.cpu_offload`) all of it lies in host memory.
-    """
-
-    frozen_weights: int
-    masters: int
-    gradients: int
-    optimizer: int
-    offloaded: bool
-
-    @property
-    def total(self) -> int:
-        return self.frozen_weights + self.masters + self.gradients + self.optimizer
-
-    @property
-    def gpu(self) -> int:
-        return 0 if self.offloaded else self.total
-
-    @property
-    def host(self) -> int:
-        return self.total - self.gpu
-
-
-def least_state_bytes(
-    counts: ParameterCounts, *, world_size: int, per_node: int, fsdp: FsdpConfig
-) -> StateBytes:
-    """The least that the fullest rank keeps, sharded as `job.learning.sharding` does it.
-
-    A lower bound of its memory: activations, gathered parameters, communication buffers and the
-    padding of rows that do not divide by the number of ranks come on top.
-
-    Args:
-        world_size: GPUs of the job.
-        per_node: GPUs of the job on one node.
-    """
-    strategy = fsdp.sharding_strategy
-    shards = _shards(strategy, world_size, per_node)
-    frozen_shards = 1 if strategy is ShardingStrategy.REPLICATE_FROZEN else shards
-    trainable = _largest_share(counts.trainable, shards)
-    frozen_bytes = FROZEN_BYTES_MIXED if fsdp.mixed_precision else FROZEN_BYTES
-    return StateBytes(
-        frozen_weights=_largest_share(counts.frozen, frozen_shards) * frozen_bytes,
-        masters=trainable * MASTER_BYTES,
-        gradients=trainable * GRADIENT_BYTES,
-        optimizer=trainable * OPTIMIZER_BYTES,
-        offloaded=fsdp.cpu_offload,
-    )
-
-
-def _shards(strategy: ShardingStrategy, world_size: int, per_node: int) -> int:
-    """Ranks that a parameter is split over: the shard dimension of `sharding.build_mesh`."""
-    if strategy is ShardingStrategy.NO_SHARD:
-        return 1
-    return per_node if strategy is ShardingStrategy.HYBRID_SHARD else world_size
-
-
-def _largest_share(count: int, shards: int) -> int:
-    return -(-count // shards)
 
 
 def checkpoint_bytes(counts: ParameterCounts) -> int:

@@ -36,6 +36,7 @@ class PackedLayout:
             raise ValueError("a packed stream needs at least one sequence, and none may be empty")
         self.lengths = list(lengths)
         self.device = torch.device(device)
+        self.varlen = self.device.type == "cuda"  # which kernel attends; see `attend`
         ends = torch.tensor([0, *self.lengths]).cumsum(0)
         self.n_tokens = int(ends[-1])
         starts = torch.repeat_interleave(ends[:-1], torch.tensor(self.lengths))
@@ -135,7 +136,7 @@ class Attention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
     """Block-diagonal causal attention: q [t, h, e], k and v [t, k, e] -> [t, h, e]."""
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if layout.varlen and q.dtype in (torch.bfloat16, torch.float16):
         return _attend_varlen(q, k, v, layout)
     return _attend_spans(q, k, v, layout)
 

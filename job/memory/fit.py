@@ -1,0 +1,87 @@
+"""Whether a training fits a GPU, and what would: the largest N, the largest micro-batch.
+
+Free of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from job.memory.footprint import Footprint, Setting, footprint
+
+# What a process takes outside torch's allocator. Not measured by us yet (bench/gpu.py will):
+# a context with torch's kernels, 0.3 GB before the first large kernel (pytorch/pytorch issue
+# 107667) and more with cuBLAS and attention; NCCL's communicators and buffers on one node with
+# NVLink, where 8 H100 showed 1.06 GB together with the context (NVIDIA/nccl issue 1685).
+CONTEXT_BYTES = 600_000_000
+NCCL_BYTES = 1_000_000_000
+MARGIN = 0.08  # of the GPU, for fragmentation and for what is not in the closed form
+_STEP = 256  # tokens that a chosen micro-batch is a multiple of
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A footprint beside what a GPU has. Bytes."""
+
+    footprint: Footprint
+    outside: int
+    capacity: int
+
+    @property
+    def needed(self) -> int:
+        return self.footprint.peak.total + self.outside
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits, and the margin stays free."""
+        return self.needed <= self.capacity * (1 - MARGIN)
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether it fits, but only within the margin."""
+        return not self.fits and self.needed <= self.capacity
+
+
+def outside_bytes(setting: Setting) -> int:
+    """What a rank takes of its GPU outside torch's allocator; nothing on a CPU."""
+    if not setting.cuda:
+        return 0
+    return CONTEXT_BYTES + (NCCL_BYTES if setting.world_size > 1 else 0)
+
+
+def fit(setting: Setting, capacity: int) -> Fit:
+    return Fit(footprint(setting), outside_bytes(setting), capacity)
+
+
+def largest_unfrozen(setting: Setting, capacity: int) -> int | None:
+    """The largest N up to all blocks that fits with the margin; None if not even 0 does."""
+    blocks = setting.architecture.n_trunk_layers
+    return _largest(lambda n: fit(replace(setting, num_unfrozen_layers=n), capacity), 0, blocks)
+
+
+def largest_micro_batch(setting: Setting, capacity: int, most: int, least: int) -> int | None:
+    """The largest micro-batch that fits with the margin: at most `most` tokens, at least `least`.
+
+    A multiple of 256 tokens, unless it is `most` or `least` itself; None if `least` does not fit.
+    """
+
+    def tokens(k: int) -> int:
+        return min(most, max(least, k * _STEP))
+
+    def fitted(k: int) -> Fit:
+        t = tokens(k)
+        return fit(replace(setting, micro_batch_tokens=t, evaluation_tokens=t), capacity)
+
+    found = _largest(fitted, least // _STEP, -(-most // _STEP))
+    return None if found is None else tokens(found)
+
+
+def _largest(fitted: Callable[[int], Fit], low: int, high: int) -> int | None:
+    """The largest argument from low to high that fits, of a footprint that grows with it."""
+    if not fitted(low).fits:
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fitted(middle).fits else (low, middle - 1)
+    return low

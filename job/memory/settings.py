@@ -1,0 +1,73 @@
+"""What a configuration means for memory, and the micro-batch that `auto` stands for. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from job.config import AUTO, CriticConfig, Loss
+from job.memory.fit import Fit, fit, largest_micro_batch, largest_unfrozen
+from job.memory.footprint import Setting
+from job.model.architecture import TransformerConfig
+from job.outcome import InputError
+
+_MOST_TOKENS = 65_536  # beyond, larger micro-batches gain nothing
+
+
+def setting_of(
+    config: CriticConfig,
+    architecture: TransformerConfig,
+    *,
+    world_size: int = 1,
+    per_node: int = 1,
+    capacity: int = 0,
+    cuda: bool = True,
+) -> Setting:
+    """The most that a training with this configuration can ask for, whatever its data.
+
+    Args:
+        capacity: bytes of a GPU, of which `training.micro_batch_tokens: auto` makes the most.
+
+    Raises:
+        InputError: the micro-batch is to be chosen, and not even the smallest one fits.
+    """
+    tokens = config.training.micro_batch_tokens
+    longest, step_tokens = (
+        _longest_unit(config),
+        config.training.batch_size * config.data.max_length,
+    )
+    setting = Setting(
+        architecture=architecture,
+        num_unfrozen_layers=config.training.num_unfrozen_layers,
+        fsdp=config.distributed.fsdp,
+        micro_batch_tokens=longest,
+        world_size=world_size,
+        per_node=per_node,
+        cuda=cuda,
+    )
+    if tokens == AUTO:
+        most = min(_MOST_TOKENS, max(longest, -(-step_tokens // world_size)))
+        tokens = largest_micro_batch(setting, capacity, most, longest)
+        if tokens is None:
+            raise InputError(_nothing_fits(fit(setting, capacity), setting))
+    return replace(
+        setting,
+        micro_batch_tokens=min(int(tokens), step_tokens),
+        accumulates=step_tokens > int(tokens) * world_size,
+        evaluation_tokens=int(tokens),
+    )
+
+
+def _longest_unit(config: CriticConfig) -> int:
+    """Tokens of what must stay together."""
+    return config.data.max_length * (2 if config.objective.loss is Loss.pairwise else 1)
+
+
+def _nothing_fits(smallest: Fit, setting: Setting) -> str:
+    n, capacity = setting.num_unfrozen_layers, smallest.capacity
+    largest = largest_unfrozen(setting, capacity)
+    fitting = "no N fits" if largest is None else f"N={largest} fits"
+    return (
+        f"training.micro_batch_tokens: auto: N={n} takes {smallest.needed / 1e9:.1f} GB of a GPU's "
+        f"{capacity / 1e9:.1f} GB even with {setting.micro_batch_tokens} tokens; {fitting}. "
+        "Unfreeze fewer blocks, take more GPUs, or set distributed.fsdp.activation_checkpointing"
+    )
