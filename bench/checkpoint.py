@@ -99,7 +99,7 @@ class Loop:
         packer = Packer(
             *(data, single_units(len(data))),
             dim=config.dim,
-            budget=training.micro_batch_tokens,
+            budget=training.token_budget,
             device=CPU,
             rank=world.rank,
             world=world.size,

@@ -141,7 +141,7 @@ def make_packer(data: TokenizedSet, config: TransformerConfig) -> Packer:
         data,
         single_units(len(data)),
         dim=config.dim,
-        budget=TRAINING.micro_batch_tokens,
+        budget=TRAINING.token_budget,
         device=CPU,
     )
 

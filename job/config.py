@@ -128,6 +128,12 @@ class TrainingConfig:
     deterministic: bool = False  # on a GPU: the same bits each time, more slowly
     value_head: ValueHeadConfig = field(default_factory=ValueHeadConfig)
 
+    @property
+    def token_budget(self) -> int:
+        """`micro_batch_tokens`, once `auto` has been replaced by what it stands for."""
+        assert isinstance(self.micro_batch_tokens, int), "auto is not yet resolved"
+        return self.micro_batch_tokens
+
 
 @dataclass
 class ObjectiveConfig:
@@ -516,8 +522,8 @@ def _impossible_critic(config: CriticConfig) -> Iterator[str]:
     if objective.loss is Loss.pairwise and training.batch_size % 2:
         yield f"training.batch_size: {training.batch_size} is odd; the pairwise loss takes pairs"
     tokens = training.micro_batch_tokens
-    pairs = objective.loss is Loss.pairwise and isinstance(tokens, int)
-    if pairs and 2 * config.data.max_length > tokens:
+    paired = isinstance(tokens, int) and 2 * config.data.max_length > tokens
+    if objective.loss is Loss.pairwise and paired:
         yield "training.micro_batch_tokens: a pair needs 2 x data.max_length"
     fsdp = config.distributed.fsdp
     if fsdp.cpu_offload and fsdp.sharding_strategy is ShardingStrategy.REPLICATE_FROZEN:

@@ -64,7 +64,7 @@ def load_critic_data(config: CriticConfig, run: RunDirectory, world: World) -> C
     pack = functools.partial(
         Packer,
         dim=architecture.dim,
-        budget=config.training.micro_batch_tokens,
+        budget=config.training.token_budget,
         device=world.device,
         rank=world.rank,
         world=world.size,

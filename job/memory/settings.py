@@ -30,11 +30,8 @@ def setting_of(
     Raises:
         InputError: the micro-batch is to be chosen, and not even the smallest one fits.
     """
-    tokens = config.training.micro_batch_tokens
-    longest, step_tokens = (
-        _longest_unit(config),
-        config.training.batch_size * config.data.max_length,
-    )
+    longest = _longest_unit(config)
+    step_tokens = config.training.batch_size * config.data.max_length
     setting = Setting(
         architecture=architecture,
         num_unfrozen_layers=config.training.num_unfrozen_layers,
@@ -44,17 +41,25 @@ def setting_of(
         per_node=per_node,
         cuda=cuda,
     )
-    if tokens == AUTO:
-        most = min(_MOST_TOKENS, max(longest, -(-step_tokens // world_size)))
-        tokens = largest_micro_batch(setting, capacity, most, longest)
-        if tokens is None:
-            raise InputError(_nothing_fits(fit(setting, capacity), setting))
+    if config.training.micro_batch_tokens == AUTO:
+        tokens = _largest(setting, capacity, -(-step_tokens // world_size))
+    else:
+        tokens = config.training.token_budget
     return replace(
         setting,
-        micro_batch_tokens=min(int(tokens), step_tokens),
-        accumulates=step_tokens > int(tokens) * world_size,
-        evaluation_tokens=int(tokens),
+        micro_batch_tokens=min(tokens, step_tokens),
+        accumulates=step_tokens > tokens * world_size,
+        evaluation_tokens=tokens,
     )
+
+
+def _largest(setting: Setting, capacity: int, of_a_step: int) -> int:
+    longest = setting.micro_batch_tokens
+    most = min(_MOST_TOKENS, max(longest, of_a_step))
+    found = largest_micro_batch(setting, capacity, most, longest)
+    if found is None:
+        raise InputError(_nothing_fits(fit(setting, capacity), setting))
+    return found
 
 
 def _longest_unit(config: CriticConfig) -> int:

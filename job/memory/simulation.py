@@ -10,10 +10,8 @@ CUDA does in one kernel; `_FusedNorm` stands for that kernel.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -96,7 +94,7 @@ class _NoEmbeddings(torch.nn.Embedding):
 
     def __init__(self) -> None:
         torch.nn.Module.__init__(self)
-        self.weight = torch.empty(0)  # type: ignore[assignment]
+        self.weight = torch.empty(0)
 
 
 class _Simulation:
@@ -238,6 +236,7 @@ class _PlainTracker(MemTracker):
         return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
 
     def _file_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
         self._update_and_maybe_create_winfos(parameter.grad, _MemRefType.GRAD, update_existing=True)
 
 
@@ -258,4 +257,4 @@ class _FusedNorm(torch.autograd.Function):
 
 
 def _fused_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
-    return _FusedNorm.apply(x, weight)
+    return _FusedNorm.apply(x, weight)  # type: ignore[no-untyped-call]
