@@ -1,0 +1,79 @@
+"""Peaks of memory by phase, by telemetry window and over a run, and the course it took."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from job.telemetry.memory_series import MemorySeries
+
+COLUMNS = ("device_used", "process", "allocated", "reserved", "inactive")  # bytes
+
+Figures = dict[str, float]
+
+
+class MemoryLedger:
+    """Keeps samples, which threads take, apart from peaks that are exact, and prefers those."""
+
+    def __init__(self, phases: Iterable[str], seconds: float) -> None:
+        """`seconds`: between two samples."""
+        self._sampled = {phase: Figures() for phase in phases}
+        self._exact = {phase: Figures() for phase in self._sampled}
+        self._run, self._window, self._exact_window = Figures(), Figures(), Figures()
+        self._series = MemorySeries(COLUMNS, seconds)
+        self._lock = threading.Lock()  # never held while anything is measured
+        self.samples = 0
+
+    def sample(self, seconds: float, phase: str, figures: Mapping[str, float], sure: bool) -> None:
+        """Count a sample; where the phase changed meanwhile it is not `sure`, nor the phase's."""
+        with self._lock:
+            self.samples += 1
+            self._series.add(seconds, phase, figures)
+            raise_to(self._run, figures)
+            raise_to(self._window, figures)
+            if sure:
+                raise_to(self._sampled[phase], figures)
+
+    def exact(self, phase: str, peaks: Mapping[str, float]) -> None:
+        """Count peaks of a phase that nothing has escaped; called by one thread only."""
+        raise_to(self._exact[phase], peaks)
+        raise_to(self._exact_window, peaks)
+
+    def take_window(self) -> Figures:
+        """Peaks since the last call."""
+        with self._lock:
+            window, self._window = self._window, Figures()
+        exact, self._exact_window = self._exact_window, Figures()
+        return _columns(window | exact)
+
+    def peaks(self) -> dict[str, Figures]:
+        """Peaks by phase, of phases that there were."""
+        with self._lock:
+            sampled = {phase: dict(figures) for phase, figures in self._sampled.items()}
+        merged = {phase: _columns(f | self._exact[phase]) for phase, f in sampled.items()}
+        return {phase: figures for phase, figures in merged.items() if figures}
+
+    def peak(self) -> Figures:
+        """Peaks over the whole run."""
+        with self._lock:
+            run = dict(self._run)
+        exact = Figures()
+        for peaks in self._exact.values():
+            raise_to(exact, peaks)
+        return _columns(run | exact)
+
+    def series(self) -> dict[str, list[Any]]:
+        with self._lock:
+            return self._series.columns()
+
+
+def raise_to(peaks: Figures, figures: Mapping[str, float]) -> None:
+    """Raise what is lower in `peaks`."""
+    for name, value in figures.items():
+        if value > peaks.get(name, -1):
+            peaks[name] = value
+
+
+def _columns(figures: Mapping[str, float]) -> Figures:
+    return {name: figures[name] for name in COLUMNS if name in figures}
