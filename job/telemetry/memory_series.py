@@ -44,14 +44,12 @@ class MemorySeries:
 
     def columns(self) -> dict[str, list[Any]]:
         """Seconds, phase, and each figure, in the order of time; None where it was not known."""
-        rows = sorted(
-            (seconds, phase, values) for (_, phase), (seconds, values) in self._points.items()
-        )
-        figures = zip(self._columns, zip(*(row[2] for row in rows), strict=True), strict=False)
+        points = [(seconds, phase, v) for (_, phase), (seconds, v) in self._points.items()]
+        rows = sorted(points, key=lambda point: point[0])
         return {
-            "seconds": [round(row[0], 3) for row in rows],
-            "phase": [row[1] for row in rows],
-            **{name: list(values) for name, values in figures},
+            "seconds": [round(seconds, 3) for seconds, _, _ in rows],
+            "phase": [phase for _, phase, _ in rows],
+            **{name: [row[2][i] for row in rows] for i, name in enumerate(self._columns)},
         }
 
 

@@ -20,6 +20,7 @@ _ROLLUP_SHARE = 0.002  # of a core that smaps_rollup may cost
 _RESTING = 4.0  # as long a pause again while the shared pages hardly change
 _CHANGE_BYTES = 8 << 20  # of shared pages, that PSS is measured anew for
 _RETRY_SECONDS = 60.0
+_CLEAR_REFS = "/proc/self/clear_refs"
 _RESET_PEAK = b"5"  # proc(5), clear_refs: VmHWM becomes the present RSS
 
 
@@ -33,7 +34,7 @@ class ProcessMemory:
         self._notes = notes
         self._statm = os.open("/proc/self/statm", os.O_RDONLY)
         self._status = os.open("/proc/self/status", os.O_RDONLY)
-        self._clear_refs = self._open("/proc/self/clear_refs", os.O_WRONLY)
+        self._clear_refs = self._open(_CLEAR_REFS, os.O_WRONLY)
         self._rollup = self._open("/proc/self/smaps_rollup", os.O_RDONLY)
         self._sharing = 0  # RSS - PSS
         self._shared = 0  # pages shared with files and others, when that was measured
@@ -79,7 +80,7 @@ class ProcessMemory:
         try:
             os.write(self._clear_refs, _RESET_PEAK)
         except OSError as error:
-            self._notes.add("/proc/self/clear_refs", str(error.strerror))
+            self._notes.add(_CLEAR_REFS, str(error.strerror))
             return False
         return True
 
