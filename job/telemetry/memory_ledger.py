@@ -20,7 +20,7 @@ class MemoryLedger:
         """`seconds`: between two samples."""
         self._sampled = {phase: Figures() for phase in phases}
         self._exact = {phase: Figures() for phase in self._sampled}
-        self._run, self._window, self._exact_window = Figures(), Figures(), Figures()
+        self._window, self._exact_window = Figures(), Figures()
         self._series = MemorySeries(COLUMNS, seconds)
         self._lock = threading.Lock()  # never held while anything is measured
         self.samples = 0
@@ -30,7 +30,6 @@ class MemoryLedger:
         with self._lock:
             self.samples += 1
             self._series.add(seconds, phase, figures)
-            raise_to(self._run, figures)
             raise_to(self._window, figures)
             if sure:
                 raise_to(self._sampled[phase], figures)
@@ -57,7 +56,7 @@ class MemoryLedger:
     def peak(self) -> Figures:
         """Peaks over the whole run."""
         with self._lock:
-            run = dict(self._run)
+            run = self._series.highest()
         exact = Figures()
         for peaks in self._exact.values():
             raise_to(exact, peaks)

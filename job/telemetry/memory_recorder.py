@@ -162,8 +162,10 @@ class Recorder:
     def _run(self) -> None:
         """Sample what NVML does not, and watch over its threads."""
         pace = Pace(self._period)
-        while not self._ended.wait(pace.pause() if self._is_alone() else _WATCH_SECONDS):
-            if self._is_alone():
+        alone = self._is_alone()
+        while not (pace.wait(self._ended) if alone else self._ended.wait(_WATCH_SECONDS)):
+            alone = self._is_alone()
+            if alone:
                 self._sample()
             for reader in self._readers:
                 reader.note_hang()
@@ -173,11 +175,12 @@ class Recorder:
         late = time.monotonic() - self._answered_at > _LATE_ROUNDS * self._period
         return late or not self._readers
 
-    def _sample(self, read: Callable[[], Figures] = Figures) -> None:
+    def _sample(self, read: Callable[[], Figures] | None = None) -> None:
         """Take one sample: what the process knows, and what `read` gives of the device."""
         place = self._place
-        own = self._source.now()
-        figures = own | self._plausible(read(), own)
+        figures = self._source.now()
+        if read is not None:
+            figures |= self._plausible(read(), figures)
         now = time.monotonic() - self._began
         self._ledger.sample(now, place[0], figures, sure=place == self._place)
 

@@ -42,6 +42,12 @@ class MemorySeries:
             for (_, phase), (seconds, values) in points.items():
                 self._put(seconds, phase, values)
 
+    def highest(self) -> dict[str, float]:
+        """The largest of each figure that was ever known."""
+        columns = zip(*(values for _, values in self._points.values()), strict=True)
+        known = ([v for v in column if v is not None] for column in columns)
+        return {name: max(v) for name, v in zip(self._columns, known, strict=False) if v}
+
     def columns(self) -> dict[str, list[Any]]:
         """Seconds, phase, and each figure, in the order of time; None where it was not known."""
         points = [(seconds, phase, v) for (_, phase), (seconds, v) in self._points.items()]

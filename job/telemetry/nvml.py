@@ -317,7 +317,7 @@ class NvmlReader:
         if device is None:
             return
         pace = Pace(self._seconds)
-        while not (self._lost.is_set() or self._ended.wait(pace.pause())):
+        while not (self._lost.is_set() or pace.wait(self._ended)):
             self._take(lambda: self._read(device))
             self.cpu_seconds = time.thread_time()
         with suppress(Exception):  # of a GPU that is lost by now

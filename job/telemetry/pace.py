@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+
+_SHORT_SECONDS = 0.1
 
 
 class Pace:
@@ -12,9 +15,13 @@ class Pace:
         self._seconds = seconds
         self._next = time.monotonic()
 
-    def pause(self) -> float:
-        """Seconds until the next round begins; none before the first."""
+    def wait(self, ended: threading.Event) -> bool:
+        """Wait until the next round begins, the first one at once; whether it is the end."""
         now = time.monotonic()
-        left = max(0.0, self._next - now)
+        pause = self._next - now
         self._next = max(self._next, now - self._seconds) + self._seconds
-        return left
+        if pause > _SHORT_SECONDS:
+            return ended.wait(pause)
+        if pause > 0:
+            time.sleep(pause)  # half the CPU time of waiting for an event
+        return ended.is_set()

@@ -16,7 +16,7 @@ from typing import Any
 
 from job.telemetry.notes import Notes
 
-_ROLLUP_SHARE = 0.002  # of a core that smaps_rollup may cost
+_ROLLUP_SHARE = 0.001  # of a core that smaps_rollup may cost
 _RESTING = 4.0  # as long a pause again while the shared pages hardly change
 _CHANGE_BYTES = 8 << 20  # of shared pages, that PSS is measured anew for
 _RETRY_SECONDS = 60.0
