@@ -32,9 +32,9 @@ from job.learning.objective import Objective
 from job.learning.world import World
 from job.telemetry.memory_recorder import Recorder
 
-SMALL = replace(ARCHITECTURE, dim=256, n_layers=8, ffn_hidden=688)  # phases change often
+SMALL = replace(ARCHITECTURE, dim=256, n_layers=4, ffn_hidden=688)  # phases change often
 SEQUENCES = 2  # of a step
-STEPS = 20  # of a block with or without the recorder
+STEPS = 15  # of a block with or without the recorder
 HERTZ = 25.0
 WARM_UP = 1  # rounds that are not counted
 

@@ -8,6 +8,7 @@ measured now and then, and RSS at full rate.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import platform
@@ -16,10 +17,10 @@ from typing import Any
 
 from job.telemetry.notes import Notes
 
-_ROLLUP_SHARE = 0.001  # of a core that smaps_rollup may cost
-_RESTING = 4.0  # as long a pause again while the shared pages hardly change
+_ROLLUP_SHARE = 0.0005  # of a core that smaps_rollup may cost in the long run,
+_RESTING_SHARE = 0.0001  # and while the shared pages hardly change
+_ROLLUP_SECONDS = 0.1  # what it may cost beyond that: at the beginning much is loaded
 _CHANGE_BYTES = 8 << 20  # of shared pages, that PSS is measured anew for
-_RETRY_SECONDS = 60.0
 _CLEAR_REFS = "/proc/self/clear_refs"
 _RESET_PEAK = b"5"  # proc(5), clear_refs: VmHWM becomes the present RSS
 
@@ -38,7 +39,8 @@ class ProcessMemory:
         self._rollup = self._open("/proc/self/smaps_rollup", os.O_RDONLY)
         self._sharing = 0  # RSS - PSS
         self._shared = 0  # pages shared with files and others, when that was measured
-        self._measured_at = self._pause = 0.0
+        self._began = time.monotonic()
+        self._spent = 0.0  # CPU seconds on smaps_rollup
         self.peaks_of = frozenset({"process"} if self._reset_peak() else ())
         self.now()
 
@@ -91,18 +93,18 @@ class ProcessMemory:
 
     def _measure_sharing(self, shared: int) -> None:
         """Measure what sharing takes off RSS, when it is time."""
-        now = time.monotonic()
+        elapsed = time.monotonic() - self._began
         changed = abs(shared - self._shared) > _CHANGE_BYTES
-        pause = self._pause if changed else self._pause * _RESTING
-        if self._rollup is None or now - self._measured_at < pause:
+        allowed = _ROLLUP_SECONDS + _ROLLUP_SHARE * elapsed if changed else _RESTING_SHARE * elapsed
+        if self._rollup is None or self._spent > allowed:
             return
         began = time.thread_time()
         try:
             lines = os.pread(self._rollup, 4096, 0).splitlines()
         except OSError as error:
             self._notes.add("/proc/self/smaps_rollup", str(error.strerror))
-            self._measured_at, self._pause = now, _RETRY_SECONDS
+            self._spent = math.inf
             return
         sizes = {line.split()[0]: int(line.split()[1]) * 1024 for line in lines[1:]}
         self._sharing, self._shared = sizes[b"Rss:"] - sizes[b"Pss:"], shared
-        self._measured_at, self._pause = now, (time.thread_time() - began) / _ROLLUP_SHARE
+        self._spent += time.thread_time() - began
