@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from job.telemetry.memory_series import MemorySeries
 
 COLUMNS = ("device_used", "process", "allocated", "reserved", "inactive")  # bytes
+
+_BATCH = 32  # samples that are counted at once: a thread that has just woken is slow
 
 Figures = dict[str, float]
 
@@ -18,6 +21,7 @@ class MemoryLedger:
 
     def __init__(self, phases: Iterable[str], seconds: float) -> None:
         """`seconds`: between two samples."""
+        self._waiting: deque[tuple[float, str, Figures, bool]] = deque()
         self._sampled = {phase: Figures() for phase in phases}
         self._exact = {phase: Figures() for phase in self._sampled}
         self._window, self._exact_window = Figures(), Figures()
@@ -25,10 +29,17 @@ class MemoryLedger:
         self._lock = threading.Lock()  # never held while anything is measured
         self.samples = 0
 
-    def sample(self, seconds: float, phase: str, figures: Mapping[str, float], sure: bool) -> None:
+    def sample(self, seconds: float, phase: str, figures: Figures, sure: bool) -> None:
         """Count a sample; where the phase changed meanwhile it is not `sure`, nor the phase's."""
-        with self._lock:
-            self.samples += 1
+        self.samples += 1
+        self._waiting.append((seconds, phase, figures, sure))
+        if len(self._waiting) >= _BATCH:
+            with self._lock:
+                self._count_waiting()
+
+    def _count_waiting(self) -> None:
+        while self._waiting:
+            seconds, phase, figures, sure = self._waiting.popleft()
             self._series.add(seconds, phase, figures)
             raise_to(self._window, figures)
             if sure:
@@ -42,6 +53,7 @@ class MemoryLedger:
     def take_window(self) -> Figures:
         """Peaks since the last call."""
         with self._lock:
+            self._count_waiting()
             window, self._window = self._window, Figures()
         exact, self._exact_window = self._exact_window, Figures()
         return _columns(window | exact)
@@ -49,6 +61,7 @@ class MemoryLedger:
     def peaks(self) -> dict[str, Figures]:
         """Peaks by phase, of phases that there were."""
         with self._lock:
+            self._count_waiting()
             sampled = {phase: dict(figures) for phase, figures in self._sampled.items()}
         merged = {phase: _columns(f | self._exact[phase]) for phase, f in sampled.items()}
         return {phase: figures for phase, figures in merged.items() if figures}
@@ -56,6 +69,7 @@ class MemoryLedger:
     def peak(self) -> Figures:
         """Peaks over the whole run."""
         with self._lock:
+            self._count_waiting()
             run = self._series.highest()
         exact = Figures()
         for peaks in self._exact.values():
@@ -64,6 +78,7 @@ class MemoryLedger:
 
     def series(self) -> dict[str, list[Any]]:
         with self._lock:
+            self._count_waiting()
             return self._series.columns()
 
 

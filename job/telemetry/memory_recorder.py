@@ -187,7 +187,8 @@ class Recorder:
     def _sample_device(self, read: Callable[[], Figures]) -> None:
         self._sample(read)
         self._answered_at = time.monotonic()
-        self._answered.set()
+        if not self._answered.is_set():
+            self._answered.set()
 
     def _plausible(self, figures: Figures, own: Figures) -> Figures:
         """NVML's figures, without a process's share that cannot be this one's.

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -258,7 +258,7 @@ class Call:
     core_share: float = 0.0002
 
 
-PROCESS = Call("nvmlDeviceGetComputeRunningProcesses", NvmlDevice.process, 0.0, 0.001)
+PROCESS = Call("nvmlDeviceGetComputeRunningProcesses", NvmlDevice.process, 0.25, 0.0005)
 MEMORY_CALLS = (Call("nvmlDeviceGetMemoryInfo", NvmlDevice.memory, 0.0, math.inf), PROCESS)
 BOARD_CALLS = (
     Call("nvmlDeviceGetUtilizationRates", NvmlDevice.utilization),
@@ -296,7 +296,7 @@ class NvmlReader:
         self._lost, self._ended = lost, threading.Event()
         self.thread = threading.Thread(target=self._run, name="nvml", daemon=True)
         self.description: dict[str, Any] = {}
-        self.cpu_seconds = 0.0
+        self.cpu_seconds = 0.0  # after the opening
 
     def start(self) -> None:
         self.thread.start()
@@ -316,33 +316,27 @@ class NvmlReader:
         device = self._open()
         if device is None:
             return
-        pace = Pace(self._seconds)
+        pace, began = Pace(self._seconds), time.thread_time()
         while not (self._lost.is_set() or pace.wait(self._ended)):
             self._take(lambda: self._read(device))
-            self.cpu_seconds = time.thread_time()
+            self.cpu_seconds = time.thread_time() - began
         with suppress(Exception):  # of a GPU that is lost by now
             device.close()
 
     def _open(self) -> NvmlDevice | None:
         name = "nvmlInit"
+        self._in_call = (name, time.monotonic())
         try:
-            with self._calling(name):
-                device = NvmlDevice(self._uuid)
-                self.description = device.describe()
+            device = NvmlDevice(self._uuid)
+            self.description = device.describe()
         except Exception as error:
             self._lost.set()
             self._notes.add(name, _problem(error))
             return None
-        self._settle(name)
-        return device
-
-    @contextmanager
-    def _calling(self, name: str) -> Iterator[None]:
-        self._in_call = (name, time.monotonic())
-        try:
-            yield
         finally:
             self._in_call = None
+        self._settle(name)
+        return device
 
     def _read(self, device: NvmlDevice) -> Figures:
         now, figures = time.monotonic(), Figures()
@@ -354,11 +348,13 @@ class NvmlReader:
     def _make(self, call: Call, device: NvmlDevice) -> Figures:
         began, cpu_began = time.monotonic(), time.thread_time()
         try:
-            with self._calling(call.name):
-                figures = call.ask(device)
+            self._in_call = (call.name, began)
+            figures = call.ask(device)
         except Exception as error:
             self._fail(call, error)
             return {}
+        finally:
+            self._in_call = None
         self._settle(call.name)
         cost = time.thread_time() - cpu_began
         self._due[call] = began + max(call.seconds - self._seconds / 2, cost / call.core_share)
