@@ -4,8 +4,9 @@
 
 One critic with random weights is trained on CPU in float32, always on the same batch. In each round
 it takes some steps with the recorder running, each of their phases marked, and as many without, in
-turns which come first. Compared are the wall time of a step and the CPU time of the process, which
-other processes on the machine disturb less; figures are medians over rounds.
+turns which come first. Compared are the wall time of a step and the CPU time of the process in it,
+each of the fastest of some steps: what other processes take is taken from all the others, and the
+recorder samples several times in every one. Figures are medians over rounds.
 
 The recorder also says itself what CPU time its threads and its changes of phase took.
 """
@@ -41,7 +42,7 @@ WARM_UP = 1  # rounds that are not counted
 
 @dataclass(frozen=True)
 class Block:
-    """Medians over a few steps, in seconds, and the share of a core that others took."""
+    """The least over some steps, in seconds, and the share of the machine that others took."""
 
     wall: float
     cpu: float
@@ -81,7 +82,7 @@ def block(loop: Loop, recorder: Recorder | None) -> Block:
         loop.step(recorder)
         walls.append(time.perf_counter() - wall)
         cpus.append(time.process_time() - cpu)
-    return Block(statistics.median(walls), statistics.median(cpus), load.share())
+    return Block(min(walls), min(cpus), load.share())
 
 
 def take_turns(loop: Loop, turn: int) -> tuple[Block, Block, dict[str, float]]:

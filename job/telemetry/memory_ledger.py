@@ -50,6 +50,14 @@ class MemoryLedger:
         raise_to(self._exact[phase], peaks)
         raise_to(self._exact_window, peaks)
 
+    def forget(self, name: str) -> None:
+        """Drop a sampled figure that has turned out to be wrong."""
+        with self._lock:
+            self._count_waiting()
+            self._series.forget(name)
+            for figures in (self._window, *self._sampled.values()):
+                figures.pop(name, None)
+
     def take_window(self) -> Figures:
         """Peaks since the last call."""
         with self._lock:

@@ -29,6 +29,7 @@ PHASES = ("load", "shard", "cache", "forward", "backward", "optimizer", "save", 
 OTHER = "other"  # what lies between
 
 _START_SECONDS = 5.0  # how long the beginning waits for NVML's first answer
+_GLANCE_SECONDS = 0.05  # during that, between two looks whether NVML has given up
 _STOP_SECONDS = 1.0
 _BOARD_SECONDS = 1.0
 _WATCH_SECONDS = 0.25
@@ -95,9 +96,11 @@ class Recorder:
         self._source.take_peaks()
         for reader in self._readers:
             reader.start()
-        if self._readers:
-            self._answered.wait(_START_SECONDS)
-        if not self._answered.is_set():
+        until = self._began + _START_SECONDS
+        while any(r.thread.is_alive() for r in self._readers[:1]) and time.monotonic() < until:
+            if self._answered.wait(_GLANCE_SECONDS):
+                break
+        else:
             self._sample()
         self._baseline = self._ledger.peak()
         self._sampler.start()
@@ -204,6 +207,8 @@ class Recorder:
             return figures
         if process < min(reserved, self._source.now().get("reserved", 0)):
             self._foreign = True
+            self._ledger.forget("process")
+            self._baseline.pop("process", None)
             self._notes.add(PROCESS.name, "gives another process's memory under this one's pid")
         if self._foreign:
             return {name: value for name, value in figures.items() if name != "process"}

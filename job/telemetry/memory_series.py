@@ -42,6 +42,12 @@ class MemorySeries:
             for (_, phase), (seconds, values) in points.items():
                 self._put(seconds, phase, values)
 
+    def forget(self, name: str) -> None:
+        """Make a figure unknown throughout."""
+        place = self._columns.index(name)
+        for key, (seconds, values) in self._points.items():
+            self._points[key] = (seconds, (*values[:place], None, *values[place + 1 :]))
+
     def highest(self) -> dict[str, float]:
         """The largest of each figure that was ever known."""
         columns = zip(*(values for _, values in self._points.values()), strict=True)

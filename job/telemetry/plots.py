@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -38,6 +39,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vP"
 _DASHES = ("-", "--", ":")
 _GREY = "#6b6b6b"
+_MOST_COLUMNS = 150  # of memory over time: more would blur
 _PHASE_COLOURS = {
     "load": "#56B4E9",
     "shard": "#E69F00",
@@ -471,10 +473,10 @@ def _draw_course(axes: Axes, rank: Mapping[str, Any]) -> None:
     unit, scale = _time_unit(series["seconds"][-1])
     times = [seconds / scale for seconds in series["seconds"]]
     sizes = _sizes(series[main])
-    edges = [*times, times[-1] + (times[-1] - times[-2] if len(times) > 1 else 1.0)]
-    for phase, colour in _PHASE_COLOURS.items():
-        there = [s if p == phase else math.nan for s, p in zip(sizes, series["phase"], strict=True)]
-        axes.stairs(there, edges, fill=True, color=colour, alpha=0.75, linewidth=0)
+    edges, bands = _bands(times, series["phase"], sizes)
+    for phase, (lower_ends, upper_ends) in bands.items():
+        style: dict[str, Any] = {"color": _PHASE_COLOURS[phase], "alpha": 0.75, "linewidth": 0}
+        axes.stairs(upper_ends, edges, baseline=lower_ends, fill=True, **style)
     lower = sizes
     for name, label, shade, dashes in (
         ("reserved", "reserved by the allocator", 0.16, "-"),
@@ -483,15 +485,39 @@ def _draw_course(axes: Axes, rank: Mapping[str, Any]) -> None:
         upper = _sizes(series[name])
         if any(map(math.isfinite, upper)):
             axes.fill_between(times, lower, upper, step="post", color="black", alpha=shade, lw=0)
-            style: dict[str, Any] = {
-                "color": "black",
-                "lw": 0.9,
-                "linestyle": dashes,
-                "label": label,
-            }
+            style = {"color": "black", "lw": 0.9, "linestyle": dashes, "label": label}
             axes.plot(times, upper, drawstyle="steps-post", **style)
             lower = upper
     axes.set(xlabel=unit, ylabel="memory (GB)", xlim=(0, edges[-1]))
+
+
+_Bands = dict[str, tuple[list[float], list[float]]]
+
+
+def _bands(
+    times: Sequence[float], phases: Sequence[str], sizes: Sequence[float]
+) -> tuple[list[float], _Bands]:
+    """Edges of columns, and by phase the ends of its band in each; NaN where it was not.
+
+    A short course has a column a point. In the columns of a long one several phases lie upon one
+    another in the order of their peaks, each from where the one below ends to its own.
+    """
+    end = times[-1] + (times[-1] - times[-2] if len(times) > 1 else 1.0)
+    edges = [*times, end]
+    if len(times) > _MOST_COLUMNS:
+        edges = [end * k / _MOST_COLUMNS for k in range(_MOST_COLUMNS + 1)]
+    columns: list[dict[str, float]] = [{} for _ in edges[1:]]
+    for time, phase, size in zip(times, phases, sizes, strict=True):
+        column = columns[bisect_right(edges, time) - 1]
+        column[phase] = max(size, column.get(phase, size))
+    blank = [math.nan] * len(columns)
+    bands: _Bands = {phase: (list(blank), list(blank)) for phase in _PHASE_COLOURS}
+    for k, column in enumerate(columns):
+        below = 0.0
+        for phase, size in sorted(column.items(), key=lambda item: item[1]):
+            bands[phase][0][k], bands[phase][1][k] = below, size
+            below = size
+    return edges, {phase: ends for phase, ends in bands.items() if phase in phases}
 
 
 def _time_unit(seconds: float) -> tuple[str, float]:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pynvml
 import pytest
 import torch
 from fake_nvml import FakeNvml
@@ -267,12 +268,13 @@ def test_a_share_that_cannot_be_this_process_is_not_taken_for_it(
     nvml: FakeNvml, allocator: FakeAllocator, named: str, problem: str
 ) -> None:
     nvml.says(ONE_GPU, MEMORY, f"nvmlDeviceGetComputeRunningProcesses_v3 * {named}")
-    allocator.hold(reserved=2 * GB)
-    with Recorder(GPU, hertz=200) as recorder:
-        wait_for(lambda: recorder._ledger.samples > 5)
+    with Recorder(GPU, hertz=200) as recorder:  # at first nothing tells that it is another's
+        allocator.hold(reserved=2 * GB)
+        wait_for(lambda: any(note["problem"] == problem for note in recorder._notes.rows()))
     summary = recorder.summary()
     assert summary["process_figure"] == "none"
     assert "process" not in summary["peak"]
+    assert set(summary["series"]["process"]) == {None}
     call = "nvmlDeviceGetComputeRunningProcesses"
     assert [n["problem"] for n in summary["notes"] if n["call"] == call] == [problem]
 
@@ -346,6 +348,28 @@ def test_a_hanging_call_holds_up_neither_training_nor_the_end(
     assert summary["backend"] == ("allocator" if hanging == "nvmlInit" else "nvml")
     times = np.array(summary["series"]["seconds"])
     assert times[-1] > 0.5  # to the end
+
+
+def test_without_nvml_the_allocator_is_recorded_at_once(
+    allocator: FakeAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str) -> object:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(pynvml, "nvmlLib", None)
+    monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
+    monkeypatch.setattr(pynvml, "CDLL", refuse)
+    began = time.monotonic()
+    with Recorder(GPU, hertz=200) as recorder, recorder.phase("load"):
+        assert time.monotonic() - began < 1
+        allocator.hold(allocated=GB)
+        wait_for(lambda: recorder._ledger.samples > 20)
+    summary = recorder.summary()
+    assert summary["backend"] == "allocator"
+    assert summary["process_figure"] == "none"
+    assert [note["problem"] for note in summary["notes"]] == ["NVML Shared Library Not Found"]
+    assert summary["peaks"]["load"]["allocated"] == GB
+    assert GB in summary["series"]["allocated"]
 
 
 def test_only_known_phases_are_counted() -> None:
