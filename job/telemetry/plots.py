@@ -468,56 +468,63 @@ def _draw_phases(run: Curves, number: int, rank: Mapping[str, Any]) -> Figure:
 
 
 def _draw_course(axes: Axes, rank: Mapping[str, Any]) -> None:
-    """The main figure filled in its phases' colours, and in grey what is stacked upon it."""
-    series, main = rank["series"], _main_figure(rank)
-    unit, scale = _time_unit(series["seconds"][-1])
-    times = [seconds / scale for seconds in series["seconds"]]
-    sizes = _sizes(series[main])
-    edges, bands = _bands(times, series["phase"], sizes)
-    for phase, (lower_ends, upper_ends) in bands.items():
-        style: dict[str, Any] = {"color": _PHASE_COLOURS[phase], "alpha": 0.75, "linewidth": 0}
-        axes.stairs(upper_ends, edges, baseline=lower_ends, fill=True, **style)
-    lower = sizes
-    for name, label, shade, dashes in (
-        ("reserved", "reserved by the allocator", 0.16, "-"),
-        ("device_used", "in use on the device (NVML)", 0.08, ":"),
-    ):
-        upper = _sizes(series[name])
-        if any(map(math.isfinite, upper)):
-            axes.fill_between(times, lower, upper, step="post", color="black", alpha=shade, lw=0)
-            style = {"color": "black", "lw": 0.9, "linestyle": dashes, "label": label}
-            axes.plot(times, upper, drawstyle="steps-post", **style)
-            lower = upper
-    axes.set(xlabel=unit, ylabel="memory (GB)", xlim=(0, edges[-1]))
-
-
-_Bands = dict[str, tuple[list[float], list[float]]]
-
-
-def _bands(
-    times: Sequence[float], phases: Sequence[str], sizes: Sequence[float]
-) -> tuple[list[float], _Bands]:
-    """Edges of columns, and by phase the ends of its band in each; NaN where it was not.
+    """The main figure filled in its phases' colours, and in grey what is stacked upon it.
 
     A short course has a column a point. In the columns of a long one several phases lie upon one
     another in the order of their peaks, each from where the one below ends to its own.
     """
+    series, main = rank["series"], _main_figure(rank)
+    unit, scale = _time_unit(series["seconds"][-1])
+    edges = _column_edges([seconds / scale for seconds in series["seconds"]])
+    places = [bisect_right(edges, seconds / scale) - 1 for seconds in series["seconds"]]
+    bands, top = _bands(places, series["phase"], _sizes(series[main]), len(edges) - 1)
+    for phase, (lower, upper) in bands.items():
+        colour = _PHASE_COLOURS[phase]
+        axes.stairs(upper, edges, baseline=lower, fill=True, color=colour, alpha=0.75, lw=0)
+    for name, label, shade, dashes in (
+        ("reserved", "reserved by the allocator", 0.16, "-"),
+        ("device_used", "in use on the device (NVML)", 0.08, ":"),
+    ):
+        known = _highest(places, _sizes(series[name]), len(edges) - 1)
+        if any(map(math.isfinite, known)):
+            axes.stairs(known, edges, baseline=top, fill=True, color="black", alpha=shade, lw=0)
+            style: dict[str, Any] = {"color": "black", "lw": 0.9, "linestyle": dashes}
+            axes.plot(edges[:-1], known, drawstyle="steps-post", label=label, **style)
+            top = known
+    axes.set(xlabel=unit, ylabel="memory (GB)", xlim=(0, edges[-1]))
+
+
+def _column_edges(times: Sequence[float]) -> list[float]:
     end = times[-1] + (times[-1] - times[-2] if len(times) > 1 else 1.0)
-    edges = [*times, end]
-    if len(times) > _MOST_COLUMNS:
-        edges = [end * k / _MOST_COLUMNS for k in range(_MOST_COLUMNS + 1)]
-    columns: list[dict[str, float]] = [{} for _ in edges[1:]]
-    for time, phase, size in zip(times, phases, sizes, strict=True):
-        column = columns[bisect_right(edges, time) - 1]
-        column[phase] = max(size, column.get(phase, size))
-    blank = [math.nan] * len(columns)
-    bands: _Bands = {phase: (list(blank), list(blank)) for phase in _PHASE_COLOURS}
-    for k, column in enumerate(columns):
+    if len(times) <= _MOST_COLUMNS:
+        return [*times, end]
+    return [end * k / _MOST_COLUMNS for k in range(_MOST_COLUMNS + 1)]
+
+
+def _highest(places: Sequence[int], sizes: Sequence[float], columns: int) -> list[float]:
+    """The largest size in each column; NaN where there is none."""
+    highest = [math.nan] * columns
+    for place, size in zip(places, sizes, strict=True):
+        if math.isfinite(size) and not size <= highest[place]:  # also where there was none yet
+            highest[place] = size
+    return highest
+
+
+def _bands(
+    places: Sequence[int], phases: Sequence[str], sizes: Sequence[float], columns: int
+) -> tuple[dict[str, tuple[list[float], list[float]]], list[float]]:
+    """Lower and upper ends of each phase's band by column, and the top of them all."""
+    peaks = {}
+    for phase in (phase for phase in _PHASE_COLOURS if phase in phases):
+        own = [s if p == phase else math.nan for s, p in zip(sizes, phases, strict=True)]
+        peaks[phase] = _highest(places, own, columns)
+    bands = {phase: ([math.nan] * columns, upper) for phase, upper in peaks.items()}
+    for k in range(columns):
         below = 0.0
-        for phase, size in sorted(column.items(), key=lambda item: item[1]):
-            bands[phase][0][k], bands[phase][1][k] = below, size
-            below = size
-    return edges, {phase: ends for phase, ends in bands.items() if phase in phases}
+        there = [(upper[k], phase) for phase, upper in peaks.items() if math.isfinite(upper[k])]
+        for size, phase in sorted(there):
+            bands[phase][0][k], below = below, size
+    return bands, _highest(places, sizes, columns)
 
 
 def _time_unit(seconds: float) -> tuple[str, float]:

@@ -692,9 +692,9 @@ def test_memory_is_drawn_by_phase_from_what_there_is(tmp_path: Path, backend: st
         assert max(lines["in use on the device (NVML)"].get_ydata()) == 30
     assert lines.keys() == expected
     assert list(lines["predicted peak"].get_ydata()) == [27, 27]
-    filled = [patch for patch in course.patches if np.isfinite(patch.get_data().values).any()]
-    assert max(np.nanmax(patch.get_data().values) for patch in filled) == 26
-    assert len(filled) == 4  # one for each phase
+    filled = [patch.get_data().values for patch in course.patches]
+    assert max(np.nanmax(values) for values in filled[:4]) == 26  # one for each phase
+    assert len(filled) == (6 if backend == "nvml" else 4)
     names = [label.get_text() for label in peaks.get_yticklabels()]
     assert names == ["load", "forward", "backward", "optimizer"]
     assert [text.get_text() for text in peaks.texts] == ["4.00", "20.00", "23.00", "26.00"]
@@ -725,7 +725,7 @@ def test_phases_of_a_long_run_lie_upon_one_another(tmp_path: Path) -> None:
         series[name] = [0.4 * i for i in range(9500)] if name == "seconds" else values[5:] * 100
     write_json(tmp_path / "memory.json", record)
     course = draw_memory([Curves.read(tmp_path, "critic")]).axes[0]
-    bands = [patch.get_data() for patch in course.patches]
+    bands = [patch.get_data() for patch in course.patches[:3]]
     ends = {(float(min(b.baseline)), float(max(b.values))) for b in bands}
     assert ends == {(0, 20), (20, 23), (23, 26)}
     assert {len(band.values) for band in bands} == {150}
