@@ -116,7 +116,7 @@ def summarise(rounds: Sequence[tuple[Block, Block, dict[str, float]]]) -> dict[s
             "ratio_quartiles": [lower, upper],
         }
     own = [sampling for _, _, sampling in rounds]
-    changes = sum(s["phase_changes"] for s in own)
+    changes = sum(s["phase_changes_counted"] for s in own)
     figures["recorder"] = {
         "hertz": statistics.median(s["hertz"] for s in own),
         "share_of_a_core": sum(s["cpu_seconds"] for s in own) / sum(s["seconds"] for s in own),

@@ -17,14 +17,15 @@ Figures = dict[str, float]
 
 
 class MemoryLedger:
-    """Keeps samples, which threads take, apart from peaks that are exact, and prefers those."""
+    """Keeps samples, which threads take, and peaks that are exact, which one thread counts."""
 
     def __init__(self, phases: Iterable[str], seconds: float) -> None:
         """`seconds`: between two samples."""
         self._waiting: deque[tuple[float, str, Figures, bool]] = deque()
         self._sampled = {phase: Figures() for phase in phases}
         self._exact = {phase: Figures() for phase in self._sampled}
-        self._window, self._exact_window = Figures(), Figures()
+        self._window = Figures()
+        self._exact_run, self._exact_window = Figures(), Figures()
         self._series = MemorySeries(COLUMNS, seconds)
         self._lock = threading.Lock()  # never held while anything is measured
         self.samples = 0
@@ -45,10 +46,12 @@ class MemoryLedger:
             if sure:
                 raise_to(self._sampled[phase], figures)
 
-    def exact(self, phase: str, peaks: Mapping[str, float]) -> None:
-        """Count peaks of a phase that nothing has escaped; called by one thread only."""
-        raise_to(self._exact[phase], peaks)
-        raise_to(self._exact_window, peaks)
+    def exact(self, phase: str | None, peaks: Mapping[str, float]) -> None:
+        """Count peaks that nothing has escaped, of a phase or, for None, of several together."""
+        for known in (self._exact_run, self._exact_window):
+            raise_to(known, peaks)
+        if phase is not None:
+            raise_to(self._exact[phase], peaks)
 
     def forget(self, name: str) -> None:
         """Drop a sampled figure that has turned out to be wrong."""
@@ -64,14 +67,14 @@ class MemoryLedger:
             self._count_waiting()
             window, self._window = self._window, Figures()
         exact, self._exact_window = self._exact_window, Figures()
-        return _columns(window | exact)
+        return _highest(window, exact)
 
     def peaks(self) -> dict[str, Figures]:
         """Peaks by phase, of phases that there were."""
         with self._lock:
             self._count_waiting()
             sampled = {phase: dict(figures) for phase, figures in self._sampled.items()}
-        merged = {phase: _columns(f | self._exact[phase]) for phase, f in sampled.items()}
+        merged = {phase: _highest(f, self._exact[phase]) for phase, f in sampled.items()}
         return {phase: figures for phase, figures in merged.items() if figures}
 
     def peak(self) -> Figures:
@@ -79,10 +82,7 @@ class MemoryLedger:
         with self._lock:
             self._count_waiting()
             run = self._series.highest()
-        exact = Figures()
-        for peaks in self._exact.values():
-            raise_to(exact, peaks)
-        return _columns(run | exact)
+        return _highest(run, self._exact_run)
 
     def series(self) -> dict[str, list[Any]]:
         with self._lock:
@@ -97,5 +97,6 @@ def raise_to(peaks: Figures, figures: Mapping[str, float]) -> None:
             peaks[name] = value
 
 
-def _columns(figures: Mapping[str, float]) -> Figures:
-    return {name: figures[name] for name in COLUMNS if name in figures}
+def _highest(first: Figures, second: Figures) -> Figures:
+    raise_to(first, second)
+    return {name: first[name] for name in COLUMNS if name in first}

@@ -33,6 +33,9 @@ _GLANCE_SECONDS = 0.05  # during that, between two looks whether NVML has given 
 _STOP_SECONDS = 1.0
 _BOARD_SECONDS = 1.0
 _WATCH_SECONDS = 0.25
+# Of the training's time, what changes of phase may cost: after a beginning in which all are exact,
+# stretches of them are. In between the peaks of all phases together still are.
+_CHANGE_SHARE, _CHANGE_SECONDS, _STRETCH_SECONDS = 0.002, 0.05, 0.01
 _LATE_ROUNDS = 4  # without NVML's memory, until the allocator is sampled alone
 _TELEMETRY = {
     "device_used": "memory/device_used_bytes",
@@ -72,6 +75,8 @@ class Recorder:
         self._device, self._baseline = Figures(), Figures()  # NVML's last figures; those at start
         self._place = (OTHER, 0)  # the phase, and how many changes there were
         self._change_seconds = self._cpu_seconds = 0.0
+        self._counts, self._counted = True, 0  # whether changes are counted, and how many were
+        self._whole = True  # whether the present phase has had the peaks to itself
         self._process_known, self._foreign = False, False
         self._answered, self._ended = threading.Event(), threading.Event()
         self._began = self._answered_at = time.monotonic()
@@ -146,19 +151,33 @@ class Recorder:
             self._change(outer)
 
     def _change(self, phase: str) -> None:
-        began = time.perf_counter()
-        self._count_peaks()
+        if self._may_count():
+            began = time.perf_counter()
+            self._count_peaks()
+            self._counted += 1
+            self._change_seconds += time.perf_counter() - began
+        else:
+            self._whole = False
         self._place = (phase, self._place[1] + 1)
-        self._change_seconds += time.perf_counter() - began
+
+    def _may_count(self) -> bool:
+        """Whether there is time to count peaks at this change; for stretches there is or not."""
+        left = _CHANGE_SECONDS + _CHANGE_SHARE * (time.monotonic() - self._began)
+        left -= self._change_seconds
+        self._counts = left > (0 if self._counts else _STRETCH_SECONDS)
+        return self._counts
 
     def _count_peaks(self) -> None:
-        """Count the peaks since the last time for the present phase."""
+        """Count the peaks since the last time: for the present phase, if it had them to itself."""
         if self._stopped_at is not None:
             return
         try:
-            self._ledger.exact(self._place[0], self._source.take_peaks())
+            peaks = self._source.take_peaks()
         except Exception as error:  # it must not end a training
             self._notes.add("memory peaks", f"{type(error).__name__}: {error}")
+            return
+        self._ledger.exact(self._place[0] if self._whole else None, peaks)
+        self._whole = True
 
     # Samples, in threads
 
@@ -277,6 +296,7 @@ class Recorder:
             "hertz": self._ledger.samples / seconds,
             "cpu_seconds": cpu,
             "phase_changes": self._place[1],
+            "phase_changes_counted": self._counted,
             "phase_change_seconds": self._change_seconds,
             "share_of_a_core": (cpu + self._change_seconds) / seconds,
         }

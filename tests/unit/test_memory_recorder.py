@@ -166,6 +166,29 @@ def test_a_summary_says_what_was_recorded_and_at_what_cost() -> None:
     json.dumps(summary)
 
 
+def test_what_frequent_changes_cost_is_limited_and_no_peak_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory_recorder, "_CHANGE_SECONDS", 0.0)
+    monkeypatch.setattr(memory_recorder, "_STRETCH_SECONDS", 0.0002)
+    with Recorder(CPU, hertz=1.0) as recorder:
+        base = recorder.peak_bytes()
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:
+            with recorder.phase("backward"):
+                time.sleep(0.001)
+        while recorder._may_count():
+            with recorder.phase("backward"):
+                pass
+        with recorder.phase("forward"):
+            fill(100)
+        assert recorder.peak_bytes() - base > 90 * MB
+    summary = recorder.summary()
+    assert "forward" not in summary["peaks"]  # not known, since it was not alone
+    sampling = summary["sampling"]
+    assert 2 <= sampling["phase_changes_counted"] < sampling["phase_changes"] / 2
+
+
 def test_a_change_of_phase_is_cheap() -> None:
     with Recorder(CPU) as recorder:
         times = []
