@@ -9,6 +9,7 @@ reliability        observed reward by predicted value
 value_by_position  prediction and reward along the response
 optimizer          learning rate and gradient norm
 speed              tokens per second and memory
+memory             memory over time and its peaks, by phase
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -37,6 +39,18 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vP"
 _DASHES = ("-", "--", ":")
 _GREY = "#6b6b6b"
+_MOST_COLUMNS = 150  # of memory over time: more would blur
+_PHASE_COLOURS = {
+    "load": "#56B4E9",
+    "shard": "#E69F00",
+    "cache": "#CC79A7",
+    "forward": "#0072B2",
+    "backward": "#D55E00",
+    "optimizer": "#009E73",
+    "save": "#7B4B2A",
+    "evaluate": "#882255",
+    "other": "#9a9a9a",
+}
 _STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -62,17 +76,18 @@ class Curves:
     metrics: list[dict[str, Any]]
     telemetry: list[dict[str, Any]]
     reliability: dict[str, Any]
+    memory: dict[str, Any]
 
     @classmethod
     def read(cls, run: Path, name: str) -> Curves:
         """Read a run directory; files that are not there yet leave their part empty."""
         directory = RunDirectory(run)
-        file = directory.file("reliability.json")
+        files = (directory.file(name) for name in ("reliability.json", "memory.json"))
         return cls(
             name,
             directory.records("metrics.jsonl"),
             directory.records("telemetry.jsonl"),
-            json.loads(file.read_text()) if file.exists() else {},
+            *(json.loads(file.read_text()) if file.exists() else {} for file in files),
         )
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
@@ -83,6 +98,11 @@ class Curves:
             if _is_number(record.get(key))
         ]
         return [step for step, _ in points], [value for _, value in points]
+
+    def fullest_rank(self) -> tuple[int, dict[str, Any]] | None:
+        """The rank whose memory rose highest, and what was recorded of it."""
+        ranks = [r for r in enumerate(self.memory.get("ranks", [])) if r[1]["series"]["seconds"]]
+        return max(ranks, key=lambda r: r[1]["peak"].get(_main_figure(r[1]), 0), default=None)
 
     def validation(self) -> tuple[int | None, dict[str, float]]:
         """Step and metrics, without their prefix, of the last evaluation.
@@ -248,6 +268,22 @@ def draw_speed(runs: Sequence[Curves]) -> Figure:
     return figure
 
 
+def draw_memory(runs: Sequence[Curves]) -> Figure:
+    """Memory of the fullest rank over time, above its peaks; both by phase for a single run."""
+    title = "Peak memory of a rank over time"
+    if len(runs) == 1 and (fullest := runs[0].fullest_rank()) is not None:
+        return _draw_phases(runs[0], *fullest)
+    figure, (axes,) = _panels(title)
+    for run, style in _styled(runs):
+        if (fullest := run.fullest_rank()) is not None:
+            series = fullest[1]["series"]
+            sizes = _sizes(series[_main_figure(fullest[1])])
+            _plot(axes, series["seconds"], sizes, style | {"drawstyle": "steps-post"})
+    axes.set(xlabel="seconds", ylabel="memory (GB)")
+    _start_at_zero(axes)
+    return figure
+
+
 _PLOTS: dict[str, Callable[[Sequence[Curves]], Figure]] = {
     "loss": draw_loss,
     "value_mse": draw_mse,
@@ -258,6 +294,7 @@ _PLOTS: dict[str, Callable[[Sequence[Curves]], Figure]] = {
     "value_by_position": draw_value_by_position,
     "optimizer": draw_optimizer,
     "speed": draw_speed,
+    "memory": draw_memory,
 }
 
 
@@ -400,3 +437,122 @@ def _draw_positions(axes: Axes, run: Curves, key: str, style: dict[str, Any]) ->
     values = run.reliability.get(key, [])
     points = [((k + 0.5) / len(values), v) for k, v in enumerate(values) if v is not None]
     _plot(axes, [x for x, _ in points], [y for _, y in points], style)
+
+
+def _main_figure(rank: Mapping[str, Any]) -> str:
+    """What the phases are told by: the allocator's memory, or a process's without a GPU."""
+    return "process" if rank["backend"] == "process" else "allocated"
+
+
+def _sizes(values: Sequence[float | None]) -> list[float]:
+    """Bytes in GB, with gaps where nothing is known."""
+    return [math.nan if value is None else value / _GB for value in values]
+
+
+def _draw_phases(run: Curves, number: int, rank: Mapping[str, Any]) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    phases = [phase for phase in _PHASE_COLOURS if phase in rank["peaks"]]
+    course, peaks = figure.subplots(2, gridspec_kw={"height_ratios": (3, 0.4 + 0.28 * len(phases))})
+    ranks = len(run.memory["ranks"])
+    where = f"fullest of {ranks} ranks ({number})" if ranks > 1 else rank["device"]
+    course.set_title(f"Memory over time, by phase: {where}")
+    _draw_course(course, rank)
+    predicted = (run.memory.get("predicted") or {}).get("peak_bytes")
+    if predicted is not None:
+        _draw_level(course, predicted / _GB, "predicted peak", "--")
+    course.set_ylim(0, 1.08 * course.dataLim.ymax)
+    _draw_peaks(peaks, rank, phases)
+    return figure
+
+
+def _draw_course(axes: Axes, rank: Mapping[str, Any]) -> None:
+    """The main figure filled in its phases' colours, and in grey what is stacked upon it.
+
+    A short course has a column a point. In the columns of a long one several phases lie upon one
+    another in the order of their peaks, each from where the one below ends to its own.
+    """
+    series, main = rank["series"], _main_figure(rank)
+    unit, scale = _time_unit(series["seconds"][-1])
+    edges = _column_edges([seconds / scale for seconds in series["seconds"]])
+    places = [bisect_right(edges, seconds / scale) - 1 for seconds in series["seconds"]]
+    bands, top = _bands(places, series["phase"], _sizes(series[main]), len(edges) - 1)
+    for phase, (lower, upper) in bands.items():
+        colour = _PHASE_COLOURS[phase]
+        axes.stairs(upper, edges, baseline=lower, fill=True, color=colour, alpha=0.75, lw=0)
+    for name, label, shade, dashes in (
+        ("reserved", "reserved by the allocator", 0.16, "-"),
+        ("device_used", "in use on the device (NVML)", 0.08, ":"),
+    ):
+        known = _highest(places, _sizes(series[name]), len(edges) - 1)
+        if any(map(math.isfinite, known)):
+            axes.stairs(known, edges, baseline=top, fill=True, color="black", alpha=shade, lw=0)
+            style: dict[str, Any] = {"color": "black", "lw": 0.9, "linestyle": dashes}
+            axes.plot(edges[:-1], known, drawstyle="steps-post", label=label, **style)
+            top = known
+    axes.set(xlabel=unit, ylabel="memory (GB)", xlim=(0, edges[-1]))
+
+
+def _column_edges(times: Sequence[float]) -> list[float]:
+    end = times[-1] + (times[-1] - times[-2] if len(times) > 1 else 1.0)
+    if len(times) <= _MOST_COLUMNS:
+        return [*times, end]
+    return [end * k / _MOST_COLUMNS for k in range(_MOST_COLUMNS + 1)]
+
+
+def _highest(places: Sequence[int], sizes: Sequence[float], columns: int) -> list[float]:
+    """The largest size in each column; NaN where there is none."""
+    highest = [math.nan] * columns
+    for place, size in zip(places, sizes, strict=True):
+        if math.isfinite(size) and not size <= highest[place]:  # also where there was none yet
+            highest[place] = size
+    return highest
+
+
+def _bands(
+    places: Sequence[int], phases: Sequence[str], sizes: Sequence[float], columns: int
+) -> tuple[dict[str, tuple[list[float], list[float]]], list[float]]:
+    """Lower and upper ends of each phase's band by column, and the top of them all."""
+    peaks = {}
+    for phase in (phase for phase in _PHASE_COLOURS if phase in phases):
+        own = [s if p == phase else math.nan for s, p in zip(sizes, phases, strict=True)]
+        peaks[phase] = _highest(places, own, columns)
+    bands = {phase: ([math.nan] * columns, upper) for phase, upper in peaks.items()}
+    for k in range(columns):
+        below = 0.0
+        there = [(upper[k], phase) for phase, upper in peaks.items() if math.isfinite(upper[k])]
+        for size, phase in sorted(there):
+            bands[phase][0][k], below = below, size
+    return bands, _highest(places, sizes, columns)
+
+
+def _time_unit(seconds: float) -> tuple[str, float]:
+    for unit, scale in (("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 4 * scale:
+            return unit, scale
+    return "seconds", 1.0
+
+
+def _draw_peaks(axes: Axes, rank: Mapping[str, Any], phases: Sequence[str]) -> None:
+    """A bar a phase: the peak of the main figure, and beyond it what was reserved."""
+    main = _main_figure(rank)
+    for place, phase in enumerate(phases):
+        peaks = rank["peaks"][phase]
+        size, reserved = peaks.get(main, 0) / _GB, peaks.get("reserved", 0) / _GB
+        if reserved:
+            axes.barh(place, reserved, color="black", alpha=0.16, height=0.7)
+        axes.barh(place, size, color=_PHASE_COLOURS[phase], alpha=0.75, height=0.7)
+        axes.annotate(
+            f"{size:.2f}",
+            (max(size, reserved), place),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+        )
+    axes.set_yticks(range(len(phases)), phases)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.1)
+    name = "memory of the process (PSS)" if main == "process" else "allocated"
+    axes.set_xlabel(f"peak by phase: {name} (GB)")

@@ -1,10 +1,12 @@
-"""What tests of the Slurm side share: a machine of which they say what Slurm answers."""
+"""What unit tests share: a machine of which they say what Slurm and NVML answer."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_nvml import FakeNvml, compiled
 from fake_slurm import FakeSlurm
 
 
@@ -15,3 +17,14 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
     return FakeSlurm(folder)
+
+
+@pytest.fixture(scope="session")
+def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(tmp_path_factory.mktemp("nvml"))
+
+
+@pytest.fixture
+def nvml(nvml_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeNvml]:
+    """NVML's stand-in behind the real bindings, until the test ends."""
+    yield from FakeNvml.loaded(nvml_library, tmp_path, monkeypatch)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
 from job.model.architecture import TransformerConfig
 from job.model.transformer import PackedLayout, Trunk, _attend_spans, attend
+from job.telemetry.memory_recorder import Recorder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
@@ -36,3 +39,24 @@ def test_a_bf16_trunk_stays_close_to_its_float32_form() -> None:
     torch.testing.assert_close(
         trunk.bfloat16()(tokens, layout).float(), exact, rtol=0.05, atol=0.08
     )
+
+
+def test_an_allocation_shows_in_the_allocators_and_in_nvmls_figures() -> None:
+    torch.zeros(1, device="cuda")  # the context, which the baseline then holds
+    size = 1 << 30
+    with Recorder(torch.device("cuda", 0)) as recorder:
+        with recorder.phase("forward"):
+            block = torch.empty(size, dtype=torch.uint8, device="cuda")
+            time.sleep(0.5)
+            del block
+        torch.cuda.empty_cache()
+        with recorder.phase("save"):
+            time.sleep(0.5)
+    summary = recorder.summary()
+    base, peaks = summary["baseline"], summary["peaks"]
+    assert summary["backend"] == "nvml", summary["notes"]
+    for figure in ("allocated", "reserved", "device_used"):
+        assert peaks["forward"][figure] - base[figure] == pytest.approx(size, rel=0.02), figure
+        assert peaks["save"][figure] - base[figure] < size / 2
+    assert summary["sampling"]["hertz"] > 20
+    assert summary["sampling"]["share_of_a_core"] < 0.01

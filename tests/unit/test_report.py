@@ -15,12 +15,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from job.outcome import InputError, run_command
 from job.report import main, verdict, write_report
-from job.telemetry.plots import write_plots
+from job.telemetry.plots import Curves, draw_memory, draw_plots, write_plots
 
 NONE = "\N{EN DASH}"  # in a cell without a value
 ALL_PLOTS = [
@@ -33,6 +34,7 @@ ALL_PLOTS = [
     "value_by_position",
     "optimizer",
     "speed",
+    "memory",
 ]
 
 
@@ -48,6 +50,7 @@ def write_run(path: Path, n: int = 4, steps: int = 200, share: float = 0.93, **s
     write_lines(path / "metrics.jsonl", [metrics(s, steps, share) for s in range(1, steps + 1)])
     write_lines(path / "telemetry.jsonl", [telemetry(s) for s in range(10, steps + 1, 10)])
     write_json(path / "reliability.json", reliability(share))
+    write_json(path / "memory.json", memory())
     lines = [f"2026-01-01 00:00:{s % 60:02} INFO step {s}\n" for s in range(1, steps + 1)]
     (path / "train.log").write_text("".join(lines))
     return path
@@ -150,6 +153,29 @@ def values(share: float) -> dict[str, float]:
 def telemetry(step: int) -> dict[str, Any]:
     speed = 12_345.0 + 200 * math.sin(step)
     return {"step": step, "time": 1e9 + step, "tokens_per_second": speed, "memory_bytes": 61.5e9}
+
+
+def memory(backend: str = "nvml", ranks: int = 1) -> dict[str, Any]:
+    """As a run of 40 seconds records it, on a GPU or a CPU."""
+    cycle = ("forward", "backward", "optimizer")
+    phases = ["load"] * 5 + [cycle[i % 3] for i in range(95)]
+    sizes = [1e9 * i for i in range(5)] + [20e9 + 3e9 * (i % 3) for i in range(95)]
+    known = {"process": sizes} if backend == "process" else {"allocated": sizes}
+    if backend == "nvml":
+        known |= {"reserved": [1.1 * s for s in sizes], "device_used": [s + 4e9 for s in sizes]}
+    columns = ("device_used", "process", "allocated", "reserved", "inactive")
+    series = {name: known.get(name, [None] * 100) for name in columns}
+    series |= {"seconds": [0.4 * i for i in range(100)], "phase": phases}
+    peaks = {
+        phase: {
+            name: max(v for v, p in zip(values, phases, strict=True) if p == phase)
+            for name, values in known.items()
+        }
+        for phase in ("load", *cycle)
+    }
+    peak = {name: max(values) for name, values in known.items()}
+    rank = {"backend": backend, "device": "D", "peak": peak, "peaks": peaks, "series": series}
+    return {"predicted": {"peak_bytes": 27e9}, "ranks": [rank] * ranks}
 
 
 def reliability(share: float) -> dict[str, Any]:
@@ -342,6 +368,7 @@ def test_running_run_shows_how_far_it_is(tmp_path: Path, no_plots: None) -> None
         "metrics.jsonl",
         "telemetry.jsonl",
         "reliability.json",
+        "memory.json",
         "train.log",
     ],
 )
@@ -520,6 +547,7 @@ def test_every_plot_shows_something(tmp_path: Path, count: int) -> None:
 def test_plots_without_data_are_left_out(tmp_path: Path) -> None:
     run = write_run(tmp_path / "critic", steps=5)
     (run / "telemetry.jsonl").unlink()
+    (run / "memory.json").unlink()
     write_json(run / "reliability.json", {"bin_count": [0, 0]})
     write_lines(run / "metrics.jsonl", [{"step": 1, "train/loss": 0.3, "train/grad_norm": None}])
     assert [path.stem for path in write_plots([run], tmp_path / "plots")] == ["loss"]
@@ -649,3 +677,55 @@ def test_import_stays_light() -> None:
     heavy = "{'matplotlib', 'numpy', 'torch', 'mlflow'}"
     check = f"import sys, job.report; print(sorted({heavy} & sys.modules.keys()))"
     assert subprocess.check_output([sys.executable, "-c", check], text=True) == "[]\n"
+
+
+@pytest.mark.parametrize("backend", ["nvml", "allocator", "process"])
+def test_memory_is_drawn_by_phase_from_what_there_is(tmp_path: Path, backend: str) -> None:
+    write_json(tmp_path / "memory.json", memory(backend, ranks=2))
+    figure = draw_memory([Curves.read(tmp_path, "critic")])
+    course, peaks = figure.axes
+    assert "fullest of 2 ranks" in course.get_title()
+    lines = {line.get_label(): line for line in course.get_lines()}
+    expected = {"predicted peak"}
+    if backend == "nvml":
+        expected |= {"reserved by the allocator", "in use on the device (NVML)"}
+        assert max(lines["in use on the device (NVML)"].get_ydata()) == 30
+    assert lines.keys() == expected
+    assert list(lines["predicted peak"].get_ydata()) == [27, 27]
+    filled = [patch.get_data().values for patch in course.patches]
+    assert max(np.nanmax(values) for values in filled[:4]) == 26  # one for each phase
+    assert len(filled) == (6 if backend == "nvml" else 4)
+    names = [label.get_text() for label in peaks.get_yticklabels()]
+    assert names == ["load", "forward", "backward", "optimizer"]
+    assert [text.get_text() for text in peaks.texts] == ["4.00", "20.00", "23.00", "26.00"]
+
+
+def test_memory_of_several_runs_is_laid_over_one_another(tmp_path: Path) -> None:
+    curves = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "memory.json", memory())
+        curves.append(Curves.read(tmp_path / name, name))
+    (tmp_path / "c").mkdir()  # without a record
+    (axes,) = draw_memory([*curves, Curves.read(tmp_path / "c", "c")]).axes
+    assert [line.get_label() for line in axes.get_lines()] == ["a", "b"]
+
+
+def test_an_empty_record_of_memory_draws_nothing(tmp_path: Path) -> None:
+    empty = {"seconds": [], "phase": [], "allocated": []}
+    rank = {"backend": "nvml", "device": "D", "peak": {}, "peaks": {}, "series": empty}
+    write_json(tmp_path / "memory.json", {"ranks": [rank]})
+    assert draw_plots([Curves.read(tmp_path, "critic")]) == {}
+
+
+def test_phases_of_a_long_run_lie_upon_one_another(tmp_path: Path) -> None:
+    record = memory()
+    series = record["ranks"][0]["series"]
+    for name, values in series.items():
+        series[name] = [0.4 * i for i in range(9500)] if name == "seconds" else values[5:] * 100
+    write_json(tmp_path / "memory.json", record)
+    course = draw_memory([Curves.read(tmp_path, "critic")]).axes[0]
+    bands = [patch.get_data() for patch in course.patches[:3]]
+    ends = {(float(min(b.baseline)), float(max(b.values))) for b in bands}
+    assert ends == {(0, 20), (20, 23), (23, 26)}
+    assert {len(band.values) for band in bands} == {150}

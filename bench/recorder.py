@@ -1,0 +1,168 @@
+"""What recording its memory costs a training.
+
+    python bench/recorder.py --out bench/results/recorder.json
+
+One critic with random weights is trained on CPU in float32, always on the same batch. In each round
+it takes some steps with the recorder running, each of their phases marked, and as many without, in
+turns which come first. Compared are the wall time of a step and the CPU time of the process in it,
+each of the fastest of some steps: what other processes take is taken from all the others, and the
+recorder samples several times in every one. Figures are medians over rounds.
+
+The recorder also says itself what CPU time its threads and its changes of phase took.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import OtherLoad, command_line, say, table, write_record
+from throughput import ARCHITECTURE, CPU, TRAINING, make_critic, make_packer, write_examples
+
+from job.config import ObjectiveConfig
+from job.data.packing import Batch
+from job.learning.learner import Learner
+from job.learning.objective import Objective
+from job.learning.world import World
+from job.telemetry.memory_recorder import Recorder
+
+SMALL = replace(ARCHITECTURE, dim=256, n_layers=4, ffn_hidden=688)  # phases change often
+SEQUENCES = 2  # of a step
+STEPS = 15  # of a block with or without the recorder
+HERTZ = 25.0
+WARM_UP = 1  # rounds that are not counted
+
+
+@dataclass(frozen=True)
+class Block:
+    """The least over some steps, in seconds, and the share of the machine that others took."""
+
+    wall: float
+    cpu: float
+    others: float
+
+
+class Loop:
+    """A training whose steps mark their phases, where there is a recorder."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        data = write_examples(folder, SMALL.vocab_size, seed)
+        packer = make_packer(data, SMALL)
+        critic = make_critic(SMALL, seed)
+        self._learner = Learner(critic, Objective(ObjectiveConfig()), TRAINING, World())
+        self._batches: Sequence[Batch] = packer.step(0, SEQUENCES, seed)
+
+    def step(self, recorder: Recorder | None) -> None:
+        def phase(name: str) -> AbstractContextManager[None]:
+            return nullcontext() if recorder is None else recorder.phase(name)
+
+        learner = self._learner
+        count = learner.count(self._batches)
+        for batch in self._batches:
+            with phase("forward"):
+                loss = learner.objective.loss_sum(learner.outputs(batch), batch, 0) / count
+            with phase("backward"):
+                loss.backward()
+        with phase("optimizer"):
+            learner.optimizer.step()
+            learner.optimizer.zero_grad()
+
+
+def block(loop: Loop, recorder: Recorder | None) -> Block:
+    walls, cpus, load = [], [], OtherLoad()
+    for _ in range(STEPS):
+        wall, cpu = time.perf_counter(), time.process_time()
+        loop.step(recorder)
+        walls.append(time.perf_counter() - wall)
+        cpus.append(time.process_time() - cpu)
+    return Block(min(walls), min(cpus), load.share())
+
+
+def take_turns(loop: Loop, turn: int) -> tuple[Block, Block, dict[str, float]]:
+    """Blocks with and without the recorder, and what the recorder says of itself."""
+
+    def recorded() -> tuple[Block, dict[str, float]]:
+        with Recorder(CPU, HERTZ) as recorder:
+            taken = block(loop, recorder)
+        sampling: dict[str, float] = recorder.summary()["sampling"]
+        return taken, sampling
+
+    if turn % 2:
+        without = block(loop, None)
+        with_it, sampling = recorded()
+    else:
+        with_it, sampling = recorded()
+        without = block(loop, None)
+    return with_it, without, sampling
+
+
+def summarise(rounds: Sequence[tuple[Block, Block, dict[str, float]]]) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for kind in ("wall", "cpu"):
+        pairs = [(getattr(a, kind), getattr(b, kind)) for a, b, _ in rounds]
+        ratios = [a / b for a, b in pairs]
+        lower, middle, upper = statistics.quantiles(ratios, n=4)
+        figures[kind] = {
+            "seconds_with": statistics.median(a for a, _ in pairs),
+            "seconds_without": statistics.median(b for _, b in pairs),
+            "ratio": middle,
+            "ratio_quartiles": [lower, upper],
+        }
+    own = [sampling for _, _, sampling in rounds]
+    changes = sum(s["phase_changes_counted"] for s in own)
+    figures["recorder"] = {
+        "hertz": statistics.median(s["hertz"] for s in own),
+        "share_of_a_core": sum(s["cpu_seconds"] for s in own) / sum(s["seconds"] for s in own),
+        "seconds_per_phase_change": sum(s["phase_change_seconds"] for s in own) / changes,
+        "phase_changes_per_second": changes / sum(s["seconds"] for s in own),
+    }
+    figures["share_of_other_processes"] = statistics.median(
+        (a.others + b.others) / 2 for a, b, _ in rounds
+    )
+    return figures
+
+
+def show(figures: dict[str, Any]) -> str:
+    rows = []
+    for kind, name in (("wall", "wall time"), ("cpu", "CPU time")):
+        own = figures[kind]
+        low, high = own["ratio_quartiles"]
+        sizes = [f"{own[key] * 1e3:.2f}" for key in ("seconds_with", "seconds_without")]
+        rows.append([f"{name} of a step", *sizes, f"{own['ratio']:.4f}", f"{low:.4f}-{high:.4f}"])
+    own = figures["recorder"]
+    return (
+        table(["", "with ms", "without ms", "ratio", "quartiles"], rows)
+        + f"\n{own['hertz']:.1f} samples/s in {own['share_of_a_core']:.3%} of a core; "
+        f"{own['seconds_per_phase_change'] * 1e6:.1f} us a change of phase, "
+        f"{own['phase_changes_per_second']:.0f} of them a second"
+    )
+
+
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("--rounds", type=int, default=40)
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # the sampler runs beside it, as beside a GPU
+    with tempfile.TemporaryDirectory() as name:
+        loop = Loop(Path(name), options.seed)
+        rounds = []
+        for turn in range(WARM_UP + options.rounds):
+            with_it, without, sampling = take_turns(loop, turn)
+            say(f"round {turn}: {with_it.wall * 1e3:.1f} and {without.wall * 1e3:.1f} ms a step")
+            rounds.append((with_it, without, sampling))
+    figures = summarise(rounds[WARM_UP:])
+    print(show(figures))
+    if options.out:
+        settings = {"rounds": options.rounds, "steps": STEPS, "hertz": HERTZ}
+        write_record(options.out, {"settings": settings, **figures}, seed=options.seed, packages=[])
+
+
+if __name__ == "__main__":
+    main()
