@@ -18,6 +18,7 @@ from job.durability.run_directory import RunDirectory
 from job.learning.learner import ADVICE, Learner, StepResult
 from job.learning.training_state import TrainingState
 from job.outcome import InputError, Stopped, Superseded
+from job.telemetry.memory_recorder import Recorder
 from job.telemetry.progress import progress
 from job.telemetry.tracking import Tracker, Window
 from job.telemetry.value_metrics import ValueMetrics
@@ -40,9 +41,11 @@ class Training:
         run: RunDirectory,
         checkpoints: Checkpoints,
         boundary: Boundary,
+        recorder: Recorder,
     ) -> None:
         self.config, self.learner, self.data, self.state = config, learner, data, state
         self.tracker, self.checkpoints, self.boundary = tracker, checkpoints, boundary
+        self.recorder = recorder
         self._run, self._world = run, learner.world
         self._evaluated: dict[str, float] = {}  # the evaluation of the current step
         self._note = ""
@@ -66,7 +69,7 @@ class Training:
                     self._step()
                     advance(self.state.step, self._note)
         except Stopped:
-            self.checkpoints.save_now(self.learner, self.state, self._evaluated)
+            self._save_now()
             raise
         except Superseded:
             self.checkpoints.wait()  # it takes back what it has begun to write
@@ -105,14 +108,16 @@ class Training:
             self._evaluated = self._evaluate()
         self.tracker.metrics(state.step, metrics | self._evaluated)
         state.unfinished = None
-        self.checkpoints.save_if_due(self.learner, state, self._evaluated)
+        with self.recorder.phase("save"):
+            self.checkpoints.save_if_due(self.learner, state, self._evaluated)
 
     def _window_metrics(self) -> dict[str, float]:
         """Metrics since the last log line; a new window begins."""
         state = self.state
         figures = self.learner.merged(state.window.metrics).compute()
         speed = state.window.telemetry(self._world)
-        self.tracker.telemetry(state.step, speed)
+        memory = {"memory_bytes": self.recorder.peak_bytes(), **self.recorder.telemetry()}
+        self.tracker.telemetry(state.step, speed | memory)
         self._run.set_status(step=state.step)
         state.window = Window()
         self._note = _note(figures, speed)
@@ -120,7 +125,7 @@ class Training:
 
     def _evaluate(self) -> dict[str, float]:
         """Evaluate, store the curves, and sound the alarm where it is due."""
-        with progress("evaluating") as advance:
+        with self.recorder.phase("evaluate"), progress("evaluating") as advance:
 
             def at_boundary(done: int, note: str) -> None:
                 self.boundary.agree()
@@ -145,12 +150,16 @@ class Training:
     def _save_the_end(self) -> None:
         for pause in LAST_SAVE_PAUSES:
             try:
-                self.checkpoints.save_now(self.learner, self.state, self._evaluated)
+                self._save_now()
                 return
             except SaveError:
                 _log.error("trying again in %d s", pause)
                 time.sleep(pause)
-        self.checkpoints.save_now(self.learner, self.state, self._evaluated)
+        self._save_now()
+
+    def _save_now(self) -> None:
+        with self.recorder.phase("save"):
+            self.checkpoints.save_now(self.learner, self.state, self._evaluated)
 
     # Steps that are not finite
 

@@ -40,6 +40,7 @@ from job.learning.sharding import shard
 from job.learning.training_state import TrainingState
 from job.learning.world import World, joined_world
 from job.loop import Training
+from job.memory.account import MemoryAccount, choose_micro_batch
 from job.model.architecture import read_architecture
 from job.model.critic import Critic, parameter_report, unfreeze_last_blocks
 from job.model.fingerprint import fingerprint
@@ -48,6 +49,7 @@ from job.outcome import InputError, NoProgress, Stopped, Superseded, run_and_lea
 from job.pretrain import ensure_trunk
 from job.report import write_report
 from job.telemetry.alarm import ConstantPredictorAlarm
+from job.telemetry.memory_recorder import Recorder
 from job.telemetry.progress import log_file, only_warnings, set_up_logging
 from job.telemetry.tracking import Tracker
 
@@ -130,11 +132,24 @@ def _train(config: CriticConfig, run: RunDirectory, world: World) -> None:
         world.tell(error)
 
     boundary = Boundary(world, run.fence, run.path, config.distributed.timeout_seconds, hangs)
-    data = world.main_first(lambda: load_data(config, run, world))
+    with Recorder(world.device) as recorder:
+        _train_recorded(config, run, world, boundary, recorder)
+
+
+def _train_recorded(
+    config: CriticConfig, run: RunDirectory, world: World, boundary: Boundary, recorder: Recorder
+) -> None:
+    assert run.fence is not None
+    world.main_first(lambda: prepare_inputs(config))
+    choose_micro_batch(config, run, world)
+    data = world.main_first(lambda: load_critic_data(config, run, world))
     identity = world.main_decides(lambda: _identity(config, data))
     checkpoints = Checkpoints(run, run.fence, config.checkpoint, identity, world)
     checkpoint = world.main_decides(checkpoints.newest_good)
-    learner = _learner(config, load_critic(config, data, world, boundary), world)
+    memory = MemoryAccount(config, data, run, world, recorder)
+    with recorder.phase("load"):
+        critic = load_critic(config, data, world, boundary)
+    learner = _learner(config, critic, world, recorder)
     if checkpoint is not None:
         state = checkpoints.restore(checkpoint, learner)
     else:
@@ -143,15 +158,17 @@ def _train(config: CriticConfig, run: RunDirectory, world: World) -> None:
     _report_parameters(learner.critic, run, world)
     with Tracker(run) as tracker, run.recorded():
         began = time.monotonic()
-        Training(config, learner, data, state, tracker, run, checkpoints, boundary).run()
+        Training(config, learner, data, state, tracker, run, checkpoints, boundary, recorder).run()
+        tracker.telemetry(config.training.max_steps, memory.close())
         _save_trained(learner.critic, run)
         run.set_status(state="finished", seconds=time.monotonic() - began)
         if run.writes:
             _write_report(run)
 
 
-def _learner(config: CriticConfig, critic: Critic, world: World) -> Learner:
-    return Learner(critic, Objective(config.objective), config.training, world)
+def _learner(config: CriticConfig, critic: Critic, world: World, recorder: Recorder) -> Learner:
+    objective = Objective(config.objective)
+    return Learner(critic, objective, config.training, world, recorder.phase)
 
 
 def _identity(config: CriticConfig, data: CriticData) -> dict[str, Any]:
@@ -215,13 +232,12 @@ def _write_report(run: RunDirectory) -> None:
         _log.warning("finished, without a report: %s", error)
 
 
-def load_data(config: CriticConfig, run: RunDirectory, world: World) -> CriticData:
-    """The data, and before it the trunk, if it is to be made here."""
+def prepare_inputs(config: CriticConfig) -> None:
+    """See that data and trunk are there, or make the trunk, if it is to be made here."""
     check_sources(config)
     if config.model.recipe is not None:
         ensure_trunk(Path(config.model.path), config.model.recipe)
     check_trunk(config.model.path)
-    return load_critic_data(config, run, world)
 
 
 def load_critic(config: CriticConfig, data: CriticData, world: World, boundary: Boundary) -> Critic:

@@ -129,17 +129,25 @@ class Packer:
 
     def step(self, step: int, sequences: int, seed: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step` (from 0)."""
+        return [self.assemble(units) for units in self.plan(step, sequences, seed)]
+
+    def plan(self, step: int, sequences: int, seed: int) -> list[Indices]:
+        """The units of each of these micro-batches."""
         per_step = sequences // self.units.shape[1]
-        return self._pack(step_units(len(self.units), per_step, step, seed))
+        chosen = step_units(len(self.units), per_step, step, seed)
+        parts = distribute(self._tokens[chosen], self._costs[chosen], self.world, self.budget)
+        return [chosen[part] for part in parts[self.rank]]
+
+    def size(self, units: Indices) -> tuple[int, int]:
+        """All tokens and response tokens of a micro-batch of the given units."""
+        members = self.units[units].ravel()
+        responses = self.data.lengths[members] - self.data.response_starts[members]
+        return int(self._tokens[units].sum()), int(responses.sum())
 
     @functools.cached_property
     def everything(self) -> list[Indices]:
         """This rank's micro-batches of an evaluation: over all ranks, each unit once."""
         return distribute(self._tokens, self._costs, self.world, self.budget)[self.rank]
-
-    def _pack(self, chosen: Indices) -> list[Batch]:
-        plan = distribute(self._tokens[chosen], self._costs[chosen], self.world, self.budget)
-        return [self.assemble(chosen[part]) for part in plan[self.rank]]
 
     def assemble(self, units: Indices) -> Batch:
         """One packed micro-batch of the given units; without any, a token that counts for nothing.

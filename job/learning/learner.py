@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from job.telemetry.progress import Advance
 from job.telemetry.value_metrics import ValueMetrics
 
 ADVICE = "Lower training.learning_rate"
+Phase = Callable[[str], AbstractContextManager[object]]  # marks what memory is used for
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,18 @@ class StepResult:
 
 
 class Learner:
-    """A critic with its objective and optimizer."""
+    """A critic with its objective and optimizer; `phase` is told what is being done."""
 
     def __init__(
-        self, critic: Critic, objective: Objective, config: TrainingConfig, world: World
+        self,
+        critic: Critic,
+        objective: Objective,
+        config: TrainingConfig,
+        world: World,
+        phase: Phase = nullcontext,
     ) -> None:
         self.critic, self.objective, self.config, self.world = critic, objective, config, world
+        self._phase = phase
         self.optimizer = build_optimizer(critic, config)
         self.trainable = [p for p in critic.parameters() if p.requires_grad]
         self._ids = {id(p) for p in self.trainable}
@@ -65,18 +73,21 @@ class Learner:
         rate = set_learning_rate(self.optimizer, self.config, step)
         losses, outputs = [], []
         for batch in batches:
-            output = self.outputs(batch)
-            loss = self.objective.loss_sum(output, batch, step) / count
-            (loss * self.world.size).backward()
+            with self._phase("forward"):
+                output = self.outputs(batch)
+                loss = self.objective.loss_sum(output, batch, step) / count
+            with self._phase("backward"):
+                (loss * self.world.size).backward()
             losses.append(loss.detach())
             outputs.append(output.detach())
         self._check_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.config.max_grad_norm)
-        (total,) = self.world.sum([math.fsum(loss.item() for loss in losses)])
-        result = StepResult(total, whole(norm).item(), rate)
-        if result.is_finite:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+        with self._phase("optimizer"):
+            norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.config.max_grad_norm)
+            (total,) = self.world.sum([math.fsum(loss.item() for loss in losses)])
+            result = StepResult(total, whole(norm).item(), rate)
+            if result.is_finite:
+                self.optimizer.step()
+            self.optimizer.zero_grad()
         if not result.is_finite:
             return result
         for batch, output in zip(batches, outputs, strict=True):

@@ -244,6 +244,10 @@ class Recorder:
         memory = {_TELEMETRY[name]: value for name, value in self._ledger.take_window().items()}
         return memory | {f"gpu/{name}": v for name, v in self._gauges.take_window().items()}
 
+    def now(self) -> dict[str, float]:
+        """Bytes at this moment, and the device's as NVML said them last."""
+        return {**self._device, **self._source.now()}
+
     def peak_bytes(self) -> float:
         """Most so far: the allocator's on a GPU, the process's memory on a CPU."""
         self._count_peaks()

@@ -58,7 +58,14 @@ _PARAMS_PER_CALL = 100
 _PARAM_LENGTH = 6000
 _NAME_LENGTH = 250
 _TAG_LENGTH = 5000
-_ARTIFACTS = ("config.yaml", "parameters.json", "reliability.json", "report.html", "train.log")
+_ARTIFACTS = (
+    "config.yaml",
+    "parameters.json",
+    "memory.json",
+    "reliability.json",
+    "report.html",
+    "train.log",
+)
 _TERMINATED = {"finished": "FINISHED", "failed": "FAILED"}
 # The states in which nothing is written. MLflow's SCHEDULED, "to run at a later time", is what a
 # stopped run is: it will be resumed, so it has no end, and RUNNING would say that it holds a GPU.

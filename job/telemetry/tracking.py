@@ -6,14 +6,11 @@ import json
 import logging
 import math
 import os
-import resource
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-
-import torch
 
 from job.data.packing import Batch
 from job.durability.run_directory import RunDirectory
@@ -136,13 +133,6 @@ class _Lines:
             self._waiting = self._waiting[written:]
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak so far: the allocator's on a GPU, the process's resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 class Window:
     """What happened since the last log line."""
 
@@ -170,12 +160,11 @@ class Window:
         self._seconds += seconds
 
     def telemetry(self, world: World) -> dict[str, float]:
-        """Speed of all ranks together, and this rank's memory; every rank must take part."""
+        """Speed of all ranks together, each of which must take part; empty without a step."""
         tokens, response_tokens = world.sum([self._tokens, self._response_tokens])
-        memory = {"memory_bytes": float(peak_memory_bytes(world.device))}
         if not self._steps:
-            return memory
-        return memory | {
+            return {}
+        return {
             "tokens_per_second": tokens / self._seconds,
             "response_tokens_per_second": response_tokens / self._seconds,
             "seconds_per_step": self._seconds / self._steps,
