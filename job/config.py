@@ -287,10 +287,10 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}\n{self.format_usage()}see {self.prog} --help")
 
 
-def command_line(description: str) -> argparse.ArgumentParser:
+def command_line(description: str, command: str | None = None) -> argparse.ArgumentParser:
     """The options that all commands with a configuration share."""
     parser = _Parser(
-        prog=f"python -m job.{Path(sys.argv[0]).stem}",
+        prog=f"python -m job.{command or Path(sys.argv[0]).stem}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

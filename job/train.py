@@ -18,7 +18,7 @@ if __name__ == "__main__":  # a signal during the imports must not kill the proc
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -148,7 +148,7 @@ def _train_recorded(
     checkpoint = world.main_decides(checkpoints.newest_good)
     memory = MemoryAccount(config, data, run, world, recorder)
     with recorder.phase("load"):
-        critic = load_critic(config, data, world, boundary)
+        critic = load_critic(config, data, world, boundary.agree)
     learner = _learner(config, critic, world, recorder)
     if checkpoint is not None:
         state = checkpoints.restore(checkpoint, learner)
@@ -240,15 +240,20 @@ def prepare_inputs(config: CriticConfig) -> None:
     check_trunk(config.model.path)
 
 
-def load_critic(config: CriticConfig, data: CriticData, world: World, boundary: Boundary) -> Critic:
-    """The critic in shards, the last N blocks trainable, its trunk loaded and head initialised."""
+def load_critic(
+    config: CriticConfig, data: CriticData, world: World, at_boundary: Callable[[], object]
+) -> Critic:
+    """The critic in shards, the last N blocks trainable, its trunk loaded and head initialised.
+
+    `at_boundary` is called after each tensor, and may raise to end it.
+    """
     with torch.device("meta"):
         critic = Critic(read_architecture(config.model.path))
     unfreeze_last_blocks(critic, config.training.num_unfrozen_layers)
     if config.distributed.fsdp.activation_checkpointing:
         critic.trunk.recompute_trainable_blocks()
     shard(critic, config.distributed.fsdp, world)
-    load_trunk(critic.trunk, config.model.path, boundary.agree)
+    load_trunk(critic.trunk, config.model.path, at_boundary)
     bias = config.training.value_head.bias_init
     if bias is None:
         bias = Objective(config.objective).initial_bias(data.mean_reward)

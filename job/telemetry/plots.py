@@ -461,10 +461,29 @@ def _draw_phases(run: Curves, number: int, rank: Mapping[str, Any]) -> Figure:
     _draw_course(course, rank)
     predicted = (run.memory.get("predicted") or {}).get("peak_bytes")
     if predicted is not None:
+        predicted += rank.get("before", {}).get("process", 0)  # a process has more than tensors
         _draw_level(course, predicted / _GB, "predicted peak", "--")
     course.set_ylim(0, 1.08 * course.dataLim.ymax)
     _draw_peaks(peaks, rank, phases)
     return figure
+
+
+def draw_stacks(title: str, bars: Mapping[str, Mapping[str, float]]) -> bytes:
+    """A PNG of bars in GB, each stacked from the same named parts (bytes)."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.subplots()
+        below = [0.0] * len(bars)
+        for index, part in enumerate(next(iter(bars.values()))):
+            sizes = [bar[part] / _GB for bar in bars.values()]
+            axes.bar(list(bars), sizes, bottom=below, color=run_colour(index), label=part)
+            below = [low + size for low, size in zip(below, sizes, strict=True)]
+        axes.set(title=title, ylabel="GB")
+        axes.legend()
+        return _png(figure)
 
 
 def _draw_course(axes: Axes, rank: Mapping[str, Any]) -> None:
