@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -54,7 +55,7 @@ from job.memory.account import prediction
 from job.memory.footprint import Setting
 from job.memory.measurement import warm_up
 from job.memory.shapes import SHAPES
-from job.memory.validation import Measured, markdown
+from job.memory.validation import MALLOC, Measured, markdown
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.parameters import count_parameters
@@ -118,7 +119,8 @@ def _in_a_process(index: int, options: argparse.Namespace) -> dict[str, Any]:
     if options.scratch is not None:
         given += ["--scratch", str(options.scratch)]
     command = [sys.executable, __file__, *given]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    env = os.environ | MALLOC
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     say(f"  {result['tokens_per_second']:,.0f} tokens/s")
     return {"case": CASES[index].name, **result}

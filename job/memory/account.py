@@ -17,13 +17,13 @@ from job.learning.world import World
 from job.memory.fit import outside_bytes
 from job.memory.footprint import Setting, footprint
 from job.memory.settings import setting_of
+from job.memory.validation import CPU_TOLERANCE, GPU_TOLERANCE
 from job.model.architecture import TransformerConfig, read_architecture
 from job.telemetry.memory_recorder import Recorder
 
 FILE = "memory.json"
-GPU_TOLERANCE = 0.03  # of the allocated peak
-CPU_TOLERANCE = 0.10  # of the growth,
-CPU_BASE_BYTES = 100e6  # and what code, threads and small objects take while it grows
+# What code, threads and freed memory that is kept may differ by, in a process without a GPU.
+_PROCESS_BYTES = 100e6
 _STEPS_LOOKED_AT = 200
 _HOST_SHARE = 0.5  # of the host's memory, for the processes of a job without GPUs
 _log = logging.getLogger(__name__)
@@ -184,4 +184,4 @@ def within(predicted: float, measured: float, *, on_gpu: bool) -> bool:
     """Whether prediction and measurement agree within the backend's tolerance."""
     if on_gpu:
         return abs(predicted - measured) <= GPU_TOLERANCE * measured
-    return abs(predicted - measured) <= CPU_TOLERANCE * measured + CPU_BASE_BYTES
+    return abs(predicted - measured) <= CPU_TOLERANCE * measured + _PROCESS_BYTES

@@ -437,3 +437,8 @@ def shards(strategy: ShardingStrategy, world_size: int, per_node: int) -> int:
 
 def _share(count: int, shards: int) -> int:
     return -(-count // shards)
+
+
+def gigabytes(count: float) -> str:
+    """Bytes as people read them."""
+    return f"{count / 1e9:.2f}" if abs(count) >= 1e9 or not count else f"{count / 1e9:.4f}"

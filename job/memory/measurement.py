@@ -78,7 +78,7 @@ def _measured(
 
 
 def warm_up(device: torch.device) -> None:
-    """Take a step with a tiny critic: libraries, threads and workspaces come with their first use."""
+    """Take a step with a tiny critic: libraries and workspaces come with their first use."""
     critic = Critic(TransformerConfig(dim=64, n_layers=2, n_heads=2, vocab_size=8)).to(device)
     optimizer = torch.optim.AdamW(critic.parameters(), fused=True)
     tokens = torch.zeros(2 * _WARM_TOKENS, dtype=torch.int64, device=device)

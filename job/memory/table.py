@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from job.memory.fit import Fit, fit, largest_micro_batch, largest_unfrozen
-from job.memory.footprint import COMPONENTS, Footprint, Setting
+from job.memory.footprint import COMPONENTS, Footprint, Setting, gigabytes
 
 _LARGEST_TRIED = 262_144  # tokens of a micro-batch
 
@@ -74,7 +74,3 @@ def as_dict(setting: Setting, capacities: Sequence[int]) -> dict[str, Any]:
         "fits": {f"{c / 1e9:g}": fit(setting, c).fits for c in capacities},
         "largest_unfrozen": {f"{c / 1e9:g}": largest_unfrozen(setting, c) for c in capacities},
     }
-
-
-def gigabytes(count: float) -> str:
-    return f"{count / 1e9:.2f}" if abs(count) >= 5e6 or not count else f"{count / 1e9:.4f}"

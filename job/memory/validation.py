@@ -16,18 +16,19 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
-from job.memory.footprint import STATE
-from job.memory.table import gigabytes
+from job.memory.footprint import STATE, gigabytes
 from job.outcome import Ending
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 GPU_TOLERANCE = 0.03  # of the allocated peak
-CPU_TOLERANCE = 0.10  # of the growth
+CPU_TOLERANCE = 0.10  # of the growth,
+CPU_BASE_BYTES = 10e6  # and what a backward pass needs of a process whatever its size
 # glibc then gives freed memory back at once, as the tensors' sizes would have it
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TOP_PAD_": "0", "MALLOC_ARENA_MAX": "1"}
 
 
 class Disagreement(Ending):
@@ -61,9 +62,14 @@ class Measured:
     def on_gpu(self) -> bool:
         return self.recorder["backend"] != "process"
 
+    @property
+    def figure(self) -> str:
+        """What is measured: the allocator's memory, or the process's."""
+        return "allocated" if self.on_gpu else "process"
+
     def stage(self, name: str, figure: str | None = None) -> float:
         """Bytes at a stage, beyond those before the critic came."""
-        figure = figure or ("allocated" if self.on_gpu else "process")
+        figure = figure or self.figure
         return self.stages[name][figure] - self.stages["before"][figure]
 
     @property
@@ -120,7 +126,7 @@ def _measure(config_file: str, overrides: Sequence[str], gpus: int) -> Measured:
         out = Path(scratch, "measured.json")
         command = [sys.executable, "-m", "job.memory", "measure", "--config", config_file]
         command += ["--out", str(out), "--override", *overrides]
-        shared = {**os.environ, **_MALLOC, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port()}
+        shared = {**os.environ, **MALLOC, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port()}
         shared |= {"WORLD_SIZE": str(gpus), "LOCAL_WORLD_SIZE": str(gpus)}
         ranks = [
             subprocess.Popen(command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)})
@@ -141,6 +147,8 @@ def _port() -> str:
 
 def component_table(measured: Sequence[Measured]) -> Table:
     """Parts of each N: predicted, measured, difference."""
+    from rich.table import Table
+
     of = "allocator" if measured[0].on_gpu else "process"
     table = Table(title="Memory of rank 0, GB", title_justify="left")
     for name in ("N", "part", "predicted", of, "NVML", "difference"):
@@ -175,13 +183,16 @@ def outside(one: Measured) -> list[tuple[str, float]]:
 
 
 def differences(measured: Sequence[Measured]) -> list[Row]:
-    """How the peak grows from the smallest N to each other."""
+    """How the peak grows from the smallest N to each other.
+
+    Of peaks as they are: what a process has before its critic comes hangs on what it has freed.
+    """
     first, *others = measured
     return [
         Row(
             f"peak of N={one.num_unfrozen_layers} above that of N={first.num_unfrozen_layers}",
             one.predicted["peak_bytes"] - first.predicted["peak_bytes"],
-            one.stage("peak") - first.stage("peak"),
+            one.stages["peak"][one.figure] - first.stages["peak"][one.figure],
             None,
         )
         for one in others
@@ -191,13 +202,13 @@ def differences(measured: Sequence[Measured]) -> list[Row]:
 def disagreements(measured: Sequence[Measured]) -> list[str]:
     """What differs by more than the tolerance."""
     if measured[0].on_gpu:
-        rows, tolerance = [one.rows[-1] for one in measured], GPU_TOLERANCE
+        rows, tolerance, base = [one.rows[-1] for one in measured], GPU_TOLERANCE, 0.0
     else:
-        rows, tolerance = differences(measured), CPU_TOLERANCE
+        rows, tolerance, base = differences(measured), CPU_TOLERANCE, CPU_BASE_BYTES
     return [
         f"{row.part}: {gigabytes(row.predicted)} GB predicted, {gigabytes(row.measured)} measured"
         for row in rows
-        if abs(row.difference) > tolerance * abs(row.measured)
+        if abs(row.difference) > tolerance * abs(row.measured) + base
     ]
 
 

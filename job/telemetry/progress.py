@@ -1,22 +1,27 @@
-"""Progress of anything that runs long: a bar on a terminal, plain log lines elsewhere."""
+"""Progress of anything that runs long: a bar on a terminal, plain log lines elsewhere.
+
+Without a terminal nothing but the standard library is needed.
+"""
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 LINE_SECONDS = 10.0  # between two lines where there is no terminal
 _LINES = "job.progress"
 _PLAIN = "%(asctime)s %(levelname)s %(message)s"
-_console = Console(stderr=True)
+_quiet = False
 
 Advance = Callable[[int, str], None]
 
@@ -27,8 +32,10 @@ def set_up_logging() -> None:
     logger.setLevel(logging.INFO)
     if logger.handlers:
         return
-    if _console.is_terminal:
-        handler: logging.Handler = RichHandler(console=_console, show_path=False)
+    if _on_terminal():
+        from rich.logging import RichHandler
+
+        handler: logging.Handler = RichHandler(console=_console(), show_path=False)
         handler.addFilter(lambda record: record.name != _LINES)  # the bar shows it
     else:
         handler = logging.StreamHandler(sys.stderr)
@@ -38,7 +45,8 @@ def set_up_logging() -> None:
 
 def only_warnings() -> None:
     """Keep to warnings on stderr, on ranks whose log nobody follows; log files get everything."""
-    _console.quiet = True
+    global _quiet
+    _quiet = True
     for handler in logging.getLogger("job").handlers:
         handler.setLevel(logging.WARNING)
 
@@ -61,7 +69,7 @@ def log_file(path: Path) -> Iterator[None]:
 def progress(task: str, total: int | None = None) -> Iterator[Advance]:
     """Yield a function (done, note) that shows how far `task` is, and logs it now and then."""
     write_line = _line_writer(task, total)
-    if not _console.is_terminal:
+    if _quiet or not _on_terminal():
         yield write_line
         return
     with _bar() as bar:
@@ -74,7 +82,26 @@ def progress(task: str, total: int | None = None) -> Iterator[Advance]:
         yield advance
 
 
+def _on_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+@functools.cache
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
 def _bar() -> Progress:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -82,7 +109,7 @@ def _bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    return Progress(*columns, console=_console, transient=True)
+    return Progress(*columns, console=_console(), transient=True)
 
 
 def _line_writer(task: str, total: int | None) -> Advance:
