@@ -68,7 +68,7 @@ class RunConfig:
 @dataclass
 class ModelConfig:
     path: str = MISSING  # folder with params.json and consolidated.pth
-    init_from: str | None = None  # a run or a checkpoint whose trained weights to begin with
+    init_from: str | None = None  # a run, checkpoint or delta whose trained weights to begin with
     recipe: str | None = None  # pre-training config that makes the trunk where path is missing
 
 
@@ -104,6 +104,7 @@ class DataConfig:
 
 @dataclass
 class ValueHeadConfig:
+    bias: bool = True  # sequence classification in transformers knows none
     bias_init: float | None = None  # default: what the loss makes of the mean reward
     learning_rate: float | None = None  # default: training.learning_rate
 
@@ -509,6 +510,8 @@ def _impossible_critic(config: CriticConfig) -> Iterator[str]:
     objective, training = config.objective, config.training
     if objective.loss is Loss.pairwise and objective.target is not Target.monte_carlo:
         yield "objective.target: the pairwise loss compares outcomes; use monte_carlo"
+    if training.value_head.bias_init is not None and not training.value_head.bias:
+        yield "training.value_head.bias_init: with training.value_head.bias false there is no bias"
     if objective.loss is Loss.pairwise and training.batch_size % 2:
         yield f"training.batch_size: {training.batch_size} is odd; the pairwise loss takes pairs"
     if objective.loss is Loss.pairwise and 2 * config.data.max_length > training.micro_batch_tokens:

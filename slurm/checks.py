@@ -120,7 +120,10 @@ def _model(plan: Plan, run: Run, partition: Partition | None) -> Iterator[Check]
     except InputError as error:
         yield Check("model", "error", str(error))
         return
-    counts = count_parameters(architecture, config.training.num_unfrozen_layers)
+    training = config.training
+    counts = count_parameters(
+        architecture, training.num_unfrozen_layers, head_bias=training.value_head.bias
+    )
     yield _memory(plan, config, counts)
     yield _disk(run, counts)
     yield from _interruptions(plan, run, partition, counts)

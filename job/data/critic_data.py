@@ -27,6 +27,7 @@ class CriticData:
     train: Packer
     validation: Packer
     mean_reward: float
+    tokenizer: str  # its fingerprint
 
 
 def check_sources(config: CriticConfig) -> None:
@@ -73,6 +74,7 @@ def load_critic_data(config: CriticConfig, run: RunDirectory, world: World) -> C
         pack(train, _training_units(config, train)),
         pack(validation, kept),
         float(train.rewards.mean()),
+        tokenizer.fingerprint,
     )
 
 

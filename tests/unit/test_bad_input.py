@@ -321,6 +321,11 @@ def test_pairwise_loss(
     refused(*words, overrides=("objective.loss=pairwise", *overrides))
 
 
+def test_an_initial_bias_of_a_head_without_one(refused: Callable[..., None]) -> None:
+    given = ("training.value_head.bias=false", "training.value_head.bias_init=0.5")
+    refused("training.value_head.bias_init", "training.value_head.bias false", overrides=given)
+
+
 def test_problems_of_a_configuration_are_told_together(refused: Callable[..., None]) -> None:
     bad = ("training.batch_size=0", "training.weight_decay=-1", "logging.every_steps=0")
     refused("batch_size: 0", "weight_decay: -1", "logging.every_steps: 0", overrides=bad)
