@@ -281,14 +281,19 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}\n{self.format_usage()}see {self.prog} --help")
 
 
-def command_line(description: str) -> argparse.ArgumentParser:
-    """The options that all commands with a configuration share."""
+def command_line(description: str, *, of_a_critic: bool = False) -> argparse.ArgumentParser:
+    """The options that all commands with a configuration share, or all with a trained critic."""
     parser = _Parser(
         prog=f"python -m job.{Path(sys.argv[0]).stem}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML configuration")
+    if of_a_critic:
+        about = "a run, one of its checkpoints, or a delta"
+        parser.add_argument("--critic", required=True, type=Path, metavar="PATH", help=about)
+        parser.add_argument("--base", metavar="DIR", help="default: as the run was configured")
+    else:
+        parser.add_argument("--config", required=True, metavar="FILE", help="a YAML configuration")
     parser.add_argument(
         "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="may repeat"
     )

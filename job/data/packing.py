@@ -130,16 +130,18 @@ class Packer:
     def step(self, step: int, sequences: int, seed: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step` (from 0)."""
         per_step = sequences // self.units.shape[1]
-        return self._pack(step_units(len(self.units), per_step, step, seed))
+        plan = self.plan(step_units(len(self.units), per_step, step, seed))
+        return [self.assemble(units) for units in plan]
 
     @functools.cached_property
     def everything(self) -> list[Indices]:
         """This rank's micro-batches of an evaluation: over all ranks, each unit once."""
-        return distribute(self._tokens, self._costs, self.world, self.budget)[self.rank]
+        return self.plan(np.arange(len(self.units)))
 
-    def _pack(self, chosen: Indices) -> list[Batch]:
-        plan = distribute(self._tokens[chosen], self._costs[chosen], self.world, self.budget)
-        return [self.assemble(chosen[part]) for part in plan[self.rank]]
+    def plan(self, chosen: Indices) -> list[Indices]:
+        """This rank's micro-batches of some units: over all ranks, each of them once."""
+        parts = distribute(self._tokens[chosen], self._costs[chosen], self.world, self.budget)
+        return [chosen[part] for part in parts[self.rank]]
 
     def assemble(self, units: Indices) -> Batch:
         """One packed micro-batch of the given units; without any, a token that counts for nothing.

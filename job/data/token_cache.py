@@ -26,14 +26,14 @@ from job.config import (
     PretrainDataConfig,
 )
 from job.data import arithmetic
-from job.data.examples import BadRow, Example, check_readable, read_examples
+from job.data.examples import BadRow, Example, Rewards, check_readable, read_examples
 from job.data.tokenizer import Encoded, Tokenizer
 from job.durability.files import atomic_folder
 from job.durability.preemption import stop_if_asked
 from job.outcome import InputError, listing
 from job.telemetry.progress import progress
 
-FORMAT = 3  # part of the key: raise it when the stored form changes
+FORMAT = 4  # part of the key: raise it when the stored form changes
 _BATCH = 1024  # examples tokenised together
 
 
@@ -44,9 +44,10 @@ class TokenizedSet:
         tokens: uint32 [all tokens], memory-mapped.
         offsets: int64 [n + 1].
         response_starts: int64 [n], counted from the example's first token.
-        rewards: float64 [n].
+        rewards: float64 [n]; NaN where a row that is to be scored has none.
         problems: uint64 [n], equal for solutions of one problem.
         optimal: float32 [all tokens], the best value after each token; None where unknown.
+        lines: int64 [n], where each example stands in its file, counted from 1.
         folder: where all this is stored, with bad_rows.jsonl.
         n_skipped: rows left out.
     """
@@ -59,12 +60,18 @@ class TokenizedSet:
             self.response_starts: NDArray[np.int64] = index["response_starts"]
             self.rewards: NDArray[np.float64] = index["rewards"]
             self.problems: NDArray[np.uint64] = index["problems"]
+            self.lines: NDArray[np.int64] = index["lines"]
         optimal = folder / "optimal.bin"
         self.optimal = np.memmap(optimal, np.float32, "r") if optimal.exists() else None
         self.n_skipped = (folder / "bad_rows.jsonl").read_bytes().count(b"\n")
 
     def __len__(self) -> int:
         return len(self.rewards)
+
+    def bad_rows(self) -> Iterator[BadRow]:
+        """The rows left out, in order."""
+        with (self.folder / "bad_rows.jsonl").open(encoding="utf-8") as lines:
+            yield from (BadRow(**json.loads(line)) for line in lines)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -101,6 +108,25 @@ def load_split(
         source = _embedded(data.arithmetic, split, labelled)
     else:
         source = _file(path, data.fields, labelled)
+    return _find_or_write(source, data, tokenizer)
+
+
+def load_to_score(data: DataConfig, path: str, tokenizer: Tokenizer) -> TokenizedSet:
+    """The tokenised form of any file in the training format, rewards optional; or of `embedded`.
+
+    Raises:
+        InputError: bad rows, unless they are skipped; or no usable row at all.
+    """
+    if path == EMBEDDED:
+        source = _embedded(data.arithmetic, "validation", labelled=True)
+    else:
+        source = _file(path, data.fields, "optional")
+    return _find_or_write(source, data, tokenizer)
+
+
+def _find_or_write(
+    source: Source, data: DataConfig | PretrainDataConfig, tokenizer: Tokenizer
+) -> TokenizedSet:
     policy = _Policy.of(data)
     key = {
         "format": FORMAT,
@@ -159,7 +185,7 @@ def _embedded(config: ArithmeticConfig, split: str, labelled: bool) -> Source:
     return Source(f"embedded {split} data", {"embedded": settings, "count": count}, rows)
 
 
-def _file(path: str, fields: Any, labelled: bool) -> Source:
+def _file(path: str, fields: Any, labelled: Rewards) -> Source:
     check_readable(path)
     with Path(path).open("rb") as stream:
         content = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
@@ -206,6 +232,7 @@ class _SetWriter:
         self.starts: list[int] = []
         self.rewards: list[float] = []
         self.problems: list[int] = []
+        self.lines: list[int] = []
         self._tokens: BinaryIO = (folder / "tokens.bin").open("wb")
         self._optimal: BinaryIO | None = None
 
@@ -253,6 +280,7 @@ class _SetWriter:
         self.lengths.append(len(fitted.ids))
         self.starts.append(fitted.response_start)
         self.rewards.append(row.reward)
+        self.lines.append(place.line)
         key = hashlib.blake2b(row.problem_id.encode("utf-8", "surrogatepass"), digest_size=8)
         self.problems.append(int.from_bytes(key.digest(), "little"))
 
@@ -276,6 +304,7 @@ class _SetWriter:
             response_starts=np.asarray(self.starts, np.int64),
             rewards=np.asarray(self.rewards, np.float64),
             problems=np.asarray(self.problems, np.uint64),
+            lines=np.asarray(self.lines, np.int64),
         )
         lines = (json.dumps(asdict(row)) + "\n" for row in self.bad)
         (self.folder / "bad_rows.jsonl").write_text("".join(lines))

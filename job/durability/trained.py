@@ -10,8 +10,8 @@ It is a checkpoint of a run, or a delta, which holds the same in files that exec
 
 from __future__ import annotations
 
-import functools
 import logging
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -43,7 +43,6 @@ _MAY_BE_SET = (
     "data.",
     "training.micro_batch_tokens",
     "training.threads",
-    "training.deterministic",
     "distributed.",
 )
 _log = logging.getLogger(__name__)
@@ -78,7 +77,9 @@ class _CheckpointWeights(Weights):
         stored = self._stored[name]
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
         reader = FileSystemReader(self._folder)
-        load({f"model.{name}": tensor}, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():  # of no process group, which no_dist asks for
+            warnings.simplefilter("ignore", UserWarning)
+            load({f"model.{name}": tensor}, storage_reader=reader, no_dist=True)
         return tensor
 
     def fill(self, parameters: Mapping[str, Tensor], world: World) -> None:
@@ -164,7 +165,7 @@ class TrainedCritic:
         except TypeError as error:
             raise InputError(f"{self.folder}: an architecture unknown here: {error}") from None
 
-    @functools.cached_property
+    @property
     def weights(self) -> Weights:
         return open_weights(self.folder)
 
@@ -194,6 +195,15 @@ class TrainedCritic:
             raise InputError(
                 f"{self.folder}: {len(problems)} parameter(s) do not fit a critic with "
                 f"num_unfrozen_layers {self.num_unfrozen_layers}" + listing(problems)
+            )
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Raise InputError unless this is the tokenizer of the critic's training."""
+        there = self.facts["identity"].get("tokenizer", fingerprint)
+        if there != fingerprint:
+            raise InputError(
+                f"{self.folder}: trained with another tokenizer ({there}, not {fingerprint}); "
+                "name the right one with --override tokenizer.path=PATH"
             )
 
     def _check_base(self, base: Path) -> None:
