@@ -90,9 +90,7 @@ def find_base(folder: str | Path) -> Base:
 def _meta_files(folder: Path) -> list[Path]:
     parts, single = sorted(folder.glob(_PARTS)), folder / WEIGHTS
     if parts and single.exists():
-        raise InputError(
-            f"{folder}: holds {WEIGHTS} and {parts[0].name}; which one is the model's?"
-        )
+        raise InputError(f"{folder}: holds {WEIGHTS} and {parts[0].name}; keep only the model's")
     if not parts:
         _check_there([single])
         return [single]
@@ -106,7 +104,7 @@ def _meta_files(folder: Path) -> list[Path]:
 def _hugging_face_files(folder: Path) -> list[Path]:
     single, index = folder / SAFETENSORS, folder / INDEX
     if single.exists() and index.exists():
-        raise InputError(f"{folder}: holds {SAFETENSORS} and {INDEX}; which one is the model's?")
+        raise InputError(f"{folder}: holds {SAFETENSORS} and {INDEX}; keep only the model's")
     if index.exists():
         shards = sorted({folder / shard for shard in weight_map(index).values()})
         _check_there(shards)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from job.model.layout import neighbours
+from job.outcome import InputError, listing
 
+Shapes = Mapping[str, tuple[int, ...]]
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -24,7 +26,8 @@ class StoredTensor:
     Attributes:
         name: in the files.
         files: one a part.
-        parts: views of memory-mapped files.
+        parts: views of the files.
+        mapped: they are memory-mapped, so that pages can be given back.
         dim: the parts are slices along this; None: each is the whole.
         head_width: of heads whose rows lie in Hugging Face's order; None: rows lie in Meta's.
     """
@@ -32,6 +35,7 @@ class StoredTensor:
     name: str
     files: tuple[Path, ...]
     parts: tuple[Tensor, ...]
+    mapped: bool
     dim: int | None = None
     head_width: int | None = None
 
@@ -67,8 +71,8 @@ class StoredTensor:
 
     def release(self, rows: slice) -> None:
         """Take pages that were read out of this process; the system may keep them."""
-        for part in self._overlapping(rows):
-            _advise(part, mmap.MADV_DONTNEED)
+        for part in self._overlapping(rows) if self.mapped else ():
+            _advise(part, mmap.MADV_DONTNEED)  # of any other memory this would be the end
 
     def _overlapping(self, rows: slice) -> list[Tensor]:
         """Views of the parts that make up some rows; empty ones only for no rows at all."""
@@ -86,17 +90,44 @@ class StoredTensor:
 
 def _advise(tensor: Tensor, advice: int) -> None:
     """Tell the system about the pages between a tensor's first and last element."""
-    if tensor.numel() == 0 or tensor.device.type != "cpu":
+    if tensor.numel() == 0:
         return
-    elements = 1 + sum(
-        (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    length = tensor.data_ptr() + elements * tensor.element_size() - first
-    _libc.madvise(first, length, advice)  # advice: if it is not taken, nothing is wrong
+    start, end = _memory(tensor)
+    start -= start % mmap.PAGESIZE
+    _libc.madvise(start, end - start, advice)  # advice: if it is not taken, nothing is wrong
 
 
-def shapes(parts: Sequence[Tensor]) -> str:
-    """The parts' shapes for a message."""
-    different = sorted({tuple(part.shape) for part in parts})
-    return " and ".join(map(str, different))
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """The addresses from a tensor's first to behind its last element."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    elements = 1 + sum((n - 1) * step for n, step in steps)
+    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
+
+
+class Mappings:
+    """Where files are mapped into this process, as Linux says; elsewhere nothing is known."""
+
+    def __init__(self) -> None:
+        try:
+            lines = Path("/proc/self/maps").read_text().splitlines()
+        except OSError:
+            lines = []
+        self._ranges: dict[str, list[tuple[int, int]]] = {}
+        for line in lines:
+            addresses, *_, file = line.split(maxsplit=5)
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            self._ranges.setdefault(file, []).append((start, end))
+
+    def hold(self, tensor: Tensor, file: Path) -> bool:
+        """Whether a tensor lies in a mapping of a file."""
+        if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+            return False
+        start, end = _memory(tensor)
+        ranges = self._ranges.get(str(file.resolve()), ())
+        return tensor.numel() == 0 or any(a <= start and end <= b for a, b in ranges)
+
+
+def raise_misfits(file: Path, problems: list[str]) -> None:
+    if problems:
+        head = f"{file}: {len(problems)} tensor(s) do not fit the model"
+        raise InputError(head + listing(sorted(problems)))

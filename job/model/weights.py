@@ -6,41 +6,24 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from job.model import hf_config
 from job.model.architecture import TransformerConfig, check_window, read_architecture
-from job.model.base import CONFIG, PARAMS, SAFETENSORS, WEIGHTS, Base, Layout, find_base, weight_map
-from job.model.layout import (
-    hugging_face_name,
-    is_loaded,
-    is_rotated,
-    meta_name,
-    to_hugging_face,
-)
-from job.model.pickle_shapes import read_named
+from job.model.base import CONFIG, PARAMS, SAFETENSORS, WEIGHTS, Base, Layout, find_base
+from job.model.hf_files import open_hugging_face
+from job.model.layout import hugging_face_name, to_hugging_face
+from job.model.meta_files import open_meta
 from job.model.shards import own, own_rows
-from job.model.stored import StoredTensor, shapes
+from job.model.stored import Shapes, StoredTensor, raise_misfits
 from job.model.transformer import Transformer, Trunk
-from job.outcome import InputError, listing
 from job.telemetry.progress import progress
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# Of model-parallel files, by the end of a name: dimensions along which they may cut a matrix
-# (embeddings by columns, since Llama 3 by rows); all else is in each of them.
-_CUT = {
-    "tok_embeddings.weight": (1, 0),
-    **dict.fromkeys(("wq.weight", "wk.weight", "wv.weight", "w1.weight", "w3.weight"), (0,)),
-    **dict.fromkeys(("wo.weight", "w2.weight"), (1,)),
-    **dict.fromkeys(("wq.bias", "wk.bias", "wv.bias"), (0,)),
-}
-Shapes = Mapping[str, tuple[int, ...]]
 _log = logging.getLogger(__name__)
 
 
@@ -88,124 +71,15 @@ def trunk_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 def open_weights(folder: str | Path, config: TransformerConfig) -> dict[str, StoredTensor]:
     """The tensors of a base that a critic uses, by Meta's names, memory-mapped and unread.
 
-    A tensor that Meta's layout does not have keeps its name.
+    One that Meta's layout does not have is under a name that no trunk has.
 
     Raises:
         InputError: a file is missing or damaged, files do not agree, or do not fit together.
     """
     base = find_base(folder)
     if base.layout is Layout.META:
-        return _open_meta(base, config)
-    return _open_hugging_face(base, config)
-
-
-# Meta's layout
-
-
-def _open_meta(base: Base, config: TransformerConfig) -> dict[str, StoredTensor]:
-    load = partial(torch.load, map_location="cpu", mmap=True, weights_only=True)
-    files = base.weight_files()
-    loaded = [read_named(file, load, Tensor) for file in files]
-    used = [{k: v for k, v in named.items() if is_loaded(k)} for named in loaded]
-    if len(files) == 1:
-        return {k: StoredTensor(k, (files[0],), (v,)) for k, v in used[0].items()}
-    return _join(files, used, trunk_shapes(config), base.description)
-
-
-def _join(
-    files: list[Path], loaded: list[dict[str, Tensor]], wanted: Shapes, description: Path
-) -> dict[str, StoredTensor]:
-    """Tensors cut into several files, put together as the architecture's shapes have it."""
-    joined, problems = {}, []
-    for name in dict.fromkeys(name for named in loaded for name in named):
-        absent = [f.name for f, named in zip(files, loaded, strict=True) if name not in named]
-        if absent:
-            problems.append(f"{name} is missing in {', '.join(absent)}")
-            continue
-        parts = tuple(named[name] for named in loaded)
-        shape = wanted.get(name, tuple(parts[0].shape))
-        cut = next((pattern for pattern in _CUT if name.endswith(pattern)), None)
-        if cut is None and _all_equal(parts, shape):
-            joined[name] = StoredTensor(name, tuple(files), parts)
-        elif fitting := [d for d in _CUT.get(cut or "", ()) if _fits(parts, d, shape)]:
-            joined[name] = StoredTensor(name, tuple(files), parts, fitting[0])
-        else:
-            problems.append(
-                f"{name} has shape {shapes(parts)} in {len(files)} files, {description.name} "
-                f"says {shape}" + ("" if cut else ", the same in each file")
-            )
-    _raise_if(problems, files[0].with_name("consolidated.*.pth"))
-    return joined
-
-
-def _all_equal(parts: tuple[Tensor, ...], shape: tuple[int, ...]) -> bool:
-    return all(tuple(p.shape) == shape and p.dtype == parts[0].dtype for p in parts) and all(
-        torch.equal(part, parts[0]) for part in parts[1:]
-    )
-
-
-def _fits(parts: tuple[Tensor, ...], dim: int, shape: tuple[int, ...]) -> bool:
-    """Whether parts of one dtype along a dimension make up a shape."""
-    if any(p.dim() != len(shape) or p.dtype != parts[0].dtype for p in parts):
-        return False
-    others = all(n == shape[d] for p in parts for d, n in enumerate(p.shape) if d != dim)
-    return others and sum(part.shape[dim] for part in parts) == shape[dim]
-
-
-# Hugging Face's layout
-
-
-def _open_hugging_face(base: Base, config: TransformerConfig) -> dict[str, StoredTensor]:
-    found = [(file, _mapped(file)) for file in base.weight_files()]
-    if base.index is not None:
-        _check_index(base.index, {file.name: named.keys() for file, named in found})
-    opened = {}
-    for file, named in found:
-        for stored_name, tensor in named.items():
-            if not is_loaded(stored_name):
-                continue
-            name = _known_name(stored_name)
-            width = config.head_width if is_rotated(name) else None
-            opened[name] = StoredTensor(stored_name, (file,), (tensor,), head_width=width)
-    return opened
-
-
-def _mapped(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, memory-mapped."""
-    from safetensors import safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except Exception as error:  # a damaged file can raise anything
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise InputError(f"{file}: damaged, or no safetensors file: {reason}") from None
-
-
-def _known_name(stored_name: str) -> str:
-    try:
-        return meta_name(stored_name)
-    except KeyError:
-        return stored_name
-
-
-def _check_index(index: Path, held: Mapping[str, Any]) -> None:
-    """Raise InputError unless each shard holds just what the index says."""
-    problems = []
-    said = weight_map(index)
-    holders: dict[str, list[str]] = {}
-    for shard, names in held.items():
-        for name in names:
-            holders.setdefault(name, []).append(shard)
-    for name in sorted(said.keys() | holders.keys()):
-        wanted, found = said.get(name), holders.get(name, [])
-        if found != [wanted]:
-            where = " and ".join(found) or "in no shard"
-            problems.append(f"{name} is {where}, the index says {wanted or 'nothing of it'}")
-    _raise_if(problems, index)
-
-
-# Both
+        return open_meta(base, trunk_shapes(config))
+    return open_hugging_face(base, config.head_width)
 
 
 def _check_tensors(wanted: Shapes, stored: Mapping[str, StoredTensor], base: Base) -> None:
@@ -226,13 +100,7 @@ def _check_tensors(wanted: Shapes, stored: Mapping[str, StoredTensor], base: Bas
                 "weights are dense floats"
             )
     files = base.weight_files()
-    _raise_if(problems, files[0] if len(files) == 1 else base.index or base.folder)
-
-
-def _raise_if(problems: list[str], file: Path) -> None:
-    if problems:
-        head = f"{file}: {len(problems)} tensor(s) do not fit the model"
-        raise InputError(head + listing(sorted(problems)))
+    raise_misfits(files[0] if len(files) == 1 else base.index or base.folder, problems)
 
 
 # Writing
