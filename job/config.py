@@ -67,7 +67,7 @@ class RunConfig:
 
 @dataclass
 class ModelConfig:
-    path: str = MISSING  # folder with params.json and consolidated.pth
+    path: str = MISSING  # folder of a language model, in Meta's layout or Hugging Face's
     init_from: str | None = None  # a run, checkpoint or delta whose trained weights to begin with
     recipe: str | None = None  # pre-training config that makes the trunk where path is missing
 

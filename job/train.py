@@ -222,7 +222,7 @@ def load_data(config: CriticConfig, run: RunDirectory, world: World) -> CriticDa
     check_sources(config)
     if config.model.recipe is not None:
         ensure_trunk(Path(config.model.path), config.model.recipe)
-    check_trunk(config.model.path)
+    check_trunk(config.model.path, config.data.max_length)
     return load_critic_data(config, run, world)
 
 

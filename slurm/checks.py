@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from job.config import CriticConfig
-from job.model.architecture import read_architecture
+from job.model.architecture import check_window, read_architecture
 from job.model.parameters import (
     ParameterCounts,
     checkpoint_bytes,
@@ -117,6 +117,7 @@ def _model(plan: Plan, run: Run, partition: Partition | None) -> Iterator[Check]
         return
     try:
         architecture = read_architecture(config.model.path)
+        check_window(config.model.path, config.data.max_length)
     except InputError as error:
         yield Check("model", "error", str(error))
         return

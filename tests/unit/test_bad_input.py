@@ -590,11 +590,11 @@ TRUNKS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "all missing": (_weights(lambda w: w.clear()), ("20 tensor(s) do not fit",)),
     "tensor surplus": (
         _weights(lambda w: w.update(spare=torch.ones(1))),
-        ("spare is not part of the model",),
+        ("spare in consolidated.pth is not part of the model",),
     ),
     "wrong shape": (
         _weights(lambda w: w.update({NORM: torch.ones(9)})),
-        (f"{NORM} has shape (9,), params.json says (8,)",),
+        (f"{NORM} in consolidated.pth has shape (9,), params.json says (8,)",),
     ),
     "integers": (_weights(lambda w: w.update({NORM: w[NORM].to(torch.int8)})), (NORM, "int8")),
     "sparse": (_weights(lambda w: w.update({NORM: w[NORM].to_sparse()})), (NORM, "sparse")),
@@ -617,7 +617,13 @@ def test_trunk(case: str, workplace: Path, refused: Callable[..., None]) -> None
     ("path", "reason"), [("nowhere", "No such file"), ("train.jsonl", "Not a directory")]
 )
 def test_no_trunk(path: str, reason: str, refused: Callable[..., None]) -> None:
-    refused(f"{path}/params.json", reason, "model.path", overrides=(f"model.path={path}",))
+    refused(
+        f"{path}: cannot read the model: {reason}",
+        "params.json",
+        "config.json",
+        "model.path",
+        overrides=(f"model.path={path}",),
+    )
 
 
 RECIPES: dict[str, tuple[Change, tuple[str, ...]]] = {
