@@ -103,37 +103,49 @@ def test_bpe_ids_decode_to_the_joined_text(bpe: Tokenizer, library: tokenizers.T
         assert library.decode(ids, skip_special_tokens=False) == prompt + response
 
 
-def test_bpe_response_starts_with_the_first_token_that_holds_a_byte_of_it(
+def test_bpe_prompt_has_its_own_tokens_and_the_response_all_that_hold_a_byte_of_it(
     bpe: Tokenizer, library: tokenizers.Tokenizer
 ) -> None:
-    straddling = 0
+    would_straddle = 0
     pairs = list(random_pairs(2000, seed=2))
     for (prompt, response), encoded in zip(pairs, bpe.encode(pairs), strict=True):
         ids, ends, start = check_frame(bpe, encoded)
         # Byte-level pieces have one character for each byte.
         sizes = [len(str(library.id_to_token(i))) for i in ids]
         assert (ends, start) == reference(sizes, prompt, response)
-        straddling += sum(sizes[:start]) < len(prompt.encode())
-    assert straddling > 50
+        assert ids[:start] == library.encode(prompt).ids
+        assert sum(sizes[:start]) == len(prompt.encode())
+        joined = library.encode(prompt + response).ids
+        if joined[:start] == ids[:start]:
+            assert ids == joined
+        else:
+            assert ids[start:] == library.encode(response).ids
+            would_straddle += 1
+    assert would_straddle > 50
 
 
-def test_where_prompt_and_response_meet_changes_no_token(bpe: Tokenizer) -> None:
+def test_where_prompt_and_response_meet_between_tokens_changes_none(
+    bpe: Tokenizer, library: tokenizers.Tokenizer
+) -> None:
     text = "the cat sat 漢字 on 12 mats."
-    cuts = [encode(bpe, text[:i], text[i:]) for i in range(len(text) + 1)]
-    assert all(cut.ids == cuts[0].ids and cut.ends == cuts[0].ends for cut in cuts)
-    assert cuts[0].response_start == 1
-    starts = [cut.response_start for cut in cuts]
-    assert starts == sorted(starts)
+    whole = encode(bpe, "", text)
+    cuts = {end for _, end in library.encode(text).offsets}
+    for i in cuts:
+        found = encode(bpe, text[:i], text[i:])
+        assert (found.ids, found.ends) == (whole.ids, whole.ends)
 
 
-def test_a_token_on_both_sides_of_the_boundary_belongs_to_the_response(
+def test_a_token_that_would_hold_the_end_of_the_prompt_is_not_taken(
     bpe: Tokenizer, library: tokenizers.Tokenizer
 ) -> None:
     encoded = encode(bpe, "the c", "at sat")
     pieces = [library.id_to_token(i) for i in encoded.ids]
-    assert pieces == ["<s>", "the", "Ġcat", "Ġsat", "</s>"]
-    assert encoded.response_start == 2
-    assert encoded.ends == [0, 3, 7, 11, 11]
+    assert library.encode("the cat sat").tokens == ["the", "Ġcat", "Ġsat"]
+    n = encoded.response_start
+    assert pieces[:n] == ["<s>", *library.encode("the c").tokens]
+    assert pieces[n:] == [*library.encode("at sat").tokens, "</s>"]
+    assert encoded.ends[n - 1] == 5
+    assert encoded.ends[-1] == 11
 
 
 def test_all_bytes_of_a_character_are_on_its_side_of_the_boundary(bpe: Tokenizer) -> None:
@@ -194,9 +206,12 @@ def test_a_blank_at_the_end_of_a_token_counts_although_the_file_asks_to_trim_it(
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
     raw.post_processor = processors.ByteLevel(trim_offsets=True)
     tokenizer = saved(tmp_path, raw, bos_token="<s>", eos_token="</s>")
-    straddling = encode(tokenizer, "a", " .")
-    assert (straddling.ids, straddling.response_start) == ([0, 5, 6, 1], 1)
-    assert straddling.ends == [0, 2, 3, 3]
+    within = encode(tokenizer, "a ", ".")
+    assert (within.ids, within.ends) == ([0, 5, 6, 1], [0, 2, 3, 3])
+    assert within.response_start == 2
+    would_straddle = encode(tokenizer, "a", " .")
+    assert (would_straddle.ids, would_straddle.ends) == ([0, 2, 4, 6, 1], [0, 1, 2, 3, 3])
+    assert would_straddle.response_start == 2
     assert encode(tokenizer, "a  ", "b").response_start == 1 + 2
 
 
@@ -313,7 +328,7 @@ def test_sentencepiece_ids_stand_for_the_joined_text_and_the_response_starts_in_
     tokenizer = load_tokenizer(sentencepiece_file)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
     pairs = list(random_pairs(2000, seed=6))
-    straddling = 0
+    would_straddle = 0
     for (prompt, response), encoded in zip(pairs, tokenizer.encode(pairs), strict=True):
         ids, ends, start = check_frame(tokenizer, encoded)
         assert processor.decode(ids) == prompt + response
@@ -323,8 +338,11 @@ def test_sentencepiece_ids_stand_for_the_joined_text_and_the_response_starts_in_
             wanted_start = 0  # the blank before the text belongs to what follows it
         assert start == wanted_start
         assert all(a <= b for a, b in zip(ends, wanted_ends, strict=True))
-        straddling += sum(sizes[:start]) < len(prompt.encode())
-    assert straddling > 50
+        assert sum(sizes[:start]) == len(prompt.encode())
+        if prompt:
+            assert ids[:start] == processor.encode(prompt)
+        would_straddle += ids != processor.encode(prompt + response)
+    assert would_straddle > 50
 
 
 def test_sentencepiece_bytes_of_a_character_are_on_its_side_of_the_boundary(
@@ -349,12 +367,14 @@ def test_sentencepiece_takes_unknown_characters_as_one_token(
         train_sentencepiece(vocab_size=40, model_type=model_type)
     )
     tokenizer = load_tokenizer(tmp_path)
-    for prompt, response in (("the ", "漢字 a"), ("the 漢", "字 a"), ("the ", "漢字")):
-        encoded = encode(tokenizer, prompt, response)
-        ids, ends, start = check_frame(tokenizer, encoded)
+    for prompt, response in (("the ", "漢字 a"), ("the ", "漢字")):
+        ids, ends, start = check_frame(tokenizer, encode(tokenizer, prompt, response))
         assert ids.count(0) == 1
         assert ids[start] == 0
         assert ends[start - 1 : start + 1] == [4, 6]
+    ids, ends, start = check_frame(tokenizer, encode(tokenizer, "the 漢", "字 a"))
+    assert ids[start - 1 : start + 1] == [0, 0]  # one on each side
+    assert ends[start - 1 : start + 1] == [5, 6]
 
 
 def test_sentencepiece_without_begin_and_end_token_has_none(tmp_path: Path) -> None:
@@ -382,7 +402,7 @@ def with_settings(folder: Path, source: Path, settings: object) -> Tokenizer:
     [
         ({"bos_token": "<s>", "eos_token": "</s>"}, (0, 1)),
         ({"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>", "lstrip": 0}}, (0, 1)),
-        ({"bos_token": "</s>", "eos_token": "a"}, (1, "a")),
+        ({"bos_token": "</s>", "eos_token": "."}, (1, ".")),
         ({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False}, (None, 1)),
         ({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}, (0, 1)),
         ({"bos_token": None, "eos_token": "</s>"}, (None, 1)),
