@@ -6,6 +6,7 @@ known bytes, so that its place in the text follows without any offsets of the li
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from job.data.arithmetic import ALPHABET, chains
 from job.data.tokenizer import (
@@ -285,6 +286,7 @@ def test_characters_outside_the_alphabet_are_one_unknown_token_each(tmp_path: Pa
 # --- sentencepiece ---------------------------------------------------------------------------
 
 
+@functools.cache
 def train_sentencepiece(**options: Any) -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -301,14 +303,7 @@ def train_sentencepiece(**options: Any) -> bytes:
 def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As Llama's: BPE, byte fallback, no normalisation."""
     file = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
-    model = train_sentencepiece(
-        vocab_size=350,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-    )
-    file.write_bytes(model)
+    file.write_bytes(llama_model("bpe"))
     return file
 
 
@@ -385,6 +380,263 @@ def test_sentencepiece_without_begin_and_end_token_has_none(tmp_path: Path) -> N
     encoded = encode(tokenizer, "the cat", " sat")
     assert encoded.ends[-1] == 11
     assert encoded.ids[: encoded.response_start] == encode(tokenizer, "the cat", "").ids
+
+
+# --- the boundary, for every kind of tokenizer -----------------------------------------------
+
+CHARACTERS = sorted(set("".join(FRAGMENTS)) - {"\x00"})
+BYTES = [f"<0x{b:02X}>" for b in range(256)]
+LLAMA_DECODER = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+BLANK_IN_FRONT = decoders.Strip(" ", 1, 0)
+
+
+def train_json(folder: Path, raw: tokenizers.Tokenizer, **settings: Any) -> Tokenizer:
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>", "<|sep|>"],
+        initial_alphabet=[*CHARACTERS, "▁", *pre_tokenizers.ByteLevel.alphabet()],
+        show_progress=False,
+    )
+    raw.train_from_iterator(sentences(), trainer)
+    return saved(folder, raw, bos_token="<s>", eos_token="</s>", **settings)
+
+
+def byte_level(folder: Path, *, prefix: bool) -> Tokenizer:
+    raw = tokenizers.Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(prefix)
+    raw.decoder = decoders.ByteLevel()
+    return train_json(folder, raw)
+
+
+def metaspace(folder: Path, scheme: str) -> Tokenizer:
+    raw = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    raw.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    return train_json(folder, raw)
+
+
+def composing(folder: Path) -> Tokenizer:
+    """A normalizer joins a letter and an accent that follows it."""
+    raw = tokenizers.Tokenizer(models.BPE())
+    raw.normalizer = normalizers.NFC()
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(False)
+    raw.decoder = decoders.ByteLevel()
+    return train_json(folder, raw)
+
+
+def llama_json(folder: Path) -> Tokenizer:
+    """As the first conversions of Llama: the blank in front is a normalizer's."""
+    model = sentencepiece.SentencePieceProcessor(model_proto=llama_model("bpe"))
+    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    merges = [
+        (piece[:i], piece[i:])
+        for piece in pieces[3 + 256 :]
+        for i in range(1, len(piece))
+        if piece[:i] in vocabulary and piece[i:] in vocabulary
+    ]
+    raw = tokenizers.Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw.decoder = decoders.Sequence([*LLAMA_DECODER, BLANK_IN_FRONT])
+    raw.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return saved(folder, raw, bos_token="<s>", eos_token="</s>")
+
+
+def llama_model(model_type: str) -> bytes:
+    return train_sentencepiece(
+        vocab_size=350,
+        model_type=model_type,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
+
+
+def sentencepiece_model(folder: Path, model_type: str, **settings: Any) -> Tokenizer:
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(llama_model(model_type))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return load_tokenizer(folder)
+
+
+KINDS: dict[str, Callable[[Path], Tokenizer]] = {
+    "byte-level BPE": lambda f: byte_level(f, prefix=False),
+    "byte-level BPE with a blank in front": lambda f: byte_level(f, prefix=True),
+    "byte-level BPE behind NFC": composing,
+    "Metaspace before the first word": lambda f: metaspace(f, "first"),
+    "Metaspace before every part": lambda f: metaspace(f, "always"),
+    "Llama's first tokenizer.json": llama_json,
+    "sentencepiece BPE": lambda f: sentencepiece_model(f, "bpe"),
+    "sentencepiece unigram": lambda f: sentencepiece_model(f, "unigram"),
+}
+EDGES = [
+    ("", "the cat"),
+    ("", " the cat"),
+    ("", "😀"),
+    ("the", " cat"),
+    ("the ", "cat"),
+    ("the ", " cat"),
+    ("the\n", "\ncat"),
+    ("the\n\n", "cat"),
+    ("se", "ven"),
+    ("the  ", "  cat  "),
+    ("漢", "字"),
+    ("a😀", "😀"),
+    ("\n", "\n"),
+    ("caf", "é ß"),
+    ("the", "."),
+]
+
+
+class Plain:
+    """The library's own tokenizer of a folder: what it makes of one text, and of ids."""
+
+    def __init__(self, folder: Path) -> None:
+        if (folder / "tokenizer.json").exists():
+            library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self.encode = lambda text: library.encode(text, add_special_tokens=False).ids
+            self.decode = lambda ids: library.decode(ids, skip_special_tokens=False)
+        else:
+            model = folder / "tokenizer.model"
+            processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+            self.encode, self.decode = processor.encode, processor.decode
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompt_and_response_have_their_own_tokens_and_the_joined_text_is_unchanged(
+    tmp_path: Path, kind: str
+) -> None:
+    tokenizer, plain = KINDS[kind](tmp_path), Plain(tmp_path)
+    # These cannot tell a text's own first blank from the one that they put in front.
+    first = " " if "Metaspace" in kind or "blank in front" in kind else ""
+    unknown = "\x00" if "Metaspace" in kind else "\x01"
+    pairs = [*EDGES, *random_pairs(400, seed=8)]
+    pairs = [pair for pair in pairs if unknown not in "".join(pair)]
+    would_straddle = 0
+    for (prompt, response), encoded in zip(pairs, tokenizer.encode(pairs), strict=True):
+        ids, _, start = check_frame(tokenizer, encoded)
+        for found, text in ((ids, prompt + response), (ids[:start], prompt)):
+            decoded = plain.decode(found)
+            assert text in (decoded, first + decoded) or decoded == first + text
+        assert ids[:start] == (plain.encode(prompt) if prompt else [])
+        joined = plain.encode(prompt + response)
+        would_straddle += ids != joined
+        if joined[:start] == ids[:start]:
+            assert ids == joined
+    assert 20 < would_straddle < len(pairs) / 2
+
+
+def test_a_normalizer_joins_nothing_over_the_boundary(tmp_path: Path) -> None:
+    tokenizer, plain = composing(tmp_path), Plain(tmp_path)
+    encoded = encode(tokenizer, "cafe", "\u0301 on")
+    start = encoded.response_start
+    assert plain.decode(encoded.ids[1:start]) == "cafe"
+    assert plain.decode(encoded.ids[start:-1]) == "\u0301 on"
+    assert plain.decode(encode(tokenizer, "cafe\u0301", " on").ids[1:-1]) == "café on"
+
+
+def test_blanks_that_sentencepiece_drops_leave_one_between_prompt_and_response(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(
+        train_sentencepiece(vocab_size=60, model_type="unigram")
+    )
+    tokenizer, plain = load_tokenizer(tmp_path), Plain(tmp_path)
+    for prompt, response in (("the", " cat"), ("the ", "cat"), ("the  ", "\n cat ")):
+        ids, _, start = check_frame(tokenizer, encode(tokenizer, prompt, response))
+        assert plain.decode(ids) == "the cat"
+        assert plain.decode(ids[start:]) == "cat"
+    assert plain.decode(encode(tokenizer, "se", "ven").ids[1:-1]) == "seven"
+
+
+def test_blanks_as_ends_of_words_are_refused(tmp_path: Path) -> None:
+    model = train_sentencepiece(vocab_size=60, model_type="bpe", treat_whitespace_as_suffix=True)
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    with pytest.raises(InputError, match="blanks as the ends of words are not supported"):
+        load_tokenizer(tmp_path)
+
+
+# --- special tokens in a text ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_begin_and_end_token_in_a_text_are_tokens_and_not_doubled(
+    tmp_path: Path, kind: str
+) -> None:
+    tokenizer = KINDS[kind](tmp_path)
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    for prompt, response in (("<s>the", " cat"), ("the", " cat</s>"), ("<s>the", " cat</s>")):
+        ids = encode(tokenizer, prompt, response).ids
+        assert (ids.count(bos), ids.count(eos)) == (1, 1)
+        assert (ids[0], ids[-1]) == (bos, eos)
+    within = encode(tokenizer, "the</s>", "</s><s> cat")
+    n = within.response_start
+    assert within.ids[n - 1 : n + 2] == [eos, eos, bos]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_frame_nothing_is_added(tmp_path: Path, kind: str) -> None:
+    tokenizer = KINDS[kind](tmp_path)
+    (bare,) = tokenizer.encode([("the", " cat")], framed=False)
+    framed = encode(tokenizer, "the", " cat")
+    assert framed.ids == [tokenizer.bos_id, *bare.ids, tokenizer.eos_id]
+    assert bare.response_start == framed.response_start - 1
+    (own,) = tokenizer.encode([("<s>the", " cat</s>")], framed=False)
+    assert (own.ids[0], own.ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert (own.ends[0], own.ends[-2:]) == (3, [10, 14])
+
+
+def test_sentencepiece_begins_anew_after_a_begin_token(tmp_path: Path) -> None:
+    tokenizer = sentencepiece_model(tmp_path, "bpe")
+    written, added = encode(tokenizer, "<s>the", " cat"), encode(tokenizer, "the", " cat")
+    assert (written.ids, written.response_start) == (added.ids, added.response_start)
+    assert encode(tokenizer, "<s>", "the cat").ids == encode(tokenizer, "", "the cat").ids
+
+
+ADDED = {"32": {"content": "<|im_start|>"}, "400": {"content": "<|im_end|>", "special": True}}
+
+
+def test_sentencepiece_knows_the_tokens_added_beside_it(tmp_path: Path) -> None:
+    tokenizer = sentencepiece_model(
+        tmp_path / "a", "bpe", added_tokens_decoder=ADDED, eos_token="<|im_end|>"
+    )
+    assert tokenizer.eos_id == 400
+    assert tokenizer.vocab_size == 401
+    encoded = encode(tokenizer, "<|im_start|>the", " cat<|im_end|>")
+    plain = Plain(tmp_path / "a")
+    assert encoded.ids[:2] == [1, 32]
+    assert plain.decode(encoded.ids[2:-1]) == "the cat"
+    assert plain.encode("the")[0] not in encoded.ids  # no blank in the middle
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/added_tokens.json").write_text('{"<|im_start|>": 32, "<|im_end|>": 400}')
+    other = sentencepiece_model(tmp_path / "b", "bpe", eos_token="<|im_end|>")
+    assert encode(other, "<|im_start|>the", " cat<|im_end|>") == encoded
+    assert other.fingerprint == tokenizer.fingerprint
+    assert sentencepiece_model(tmp_path / "c", "bpe").fingerprint != tokenizer.fingerprint
+
+
+def test_an_added_token_without_number_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="an added token without a number"):
+        sentencepiece_model(tmp_path, "bpe", added_tokens_decoder={"x": {"content": "<a>"}})
+
+
+@pytest.mark.parametrize("pad", [None, "</s>", "<unk>", "<s>"])
+@pytest.mark.parametrize("kind", ["byte-level BPE", "sentencepiece BPE"])
+def test_the_end_token_is_a_response_token_whatever_the_padding_token_is(
+    tmp_path: Path, kind: str, pad: str | None
+) -> None:
+    KINDS[kind](tmp_path)
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": pad}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path)
+    for response in (" cat", " cat</s>"):
+        encoded = encode(tokenizer, "the", response)
+        of_response = encoded.ids[encoded.response_start :]
+        assert of_response[-1] == tokenizer.eos_id
+        assert of_response.count(tokenizer.eos_id) == 1
+        assert len(of_response) > 1
 
 
 # --- begin and end token ---------------------------------------------------------------------
@@ -493,6 +745,7 @@ def test_a_missing_tokenizer_is_an_input_error(tmp_path: Path, name: str) -> Non
         b"[]",
         b'{"model": {"type": "BPE"}}',
         b"IQ== 0\nIg== 1\n",  # the beginning of Llama 3's tokenizer.model
+        b"IQ== 0\r\nIg== 1\r\n",
         b"\xff\xfe\x00\x01" * 100,
     ],
 )
@@ -522,4 +775,24 @@ def test_a_wrong_tokenizer_configuration_is_an_input_error(
     shutil.copyfile(bpe_folder / "tokenizer.json", tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_bytes(content)
     with pytest.raises(InputError, match=said):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tiktoken_vocabulary_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    with pytest.raises(InputError, match=r"tiktoken .* set tokenizer\.path to the tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tekken.json", "qwen.tiktoken", "spiece.model"])
+def test_a_folder_with_another_kind_of_tokenizer_names_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match=f"{name} alone is not supported.*save_pretrained"):
+        load_tokenizer(tmp_path)
+
+
+def test_wordpiece_is_refused(tmp_path: Path) -> None:
+    model = models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]")
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="WordPiece is not supported"):
         load_tokenizer(tmp_path)
