@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from job.data.tiktoken import as_tokenizer_json, is_tiktoken
 from job.outcome import InputError
 
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>")
@@ -150,14 +151,14 @@ def token_setting(settings: dict[str, Any], key: str) -> Any:
 
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer.json of the `tokenizers` library."""
+    """A tokenizer.json of the `tokenizers` library, or the text of one for another file."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, text: str | None = None) -> None:
         import tokenizers
 
         super().__init__(file)
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8") if text is None else text
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{file}: cannot read the tokenizer: {error}") from None
@@ -315,9 +316,6 @@ def _load_sentencepiece(content: bytes) -> Any:
     return processor
 
 
-_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")  # a token in base64, and its rank
-
-
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load tokenizer.json or tokenizer.model from a file or from the folder that holds it.
 
@@ -329,21 +327,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     file = next((c for c in candidates if c.is_file()), None)
     if file is None:
         raise InputError(f"{path}: no tokenizer.json or tokenizer.model here{_instead(path)}")
-    if _is_tiktoken(file):
-        raise InputError(
-            f"{file}: cannot read the tokenizer: a tiktoken vocabulary (as Llama 3's original "
-            "tokenizer.model is) has neither its rules nor its special tokens in it; set "
-            "tokenizer.path to the tokenizer.json of the same model"
-        )
+    if is_tiktoken(file):
+        return JsonTokenizer(file, as_tokenizer_json(file))
     return SentencePieceTokenizer(file) if ".model" in file.name else JsonTokenizer(file)
-
-
-def _is_tiktoken(file: Path) -> bool:
-    try:
-        with file.open("rb") as stream:
-            return _TIKTOKEN.match(stream.readline(1 << 10)) is not None
-    except OSError:
-        return False  # the reader says it better
 
 
 def _instead(folder: Path) -> str:

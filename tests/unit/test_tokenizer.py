@@ -6,10 +6,12 @@ known bytes, so that its place in the text follows without any offsets of the li
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from job.data.arithmetic import ALPHABET, chains
+from job.data.tiktoken import N_RANKS, _letters
 from job.data.tokenizer import (
     Encoded,
     SentencePieceTokenizer,
@@ -558,6 +561,53 @@ def test_blanks_as_ends_of_words_are_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+# --- Llama 3's tiktoken vocabulary -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tokenizers.Tokenizer:
+    raw = tokenizers.Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=alphabet, show_progress=False, max_token_length=12
+    )
+    raw.train_from_iterator(
+        [word for text in sentences() for word in re.findall(" ?[a-z]+", text)], trainer
+    )
+    raw.decoder = decoders.ByteLevel()
+    return raw
+
+
+def write_llama_3(folder: Path, trained: tokenizers.Tokenizer) -> None:
+    """A vocabulary of Llama 3's size: the trained one, filled up with what is in no text."""
+    ids = range(trained.get_vocab_size())
+    letters = {letter: bytes([byte]) for byte, letter in _letters().items()}
+    tokens = [b"".join(letters[x] for x in str(trained.id_to_token(i))) for i in ids]
+    tokens += [b"\xff" + n.to_bytes(3, "big") for n in range(N_RANKS - len(tokens))]
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
+
+
+def test_llama_3_s_tiktoken_vocabulary_is_read_as_the_bpe_that_it_is(
+    tmp_path: Path, trained: tokenizers.Tokenizer
+) -> None:
+    write_llama_3(tmp_path, trained)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (N_RANKS, N_RANKS + 1)
+    assert tokenizer.vocab_size == N_RANKS + 256
+    for words in (["the", " cat", " sat"], ["seventhree", " mats", " zebra"], [" plus", "漢字"]):
+        expected = [i for word in words for i in trained.encode(word).ids]
+        ids, _, start = check_frame(tokenizer, encode(tokenizer, words[0], "".join(words[1:])))
+        assert ids == expected
+        assert start == len(trained.encode(words[0]).ids)
+    chat = encode(tokenizer, "<|start_header_id|>user<|end_header_id|>", "\n\nten<|eot_id|>")
+    assert [i - N_RANKS for i in chat.ids if i >= N_RANKS] == [0, 6, 7, 9, 1]
+    pairs = list(random_pairs(200, seed=9))
+    for (prompt, response), encoded in zip(pairs, tokenizer.encode(pairs), strict=True):
+        assert trained.decode(encoded.ids[1:-1]) == prompt + response
+
+
 # --- special tokens in a text ----------------------------------------------------------------
 
 
@@ -778,9 +828,16 @@ def test_a_wrong_tokenizer_configuration_is_an_input_error(
         load_tokenizer(tmp_path)
 
 
-def test_a_tiktoken_vocabulary_is_named_as_such(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"IQ== 0\nIg== 1\n", b"IQ== 0\n= 1\n", b"IQ== 0\nIg==\n"])
+def test_another_or_damaged_tiktoken_vocabulary_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(InputError, match=r"tokenizer\.model: cannot read the tokenizer: "):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tiktoken_vocabulary_that_is_not_llama_3_s_is_named_as_such(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
-    with pytest.raises(InputError, match=r"tiktoken .* set tokenizer\.path to the tokenizer\.json"):
+    with pytest.raises(InputError, match=r"tiktoken vocabulary of 2 tokens.* a tokenizer\.json"):
         load_tokenizer(tmp_path)
 
 
