@@ -220,11 +220,6 @@ def _no_prefix(part: Any) -> Any:
     return part | {key: value for key, value in new.items() if key in part} | nested
 
 
-# Fields of a sentencepiece model as protocol buffers write them. Of a field that occurs twice the
-# last counts, so that they change a model to whose end they are added.
-_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }
-
-
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece tokenizer.model, as Meta ships it, with the tokens added beside it.
 
@@ -264,12 +259,15 @@ class SentencePieceTokenizer(Tokenizer):
         """Tokens that the vocabulary was given later, from where Hugging Face keeps them."""
         file = self.folder / "added_tokens.json"
         added: list[tuple[Any, Any]] = [*_read_settings(file).items()]
-        for token, entry in (self.settings.get("added_tokens_decoder") or {}).items():
-            added.append((entry.get("content") if isinstance(entry, dict) else entry, token))
         try:
+            for token, entry in self.settings.get("added_tokens_decoder", {}).items():
+                added.append((entry["content"], token))
             return {str(text): int(token) for text, token in added if text}
-        except (TypeError, ValueError):
-            raise InputError(f"{self.folder}: an added token without a number in {added}") from None
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise InputError(
+                f"{self.folder}: added_tokens.json or tokenizer_config.json: added_tokens_decoder "
+                "has a token without text or number"
+            ) from None
 
     def _token_id(self, text: str) -> int | None:
         if text in self._added:

@@ -98,6 +98,13 @@ def test_template_in_the_configuration(tmp_path: Path, text: str) -> None:
     assert configured(tmp_path, text).data.template == text
 
 
+def test_a_quoted_template_on_the_command_line_keeps_its_line_breaks(tmp_path: Path) -> None:
+    configured(tmp_path, "chat")
+    given = r'data.template="Q: {prompt}\nA: {response}"'
+    found = load_config(CriticConfig, tmp_path / "critic.yaml", [given])
+    assert found.data.template == "Q: {prompt}\nA: {response}"
+
+
 def test_embedded_data_takes_no_template(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data\.template: the embedded data"):
         configured(tmp_path, "chat", "embedded")

@@ -667,9 +667,14 @@ def test_sentencepiece_knows_the_tokens_added_beside_it(tmp_path: Path) -> None:
     assert sentencepiece_model(tmp_path / "c", "bpe").fingerprint != tokenizer.fingerprint
 
 
-def test_an_added_token_without_number_is_an_input_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="an added token without a number"):
-        sentencepiece_model(tmp_path, "bpe", added_tokens_decoder={"x": {"content": "<a>"}})
+@pytest.mark.parametrize(
+    "added", [{"x": {"content": "<a>"}}, {"3": "<a>"}, {"3": {}}, ["<a>"], None]
+)
+def test_an_added_token_without_text_or_number_is_an_input_error(
+    tmp_path: Path, added: object
+) -> None:
+    with pytest.raises(InputError, match="a token without text or number"):
+        sentencepiece_model(tmp_path, "bpe", added_tokens_decoder=added)
 
 
 @pytest.mark.parametrize("pad", [None, "</s>", "<unk>", "<s>"])
