@@ -25,6 +25,7 @@ from job.outcome import InputError, listing
 
 Schema = TypeVar("Schema")
 EMBEDDED = "embedded"  # as data source: the chains of job.data.arithmetic
+CHAT = "chat"  # as data.template: the tokenizer's chat template
 _WIDTH = 200  # characters of an override or a library's message in it
 
 
@@ -95,6 +96,7 @@ class DataConfig:
     train: str = MISSING  # file, or `embedded`
     validation: str = MISSING
     fields: Any = None  # {prompt: NAME, ...} or the preset `alpaca`
+    template: str | None = None  # `chat`, a chat template, or a text with {prompt} and {response}
     max_length: int = 2048  # tokens of prompt and response together
     overlong: Overlong = Overlong.error
     bad_rows: BadRows = BadRows.error
@@ -298,6 +300,11 @@ def command_line(description: str, *, of_a_critic: bool = False) -> argparse.Arg
         "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="may repeat"
     )
     return parser
+
+
+def is_chat_template(template: str) -> bool:
+    """Whether a data.template is written in Jinja, for a list of messages."""
+    return "{{" in template or "{%" in template
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -511,7 +518,24 @@ def _impossible_data(config: CriticConfig | PretrainConfig) -> Iterator[str]:
         yield f"data.fields: a mapping or the preset alpaca, not {data.fields!r}"
 
 
+def _impossible_template(data: DataConfig) -> Iterator[str]:
+    template = data.template
+    if template is None:
+        return
+    if EMBEDDED in (data.train, data.validation):
+        yield "data.template: the embedded data has a form of its own; leave it out"
+    if template == CHAT or is_chat_template(template):
+        return
+    before, _, after = template.partition("{prompt}")
+    if "{response}" in before or after.count("{response}") != 1 or "{prompt}" in after:
+        yield (
+            f"data.template: {_short(template)!r} is neither {CHAT} nor a chat template in Jinja "
+            "nor a text with {prompt} and then {response}, once each"
+        )
+
+
 def _impossible_critic(config: CriticConfig) -> Iterator[str]:
+    yield from _impossible_template(config.data)
     objective, training = config.objective, config.training
     if objective.loss is Loss.pairwise and objective.target is not Target.monte_carlo:
         yield "objective.target: the pairwise loss compares outcomes; use monte_carlo"

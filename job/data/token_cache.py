@@ -27,13 +27,14 @@ from job.config import (
 )
 from job.data import arithmetic
 from job.data.examples import BadRow, Example, Rewards, check_readable, read_examples
+from job.data.template import Template, load_template, render_rows
 from job.data.tokenizer import Encoded, Tokenizer
 from job.durability.files import atomic_folder
 from job.durability.preemption import stop_if_asked
 from job.outcome import InputError, listing
 from job.telemetry.progress import progress
 
-FORMAT = 4  # part of the key: raise it when the stored form changes
+FORMAT = 5  # part of the key: raise it when the stored form changes
 _BATCH = 1024  # examples tokenised together
 
 
@@ -100,7 +101,8 @@ def load_split(
     rows are errors.
 
     Raises:
-        InputError: bad rows (counted, the first ten shown), or no usable row at all.
+        InputError: bad rows (counted, the first ten shown), no usable row at all, or no template
+            that works.
     """
     labelled = isinstance(data, DataConfig)
     path = str(getattr(data, split))
@@ -115,7 +117,7 @@ def load_to_score(data: DataConfig, path: str, tokenizer: Tokenizer) -> Tokenize
     """The tokenised form of any file in the training format, rewards optional; or of `embedded`.
 
     Raises:
-        InputError: bad rows, unless they are skipped; or no usable row at all.
+        InputError: bad rows, unless they are skipped; no usable row; no template that works.
     """
     if path == EMBEDDED:
         source = _embedded(data.arithmetic, "validation", labelled=True)
@@ -127,11 +129,13 @@ def load_to_score(data: DataConfig, path: str, tokenizer: Tokenizer) -> Tokenize
 def _find_or_write(
     source: Source, data: DataConfig | PretrainDataConfig, tokenizer: Tokenizer
 ) -> TokenizedSet:
+    template = load_template(data.template if isinstance(data, DataConfig) else None, tokenizer)
     policy = _Policy.of(data)
     key = {
         "format": FORMAT,
         "origin": source.origin,
         "tokenizer": tokenizer.fingerprint,
+        "template": template.identity,
         "policy": {k: getattr(v, "name", v) for k, v in asdict(policy).items()},
     }
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -139,7 +143,7 @@ def _find_or_write(
     try:
         if not folder.exists():
             with atomic_folder(folder) as scratch:
-                _write(scratch, source, tokenizer, policy)
+                _write(scratch, source, template, tokenizer, policy)
         return TokenizedSet(folder)
     except OSError as error:
         raise InputError(f"data.cache_dir: cannot use {folder}: {error.strerror}") from None
@@ -193,11 +197,14 @@ def _file(path: str, fields: Any, labelled: Rewards) -> Source:
     return Source(path, origin, read_examples(path, fields, rewards=labelled))
 
 
-def _write(scratch: Path, source: Source, tokenizer: Tokenizer, policy: _Policy) -> None:
+def _write(
+    scratch: Path, source: Source, template: Template, tokenizer: Tokenizer, policy: _Policy
+) -> None:
     """Tokenise a source into a folder, or raise InputError."""
-    writer = _SetWriter(scratch)
+    writer = _SetWriter(scratch, framed=template.framed)
+    rows = render_rows(source.rows, template, source.name)
     with writer, progress(f"tokenising {source.name}") as advance:
-        for chunk in _chunks(source.rows):
+        for chunk in _chunks(rows):
             stop_if_asked()
             writer.add(source.name, chunk, tokenizer, policy)
             advance(writer.n_seen, f"{len(writer.bad)} bad" if writer.bad else "")
@@ -223,8 +230,9 @@ def _chunks(
 class _SetWriter:
     """Appends tokenised examples to the files of a set; only the index stays in memory."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, framed: bool) -> None:
         self.folder = folder
+        self.framed = framed
         self.n_seen = 0
         self.bad: list[BadRow] = []
         self.refused: list[BadRow] = []  # those of `bad` that the policy does not skip
@@ -253,7 +261,7 @@ class _SetWriter:
     ) -> None:
         self.n_seen += len(chunk)
         texts = [(row.prompt, row.response) for _, row in chunk if isinstance(row, Example)]
-        encoded = iter(tokenizer.encode(texts))
+        encoded = iter(tokenizer.encode(texts, framed=self.framed))
         for line, row in chunk:
             if isinstance(row, BadRow):
                 self._leave_out(row, skip=policy.bad_rows is BadRows.skip)
@@ -315,7 +323,7 @@ def _fit(tokens: Encoded, tokenizer: Tokenizer, policy: _Policy) -> Encoded | No
     surplus = len(tokens.ids) - policy.max_length
     if surplus <= 0:
         return tokens
-    head = 0 if tokenizer.bos_id is None else 1
+    head = 1 if tokens.ids[0] == tokenizer.bos_id else 0
     if policy.overlong is not Overlong.truncate_prompt or tokens.response_start - head < surplus:
         return None
     return Encoded(
