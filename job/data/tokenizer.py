@@ -63,7 +63,7 @@ class Tokenizer(ABC):
         self.settings = _read_settings(file.with_name("tokenizer_config.json"))
 
     @abstractmethod
-    def _token_id(self, text: str) -> int | None:
+    def token_id(self, text: str) -> int | None:
         """The id of the token of this very text."""
 
     @abstractmethod
@@ -125,7 +125,7 @@ class Tokenizer(ABC):
         named = token_setting(self.settings, key)
         if named is None:
             return None
-        found = self._token_id(named) if isinstance(named, str) else None
+        found = self.token_id(named) if isinstance(named, str) else None
         if found is None:
             raise InputError(
                 f"{self.folder}/tokenizer_config.json: {key} {named!r} is not in the vocabulary"
@@ -176,7 +176,7 @@ class JsonTokenizer(Tokenizer):
         self.fingerprint = _fingerprint(text, self.bos_id, self.eos_id)
 
     def _first_known(self, names: Iterable[str]) -> int | None:
-        return next((i for i in map(self._token_id, names) if i is not None), None)
+        return next((i for i in map(self.token_id, names) if i is not None), None)
 
     def _tell_special_tokens(self) -> None:
         """Begin and end token may be ordinary words of the vocabulary; in a text they are not."""
@@ -186,7 +186,7 @@ class JsonTokenizer(Tokenizer):
         added = self._tokenizer.get_added_tokens_decoder()
         self.special = frozenset(token.content for token in added.values() if token.special)
 
-    def _token_id(self, text: str) -> int | None:
+    def token_id(self, text: str) -> int | None:
         return self._tokenizer.token_to_id(text)
 
     def token_text(self, token: int) -> str:
@@ -269,7 +269,7 @@ class SentencePieceTokenizer(Tokenizer):
                 "has a token without text or number"
             ) from None
 
-    def _token_id(self, text: str) -> int | None:
+    def token_id(self, text: str) -> int | None:
         if text in self._added:
             return self._added[text]
         found = self._processor.piece_to_id(text)

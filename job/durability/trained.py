@@ -28,13 +28,13 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from job.config import CriticConfig, differences, load_config, to_dict
 from job.durability.shelf import newest_intact, read_facts
 from job.learning.world import World
-from job.model.architecture import RopeScaling, TransformerConfig, read_architecture
+from job.model.architecture import TransformerConfig, read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.fingerprint import fingerprint
 from job.model.shards import fill
 from job.outcome import InputError, listing
 
-DELTA = "critic.safetensors"
+TENSORS = "critic.safetensors"
 _BIAS = "value_head.bias"
 # What a command that only uses a critic may set otherwise than its training did.
 _MAY_BE_SET = (
@@ -89,7 +89,7 @@ class _CheckpointWeights(Weights):
 
 class _DeltaWeights(Weights):
     def __init__(self, folder: Path) -> None:
-        self._file = folder / DELTA
+        self._file = folder / TENSORS
         try:
             self._opened = safe_open(self._file, "pt")
         except (OSError, SafetensorError) as error:
@@ -107,7 +107,7 @@ class _DeltaWeights(Weights):
 
 def open_weights(folder: Path) -> Weights:
     """The trained parameters of a checkpoint or a delta."""
-    return _DeltaWeights(folder) if (folder / DELTA).is_file() else _CheckpointWeights(folder)
+    return _DeltaWeights(folder) if (folder / TENSORS).is_file() else _CheckpointWeights(folder)
 
 
 @dataclass(frozen=True)
@@ -157,13 +157,8 @@ class TrainedCritic:
 
     @property
     def architecture(self) -> TransformerConfig:
-        stored = dict(self.facts["identity"]["architecture"])
-        if stored.get("rope_scaling") is not None:
-            stored["rope_scaling"] = RopeScaling(**stored["rope_scaling"])
-        try:
-            return TransformerConfig(**stored)
-        except TypeError as error:
-            raise InputError(f"{self.folder}: an architecture unknown here: {error}") from None
+        """That of the base, which `check` has found to be the one of the training."""
+        return read_architecture(self.config.model.path)
 
     @property
     def weights(self) -> Weights:
@@ -216,10 +211,7 @@ class TrainedCritic:
             "architecture": asdict(read_architecture(base)),
             "base": fingerprint(base, self.config.data.cache_dir),
         }
-        there = {
-            "architecture": asdict(self.architecture),
-            "base": self.facts["identity"]["base"],
-        }
+        there = {name: self.facts["identity"][name] for name in here}
         if changed := differences(there, here):
             raise InputError(
                 f"{self.folder}: not trained on the base {base} (trained on -> there); "
