@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -69,8 +70,9 @@ def export(trained: TrainedCritic, form: str, out: Path) -> None:
             _WRITERS[form](trained, tokenizer, folder)
             card = model_card(trained, form)
             (folder / "README.md").write_text(card, encoding="utf-8")
-    except OSError as error:
-        raise Ending(f"{out}: cannot be written: {error.strerror}") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Ending(f"{out}: cannot be written: {reason}") from None
     _log.info("%s: %s", out, form)
     if form == SEQUENCES and (note := bias_note(trained)):
         _log.warning("%s", note)

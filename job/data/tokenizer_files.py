@@ -81,3 +81,4 @@ def _candidates(tokenizer: Tokenizer) -> Iterator[str]:
     yield "<unk>"
     if tokenizer.bos_id is not None:
         yield tokenizer.token_text(tokenizer.bos_id)
+    yield from sorted(tokenizer.special)

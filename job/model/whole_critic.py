@@ -155,7 +155,8 @@ def write_meta(critic: WholeCritic, folder: Path) -> None:
             tensor = critic.trunk(name)
             tensors[name] = tensor if critic.lies_alone(name) else spill(tensor)
             critic.written(name)
-        torch.save(tensors, folder / WEIGHTS)
+        with (folder / WEIGHTS).open("wb") as stream:  # whose errors are the system's
+            torch.save(tensors, stream)
 
 
 class Spill:
@@ -177,6 +178,6 @@ class Spill:
         self._count += 1
         file = self._folder / f"{self._count}"
         # as bytes, since numpy has no bfloat16
-        tensor.contiguous().flatten().view(torch.uint8).numpy().tofile(file)
+        file.write_bytes(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         mapped = torch.from_file(str(file), size=tensor.numel(), dtype=tensor.dtype)
         return mapped.reshape(tensor.shape)
