@@ -12,6 +12,7 @@ from typing import Any
 from micro_job import MicroRun, write_job
 
 from job.config import CriticConfig, load_config
+from job.pretrain import ensure_trunk
 from job.train import train
 
 SETTINGS = (
@@ -56,6 +57,8 @@ class MicroCritics:
 
     @property
     def trunk(self) -> Path:
+        """The folder of the trunk, which is made when first asked for."""
+        ensure_trunk(self.folder / "trunk", str(self.folder / "pretrain.yaml"))
         return self.folder / "trunk"
 
 

@@ -20,7 +20,12 @@ import torch
 from job.config import ArithmeticConfig, BadRows, DataConfig, Overlong, PretrainDataConfig
 from job.data.arithmetic import ALPHABET, Chain, chains
 from job.data.packing import Packer, single_units
-from job.data.token_cache import TokenizedSet, count_shared_problems, load_split
+from job.data.token_cache import (
+    TokenizedSet,
+    count_shared_problems,
+    load_split,
+    load_to_score,
+)
 from job.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
@@ -426,6 +431,20 @@ def test_skipped_rows_are_left_out_and_listed_in_order(tmp_path: Path, bpe: Toke
     assert found.rewards.tolist() == [row["reward"] for row in kept]
     encoded = bpe.encode([(row["prompt"], row["response"]) for row in kept])
     assert found.tokens.tolist() == [i for e in encoded for i in e.ids]
+    assert sorted([*found.lines.tolist(), *bad]) == list(range(1, 2001))
+    assert [row.line for row in found.bad_rows()] == bad
+
+
+def test_a_set_to_score_needs_no_reward_and_knows_its_lines(tmp_path: Path, bpe: Tokenizer) -> None:
+    given: list[Row | str] = [*rows(4)]
+    given[1] = {key: value for key, value in rows(4)[1].items() if key != "reward"}
+    given.insert(2, "")
+    path = write(tmp_path / "data.jsonl", given)
+    found = load_to_score(from_file(path), str(path), bpe)
+    np.testing.assert_array_equal(found.rewards, [0, np.nan, 0.5, 0])
+    assert found.lines.tolist() == [1, 2, 4, 5]
+    with pytest.raises(InputError, match=r"data\.jsonl:2: field 'reward' is missing"):
+        load_split(from_file(path), "train", bpe)
 
 
 def test_a_file_without_usable_row_is_an_error(tmp_path: Path, bpe: Tokenizer) -> None:
