@@ -101,7 +101,9 @@ def start_ranks(
         "LOCAL_WORLD_SIZE": str(per_node or world),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(TESTS),  # a test file may be a command, and imports what tests share
+        # this checkout, whichever is installed; a test file may be a command, and imports what
+        # tests share
+        "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS))),
     }
     folder = cwd / "logs"
     folder.mkdir(exist_ok=True)
