@@ -1,6 +1,8 @@
 """One rank that loads bases into a sharded critic and compares them with the whole weights.
 
-python loading_worker.py EXPECTED.safetensors FOLDER [FOLDER ...]
+    python loading_worker.py CASE [CASE ...]
+
+A case is a folder of bases, with the weights that each of them must give.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from job.config import DistributedConfig, FsdpConfig, ShardingStrategy
 from job.learning.sharding import shard
@@ -20,6 +23,7 @@ from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.shards import own, whole
 from job.model.weights import check_trunk, load_trunk
 
+EXPECTED = "expected.safetensors"
 STRATEGIES = (ShardingStrategy.FULL_SHARD, ShardingStrategy.REPLICATE_FROZEN)
 
 
@@ -35,16 +39,22 @@ def _load(folder: Path, strategy: ShardingStrategy, world: World) -> Critic:
     return critic
 
 
+def _compare(critic: Critic, expected: dict[str, Tensor]) -> None:
+    named = dict(critic.trunk.named_parameters())
+    assert named.keys() == expected.keys()
+    for name, parameter in named.items():
+        wanted = expected[name].to(parameter.dtype)
+        assert torch.equal(whole(parameter.detach()), wanted), name
+
+
 def main() -> None:
-    expected = load_file(sys.argv[1])
     with joined_world(DistributedConfig()) as world:
-        for folder, strategy in product(sys.argv[2:], STRATEGIES):
-            critic = _load(Path(folder), strategy, world)
-            named = dict(critic.trunk.named_parameters())
-            assert named.keys() == expected.keys()
-            for name, parameter in named.items():
-                wanted = expected[name].to(parameter.dtype)
-                assert torch.equal(whole(parameter.detach()), wanted), (folder, strategy, name)
+        for case in map(Path, sys.argv[1:]):
+            expected = load_file(case / EXPECTED)
+            folders = sorted(path for path in case.iterdir() if path.is_dir())
+            assert len(folders) == 5
+            for folder, strategy in product(folders, STRATEGIES):
+                _compare(_load(folder, strategy, world), expected)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import loading_worker
 import pytest
 import torch
 from bases import language_model, write_hugging_face, write_meta, write_parts, write_shards
 from launch import run_ranks
+from loading_worker import EXPECTED
 from safetensors.torch import save_file
 
 from job.model.architecture import TransformerConfig
 
 pytestmark = pytest.mark.slow
-WORKER = str(Path(__file__).with_name("loading_worker.py"))
 # Rows that do not divide by the number of ranks, and slices that end inside a head.
 ARCHITECTURES = {
     "grouped heads": TransformerConfig(
@@ -24,18 +25,21 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("case", ARCHITECTURES)
-def test_every_number_of_ranks_loads_the_same(case: str, world: int, tmp_path: Path) -> None:
-    model = language_model(ARCHITECTURES[case], torch.float16)
+def _write(folder: Path, config: TransformerConfig) -> None:
+    """One model in all ways, and what a trunk must have of it."""
+    model = language_model(config, torch.float16)
+    write_meta(folder / "meta", model)
+    write_parts(folder / "parts-by-columns", model, 2, embedding_dim=1)
+    write_parts(folder / "parts-by-rows", model, 2, embedding_dim=0)
+    write_hugging_face(folder / "hf", model)
+    write_shards(folder / "shards", model, 3)
     left = ("output.", "extra_heads.")
     trunk = {k: v for k, v in model.state_dict().items() if not k.startswith(left)}
-    save_file(trunk, tmp_path / "expected.safetensors")
-    folders = [
-        write_meta(tmp_path / "meta", model),
-        write_parts(tmp_path / "parts-by-columns", model, 2, embedding_dim=1),
-        write_parts(tmp_path / "parts-by-rows", model, 2, embedding_dim=0),
-        write_hugging_face(tmp_path / "hf", model),
-        write_shards(tmp_path / "shards", model, 3),
-    ]
-    run_ranks([WORKER, "expected.safetensors", *(f.name for f in folders)], world, tmp_path)
+    save_file(trunk, folder / EXPECTED)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_number_of_ranks_loads_the_same(world: int, tmp_path: Path) -> None:
+    for case, config in ARCHITECTURES.items():
+        _write(tmp_path / case, config)
+    run_ranks([loading_worker.__file__, *ARCHITECTURES], world, tmp_path)
