@@ -143,4 +143,7 @@ def _check_there(files: list[Path]) -> None:
     if len(missing) == 1:
         raise InputError(f"{missing[0]}; {_WANTED}")
     if missing:
-        raise InputError(f"{len(missing)} file(s) of weights are missing" + listing(missing))
+        folder = files[0].parent
+        raise InputError(
+            f"{folder}: {len(missing)} files of weights are missing" + listing(missing)
+        )

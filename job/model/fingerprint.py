@@ -99,8 +99,7 @@ def _tensors(base: Base, config: TransformerConfig) -> dict[str, Any]:
     """Shape, dtype and digests of the blocks, by name, of the tensors that a critic uses."""
     used = open_weights(base.folder, config)
     for tensor in used.values():
-        part = tensor.parts[0]
-        if not part.is_floating_point() or part.layout is not torch.strided or part.is_meta:
+        if not tensor.is_dense_floats:
             raise InputError(f"{tensor.files[0]}: {tensor.name} is no dense array of floats")
     blocks = {name: _blocks(tensor) for name, tensor in used.items()}
     digests = iter(_digests([block for parts in blocks.values() for block in parts]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +112,10 @@ def _sizes(file: Path, config: Mapping[str, Any], architecture: str) -> _Keys:
     check_complete(file, found, _Keys)
     if architecture == QWEN3 and found.get("head_dim") is None:
         raise InputError(f"{file}: no value for head_dim")
-    return _Keys(**found)
+    sizes = _Keys(**found)
+    # newer versions write what older ones derive
+    derived = sizes.head_dim and sizes.head_dim * sizes.num_attention_heads == sizes.hidden_size
+    return replace(sizes, head_dim=None) if derived else sizes
 
 
 def _rope(file: Path, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | None]:

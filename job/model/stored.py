@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from job.model.layout import neighbours
 from job.outcome import InputError, listing
 
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_PIECE = 32 * 2**20  # bytes of a file that are in memory beside what is made of them
 Shapes = Mapping[str, tuple[int, ...]]
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -49,6 +52,21 @@ class StoredTensor:
         if self.dim is not None:
             shape[self.dim] = sum(part.shape[self.dim] for part in self.parts)
         return tuple(shape)
+
+    @property
+    def is_dense_floats(self) -> bool:
+        return self.dtype in _DTYPES and all(
+            part.layout is torch.strided and not part.is_meta for part in self.parts
+        )
+
+    def pieces(self, rows: slice) -> Iterator[slice]:
+        """Consecutive rows, whole heads where they lie in Hugging Face's order."""
+        row = max(1, self.dtype.itemsize * math.prod(self.shape[1:]))
+        heads = self.head_width or 1
+        step = max(1, _PIECE // (row * heads)) * heads
+        first = rows.start // heads * heads
+        for start in range(first, rows.stop, step):
+            yield slice(max(start, rows.start), min(start + step, rows.stop))
 
     def rows(self, rows: slice) -> Tensor:
         """Some rows in Meta's order: a view of the file where they lie there in this order."""

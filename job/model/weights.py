@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from job.model import hf_config
 from job.model.architecture import TransformerConfig, check_window, read_architecture
@@ -23,7 +24,6 @@ from job.model.stored import Shapes, StoredTensor, raise_misfits
 from job.model.transformer import Transformer, Trunk
 from job.telemetry.progress import progress
 
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _log = logging.getLogger(__name__)
 
 
@@ -51,14 +51,25 @@ def load_trunk(
     stored = open_weights(folder, trunk.config)
     named = dict(trunk.named_parameters())
     _check_tensors({n: tuple(p.shape) for n, p in named.items()}, stored, find_base(folder))
-    with progress("loading the trunk", len(named)) as advance:
-        for done, (name, parameter) in enumerate(named.items(), 1):
-            rows = own_rows(parameter)
-            own(parameter).copy_(stored[name].rows(rows))
-            stored[name].release(rows)
+    waiting = list(named.items())
+    with progress("loading the trunk", len(waiting)) as advance:
+        for done, (name, parameter) in enumerate(waiting, 1):
+            if done < len(waiting):  # the disk reads while this one is copied
+                following, its_parameter = waiting[done]
+                stored[following].read_ahead(own_rows(its_parameter))
+            _copy(stored[name], parameter)
             at_boundary()
             advance(done, "tensors")
     _log.info("loaded %d tensors from %s", len(named), folder)
+
+
+def _copy(tensor: StoredTensor, parameter: Tensor) -> None:
+    """Copy this rank's rows, with no more than a piece of the file in memory beside them."""
+    rows, target = own_rows(parameter), own(parameter)
+    for piece in tensor.pieces(rows):
+        place = target[piece.start - rows.start : piece.stop - rows.start]
+        place.copy_(tensor.rows(piece))
+        tensor.release(piece)
 
 
 def trunk_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
@@ -93,8 +104,8 @@ def _check_tensors(wanted: Shapes, stored: Mapping[str, StoredTensor], base: Bas
             problems.append(
                 f"{tensor.name} in {where} has shape {found}, {base.description.name} says {shape}"
             )
-        layout = tensor.parts[0].layout
-        if shape is not None and (tensor.dtype not in _DTYPES or layout is not torch.strided):
+        if shape is not None and not tensor.is_dense_floats:
+            layout = tensor.parts[0].layout
             problems.append(
                 f"{tensor.name} in {where} is stored as {tensor.dtype}, {layout}; "
                 "weights are dense floats"

@@ -16,7 +16,7 @@ from pathlib import Path
 from micro_job import CHANGES, MicroRun, write_job
 
 TESTS = Path(__file__).parents[1]
-# This checkout's code, and what tests share: a test file may be a command.
+# This checkout, whichever is installed; a test file may be a command, and imports what tests share.
 PYTHONPATH = os.pathsep.join([str(TESTS.parent), str(TESTS)])
 _POLL_SECONDS = 0.001
 
