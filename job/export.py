@@ -30,7 +30,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from job.config import command_line
@@ -42,7 +41,13 @@ from job.durability.preemption import stop_if_asked
 from job.durability.shelf import FACTS
 from job.durability.trained import TENSORS, TrainedCritic
 from job.model.one_label import Task, one_label_config
-from job.model.whole_critic import Spill, WholeCritic, write_hugging_face, write_meta
+from job.model.whole_critic import (
+    Spill,
+    WholeCritic,
+    save_tensors,
+    write_hugging_face,
+    write_meta,
+)
 from job.model_card import DELTA, META, SEQUENCES, TOKENS, bias_note, model_card
 from job.outcome import Ending, InputError, run_and_leave
 from job.telemetry.progress import progress, set_up_logging
@@ -113,7 +118,7 @@ def _write_hugging_face(
 def _write_meta(trained: TrainedCritic, tokenizer: Tokenizer, folder: Path) -> None:
     with _whole(trained) as critic:
         write_meta(critic, folder)
-        save_file(critic.head(), folder / HEAD)
+        save_tensors(critic.head(), folder / HEAD)
 
 
 @contextmanager
@@ -132,7 +137,8 @@ def _whole(trained: TrainedCritic) -> Iterator[WholeCritic]:
 def _write_delta(trained: TrainedCritic, tokenizer: Tokenizer, folder: Path) -> None:
     weights = trained.weights
     with Spill(folder / ".spill") as spill:
-        save_file({name: spill(weights.read(name)) for name in weights.shapes}, folder / TENSORS)
+        tensors = {name: spill(weights.read(name)) for name in weights.shapes}
+        save_tensors(tensors, folder / TENSORS)
     shutil.copyfile(trained.folder / "config.yaml", folder / "config.yaml")
     identity = trained.facts["identity"] | {"tokenizer": tokenizer.fingerprint}
     facts = json.dumps(trained.facts | {"identity": identity}, indent=2)

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from job.durability.files import let_others_read
 from job.model.architecture import TransformerConfig
 from job.model.base import CONFIG, INDEX, PARAMS, SAFETENSORS, WEIGHTS
 from job.model.layout import to_hugging_face
@@ -106,12 +107,18 @@ def write_hugging_face(
         if not shards:
             tensors |= head
         file = folder / f"{len(shards)}"
-        save_file(tensors, file, metadata={"format": "pt"})
+        save_tensors(tensors, file)
         shards[file] = list(tensors)
         total += sum(tensor.nbytes for tensor in tensors.values())
         for name in names:
             critic.written(name)
     _name_shards(folder, shards, total)
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a safetensors file."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    let_others_read(file)  # which the library does not, whatever the umask
 
 
 def _grouped(critic: WholeCritic) -> Iterator[list[str]]:

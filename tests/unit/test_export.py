@@ -36,7 +36,8 @@ from job.train import train
 pytestmark = pytest.mark.slow
 
 ROWS = [{"prompt": f"{a}+2?", "response": f"{a}+2={a + 2};A{a + 2}"} for a in range(8)]
-STREAM = torch.tensor([1, 5, 9, 3, 7, 12, 4, 2])
+UMASK = os.umask(0)
+os.umask(UMASK)
 
 
 def _export(source: Path, form: str, out: Path, base: str | None = None) -> Path:
@@ -313,6 +314,14 @@ def test_a_folder_that_is_there_is_left_alone(run: MicroRun, tmp_path: Path) -> 
     with pytest.raises(InputError, match="there already"):
         _export(run.path, "delta", out)
     assert _content(out) == before
+
+
+@pytest.mark.parametrize("form", ["token-classification", "meta", "delta"])
+def test_who_may_read_the_folder_may_read_its_files(
+    run: MicroRun, form: str, tmp_path: Path
+) -> None:
+    files = list(_export(run.path, form, tmp_path / "out").iterdir())
+    assert {oct(file.stat().st_mode & 0o777) for file in files} == {oct(0o666 & ~UMASK)}
 
 
 def test_an_export_that_fails_leaves_nothing(

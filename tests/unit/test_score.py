@@ -218,7 +218,7 @@ def _same_values(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
 
 @pytest.fixture
 def many(tmp_path: Path) -> Path:
-    return write_rows(tmp_path / "many.jsonl", ROWS * 150)
+    return write_rows(tmp_path / "many.jsonl", ROWS * 60)
 
 
 def _command(run: MicroRun, data: Path, out: str) -> list[str]:
@@ -266,12 +266,12 @@ def test_ranks_score_what_one_process_scores_and_go_on_as_another_number(
     whole = _score(run.path, data, tmp_path / "whole.parquet")
     run_ranks(_command(run, data, "three.parquet"), 3, tmp_path)
     _same_values(_read(tmp_path / "three.parquet"), whole)
-    many = write_rows(tmp_path / "many.jsonl", ROWS * 150)
+    many = write_rows(tmp_path / "many.jsonl", ROWS * 60)
     out = tmp_path / "values.parquet"
     with running(_command(run, many, "values.parquet"), 2, tmp_path) as ranks:
         ranks.wait_until(lambda: _parts(out) >= 2, "two parts")
     found = _score(run.path, many, out)
-    _same_values(found, [row | {"line": i} for i, row in enumerate(whole * 150, 1)])
+    _same_values(found, [row | {"line": i} for i, row in enumerate(whole * 60, 1)])
 
 
 def test_a_finished_file_is_left_as_it_is_and_measured_again(
