@@ -35,7 +35,7 @@ def test_nearly_all_masters_change_in_twenty_small_steps_of_bf16_compute(
     total = sum(a.numel() for a, _ in pairs)
     assert total > 20_000
     assert changed / total >= 0.99
-    assert in_bf16 / total < 0.9  # the test could not fail where bfloat16 shows the steps too
+    assert in_bf16 / total < 0.5  # the test could not fail where bfloat16 shows the steps too
 
 
 def _in_bfloat16(trunk: Path, folder: Path) -> Path:
