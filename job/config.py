@@ -26,6 +26,7 @@ from job.outcome import InputError, listing
 Schema = TypeVar("Schema")
 EMBEDDED = "embedded"  # as data source: the chains of job.data.arithmetic
 AUTO = "auto"
+CHAT = "chat"  # as data.template: the tokenizer's chat template
 _WIDTH = 200  # characters of an override or a library's message in it
 
 
@@ -68,8 +69,8 @@ class RunConfig:
 
 @dataclass
 class ModelConfig:
-    path: str = MISSING  # folder with params.json and consolidated.pth
-    init_from: str | None = None  # a run or a checkpoint whose trained weights to begin with
+    path: str = MISSING  # folder of a language model, in Meta's layout or Hugging Face's
+    init_from: str | None = None  # a run, checkpoint or delta whose trained weights to begin with
     recipe: str | None = None  # pre-training config that makes the trunk where path is missing
 
 
@@ -96,6 +97,7 @@ class DataConfig:
     train: str = MISSING  # file, or `embedded`
     validation: str = MISSING
     fields: Any = None  # {prompt: NAME, ...} or the preset `alpaca`
+    template: str | None = None  # `chat`, a chat template, or a text with {prompt} and {response}
     max_length: int = 2048  # tokens of prompt and response together
     overlong: Overlong = Overlong.error
     bad_rows: BadRows = BadRows.error
@@ -105,6 +107,7 @@ class DataConfig:
 
 @dataclass
 class ValueHeadConfig:
+    bias: bool = True  # sequence classification in transformers knows none
     bias_init: float | None = None  # default: what the loss makes of the mean reward
     learning_rate: float | None = None  # default: training.learning_rate
 
@@ -287,18 +290,30 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}\n{self.format_usage()}see {self.prog} --help")
 
 
-def command_line(description: str, command: str | None = None) -> argparse.ArgumentParser:
-    """The options that all commands with a configuration share."""
+def command_line(
+    description: str, command: str | None = None, *, of_a_critic: bool = False
+) -> argparse.ArgumentParser:
+    """The options that all commands with a configuration share, or all with a trained critic."""
     parser = _Parser(
         prog=f"python -m job.{command or Path(sys.argv[0]).stem}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML configuration")
+    if of_a_critic:
+        about = "a run, one of its checkpoints, or a delta"
+        parser.add_argument("--critic", required=True, type=Path, metavar="PATH", help=about)
+        parser.add_argument("--base", metavar="DIR", help="default: as the run was configured")
+    else:
+        parser.add_argument("--config", required=True, metavar="FILE", help="a YAML configuration")
     parser.add_argument(
         "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="may repeat"
     )
     return parser
+
+
+def is_chat_template(template: str) -> bool:
+    """Whether a data.template is written in Jinja, for a list of messages."""
+    return "{{" in template or "{%" in template
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -515,10 +530,29 @@ def _impossible_data(config: CriticConfig | PretrainConfig) -> Iterator[str]:
         yield f"data.fields: a mapping or the preset alpaca, not {data.fields!r}"
 
 
+def _impossible_template(data: DataConfig) -> Iterator[str]:
+    template = data.template
+    if template is None:
+        return
+    if EMBEDDED in (data.train, data.validation):
+        yield "data.template: the embedded data has a form of its own; leave it out"
+    if template == CHAT or is_chat_template(template):
+        return
+    before, _, after = template.partition("{prompt}")
+    if "{response}" in before or after.count("{response}") != 1 or "{prompt}" in after:
+        yield (
+            f"data.template: {_short(template)!r} is neither {CHAT} nor a chat template in Jinja "
+            "nor a text with {prompt} and then {response}, once each"
+        )
+
+
 def _impossible_critic(config: CriticConfig) -> Iterator[str]:
+    yield from _impossible_template(config.data)
     objective, training = config.objective, config.training
     if objective.loss is Loss.pairwise and objective.target is not Target.monte_carlo:
         yield "objective.target: the pairwise loss compares outcomes; use monte_carlo"
+    if training.value_head.bias_init is not None and not training.value_head.bias:
+        yield "training.value_head.bias_init: with training.value_head.bias false there is no bias"
     if objective.loss is Loss.pairwise and training.batch_size % 2:
         yield f"training.batch_size: {training.batch_size} is odd; the pairwise loss takes pairs"
     tokens = training.micro_batch_tokens

@@ -150,7 +150,7 @@ def _writable(name: str, folder: Path, advice: str) -> Finding:
 
 def _check_trunk(config: CriticConfig) -> None:
     if config.model.recipe is None:
-        check_trunk(config.model.path)
+        check_trunk(config.model.path, config.data.max_length)
 
 
 def _readable(name: str, path: str | None, check: Callable[[], object]) -> Finding:

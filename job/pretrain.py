@@ -1,14 +1,16 @@
-"""Pre-train a small trunk with multi-token heads, in Meta's file format.
+"""Pre-train a small trunk with multi-token heads, in Meta's layout and in Hugging Face's.
 
     python -m job.pretrain --config configs/pretrain/arithmetic.yaml
 
 Reads prompt and response of each row as plain text (or the embedded chains, without errors),
-trains a tokenizer first, and writes params.json, consolidated.pth, tokenizer.json and recipe.yaml.
+trains a tokenizer first, and writes params.json, consolidated.pth, tokenizer.json and recipe.yaml;
+the folder hf/ beside them is the same next-token model and tokenizer in Hugging Face's layout.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,11 +40,12 @@ from job.durability.preemption import stop_if_asked
 from job.learning.optimizer import build_language_model_optimizer, set_learning_rate
 from job.model.architecture import TransformerConfig
 from job.model.transformer import Transformer
-from job.model.weights import save_transformer
+from job.model.weights import save_hugging_face, save_transformer
 from job.outcome import InputError, listing, run_command
 from job.telemetry.progress import progress, set_up_logging
 
 RECIPE = "recipe.yaml"
+HUGGING_FACE = "hf"  # folder of the other layout
 _LOG_EVERY = 50
 _log = logging.getLogger("job.pretrain")
 
@@ -127,7 +130,15 @@ def pretrain(config: PretrainConfig, folder: Path) -> None:
     packer = Packer(data, units, dim=architecture.dim, budget=budget, device=device)
     _fit(config, model, packer)
     save_transformer(model, folder)
+    _save_hugging_face(model, folder, config.data.max_length)
     (folder / RECIPE).write_text(yaml.safe_dump(_recipe(config), sort_keys=False))
+
+
+def _save_hugging_face(model: Transformer, folder: Path, max_positions: int) -> None:
+    """Write model and tokenizer to the folder hf/."""
+    save_hugging_face(model, folder / HUGGING_FACE, max_positions)
+    for file in folder.glob("tokenizer*"):
+        shutil.copyfile(file, folder / HUGGING_FACE / file.name)
 
 
 def _write_tokenizer(config: PretrainConfig, folder: Path) -> None:

@@ -29,11 +29,12 @@ from safetensors.torch import save_file
 
 from job.config import CriticConfig, command_line, load_config, to_dict
 from job.data.critic_data import CriticData, check_sources, load_critic_data
-from job.durability.checkpoint import Checkpoints, find_weights, load_weights
+from job.durability.checkpoint import Checkpoints
 from job.durability.fence import Fence
 from job.durability.preemption import STOP_FILE, Boundary
 from job.durability.run_directory import RunDirectory
 from job.durability.shelf import check_metric
+from job.durability.trained import find_weights, load_weights
 from job.learning.learner import Learner
 from job.learning.objective import Objective
 from job.learning.sharding import shard
@@ -177,6 +178,7 @@ def _identity(config: CriticConfig, data: CriticData) -> dict[str, Any]:
         "num_unfrozen_layers": config.training.num_unfrozen_layers,
         "architecture": asdict(read_architecture(config.model.path)),
         "base": fingerprint(config.model.path, config.data.cache_dir),
+        "tokenizer": data.tokenizer,
         "train_data": data.train.data.folder.name,
         "validation_data": data.validation.data.folder.name,
     }
@@ -237,7 +239,7 @@ def prepare_inputs(config: CriticConfig) -> None:
     check_sources(config)
     if config.model.recipe is not None:
         ensure_trunk(Path(config.model.path), config.model.recipe)
-    check_trunk(config.model.path)
+    check_trunk(config.model.path, config.data.max_length)
 
 
 def load_critic(
@@ -248,7 +250,9 @@ def load_critic(
     `at_boundary` is called after each tensor, and may raise to end it.
     """
     with torch.device("meta"):
-        critic = Critic(read_architecture(config.model.path))
+        critic = Critic(
+            read_architecture(config.model.path), head_bias=config.training.value_head.bias
+        )
     unfreeze_last_blocks(critic, config.training.num_unfrozen_layers)
     if config.distributed.fsdp.activation_checkpointing:
         critic.trunk.recompute_trainable_blocks()
@@ -281,7 +285,7 @@ def main() -> None:
     parser.add_argument(
         "--init-from",
         metavar="PATH",
-        help="begin with the weights of a run or checkpoint",
+        help="begin with the weights of a run, a checkpoint or a delta",
     )
     options = parser.parse_args()
     set_up_logging()

@@ -16,7 +16,7 @@ from job.config import CriticConfig
 from job.memory.fit import Fit, fit
 from job.memory.footprint import Setting
 from job.memory.settings import setting_of
-from job.model.architecture import TransformerConfig, read_architecture
+from job.model.architecture import TransformerConfig, check_window, read_architecture
 from job.model.parameters import ParameterCounts, checkpoint_bytes, count_parameters
 from job.outcome import InputError
 from slurm import scheduler
@@ -115,10 +115,14 @@ def _model(plan: Plan, run: Run, partition: Partition | None) -> Iterator[Check]
         return
     try:
         architecture = read_architecture(config.model.path)
+        check_window(config.model.path, config.data.max_length)
     except InputError as error:
         yield Check("model", "error", str(error))
         return
-    counts = count_parameters(architecture, config.training.num_unfrozen_layers)
+    training = config.training
+    counts = count_parameters(
+        architecture, training.num_unfrozen_layers, head_bias=training.value_head.bias
+    )
     yield _memory(plan, config, architecture, counts)
     yield _disk(run, counts)
     yield from _interruptions(plan, run, partition, counts)

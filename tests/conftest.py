@@ -1,4 +1,6 @@
-"""A running Slurm cluster for the tests: that in $SLURM_LAB, or one of their own."""
+"""What many tests share: small trained critics, and a running Slurm cluster, that in $SLURM_LAB or
+one of their own.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from lab import Lab, LabImpossible
+from micro_critic import MicroCritics
 
 SECONDS = pytest.StashKey[float]()
 
@@ -27,6 +30,11 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
         lab.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def critics(tmp_path_factory: pytest.TempPathFactory) -> MicroCritics:
+    return MicroCritics.prepare(tmp_path_factory.mktemp("critics"))
 
 
 def _start(folder: Path) -> Lab:

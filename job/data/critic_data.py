@@ -27,6 +27,7 @@ class CriticData:
     train: Packer
     validation: Packer
     mean_reward: float
+    tokenizer: str  # its fingerprint
 
 
 def check_sources(config: CriticConfig) -> None:
@@ -48,11 +49,7 @@ def load_critic_data(config: CriticConfig, run: RunDirectory, world: World) -> C
     for split in ("train", "validation"):
         found = sets[split] = load_split(config.data, split, tokenizer)
         _keep_bad_rows(found, run, split)
-        if found.tokens.max() >= architecture.vocab_size:
-            raise InputError(
-                f"tokenizer.path: token {found.tokens.max()} does not exist in the model "
-                f"(vocabulary of {architecture.vocab_size}); tokenizer and model do not match"
-            )
+        check_tokens(found, architecture.vocab_size)
     train, validation = sets["train"], sets["validation"]
     if shared := count_shared_problems(train, validation):
         _log.warning("%d problem(s) are in both training and validation data", shared)
@@ -73,7 +70,17 @@ def load_critic_data(config: CriticConfig, run: RunDirectory, world: World) -> C
         pack(train, _training_units(config, train)),
         pack(validation, kept),
         float(train.rewards.mean()),
+        tokenizer.fingerprint,
     )
+
+
+def check_tokens(found: TokenizedSet, vocab_size: int) -> None:
+    """Raise InputError unless the model has every token of a set."""
+    if found.tokens.max() >= vocab_size:
+        raise InputError(
+            f"tokenizer.path: token {found.tokens.max()} does not exist in the model "
+            f"(vocabulary of {vocab_size}); tokenizer and model do not match"
+        )
 
 
 def _training_units(config: CriticConfig, train: TokenizedSet) -> Indices:

@@ -7,22 +7,27 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import reprlib
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Literal, cast
 
 from job.outcome import InputError
 
 ALPACA_FIELDS = {"prompt": "instruction", "response": "output", "reward": "is_correct"}
+Rewards = bool | Literal["optional"]  # whether rows must carry one
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".ndjson", ".parquet")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A solution and its label; `optimal[i]` is the best value after response character i."""
+    """A solution and its label, NaN where it has none.
+
+    `optimal[i]` is the best value after response character i.
+    """
 
     prompt: str
     response: str
@@ -48,14 +53,15 @@ class _RowError(ValueError):
 
 
 def read_examples(
-    path: str | Path, fields: Any = None, *, rewards: bool = True
+    path: str | Path, fields: Any = None, *, rewards: Rewards = True
 ) -> Iterator[tuple[int, Example | BadRow]]:
     """Line number and Example or BadRow for each row of a file, few in memory at a time.
 
     Args:
         fields: None, a mapping from `prompt`, `response`, `reward`, `problem_id` to the file's
             names, or `alpaca`.
-        rewards: whether rows must carry a reward; without, it is 0.
+        rewards: whether rows must carry a reward. If not, it is 0, and with `optional` that of
+            the row or NaN.
 
     Raises:
         InputError: the file is missing, of an unknown kind, or damaged.
@@ -138,7 +144,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, row
 
 
-def _row_parser(fields: Any, rewards: bool) -> Callable[[dict[str, Any]], Example]:
+def _row_parser(fields: Any, rewards: Rewards) -> Callable[[dict[str, Any]], Example]:
     names = ALPACA_FIELDS if fields == "alpaca" else dict(fields or {})
     problem_field = names.get("problem_id")
 
@@ -150,7 +156,7 @@ def _row_parser(fields: Any, rewards: bool) -> Callable[[dict[str, Any]], Exampl
         response = _text(row, response_field)
         if not response.strip():
             raise _RowError(f"field {response_field!r} is empty")
-        reward = _reward(row, names.get("reward", "reward")) if rewards else 0.0
+        reward = _reward(row, names.get("reward", "reward"), rewards) if rewards else 0.0
         return Example(prompt, response, reward, _problem(row, problem_field, prompt))
 
     return parse
@@ -174,7 +180,9 @@ def _text(row: dict[str, Any], name: str) -> str:
     return value
 
 
-def _reward(row: dict[str, Any], name: str) -> float:
+def _reward(row: dict[str, Any], name: str, rewards: Rewards) -> float:
+    if rewards == "optional" and row.get(name) is None:
+        return math.nan
     value = _field(row, name)
     if not isinstance(value, int | float) or value != value:  # NaN
         shown = reprlib.repr(value)

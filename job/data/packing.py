@@ -134,9 +134,7 @@ class Packer:
     def plan(self, step: int, sequences: int, seed: int) -> list[Indices]:
         """The units of each of these micro-batches."""
         per_step = sequences // self.units.shape[1]
-        chosen = step_units(len(self.units), per_step, step, seed)
-        parts = distribute(self._tokens[chosen], self._costs[chosen], self.world, self.budget)
-        return [chosen[part] for part in parts[self.rank]]
+        return self.split(step_units(len(self.units), per_step, step, seed))
 
     def size(self, units: Indices) -> tuple[int, int]:
         """All tokens and response tokens of a micro-batch of the given units."""
@@ -147,7 +145,12 @@ class Packer:
     @functools.cached_property
     def everything(self) -> list[Indices]:
         """This rank's micro-batches of an evaluation: over all ranks, each unit once."""
-        return distribute(self._tokens, self._costs, self.world, self.budget)[self.rank]
+        return self.split(np.arange(len(self.units)))
+
+    def split(self, chosen: Indices) -> list[Indices]:
+        """This rank's micro-batches of some units: over all ranks, each of them once."""
+        parts = distribute(self._tokens[chosen], self._costs[chosen], self.world, self.budget)
+        return [chosen[part] for part in parts[self.rank]]
 
     def assemble(self, units: Indices) -> Batch:
         """One packed micro-batch of the given units; without any, a token that counts for nothing.

@@ -26,14 +26,15 @@ from job.config import (
     PretrainDataConfig,
 )
 from job.data import arithmetic
-from job.data.examples import BadRow, Example, check_readable, read_examples
+from job.data.examples import BadRow, Example, Rewards, check_readable, read_examples
+from job.data.template import Template, load_template, render_rows
 from job.data.tokenizer import Encoded, Tokenizer
 from job.durability.files import atomic_folder
 from job.durability.preemption import stop_if_asked
 from job.outcome import InputError, listing
 from job.telemetry.progress import progress
 
-FORMAT = 3  # part of the key: raise it when the stored form changes
+FORMAT = 5  # part of the key: raise it when the stored form changes
 _BATCH = 1024  # examples tokenised together
 
 
@@ -44,9 +45,10 @@ class TokenizedSet:
         tokens: uint32 [all tokens], memory-mapped.
         offsets: int64 [n + 1].
         response_starts: int64 [n], counted from the example's first token.
-        rewards: float64 [n].
+        rewards: float64 [n]; NaN where a row that is to be scored has none.
         problems: uint64 [n], equal for solutions of one problem.
         optimal: float32 [all tokens], the best value after each token; None where unknown.
+        lines: int64 [n], where each example stands in its file, counted from 1.
         folder: where all this is stored, with bad_rows.jsonl.
         n_skipped: rows left out.
     """
@@ -59,12 +61,18 @@ class TokenizedSet:
             self.response_starts: NDArray[np.int64] = index["response_starts"]
             self.rewards: NDArray[np.float64] = index["rewards"]
             self.problems: NDArray[np.uint64] = index["problems"]
+            self.lines: NDArray[np.int64] = index["lines"]
         optimal = folder / "optimal.bin"
         self.optimal = np.memmap(optimal, np.float32, "r") if optimal.exists() else None
         self.n_skipped = (folder / "bad_rows.jsonl").read_bytes().count(b"\n")
 
     def __len__(self) -> int:
         return len(self.rewards)
+
+    def bad_rows(self) -> Iterator[BadRow]:
+        """The rows left out, in order."""
+        with (self.folder / "bad_rows.jsonl").open(encoding="utf-8") as lines:
+            yield from (BadRow(**json.loads(line)) for line in lines)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -93,7 +101,8 @@ def load_split(
     rows are errors.
 
     Raises:
-        InputError: bad rows (counted, the first ten shown), or no usable row at all.
+        InputError: bad rows (counted, the first ten shown), no usable row at all, or no template
+            that works.
     """
     labelled = isinstance(data, DataConfig)
     path = str(getattr(data, split))
@@ -101,11 +110,32 @@ def load_split(
         source = _embedded(data.arithmetic, split, labelled)
     else:
         source = _file(path, data.fields, labelled)
+    return _find_or_write(source, data, tokenizer)
+
+
+def load_to_score(data: DataConfig, path: str, tokenizer: Tokenizer) -> TokenizedSet:
+    """The tokenised form of any file in the training format, rewards optional; or of `embedded`.
+
+    Raises:
+        InputError: bad rows, unless they are skipped; no usable row; no template that works.
+    """
+    if path == EMBEDDED:
+        source = _embedded(data.arithmetic, "validation", labelled=True)
+    else:
+        source = _file(path, data.fields, "optional")
+    return _find_or_write(source, data, tokenizer)
+
+
+def _find_or_write(
+    source: Source, data: DataConfig | PretrainDataConfig, tokenizer: Tokenizer
+) -> TokenizedSet:
+    template = load_template(data.template if isinstance(data, DataConfig) else None, tokenizer)
     policy = _Policy.of(data)
     key = {
         "format": FORMAT,
         "origin": source.origin,
         "tokenizer": tokenizer.fingerprint,
+        "template": template.identity,
         "policy": {k: getattr(v, "name", v) for k, v in asdict(policy).items()},
     }
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -113,7 +143,7 @@ def load_split(
     try:
         if not folder.exists():
             with atomic_folder(folder) as scratch:
-                _write(scratch, source, tokenizer, policy)
+                _write(scratch, source, template, tokenizer, policy)
         return TokenizedSet(folder)
     except OSError as error:
         raise InputError(f"data.cache_dir: cannot use {folder}: {error.strerror}") from None
@@ -159,7 +189,7 @@ def _embedded(config: ArithmeticConfig, split: str, labelled: bool) -> Source:
     return Source(f"embedded {split} data", {"embedded": settings, "count": count}, rows)
 
 
-def _file(path: str, fields: Any, labelled: bool) -> Source:
+def _file(path: str, fields: Any, labelled: Rewards) -> Source:
     check_readable(path)
     with Path(path).open("rb") as stream:
         content = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
@@ -167,11 +197,14 @@ def _file(path: str, fields: Any, labelled: bool) -> Source:
     return Source(path, origin, read_examples(path, fields, rewards=labelled))
 
 
-def _write(scratch: Path, source: Source, tokenizer: Tokenizer, policy: _Policy) -> None:
+def _write(
+    scratch: Path, source: Source, template: Template, tokenizer: Tokenizer, policy: _Policy
+) -> None:
     """Tokenise a source into a folder, or raise InputError."""
-    writer = _SetWriter(scratch)
+    writer = _SetWriter(scratch, framed=template.framed)
+    rows = render_rows(source.rows, template, source.name)
     with writer, progress(f"tokenising {source.name}") as advance:
-        for chunk in _chunks(source.rows):
+        for chunk in _chunks(rows):
             stop_if_asked()
             writer.add(source.name, chunk, tokenizer, policy)
             advance(writer.n_seen, f"{len(writer.bad)} bad" if writer.bad else "")
@@ -197,8 +230,9 @@ def _chunks(
 class _SetWriter:
     """Appends tokenised examples to the files of a set; only the index stays in memory."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, framed: bool) -> None:
         self.folder = folder
+        self.framed = framed
         self.n_seen = 0
         self.bad: list[BadRow] = []
         self.refused: list[BadRow] = []  # those of `bad` that the policy does not skip
@@ -206,6 +240,7 @@ class _SetWriter:
         self.starts: list[int] = []
         self.rewards: list[float] = []
         self.problems: list[int] = []
+        self.lines: list[int] = []
         self._tokens: BinaryIO = (folder / "tokens.bin").open("wb")
         self._optimal: BinaryIO | None = None
 
@@ -226,7 +261,7 @@ class _SetWriter:
     ) -> None:
         self.n_seen += len(chunk)
         texts = [(row.prompt, row.response) for _, row in chunk if isinstance(row, Example)]
-        encoded = iter(tokenizer.encode(texts))
+        encoded = iter(tokenizer.encode(texts, framed=self.framed))
         for line, row in chunk:
             if isinstance(row, BadRow):
                 self._leave_out(row, skip=policy.bad_rows is BadRows.skip)
@@ -253,6 +288,7 @@ class _SetWriter:
         self.lengths.append(len(fitted.ids))
         self.starts.append(fitted.response_start)
         self.rewards.append(row.reward)
+        self.lines.append(place.line)
         key = hashlib.blake2b(row.problem_id.encode("utf-8", "surrogatepass"), digest_size=8)
         self.problems.append(int.from_bytes(key.digest(), "little"))
 
@@ -276,6 +312,7 @@ class _SetWriter:
             response_starts=np.asarray(self.starts, np.int64),
             rewards=np.asarray(self.rewards, np.float64),
             problems=np.asarray(self.problems, np.uint64),
+            lines=np.asarray(self.lines, np.int64),
         )
         lines = (json.dumps(asdict(row)) + "\n" for row in self.bad)
         (self.folder / "bad_rows.jsonl").write_text("".join(lines))
@@ -286,7 +323,7 @@ def _fit(tokens: Encoded, tokenizer: Tokenizer, policy: _Policy) -> Encoded | No
     surplus = len(tokens.ids) - policy.max_length
     if surplus <= 0:
         return tokens
-    head = 0 if tokenizer.bos_id is None else 1
+    head = 1 if tokens.ids[0] == tokenizer.bos_id else 0
     if policy.overlong is not Overlong.truncate_prompt or tokens.response_start - head < surplus:
         return None
     return Encoded(

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -44,7 +44,6 @@ from job.durability.shelf import (
     FACTS,
     committed,
     folders,
-    newest_intact,
     read_facts,
     refuse_other,
     remove,
@@ -55,7 +54,8 @@ from job.learning.learner import Learner
 from job.learning.training_state import TrainingState
 from job.learning.world import World
 from job.model.shards import own
-from job.outcome import Ending, InputError, listing
+from job.outcome import Ending
+from job.version import commit
 
 RETRIES_PER_PERIOD = 10  # a failed save is tried again after this part of checkpoint.every_steps
 _TIMEOUT = timedelta(hours=2)  # of a rank that waits for the slowest one's files
@@ -157,6 +157,7 @@ class Checkpoints:
             "world_size": self._world.size,
             "identity": self._identity,
             "evaluation": dict(figures),
+            "commit": commit(),
         }
         tensors = self._stager.stage(trained_tensors(learner))
         assert not isinstance(tensors, Future)
@@ -334,39 +335,6 @@ def trained_tensors(learner: Learner) -> Tensors:
             tensors[f"model.{name}"] = parameter.detach()
             tensors |= {f"optimizer.{name}.{kind}": moment for kind, moment in moments.items()}
     return tensors
-
-
-def find_weights(source: Path, critic: nn.Module, identity: dict[str, Any]) -> Path:
-    """The checkpoint whose weights a new run can begin with: `source` is one, or a run.
-
-    Raises:
-        InputError: nothing there to load, another base, or it trained blocks that are frozen here.
-    """
-    folder = newest_intact(source)
-    refuse_other(folder, {name: identity[name] for name in ("architecture", "base")})
-    if frozen := sorted(_trained_names(folder) - _trainable(critic).keys()):
-        raise InputError(
-            f"{folder} trained {len(frozen)} parameter(s) that would be frozen here; "
-            "raise training.num_unfrozen_layers" + listing(frozen, 3)
-        )
-    return folder
-
-
-def load_weights(critic: nn.Module, folder: Path, world: World) -> None:
-    """Begin with a checkpoint's trained weights, on every rank."""
-    trainable = _trainable(critic)
-    tensors = {f"model.{name}": trainable[name] for name in sorted(_trained_names(folder))}
-    load(tensors, storage_reader=FileSystemReader(folder), process_group=world.group)
-    _log.info("began with %d trained tensors of %s", len(tensors), folder)
-
-
-def _trainable(critic: nn.Module) -> Tensors:
-    return {name: p.detach() for name, p in critic.named_parameters() if p.requires_grad}
-
-
-def _trained_names(folder: Path) -> set[str]:
-    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-    return {name.removeprefix("model.") for name in stored if name.startswith("model.")}
 
 
 def _state_file(folder: Path, rank: int) -> Path:

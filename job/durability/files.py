@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import threading
 import uuid
@@ -40,6 +41,13 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def let_others_read(file: Path) -> None:
+    """Give a file the permissions that a new one has."""
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 def try_for(seconds: float, work: Callable[[], object]) -> None:

@@ -71,6 +71,7 @@ class Setting:
         cuda: whether attention and norms are CUDA's kernels.
         sequence_tokens: of a typical sequence; on a CPU, short ones need masks.
         evaluation_tokens: of a micro-batch of an evaluation; 0 for none.
+        head_bias: whether the value head has a bias.
     """
 
     architecture: TransformerConfig
@@ -85,6 +86,7 @@ class Setting:
     cuda: bool = True
     sequence_tokens: int = 512
     evaluation_tokens: int = 0
+    head_bias: bool = True
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class _Step:
     def state(self) -> dict[str, int]:
         """What is kept from step to step, with the gradients of all blocks."""
         s = self.setting
-        counts = count_parameters(self.architecture, s.num_unfrozen_layers)
+        counts = count_parameters(self.architecture, s.num_unfrozen_layers, head_bias=s.head_bias)
         head = counts.value_head.total
         replicated = s.fsdp.sharding_strategy is ShardingStrategy.REPLICATE_FROZEN
         trainable = _share(counts.trainable - head, self.shards)

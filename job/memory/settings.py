@@ -40,6 +40,7 @@ def setting_of(
         world_size=world_size,
         per_node=per_node,
         cuda=cuda,
+        head_bias=config.training.value_head.bias,
     )
     if config.training.micro_batch_tokens == AUTO:
         tokens = _largest(setting, capacity, -(-step_tokens // world_size))

@@ -69,7 +69,7 @@ def _pretended_ranks(world_size: int) -> Iterator[int]:
 def _critic(setting: Setting, world: World) -> Critic:
     """The critic on the meta device, laid out as a training would."""
     with torch.device("meta"):
-        critic = Critic(setting.architecture)
+        critic = Critic(setting.architecture, head_bias=setting.head_bias)
     unfreeze_last_blocks(critic, setting.num_unfrozen_layers)
     if setting.prefix_cached:
         del critic.trunk.layers[: critic.trunk.first_trainable_block()]

@@ -1,28 +1,21 @@
-"""A trunk's architecture, read from a folder in Meta's layout. Free of torch and numpy."""
+"""A trunk's architecture, read from a folder in either layout. Free of torch and numpy."""
 
 from __future__ import annotations
 
-import io
-import json
-import math
-import pickle
-import re
 import reprlib
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from job.model import hf_config
+from job.model.base import Base, Layout, find_base
+from job.model.json_values import check_complete, check_values, read_object
+from job.model.pickle_shapes import StoredShape, read_named, stored_shapes
 from job.outcome import InputError
 
-PARAMS, WEIGHTS = "params.json", "consolidated.pth"
 # Keys of params.json that say nothing about the architecture.
 _IGNORED_PARAMS = {"use_scaled_rope", "rope_scaling", "max_seq_len", "max_batch_size"}
 _EMBEDDING = "tok_embeddings.weight"
-_LARGEST_SIZE = 10**7  # far above any model's, and nothing overflows
-Stored = TypeVar("Stored")
 
 
 @dataclass(frozen=True)
@@ -33,6 +26,14 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """Every channel is stretched by `factor` (Chen et al. 2023, position interpolation)."""
+
+    factor: float
+    rope_type: str = "linear"  # apart from the other in params.json
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class TransformerConfig:
     ffn_hidden: int | None = None
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | LinearScaling | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
     n_future_tokens: int = 1
@@ -107,173 +108,79 @@ def config_field_names() -> set[str]:
 
 
 def read_architecture(folder: str | Path) -> TransformerConfig:
-    """The architecture in a folder's params.json.
+    """The architecture in a folder's params.json or config.json.
 
     Raises:
-        InputError: no such file, or it lacks, misspells or contradicts something.
+        InputError: no such file, or it lacks, misspells or contradicts something, or describes a
+            model that is not supported.
     """
-    file = Path(folder) / PARAMS
-    params = _read_params(file)
+    base = find_base(folder)
+    file = base.description
+    values = _meta_values(base) if base.layout is Layout.META else hf_config.read(file).values
+    values["rope_scaling"] = _rope_scaling(file, values["rope_scaling"])
+    check_values(file, values, TransformerConfig)
+    check_complete(file, values, TransformerConfig)
+    try:
+        return TransformerConfig(**values)
+    except ValueError as error:
+        raise InputError(f"{file}: {error}") from None
+
+
+def check_window(folder: str | Path, max_length: int) -> None:
+    """Raise InputError where a base attends to fewer tokens than sequences may have."""
+    base = find_base(folder)
+    if base.layout is Layout.META:
+        return
+    window = hf_config.read(base.description).window
+    if window is not None and window < max_length:
+        raise InputError(
+            f"{base.description}: sliding_window {window} is less than data.max_length "
+            f"{max_length}, and attention here sees the whole sequence; set data.max_length to "
+            f"{window} or less (data.overlong says what becomes of longer ones)"
+        )
+
+
+def _meta_values(base: Base) -> dict[str, Any]:
+    file = base.description
+    params = read_object(file, "the architecture")
     unknown = sorted(params.keys() - config_field_names() - _IGNORED_PARAMS)
     if unknown:
         raise InputError(f"{file}: unknown parameter(s) {', '.join(unknown[:10])}")
     known = {k: v for k, v in params.items() if k in config_field_names()}
     if known.get("vocab_size", -1) == -1:  # Llama 1 and 2 leave it to the tokenizer
-        known["vocab_size"] = _stored_vocabulary(Path(folder))
-    known["rope_scaling"] = _rope_scaling(file, params)
-    _check_values(file, known, TransformerConfig)
-    required = {f.name for f in fields(TransformerConfig) if f.default is MISSING}
-    if missing := sorted(required - known.keys()):
-        raise InputError(f"{file}: no value for {', '.join(missing)}")
-    try:
-        return TransformerConfig(**known)
-    except ValueError as error:
-        raise InputError(f"{file}: {error}") from None
-
-
-def _read_params(file: Path) -> dict[str, Any]:
-    try:
-        params = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{file}: cannot read the architecture: {error.strerror}; "
-            "model.path must be a folder with params.json and consolidated.pth"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(params, dict):
-        raise InputError(f"{file}: the architecture is a JSON object")
-    return params
-
-
-def _check_values(file: Path, values: Mapping[str, Any], schema: type) -> None:
-    """Raise InputError unless each value has its field's type, and each number a possible size."""
-    types = {f.name: str(f.type).partition(" | ") for f in fields(schema)}
-    for name, value in values.items():
-        kind, _, optional = types[name]
-        if optional and value is None:
-            continue
-        found = reprlib.repr(value)
-        if kind == "bool" and not isinstance(value, bool):
-            raise InputError(f"{file}: {name} must be true or false, not {found}")
-        if kind == "int" and not (type(value) is int and 0 < value <= _LARGEST_SIZE):
-            raise InputError(
-                f"{file}: {name} must be an integer from 1 to {_LARGEST_SIZE}, not {found}"
-            )
-        if kind == "float" and not (type(value) in (int, float) and 0 < value < math.inf):
-            raise InputError(f"{file}: {name} must be a positive number, not {found}")
-
-
-def _rope_scaling(file: Path, params: dict[str, Any]) -> RopeScaling | None:
-    scaled, values = params.get("use_scaled_rope", False), params.get("rope_scaling")
+        known["vocab_size"] = _stored_vocabulary(base, known.get("dim"))
+    scaled = params.get("use_scaled_rope", False)
     if not isinstance(scaled, bool):
         raise InputError(f"{file}: use_scaled_rope must be true or false, not {scaled!r}")
+    known["rope_scaling"] = params.get("rope_scaling", {} if scaled else None)
+    return known
+
+
+def _rope_scaling(file: Path, values: object) -> RopeScaling | LinearScaling | None:
+    """Scaling as an object of params.json; one without `rope_type` is Llama-3's."""
     if values is None:
-        return RopeScaling() if scaled and "rope_scaling" not in params else None
-    known = [f.name for f in fields(RopeScaling)]
+        return None
+    linear = isinstance(values, dict) and values.get("rope_type") == "linear"
+    schema = LinearScaling if linear else RopeScaling
+    known = [f.name for f in fields(schema)]
     if not isinstance(values, dict) or not values.keys() <= set(known):
         found = reprlib.repr(values)
         raise InputError(f"{file}: rope_scaling must hold {', '.join(known)}; not {found}")
-    _check_values(file, values, RopeScaling)
-    scaling = RopeScaling(**values)
-    if scaling.high_freq_factor <= scaling.low_freq_factor:
+    check_values(file, values, schema)
+    check_complete(file, values, schema)
+    scaling = schema(**values)
+    if isinstance(scaling, RopeScaling) and scaling.high_freq_factor <= scaling.low_freq_factor:
         raise InputError(f"{file}: rope_scaling: high_freq_factor must exceed low_freq_factor")
     return scaling
 
 
-def _stored_vocabulary(folder: Path) -> int:
-    file = folder / WEIGHTS
-    embedding = read_named(file, _stored_shapes, StoredShape).get(_EMBEDDING)
-    if embedding is None or len(embedding.sizes) != 2:
-        raise InputError(f"{file}: no matrix {_EMBEDDING} to read vocab_size from")
-    return embedding.sizes[0]
-
-
-def read_named(
-    file: Path, load: Callable[[Path], object], kind: type[Stored]
-) -> Mapping[str, Stored]:
-    """What `load` reads from a weight file: a value of `kind` under each name.
-
-    Raises:
-        InputError: the file cannot be read, is damaged, or holds anything else.
-    """
-    _check_zip(file)
-    try:
-        stored = load(file)
-    except pickle.UnpicklingError:
-        raise InputError(
-            f"{file}: damaged, or holds more than tensors; code in a weight file is never run"
-        ) from None
-    except Exception as error:  # a damaged file can raise anything
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise InputError(f"{file}: not a readable weight file: {reason}") from None
-    if not isinstance(stored, dict) or not all(
-        isinstance(k, str) and isinstance(v, kind) for k, v in stored.items()
-    ):
-        raise InputError(f"{file}: expected a dictionary of named tensors")
-    return stored
-
-
-def _check_zip(file: Path) -> None:
-    try:
-        with file.open("rb") as stream:
-            zipped = zipfile.is_zipfile(stream)
-    except OSError as error:
-        raise InputError(
-            f"{file}: cannot read the weights: {error.strerror}; "
-            f"model.path must hold {PARAMS} and {WEIGHTS}"
-        ) from None
-    if not zipped:
-        raise InputError(f"{file}: truncated, or no zip file as torch.save writes it")
-
-
-@dataclass(frozen=True)
-class StoredShape:
-    """A tensor of a weight file, of which nothing else is read."""
-
-    sizes: tuple[int, ...]
-
-
-def _stored_shapes(file: Path) -> object:
-    """The pickle of a weight file, with a StoredShape for each tensor."""
-    with zipfile.ZipFile(file) as archive:
-        top = archive.namelist()[0].partition("/")[0]  # as torch.load finds it
-        content = archive.read(f"{top}/data.pkl")
-    return _ShapeReader(io.BytesIO(content), encoding="utf-8").load()
-
-
-class _ShapeReader(pickle.Unpickler):
-    """Imports nothing: a name in the file finds a stand-in from here, or is refused."""
-
-    def find_class(self, module: str, name: str, /) -> Any:
-        full = f"{module}.{name}"
-        if _TYPE.fullmatch(full):
-            return None  # the shape does not depend on it
-        if full not in _STAND_INS:
-            raise pickle.UnpicklingError(f"{full} is no part of a state dict")
-        return _STAND_INS[full]
-
-    def persistent_load(self, pid: Any, /) -> None:
-        """A storage, which is left unread."""
-
-
-def _tensor(storage: None, offset: int, sizes: tuple[int, ...], *_: object) -> StoredShape:
-    if not isinstance(sizes, tuple) or not all(type(size) is int for size in sizes):
-        raise pickle.UnpicklingError("a tensor without a shape")
-    return StoredShape(sizes)
-
-
-def _parameter(data: StoredShape, *_: object) -> StoredShape:
-    return data
-
-
-# A type of storage, or of the numbers in it.
-_TYPE = re.compile(r"torch(\.storage)?\.\w*Storage|torch\.(u?int|b?float|complex|bool)\w*")
-_STAND_INS: dict[str, Callable[..., object]] = {
-    "collections.OrderedDict": OrderedDict,
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-}
+def _stored_vocabulary(base: Base, dim: object) -> int:
+    """Rows of the embedding; in several files it is split by columns, or since Llama 3 by rows."""
+    shapes = []
+    for file in base.weight_files():
+        embedding = read_named(file, stored_shapes, StoredShape).get(_EMBEDDING)
+        if embedding is None or len(embedding.sizes) != 2:
+            raise InputError(f"{file}: no matrix {_EMBEDDING} to read vocab_size from")
+        shapes.append(embedding.sizes)
+    by_rows = all(columns == dim for _, columns in shapes)
+    return sum(rows for rows, _ in shapes) if by_rows else shapes[0][0]

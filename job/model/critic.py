@@ -20,10 +20,10 @@ _log = logging.getLogger(__name__)
 class Critic(nn.Module):
     """Values at chosen tokens of a packed stream."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, *, head_bias: bool = True) -> None:
         super().__init__()
         self.trunk = Trunk(config)
-        self.value_head = nn.Linear(config.dim, 1)
+        self.value_head = nn.Linear(config.dim, 1, bias=head_bias)
         self.num_unfrozen_layers = len(self.trunk.layers) + 1  # all, until some are frozen
 
     def forward(self, tokens: Tensor, layout: PackedLayout, at: Tensor) -> Tensor:
@@ -37,11 +37,14 @@ class Critic(nn.Module):
 
     @torch.no_grad()
     def initialise_head(self, bias: float, seed: int) -> None:
-        """Small weights and the given bias: first predictions spread by about 1 / sqrt(d)."""
+        """Small weights and the given bias, where the head has one: first predictions spread by
+        about 1 / sqrt(d).
+        """
         d = self.trunk.config.dim
         generator = torch.Generator().manual_seed(seed)  # the same on every kind of device
         fill(self.value_head.weight, torch.randn(1, d, generator=generator) / d)
-        fill(self.value_head.bias, torch.full((1,), bias))
+        if self.value_head.bias is not None:
+            fill(self.value_head.bias, torch.full((1,), bias))
 
     def trained_tensors(self, *, keep: bool = True) -> dict[str, Tensor]:
         """The trainable parameters, whole and on the host, or none where `keep` is false.

@@ -8,20 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from job.durability.files import write_atomic
 from job.durability.preemption import stop_if_asked
-from job.model.architecture import PARAMS, WEIGHTS, TransformerConfig, read_architecture
-from job.model.weights import NOT_LOADED, open_weights
+from job.model.architecture import TransformerConfig, read_architecture
+from job.model.base import Base, find_base
+from job.model.stored import StoredTensor
+from job.model.weights import open_weights
 from job.outcome import InputError
 from job.telemetry.progress import progress
 
@@ -32,20 +34,23 @@ _log = logging.getLogger(__name__)
 
 
 def fingerprint(folder: str | Path, cache_dir: str | Path) -> str:
-    """The sha256, as 64 hex digits, of the trunk in a folder of Meta's layout.
+    """The sha256, as 64 hex digits, of the trunk in a folder of either layout.
 
     Any bit of a tensor that a critic uses, its name, shape and dtype, and the architecture belong
-    to it; heads, the order and strides of what is stored, and the form of params.json do not.
-    It is kept below `cache_dir` for as long as both files keep path, size and time of change.
+    to it; heads, the order, strides and files of what is stored, and the form of params.json or
+    config.json do not. It is of the content as it is stored: one model has another fingerprint in
+    another layout.
+    It is kept below `cache_dir` for as long as all files keep path, size and time of change.
 
     Raises:
         InputError: the architecture or the weights cannot be read, or a tensor is no dense floats.
     """
-    architecture = _normalised(read_architecture(folder))
-    file = Path(cache_dir) / "fingerprints" / f"{_key(Path(folder), architecture)}.json"
+    config, base = read_architecture(folder), find_base(folder)
+    architecture = _normalised(config)
+    file = Path(cache_dir) / "fingerprints" / f"{_key(base, architecture)}.json"
     found = _cached(file)
     if found is None:
-        found = _sha256({"architecture": architecture, "tensors": _tensors(Path(folder))})
+        found = _sha256({"architecture": architecture, "tensors": _tensors(base, config)})
         _keep(file, found)
     return found
 
@@ -59,17 +64,17 @@ def _sha256(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _key(folder: Path, architecture: Any) -> str:
+def _key(base: Base, architecture: Any) -> str:
     # The architecture too: later code may read another one from the same file.
-    return _sha256([FORMAT, architecture, [_stamp(folder / name) for name in (PARAMS, WEIGHTS)]])
+    return _sha256([FORMAT, architecture, [_stamp(file) for file in base.files()]])
 
 
-def _stamp(file: Path) -> list[str | int] | None:
-    """Path, bytes and nanoseconds of the last change; None for no file, which has no digest."""
+def _stamp(file: Path) -> list[str | int]:
+    """Path, bytes and nanoseconds of the last change."""
     try:
         found = file.stat()
-    except OSError:
-        return None
+    except OSError as error:
+        raise InputError(f"{file}: cannot read the base: {error.strerror}") from None
     return [str(file.resolve()), found.st_size, found.st_mtime_ns]
 
 
@@ -90,28 +95,40 @@ def _keep(file: Path, digest: str) -> None:
         _log.warning("%s: cannot keep the base's fingerprint: %s", file, error.strerror)
 
 
-def _tensors(folder: Path) -> dict[str, Any]:
+def _tensors(base: Base, config: TransformerConfig) -> dict[str, Any]:
     """Shape, dtype and digests of the blocks, by name, of the tensors that a critic uses."""
-    used = {k: v for k, v in open_weights(folder).items() if not k.startswith(NOT_LOADED)}
-    for name, tensor in used.items():
-        if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta:
-            raise InputError(f"{folder / WEIGHTS}: {name} is no dense array of floats")
+    used = open_weights(base.folder, config)
+    for tensor in used.values():
+        if not tensor.is_dense_floats:
+            raise InputError(f"{tensor.files[0]}: {tensor.name} is no dense array of floats")
     blocks = {name: _blocks(tensor) for name, tensor in used.items()}
     digests = iter(_digests([block for parts in blocks.values() for block in parts]))
     return {
-        name: [list(tensor.shape), str(tensor.dtype), [next(digests) for _ in blocks[name]]]
+        tensor.name: [list(tensor.shape), str(tensor.dtype), [next(digests) for _ in blocks[name]]]
         for name, tensor in used.items()
     }
 
 
-def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Views of whole rows, at most BLOCK bytes unless one row is more; strides play no part."""
-    rows = torch.atleast_1d(tensor)
-    bytes_per_row = rows.nbytes // max(1, len(rows))
-    return rows.split(max(1, BLOCK // max(1, bytes_per_row)))
+@dataclass(frozen=True)
+class _Block:
+    """Whole rows of a tensor that are hashed as one."""
+
+    tensor: StoredTensor
+    rows: slice
+    nbytes: int
 
 
-def _digests(blocks: Sequence[Tensor]) -> list[str]:
+def _blocks(tensor: StoredTensor) -> list[_Block]:
+    """Blocks of at most BLOCK bytes unless one row is more; strides and files play no part."""
+    rows, *others = tensor.shape or (1,)
+    row = tensor.dtype.itemsize * math.prod(others)
+    step = max(1, BLOCK // max(1, row))
+    starts = range(0, rows, step) if rows else [0]  # one of no rows, as torch splits them
+    ends = [min(start + step, rows) for start in starts]
+    return [_Block(tensor, slice(a, b), (b - a) * row) for a, b in zip(starts, ends, strict=True)]
+
+
+def _digests(blocks: Sequence[_Block]) -> list[str]:
     done, total, digests = 0, sum(block.nbytes for block in blocks) >> 20, []
     with ThreadPoolExecutor(THREADS) as pool, progress("fingerprint of the base", total) as advance:
         for block, digest in zip(blocks, pool.map(_digest, blocks), strict=True):
@@ -122,7 +139,10 @@ def _digests(blocks: Sequence[Tensor]) -> list[str]:
     return digests
 
 
-def _digest(block: Tensor) -> str:
+def _digest(block: _Block) -> str:
+    rows = block.tensor.stored_rows(block.rows)
     # As bytes, since numpy has no bfloat16; a copy only of a block that does not lie in order.
-    as_bytes = block.contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(as_bytes.data).hexdigest()
+    as_bytes = rows.contiguous().flatten().view(torch.uint8).numpy()
+    digest = hashlib.sha256(as_bytes.data).hexdigest()
+    block.tensor.release(block.rows)
+    return digest

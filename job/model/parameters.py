@@ -77,15 +77,17 @@ class ParameterCounts:
         return self.total - self.trainable
 
 
-def count_parameters(architecture: TransformerConfig, num_unfrozen_layers: int) -> ParameterCounts:
-    """The parameters of `critic.Critic(architecture)` with N blocks unfrozen, in closed form.
+def count_parameters(
+    architecture: TransformerConfig, num_unfrozen_layers: int, *, head_bias: bool = True
+) -> ParameterCounts:
+    """The parameters of `critic.Critic` with N blocks unfrozen, in closed form.
 
     Raises:
         InputError: N is negative or not an integer.
     """
     d, n_blocks = architecture.dim, architecture.n_trunk_layers
     chosen = select_trainable(num_unfrozen_layers, n_blocks)
-    head, block = d + 1, block_parameters(architecture)
+    head, block = d + head_bias, block_parameters(architecture)
     embeddings = architecture.vocab_size * d
     return ParameterCounts(
         value_head=Count(head, head),

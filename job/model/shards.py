@@ -7,6 +7,17 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
+def own_rows(parameter: Tensor) -> slice:
+    """The rows of a parameter, whole or sharded by rows, that this rank holds."""
+    if not isinstance(parameter, DTensor):
+        return slice(0, len(parameter))
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    assert tuple(shape[1:]) == tuple(parameter.shape[1:]), "sharded otherwise than by rows"
+    return slice(offset[0], offset[0] + shape[0])
+
+
 def fill(parameter: Tensor, whole: Tensor) -> None:
     """Copy a whole tensor, or this rank's slice of it, into a parameter."""
     local = parameter.detach()

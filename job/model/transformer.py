@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from job.model.architecture import RopeScaling, TransformerConfig
+from job.model.architecture import LinearScaling, RopeScaling, TransformerConfig
 
 SPAN_TOKENS = 128  # on CPU, sequences share one masked attention call up to this many tokens
 
@@ -73,6 +73,8 @@ def rope_frequencies(config: TransformerConfig) -> Tensor:
     frequencies = 1.0 / config.rope_theta**exponents
     if config.rope_scaling is None:
         return frequencies
+    if isinstance(config.rope_scaling, LinearScaling):
+        return frequencies / config.rope_scaling.factor
     return _scale_frequencies(frequencies, config.rope_scaling)
 
 

@@ -1,4 +1,4 @@
-"""Trunk weights in Meta's layout: a folder with params.json and consolidated.pth."""
+"""Trunk weights in files of either layout: checked, read by slices, and written."""
 
 from __future__ import annotations
 
@@ -6,30 +6,36 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
-from job.model.architecture import PARAMS, WEIGHTS, read_architecture, read_named
-from job.model.shards import fill
+from job.model import hf_config
+from job.model.architecture import TransformerConfig, check_window, read_architecture
+from job.model.base import CONFIG, PARAMS, SAFETENSORS, WEIGHTS, Base, Layout, find_base
+from job.model.hf_files import open_hugging_face
+from job.model.layout import hugging_face_name, to_hugging_face
+from job.model.meta_files import open_meta
+from job.model.shards import own, own_rows
+from job.model.stored import Shapes, StoredTensor, raise_misfits
 from job.model.transformer import Transformer, Trunk
-from job.outcome import InputError, listing
 from job.telemetry.progress import progress
 
-# In Meta's files, and no part of a critic: LM head, multi-token heads, a stored RoPE table.
-NOT_LOADED = ("output.", "extra_heads.", "rope.")
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _log = logging.getLogger(__name__)
 
 
-def check_trunk(folder: str | Path) -> None:
-    """Raise InputError unless the weights fit the architecture; reads no more than their index."""
-    with torch.device("meta"):
-        trunk = Trunk(read_architecture(folder))
-    file = Path(folder) / WEIGHTS
-    _check_tensors(dict(trunk.named_parameters()), open_weights(Path(folder)), file)
+def check_trunk(folder: str | Path, max_length: int) -> None:
+    """Raise InputError unless the weights fit the architecture; reads no more than their index.
+
+    Args:
+        max_length: tokens of the longest sequence, which a sliding window must not be less than.
+    """
+    check_window(folder, max_length)
+    config = read_architecture(folder)
+    _check_tensors(trunk_shapes(config), open_weights(folder, config), find_base(folder))
 
 
 def load_trunk(
@@ -40,50 +46,101 @@ def load_trunk(
     `at_boundary` is called after each tensor, and may raise to end it.
 
     Raises:
-        InputError: a tensor is missing, surplus or of another shape; the file cannot be read.
+        InputError: a tensor is missing, surplus or of another shape; a file cannot be read.
     """
-    stored = open_weights(Path(folder))
+    stored = open_weights(folder, trunk.config)
     named = dict(trunk.named_parameters())
-    _check_tensors(named, stored, Path(folder) / WEIGHTS)
-    with progress("loading the trunk", len(named)) as advance:
-        for done, (name, parameter) in enumerate(named.items(), 1):
-            fill(parameter, stored[name])
+    _check_tensors({n: tuple(p.shape) for n, p in named.items()}, stored, find_base(folder))
+    waiting = list(named.items())
+    with progress("loading the trunk", len(waiting)) as advance:
+        for done, (name, parameter) in enumerate(waiting, 1):
+            if done < len(waiting):  # the disk reads while this one is copied
+                following, its_parameter = waiting[done]
+                stored[following].read_ahead(own_rows(its_parameter))
+            _copy(stored[name], parameter)
             at_boundary()
             advance(done, "tensors")
     _log.info("loaded %d tensors from %s", len(named), folder)
 
 
-def open_weights(folder: Path) -> Mapping[str, Tensor]:
-    """The file's tensors, memory-mapped: bytes are read where they are used."""
-    load = partial(torch.load, map_location="cpu", mmap=True, weights_only=True)
-    return read_named(folder / WEIGHTS, load, Tensor)
+def _copy(tensor: StoredTensor, parameter: Tensor) -> None:
+    """Copy this rank's rows, with no more than a piece of the file in memory beside them."""
+    rows, target = own_rows(parameter), own(parameter)
+    for piece in tensor.pieces(rows):
+        place = target[piece.start - rows.start : piece.stop - rows.start]
+        place.copy_(tensor.rows(piece))
+        tensor.release(piece)
 
 
-def _check_tensors(
-    named: Mapping[str, nn.Parameter], stored: Mapping[str, Tensor], file: Path
-) -> None:
-    wanted = {name: tuple(p.shape) for name, p in named.items()}
-    found = {k: tuple(v.shape) for k, v in stored.items() if not k.startswith(NOT_LOADED)}
-    problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
-    problems += [f"{name} is not part of the model" for name in found.keys() - wanted.keys()]
-    problems += [
-        f"{name} has shape {found[name]}, {PARAMS} says {shape}"
-        for name, shape in wanted.items()
-        if found.get(name, shape) != shape
-    ]
-    problems += [
-        f"{name} is stored as {stored[name].dtype}, {stored[name].layout}; weights are dense floats"
-        for name in wanted.keys() & found.keys()
-        if stored[name].dtype not in _DTYPES or stored[name].layout is not torch.strided
-    ]
-    if problems:
-        head = f"{file}: {len(problems)} tensor(s) do not fit the model"
-        raise InputError(head + listing(sorted(problems)))
+def trunk_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a trunk, by Meta's names."""
+    with torch.device("meta"):
+        trunk = Trunk(config)
+    return {name: tuple(parameter.shape) for name, parameter in trunk.named_parameters()}
+
+
+def open_weights(folder: str | Path, config: TransformerConfig) -> dict[str, StoredTensor]:
+    """The tensors of a base that a critic uses, by Meta's names, memory-mapped and unread.
+
+    One that Meta's layout does not have is under a name that no trunk has.
+
+    Raises:
+        InputError: a file is missing or damaged, files do not agree, or do not fit together.
+    """
+    base = find_base(folder)
+    if base.layout is Layout.META:
+        return open_meta(base, trunk_shapes(config))
+    return open_hugging_face(base, config.head_width)
+
+
+def _check_tensors(wanted: Shapes, stored: Mapping[str, StoredTensor], base: Base) -> None:
+    stored_name = hugging_face_name if base.layout is Layout.HUGGING_FACE else str
+    problems = [f"{stored_name(name)} is missing" for name in wanted.keys() - stored.keys()]
+    for name, tensor in stored.items():
+        found, shape, where = tensor.shape, wanted.get(name), tensor.files[0].name
+        if shape is None:
+            problems.append(f"{tensor.name} in {where} is not part of the model")
+        elif found != shape:
+            problems.append(
+                f"{tensor.name} in {where} has shape {found}, {base.description.name} says {shape}"
+            )
+        if shape is not None and not tensor.is_dense_floats:
+            layout = tensor.parts[0].layout
+            problems.append(
+                f"{tensor.name} in {where} is stored as {tensor.dtype}, {layout}; "
+                "weights are dense floats"
+            )
+    files = base.weight_files()
+    raise_misfits(files[0] if len(files) == 1 else base.index or base.folder, problems)
+
+
+# Writing
 
 
 def save_transformer(model: Transformer, folder: Path) -> None:
     """Write a language model in Meta's layout."""
     folder.mkdir(parents=True, exist_ok=True)
     params = {k: v for k, v in sorted(asdict(model.config).items()) if v is not None}
-    (folder / PARAMS).write_text(json.dumps(params, indent=2) + "\n", encoding="utf-8")
+    _write_json(folder / PARAMS, params)
     torch.save({k: v.detach().cpu() for k, v in model.state_dict().items()}, folder / WEIGHTS)
+
+
+def save_hugging_face(model: Transformer, folder: Path, max_positions: int) -> None:
+    """Write the next-token path of a language model in Hugging Face's layout.
+
+    Multi-token heads have no place in it. `max_positions` is the longest sequence's tokens.
+
+    Raises:
+        ValueError: no Hugging Face architecture has these biases and norms.
+    """
+    named = {k: v.detach().cpu() for k, v in model.state_dict().items() if "extra_heads" not in k}
+    dtype = str(model.output.weight.dtype).removeprefix("torch.")
+    config = hf_config.write(model.config, dtype, max_positions)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / CONFIG, config)
+    tensors = to_hugging_face(named, model.config.head_width)
+    save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt"})
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -16,6 +16,8 @@ from pathlib import Path
 from micro_job import CHANGES, MicroRun, write_job
 
 TESTS = Path(__file__).parents[1]
+# This checkout, whichever is installed; a test file may be a command, and imports what tests share.
+PYTHONPATH = os.pathsep.join([str(TESTS.parent), str(TESTS)])
 _POLL_SECONDS = 0.001
 
 
@@ -101,7 +103,7 @@ def start_ranks(
         "LOCAL_WORLD_SIZE": str(per_node or world),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(TESTS),  # a test file may be a command, and imports what tests share
+        "PYTHONPATH": PYTHONPATH,
     }
     folder = cwd / "logs"
     folder.mkdir(exist_ok=True)

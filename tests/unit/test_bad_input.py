@@ -321,6 +321,11 @@ def test_pairwise_loss(
     refused(*words, overrides=("objective.loss=pairwise", *overrides))
 
 
+def test_an_initial_bias_of_a_head_without_one(refused: Callable[..., None]) -> None:
+    given = ("training.value_head.bias=false", "training.value_head.bias_init=0.5")
+    refused("training.value_head.bias_init", "training.value_head.bias false", overrides=given)
+
+
 def test_problems_of_a_configuration_are_told_together(refused: Callable[..., None]) -> None:
     bad = ("training.batch_size=0", "training.weight_decay=-1", "logging.every_steps=0")
     refused("batch_size: 0", "weight_decay: -1", "logging.every_steps: 0", overrides=bad)
@@ -585,11 +590,11 @@ TRUNKS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "all missing": (_weights(lambda w: w.clear()), ("20 tensor(s) do not fit",)),
     "tensor surplus": (
         _weights(lambda w: w.update(spare=torch.ones(1))),
-        ("spare is not part of the model",),
+        ("spare in consolidated.pth is not part of the model",),
     ),
     "wrong shape": (
         _weights(lambda w: w.update({NORM: torch.ones(9)})),
-        (f"{NORM} has shape (9,), params.json says (8,)",),
+        (f"{NORM} in consolidated.pth has shape (9,), params.json says (8,)",),
     ),
     "integers": (_weights(lambda w: w.update({NORM: w[NORM].to(torch.int8)})), (NORM, "int8")),
     "sparse": (_weights(lambda w: w.update({NORM: w[NORM].to_sparse()})), (NORM, "sparse")),
@@ -612,7 +617,13 @@ def test_trunk(case: str, workplace: Path, refused: Callable[..., None]) -> None
     ("path", "reason"), [("nowhere", "No such file"), ("train.jsonl", "Not a directory")]
 )
 def test_no_trunk(path: str, reason: str, refused: Callable[..., None]) -> None:
-    refused(f"{path}/params.json", reason, "model.path", overrides=(f"model.path={path}",))
+    refused(
+        f"{path}: cannot read the model: {reason}",
+        "params.json",
+        "config.json",
+        "model.path",
+        overrides=(f"model.path={path}",),
+    )
 
 
 RECIPES: dict[str, tuple[Change, tuple[str, ...]]] = {

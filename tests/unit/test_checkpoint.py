@@ -28,11 +28,12 @@ from job import train as train_module
 from job.config import CheckpointConfig, CriticConfig, DistributedConfig, load_config, to_dict
 from job.data.packing import Batch
 from job.durability import checkpoint as checkpoint_module
-from job.durability.checkpoint import Checkpoints, SaveError, find_weights
+from job.durability.checkpoint import Checkpoints, SaveError
 from job.durability.fence import Fence
 from job.durability.manifest import MANIFEST, DamagedError, Manifest
 from job.durability.run_directory import RunDirectory
 from job.durability.shelf import best, committed, retained
+from job.durability.trained import find_weights
 from job.learning.learner import Learner, StepResult
 from job.learning.objective import Objective
 from job.learning.world import joined_world
@@ -1052,7 +1053,7 @@ def test_a_resumed_run_does_not_begin_again_with_the_other_ones_weights(
     _crash_before(5, "init-resumed", setting)
     shutil.rmtree(source.path)
     _same(run_training("init-resumed", setting), expected)
-    assert _log(RunDirectory("runs/init-resumed")).count("began with") == 1
+    assert _log(RunDirectory("runs/init-resumed")).count("trained tensors from") == 1
 
 
 # Steps that are not finite

@@ -200,6 +200,17 @@ def test_without_rewards_rows_need_none_and_a_wrong_one_does_not_matter(tmp_path
     assert [e.reward for e in found] == [0.0, 0.0]
 
 
+def test_an_optional_reward_is_taken_where_there_is_one(tmp_path: Path) -> None:
+    given = rows(4)
+    del given[0]["reward"]
+    given[1]["reward"] = None
+    given[3]["reward"] = 7
+    *found, last = read_examples(write(tmp_path / "a.jsonl", lines(given)), rewards="optional")
+    rewards = [row.reward for _, row in found if isinstance(row, Example)]
+    np.testing.assert_array_equal(rewards, [np.nan, np.nan, given[2]["reward"]])
+    assert isinstance(last[1], BadRow)
+
+
 def test_problem_ids_may_be_numbers_or_text(tmp_path: Path) -> None:
     ids = [3, "3", "drei", 2**70]
     given = [{"prompt": "p", "response": "r", "reward": 1, "problem_id": i} for i in ids]

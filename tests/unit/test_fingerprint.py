@@ -61,7 +61,7 @@ def _cache_file(cache: Path) -> Path:
 
 
 def _no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    def opened(folder: Path) -> None:
+    def opened(folder: Path, config: TransformerConfig) -> None:
         raise AssertionError(f"{folder}: weights opened")
 
     monkeypatch.setattr("job.model.fingerprint.open_weights", opened)

@@ -51,16 +51,18 @@ COUNTS = ParameterCounts(Count(5, 5), Count(4, 4), Count(60, 30), Count(40, 0))
 RESULTS = Path(__file__).parents[2] / "bench" / "results" / "checkpoint.json"
 
 
-def _critic(architecture: TransformerConfig, n: int) -> Critic:
+def _critic(architecture: TransformerConfig, n: int, *, head_bias: bool = True) -> Critic:
     with torch.device("meta"):
-        critic = Critic(architecture)
+        critic = Critic(architecture, head_bias=head_bias)
     unfreeze_last_blocks(critic, n)
     return critic
 
 
-def _check_against_modules(architecture: TransformerConfig, n: int) -> None:
-    report = parameter_report(_critic(architecture, n))
-    counts = count_parameters(architecture, n)
+def _check_against_modules(
+    architecture: TransformerConfig, n: int, *, head_bias: bool = True
+) -> None:
+    report = parameter_report(_critic(architecture, n, head_bias=head_bias))
+    counts = count_parameters(architecture, n, head_bias=head_bias)
     found = [(name, c.total, c.trainable) for name, c in counts.components.items()]
     assert found == [(c.name, c.total, c.trainable) for c in report.components]
     assert (counts.total, counts.trainable) == (report.total, report.trainable)
@@ -82,6 +84,12 @@ def test_counts_are_those_of_the_modules(case: str) -> None:
     n_blocks = architecture.n_trunk_layers
     for n in sorted({0, 1, 2, 4, n_blocks, n_blocks + 1, 100}):
         _check_against_modules(architecture, n)
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_counts_without_a_head_bias_are_those_of_the_modules(n: int) -> None:
+    _check_against_modules(SMALL, n, head_bias=False)
+    assert count_parameters(SMALL, n, head_bias=False).value_head == Count(64, 64)
 
 
 @pytest.mark.parametrize("n", [0, 4, 29, 30])

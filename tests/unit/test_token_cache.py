@@ -15,10 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
+import torch
 
 from job.config import ArithmeticConfig, BadRows, DataConfig, Overlong, PretrainDataConfig
 from job.data.arithmetic import ALPHABET, Chain, chains
-from job.data.token_cache import TokenizedSet, count_shared_problems, load_split
+from job.data.packing import Packer, single_units
+from job.data.token_cache import (
+    TokenizedSet,
+    count_shared_problems,
+    load_split,
+    load_to_score,
+)
 from job.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
@@ -39,7 +46,7 @@ def characters(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def bpe(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("bpe")
     write_bpe_tokenizer(folder, (text(row) for row in rows(200)), 300)
@@ -272,6 +279,86 @@ def test_everything_that_the_tokens_depend_on_makes_another_set(
     assert entries(tmp_path) == sorted(folder.name for folder in folders)
 
 
+CHAT_ML = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+
+
+def test_template_and_special_tokens_make_another_set(tmp_path: Path, bpe: Tokenizer) -> None:
+    path = write(tmp_path / "a.jsonl", rows())
+
+    def folder(template: str | None, **settings: Any) -> Path:
+        named = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHAT_ML}
+        (bpe.folder / "tokenizer_config.json").write_text(json.dumps(named | settings))
+        tokenizer = load_tokenizer(bpe.folder)
+        return load_split(from_file(path, template=template), "train", tokenizer).folder
+
+    found = [
+        folder(None),
+        folder("{prompt}\n{response}"),
+        folder("{prompt} {response}"),
+        folder("chat"),
+        folder("chat", chat_template=CHAT_ML + "{# #}"),
+        folder("chat", eos_token=None),
+        folder("chat", pad_token="</s>"),
+        folder(None, bos_token=None),
+    ]
+    assert len(set(found)) == len(found)
+    assert folder("{prompt}{response}", pad_token="</s>", chat_template="") == found[0]
+    assert folder(CHAT_ML) == found[3]
+
+
+@pytest.mark.parametrize("template", ["chat", "Q: {prompt}\nA: {response}", None])
+@pytest.mark.parametrize("pad", [None, "</s>"])
+def test_the_last_response_token_is_the_end_token_whatever_the_padding_token_is(
+    tmp_path: Path, bpe: Tokenizer, template: str | None, pad: str | None
+) -> None:
+    settings = {"eos_token": "</s>", "pad_token": pad, "chat_template": "{{ bos_token }}" + CHAT_ML}
+    (bpe.folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(bpe.folder)
+    path = write(tmp_path / "a.jsonl", rows())
+    found = load_split(from_file(path, template=template), "train", tokenizer)
+    library = tokenizers.Tokenizer.from_file(str(bpe.folder / "tokenizer.json"))
+    for i, row in enumerate(rows()):
+        ids, start = example(found, i), found.response_starts[i]
+        assert ids[0] == 0
+        assert ids[-1] == tokenizer.eos_id
+        assert found.response_lengths[i] == len(ids) - start
+        said = library.decode(ids[start:-1], skip_special_tokens=False)
+        lead = "assistant: " if template == "chat" else ""
+        assert said == lead + row["response"]
+    packer = Packer(found, single_units(50), dim=8, budget=8192, device=torch.device("cpu"))
+    (batch,) = packer.step(0, 50, seed=0)
+    ends = batch.layout.boundaries[1:] - 1
+    assert (batch.tokens[ends] == tokenizer.eos_id).all()
+    assert set(ends.tolist()) <= set(batch.responses.tolist())
+
+
+def test_a_template_that_does_not_work_leaves_nothing(tmp_path: Path, bpe: Tokenizer) -> None:
+    path = write(tmp_path / "a.jsonl", rows())
+    with pytest.raises(InputError, match=r"data\.template: line 1"):
+        load_split(from_file(path, template="{% for %}"), "train", bpe)
+    no_three = "{{ raise_exception('three') if '3' in messages[0].content }}" + CHAT_ML
+    with pytest.raises(InputError, match=r"a\.jsonl:\d+: data\.template: three"):
+        load_split(from_file(path, template=no_three), "train", bpe)
+    assert entries(tmp_path) == []
+
+
+def test_truncation_keeps_a_begin_token_that_the_template_wrote(
+    tmp_path: Path, bpe: Tokenizer
+) -> None:
+    path = write(tmp_path / "a.jsonl", [rows()[0]])
+    for template in ("<s>{prompt} {response}", "{prompt} {response}"):
+        whole = load_split(from_file(path, template=template), "train", bpe)
+        n = len(whole.tokens)
+        cut = {"max_length": n - 2, "overlong": Overlong.truncate_prompt}
+        found = load_split(from_file(path, template=template, **cut), "train", bpe)
+        assert example(found, 0) == [bpe.bos_id, *example(whole, 0)[3:]]
+    bare = "{% for m in messages %}{{ m.content }} {% endfor %}"  # no begin token
+    whole = load_split(from_file(path, template=bare), "train", bpe)
+    cut = {"max_length": len(whole.tokens) - 2, "overlong": Overlong.truncate_prompt}
+    found = load_split(from_file(path, template=bare, **cut), "train", bpe)
+    assert example(found, 0) == example(whole, 0)[2:]
+
+
 def test_every_setting_of_the_embedded_data_makes_another_set(
     tmp_path: Path, characters: Tokenizer
 ) -> None:
@@ -344,6 +431,20 @@ def test_skipped_rows_are_left_out_and_listed_in_order(tmp_path: Path, bpe: Toke
     assert found.rewards.tolist() == [row["reward"] for row in kept]
     encoded = bpe.encode([(row["prompt"], row["response"]) for row in kept])
     assert found.tokens.tolist() == [i for e in encoded for i in e.ids]
+    assert sorted([*found.lines.tolist(), *bad]) == list(range(1, 2001))
+    assert [row.line for row in found.bad_rows()] == bad
+
+
+def test_a_set_to_score_needs_no_reward_and_knows_its_lines(tmp_path: Path, bpe: Tokenizer) -> None:
+    given: list[Row | str] = [*rows(4)]
+    given[1] = {key: value for key, value in rows(4)[1].items() if key != "reward"}
+    given.insert(2, "")
+    path = write(tmp_path / "data.jsonl", given)
+    found = load_to_score(from_file(path), str(path), bpe)
+    np.testing.assert_array_equal(found.rewards, [0, np.nan, 0.5, 0])
+    assert found.lines.tolist() == [1, 2, 4, 5]
+    with pytest.raises(InputError, match=r"data\.jsonl:2: field 'reward' is missing"):
+        load_split(from_file(path), "train", bpe)
 
 
 def test_a_file_without_usable_row_is_an_error(tmp_path: Path, bpe: Tokenizer) -> None:

@@ -6,9 +6,12 @@ known bytes, so that its place in the text follows without any offsets of the li
 
 from __future__ import annotations
 
+import base64
+import functools
 import io
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +21,10 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from job.data.arithmetic import ALPHABET, chains
+from job.data.tiktoken import N_RANKS, _letters
 from job.data.tokenizer import (
     Encoded,
     SentencePieceTokenizer,
@@ -103,37 +107,49 @@ def test_bpe_ids_decode_to_the_joined_text(bpe: Tokenizer, library: tokenizers.T
         assert library.decode(ids, skip_special_tokens=False) == prompt + response
 
 
-def test_bpe_response_starts_with_the_first_token_that_holds_a_byte_of_it(
+def test_bpe_prompt_has_its_own_tokens_and_the_response_all_that_hold_a_byte_of_it(
     bpe: Tokenizer, library: tokenizers.Tokenizer
 ) -> None:
-    straddling = 0
+    would_straddle = 0
     pairs = list(random_pairs(2000, seed=2))
     for (prompt, response), encoded in zip(pairs, bpe.encode(pairs), strict=True):
         ids, ends, start = check_frame(bpe, encoded)
         # Byte-level pieces have one character for each byte.
         sizes = [len(str(library.id_to_token(i))) for i in ids]
         assert (ends, start) == reference(sizes, prompt, response)
-        straddling += sum(sizes[:start]) < len(prompt.encode())
-    assert straddling > 50
+        assert ids[:start] == library.encode(prompt).ids
+        assert sum(sizes[:start]) == len(prompt.encode())
+        joined = library.encode(prompt + response).ids
+        if joined[:start] == ids[:start]:
+            assert ids == joined
+        else:
+            assert ids[start:] == library.encode(response).ids
+            would_straddle += 1
+    assert would_straddle > 50
 
 
-def test_where_prompt_and_response_meet_changes_no_token(bpe: Tokenizer) -> None:
+def test_where_prompt_and_response_meet_between_tokens_changes_none(
+    bpe: Tokenizer, library: tokenizers.Tokenizer
+) -> None:
     text = "the cat sat 漢字 on 12 mats."
-    cuts = [encode(bpe, text[:i], text[i:]) for i in range(len(text) + 1)]
-    assert all(cut.ids == cuts[0].ids and cut.ends == cuts[0].ends for cut in cuts)
-    assert cuts[0].response_start == 1
-    starts = [cut.response_start for cut in cuts]
-    assert starts == sorted(starts)
+    whole = encode(bpe, "", text)
+    cuts = {end for _, end in library.encode(text).offsets}
+    for i in cuts:
+        found = encode(bpe, text[:i], text[i:])
+        assert (found.ids, found.ends) == (whole.ids, whole.ends)
 
 
-def test_a_token_on_both_sides_of_the_boundary_belongs_to_the_response(
+def test_a_token_that_would_hold_the_end_of_the_prompt_is_not_taken(
     bpe: Tokenizer, library: tokenizers.Tokenizer
 ) -> None:
     encoded = encode(bpe, "the c", "at sat")
     pieces = [library.id_to_token(i) for i in encoded.ids]
-    assert pieces == ["<s>", "the", "Ġcat", "Ġsat", "</s>"]
-    assert encoded.response_start == 2
-    assert encoded.ends == [0, 3, 7, 11, 11]
+    assert library.encode("the cat sat").tokens == ["the", "Ġcat", "Ġsat"]
+    n = encoded.response_start
+    assert pieces[:n] == ["<s>", *library.encode("the c").tokens]
+    assert pieces[n:] == [*library.encode("at sat").tokens, "</s>"]
+    assert encoded.ends[n - 1] == 5
+    assert encoded.ends[-1] == 11
 
 
 def test_all_bytes_of_a_character_are_on_its_side_of_the_boundary(bpe: Tokenizer) -> None:
@@ -194,9 +210,12 @@ def test_a_blank_at_the_end_of_a_token_counts_although_the_file_asks_to_trim_it(
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
     raw.post_processor = processors.ByteLevel(trim_offsets=True)
     tokenizer = saved(tmp_path, raw, bos_token="<s>", eos_token="</s>")
-    straddling = encode(tokenizer, "a", " .")
-    assert (straddling.ids, straddling.response_start) == ([0, 5, 6, 1], 1)
-    assert straddling.ends == [0, 2, 3, 3]
+    within = encode(tokenizer, "a ", ".")
+    assert (within.ids, within.ends) == ([0, 5, 6, 1], [0, 2, 3, 3])
+    assert within.response_start == 2
+    would_straddle = encode(tokenizer, "a", " .")
+    assert (would_straddle.ids, would_straddle.ends) == ([0, 2, 4, 6, 1], [0, 1, 2, 3, 3])
+    assert would_straddle.response_start == 2
     assert encode(tokenizer, "a  ", "b").response_start == 1 + 2
 
 
@@ -270,6 +289,7 @@ def test_characters_outside_the_alphabet_are_one_unknown_token_each(tmp_path: Pa
 # --- sentencepiece ---------------------------------------------------------------------------
 
 
+@functools.cache
 def train_sentencepiece(**options: Any) -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -286,14 +306,7 @@ def train_sentencepiece(**options: Any) -> bytes:
 def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As Llama's: BPE, byte fallback, no normalisation."""
     file = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
-    model = train_sentencepiece(
-        vocab_size=350,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-    )
-    file.write_bytes(model)
+    file.write_bytes(llama_model("bpe"))
     return file
 
 
@@ -313,7 +326,7 @@ def test_sentencepiece_ids_stand_for_the_joined_text_and_the_response_starts_in_
     tokenizer = load_tokenizer(sentencepiece_file)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
     pairs = list(random_pairs(2000, seed=6))
-    straddling = 0
+    would_straddle = 0
     for (prompt, response), encoded in zip(pairs, tokenizer.encode(pairs), strict=True):
         ids, ends, start = check_frame(tokenizer, encoded)
         assert processor.decode(ids) == prompt + response
@@ -323,8 +336,11 @@ def test_sentencepiece_ids_stand_for_the_joined_text_and_the_response_starts_in_
             wanted_start = 0  # the blank before the text belongs to what follows it
         assert start == wanted_start
         assert all(a <= b for a, b in zip(ends, wanted_ends, strict=True))
-        straddling += sum(sizes[:start]) < len(prompt.encode())
-    assert straddling > 50
+        assert sum(sizes[:start]) == len(prompt.encode())
+        if prompt:
+            assert ids[:start] == processor.encode(prompt)
+        would_straddle += ids != processor.encode(prompt + response)
+    assert would_straddle > 50
 
 
 def test_sentencepiece_bytes_of_a_character_are_on_its_side_of_the_boundary(
@@ -349,12 +365,14 @@ def test_sentencepiece_takes_unknown_characters_as_one_token(
         train_sentencepiece(vocab_size=40, model_type=model_type)
     )
     tokenizer = load_tokenizer(tmp_path)
-    for prompt, response in (("the ", "漢字 a"), ("the 漢", "字 a"), ("the ", "漢字")):
-        encoded = encode(tokenizer, prompt, response)
-        ids, ends, start = check_frame(tokenizer, encoded)
+    for prompt, response in (("the ", "漢字 a"), ("the ", "漢字")):
+        ids, ends, start = check_frame(tokenizer, encode(tokenizer, prompt, response))
         assert ids.count(0) == 1
         assert ids[start] == 0
         assert ends[start - 1 : start + 1] == [4, 6]
+    ids, ends, start = check_frame(tokenizer, encode(tokenizer, "the 漢", "字 a"))
+    assert ids[start - 1 : start + 1] == [0, 0]  # one on each side
+    assert ends[start - 1 : start + 1] == [5, 6]
 
 
 def test_sentencepiece_without_begin_and_end_token_has_none(tmp_path: Path) -> None:
@@ -365,6 +383,315 @@ def test_sentencepiece_without_begin_and_end_token_has_none(tmp_path: Path) -> N
     encoded = encode(tokenizer, "the cat", " sat")
     assert encoded.ends[-1] == 11
     assert encoded.ids[: encoded.response_start] == encode(tokenizer, "the cat", "").ids
+
+
+# --- the boundary, for every kind of tokenizer -----------------------------------------------
+
+CHARACTERS = sorted(set("".join(FRAGMENTS)) - {"\x00"})
+BYTES = [f"<0x{b:02X}>" for b in range(256)]
+LLAMA_DECODER = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+BLANK_IN_FRONT = decoders.Strip(" ", 1, 0)
+
+
+def train_json(folder: Path, raw: tokenizers.Tokenizer, **settings: Any) -> Tokenizer:
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>", "<|sep|>"],
+        initial_alphabet=[*CHARACTERS, "▁", *pre_tokenizers.ByteLevel.alphabet()],
+        show_progress=False,
+    )
+    raw.train_from_iterator(sentences(), trainer)
+    return saved(folder, raw, bos_token="<s>", eos_token="</s>", **settings)
+
+
+def byte_level(folder: Path, *, prefix: bool) -> Tokenizer:
+    raw = tokenizers.Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(prefix)
+    raw.decoder = decoders.ByteLevel()
+    return train_json(folder, raw)
+
+
+def metaspace(folder: Path, scheme: str) -> Tokenizer:
+    raw = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    raw.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    return train_json(folder, raw)
+
+
+def composing(folder: Path) -> Tokenizer:
+    """A normalizer joins a letter and an accent that follows it."""
+    raw = tokenizers.Tokenizer(models.BPE())
+    raw.normalizer = normalizers.NFC()
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(False)
+    raw.decoder = decoders.ByteLevel()
+    return train_json(folder, raw)
+
+
+def llama_json(folder: Path) -> Tokenizer:
+    """As the first conversions of Llama: the blank in front is a normalizer's."""
+    model = sentencepiece.SentencePieceProcessor(model_proto=llama_model("bpe"))
+    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    merges = [
+        (piece[:i], piece[i:])
+        for piece in pieces[3 + 256 :]
+        for i in range(1, len(piece))
+        if piece[:i] in vocabulary and piece[i:] in vocabulary
+    ]
+    raw = tokenizers.Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw.decoder = decoders.Sequence([*LLAMA_DECODER, BLANK_IN_FRONT])
+    raw.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return saved(folder, raw, bos_token="<s>", eos_token="</s>")
+
+
+def llama_model(model_type: str) -> bytes:
+    return train_sentencepiece(
+        vocab_size=350,
+        model_type=model_type,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
+
+
+def sentencepiece_model(folder: Path, model_type: str, **settings: Any) -> Tokenizer:
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(llama_model(model_type))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return load_tokenizer(folder)
+
+
+KINDS: dict[str, Callable[[Path], Tokenizer]] = {
+    "byte-level BPE": lambda f: byte_level(f, prefix=False),
+    "byte-level BPE with a blank in front": lambda f: byte_level(f, prefix=True),
+    "byte-level BPE behind NFC": composing,
+    "Metaspace before the first word": lambda f: metaspace(f, "first"),
+    "Metaspace before every part": lambda f: metaspace(f, "always"),
+    "Llama's first tokenizer.json": llama_json,
+    "sentencepiece BPE": lambda f: sentencepiece_model(f, "bpe"),
+    "sentencepiece unigram": lambda f: sentencepiece_model(f, "unigram"),
+}
+EDGES = [
+    ("", "the cat"),
+    ("", " the cat"),
+    ("", "😀"),
+    ("the", " cat"),
+    ("the ", "cat"),
+    ("the ", " cat"),
+    ("the\n", "\ncat"),
+    ("the\n\n", "cat"),
+    ("se", "ven"),
+    ("the  ", "  cat  "),
+    ("漢", "字"),
+    ("a😀", "😀"),
+    ("\n", "\n"),
+    ("caf", "é ß"),
+    ("the", "."),
+]
+
+
+class Plain:
+    """The library's own tokenizer of a folder: what it makes of one text, and of ids."""
+
+    def __init__(self, folder: Path) -> None:
+        if (folder / "tokenizer.json").exists():
+            library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self.encode = lambda text: library.encode(text, add_special_tokens=False).ids
+            self.decode = lambda ids: library.decode(ids, skip_special_tokens=False)
+        else:
+            model = folder / "tokenizer.model"
+            processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+            self.encode, self.decode = processor.encode, processor.decode
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompt_and_response_have_their_own_tokens_and_the_joined_text_is_unchanged(
+    tmp_path: Path, kind: str
+) -> None:
+    tokenizer, plain = KINDS[kind](tmp_path), Plain(tmp_path)
+    # These cannot tell a text's own first blank from the one that they put in front.
+    first = " " if "Metaspace" in kind or "blank in front" in kind else ""
+    unknown = "\x00" if "Metaspace" in kind else "\x01"
+    pairs = [*EDGES, *random_pairs(400, seed=8)]
+    pairs = [pair for pair in pairs if unknown not in "".join(pair)]
+    would_straddle = 0
+    for (prompt, response), encoded in zip(pairs, tokenizer.encode(pairs), strict=True):
+        ids, _, start = check_frame(tokenizer, encoded)
+        for found, text in ((ids, prompt + response), (ids[:start], prompt)):
+            decoded = plain.decode(found)
+            assert text in (decoded, first + decoded) or decoded == first + text
+        assert ids[:start] == (plain.encode(prompt) if prompt else [])
+        joined = plain.encode(prompt + response)
+        would_straddle += ids != joined
+        if joined[:start] == ids[:start]:
+            assert ids == joined
+    assert 20 < would_straddle < len(pairs) / 2
+
+
+def test_a_normalizer_joins_nothing_over_the_boundary(tmp_path: Path) -> None:
+    tokenizer, plain = composing(tmp_path), Plain(tmp_path)
+    encoded = encode(tokenizer, "cafe", "\u0301 on")
+    start = encoded.response_start
+    assert plain.decode(encoded.ids[1:start]) == "cafe"
+    assert plain.decode(encoded.ids[start:-1]) == "\u0301 on"
+    assert plain.decode(encode(tokenizer, "cafe\u0301", " on").ids[1:-1]) == "café on"
+
+
+def test_blanks_that_sentencepiece_drops_leave_one_between_prompt_and_response(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(
+        train_sentencepiece(vocab_size=60, model_type="unigram")
+    )
+    tokenizer, plain = load_tokenizer(tmp_path), Plain(tmp_path)
+    for prompt, response in (("the", " cat"), ("the ", "cat"), ("the  ", "\n cat ")):
+        ids, _, start = check_frame(tokenizer, encode(tokenizer, prompt, response))
+        assert plain.decode(ids) == "the cat"
+        assert plain.decode(ids[start:]) == "cat"
+    assert plain.decode(encode(tokenizer, "se", "ven").ids[1:-1]) == "seven"
+
+
+def test_blanks_as_ends_of_words_are_refused(tmp_path: Path) -> None:
+    model = train_sentencepiece(vocab_size=60, model_type="bpe", treat_whitespace_as_suffix=True)
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    with pytest.raises(InputError, match="blanks as the ends of words are not supported"):
+        load_tokenizer(tmp_path)
+
+
+# --- Llama 3's tiktoken vocabulary -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tokenizers.Tokenizer:
+    raw = tokenizers.Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=alphabet, show_progress=False, max_token_length=12
+    )
+    raw.train_from_iterator(
+        [word for text in sentences() for word in re.findall(" ?[a-z]+", text)], trainer
+    )
+    raw.decoder = decoders.ByteLevel()
+    return raw
+
+
+def write_llama_3(folder: Path, trained: tokenizers.Tokenizer) -> None:
+    """A vocabulary of Llama 3's size: the trained one, filled up with what is in no text."""
+    ids = range(trained.get_vocab_size())
+    letters = {letter: bytes([byte]) for byte, letter in _letters().items()}
+    tokens = [b"".join(letters[x] for x in str(trained.id_to_token(i))) for i in ids]
+    tokens += [b"\xff" + n.to_bytes(3, "big") for n in range(N_RANKS - len(tokens))]
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
+
+
+def test_llama_3_s_tiktoken_vocabulary_is_read_as_the_bpe_that_it_is(
+    tmp_path: Path, trained: tokenizers.Tokenizer
+) -> None:
+    write_llama_3(tmp_path, trained)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (N_RANKS, N_RANKS + 1)
+    assert tokenizer.vocab_size == N_RANKS + 256
+    for words in (["the", " cat", " sat"], ["seventhree", " mats", " zebra"], [" plus", "漢字"]):
+        expected = [i for word in words for i in trained.encode(word).ids]
+        ids, _, start = check_frame(tokenizer, encode(tokenizer, words[0], "".join(words[1:])))
+        assert ids == expected
+        assert start == len(trained.encode(words[0]).ids)
+    chat = encode(tokenizer, "<|start_header_id|>user<|end_header_id|>", "\n\nten<|eot_id|>")
+    assert [i - N_RANKS for i in chat.ids if i >= N_RANKS] == [0, 6, 7, 9, 1]
+    pairs = list(random_pairs(200, seed=9))
+    for (prompt, response), encoded in zip(pairs, tokenizer.encode(pairs), strict=True):
+        assert trained.decode(encoded.ids[1:-1]) == prompt + response
+
+
+# --- special tokens in a text ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_begin_and_end_token_in_a_text_are_tokens_and_not_doubled(
+    tmp_path: Path, kind: str
+) -> None:
+    tokenizer = KINDS[kind](tmp_path)
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    for prompt, response in (("<s>the", " cat"), ("the", " cat</s>"), ("<s>the", " cat</s>")):
+        ids = encode(tokenizer, prompt, response).ids
+        assert (ids.count(bos), ids.count(eos)) == (1, 1)
+        assert (ids[0], ids[-1]) == (bos, eos)
+    within = encode(tokenizer, "the</s>", "</s><s> cat")
+    n = within.response_start
+    assert within.ids[n - 1 : n + 2] == [eos, eos, bos]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_frame_nothing_is_added(tmp_path: Path, kind: str) -> None:
+    tokenizer = KINDS[kind](tmp_path)
+    (bare,) = tokenizer.encode([("the", " cat")], framed=False)
+    framed = encode(tokenizer, "the", " cat")
+    assert framed.ids == [tokenizer.bos_id, *bare.ids, tokenizer.eos_id]
+    assert bare.response_start == framed.response_start - 1
+    (own,) = tokenizer.encode([("<s>the", " cat</s>")], framed=False)
+    assert (own.ids[0], own.ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert (own.ends[0], own.ends[-2:]) == (3, [10, 14])
+
+
+def test_sentencepiece_begins_anew_after_a_begin_token(tmp_path: Path) -> None:
+    tokenizer = sentencepiece_model(tmp_path, "bpe")
+    written, added = encode(tokenizer, "<s>the", " cat"), encode(tokenizer, "the", " cat")
+    assert (written.ids, written.response_start) == (added.ids, added.response_start)
+    assert encode(tokenizer, "<s>", "the cat").ids == encode(tokenizer, "", "the cat").ids
+
+
+ADDED = {"32": {"content": "<|im_start|>"}, "400": {"content": "<|im_end|>", "special": True}}
+
+
+def test_sentencepiece_knows_the_tokens_added_beside_it(tmp_path: Path) -> None:
+    tokenizer = sentencepiece_model(
+        tmp_path / "a", "bpe", added_tokens_decoder=ADDED, eos_token="<|im_end|>"
+    )
+    assert tokenizer.eos_id == 400
+    assert tokenizer.vocab_size == 401
+    encoded = encode(tokenizer, "<|im_start|>the", " cat<|im_end|>")
+    plain = Plain(tmp_path / "a")
+    assert encoded.ids[:2] == [1, 32]
+    assert plain.decode(encoded.ids[2:-1]) == "the cat"
+    assert plain.encode("the")[0] not in encoded.ids  # no blank in the middle
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/added_tokens.json").write_text('{"<|im_start|>": 32, "<|im_end|>": 400}')
+    other = sentencepiece_model(tmp_path / "b", "bpe", eos_token="<|im_end|>")
+    assert encode(other, "<|im_start|>the", " cat<|im_end|>") == encoded
+    assert other.fingerprint == tokenizer.fingerprint
+    assert sentencepiece_model(tmp_path / "c", "bpe").fingerprint != tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    "added", [{"x": {"content": "<a>"}}, {"3": "<a>"}, {"3": {}}, ["<a>"], None]
+)
+def test_an_added_token_without_text_or_number_is_an_input_error(
+    tmp_path: Path, added: object
+) -> None:
+    with pytest.raises(InputError, match="a token without text or number"):
+        sentencepiece_model(tmp_path, "bpe", added_tokens_decoder=added)
+
+
+@pytest.mark.parametrize("pad", [None, "</s>", "<unk>", "<s>"])
+@pytest.mark.parametrize("kind", ["byte-level BPE", "sentencepiece BPE"])
+def test_the_end_token_is_a_response_token_whatever_the_padding_token_is(
+    tmp_path: Path, kind: str, pad: str | None
+) -> None:
+    KINDS[kind](tmp_path)
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": pad}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path)
+    for response in (" cat", " cat</s>"):
+        encoded = encode(tokenizer, "the", response)
+        of_response = encoded.ids[encoded.response_start :]
+        assert of_response[-1] == tokenizer.eos_id
+        assert of_response.count(tokenizer.eos_id) == 1
+        assert len(of_response) > 1
 
 
 # --- begin and end token ---------------------------------------------------------------------
@@ -382,7 +709,7 @@ def with_settings(folder: Path, source: Path, settings: object) -> Tokenizer:
     [
         ({"bos_token": "<s>", "eos_token": "</s>"}, (0, 1)),
         ({"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>", "lstrip": 0}}, (0, 1)),
-        ({"bos_token": "</s>", "eos_token": "a"}, (1, "a")),
+        ({"bos_token": "</s>", "eos_token": "."}, (1, ".")),
         ({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False}, (None, 1)),
         ({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}, (0, 1)),
         ({"bos_token": None, "eos_token": "</s>"}, (None, 1)),
@@ -473,6 +800,7 @@ def test_a_missing_tokenizer_is_an_input_error(tmp_path: Path, name: str) -> Non
         b"[]",
         b'{"model": {"type": "BPE"}}',
         b"IQ== 0\nIg== 1\n",  # the beginning of Llama 3's tokenizer.model
+        b"IQ== 0\r\nIg== 1\r\n",
         b"\xff\xfe\x00\x01" * 100,
     ],
 )
@@ -502,4 +830,31 @@ def test_a_wrong_tokenizer_configuration_is_an_input_error(
     shutil.copyfile(bpe_folder / "tokenizer.json", tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_bytes(content)
     with pytest.raises(InputError, match=said):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"IQ== 0\nIg== 1\n", b"IQ== 0\n= 1\n", b"IQ== 0\nIg==\n"])
+def test_another_or_damaged_tiktoken_vocabulary_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(InputError, match=r"tokenizer\.model: cannot read the tokenizer: "):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tiktoken_vocabulary_that_is_not_llama_3_s_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    with pytest.raises(InputError, match=r"tiktoken vocabulary of 2 tokens.* a tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tekken.json", "qwen.tiktoken", "spiece.model"])
+def test_a_folder_with_another_kind_of_tokenizer_names_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match=f"{name} alone is not supported.*save_pretrained"):
+        load_tokenizer(tmp_path)
+
+
+def test_wordpiece_is_refused(tmp_path: Path) -> None:
+    model = models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]")
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="WordPiece is not supported"):
         load_tokenizer(tmp_path)

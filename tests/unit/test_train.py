@@ -128,6 +128,7 @@ def test_another_configuration_in_the_same_directory_is_refused(folder: Path) ->
         ["objective.loss=pairwise"],
         ["training.num_unfrozen_layers=0"],
         ["training.num_unfrozen_layers=4", "training.lr_decay_factor=0.8"],
+        ["training.value_head.bias=false"],
         ["distributed.fsdp.mixed_precision=true"],
         ["distributed.fsdp.activation_checkpointing=true"],
     ],

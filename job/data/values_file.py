@@ -1,0 +1,202 @@
+"""Token values of a data file: written part by part, at the end one Parquet file.
+
+    OUT.parts/              while it is being written
+        plan.json           what is scored with what
+        START-STOP.parquet  sequences START to STOP of the set, committed by a rename
+
+A row for each row of the data, in its order, those that were left out among them:
+
+    line         where it stands in the data file, counted from 1
+    values       the value after each token of the response, null for a row that was left out
+    final_value  the last of them
+    tokens       the response's tokens
+    reward       null without a label
+    error        why it was left out, else null
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from job.config import differences
+from job.data.examples import BadRow
+from job.data.token_cache import TokenizedSet
+from job.durability.files import write_atomic
+from job.outcome import Ending, InputError, listing
+
+Values = NDArray[np.float32]
+_PLAN = b"critic-job"  # key of the plan in the file's metadata
+
+
+class ValuesFile:
+    """One scoring's file, for the one process that writes it.
+
+    Args:
+        plan: what a file or its parts must agree with, as names and values.
+    """
+
+    def __init__(self, path: Path, data: TokenizedSet, plan: dict[str, Any]) -> None:
+        self.path, self._data, self._plan = path, data, plan
+        self._parts = path.with_name(f"{path.name}.parts")
+        self._bad = list(data.bad_rows())
+
+    @contextmanager
+    def claimed(self) -> Iterator[int]:
+        """Hold the file for the length of the body; yield how many sequences are written already.
+
+        Raises:
+            InputError: the file or its parts are another scoring's, or a process is at it.
+        """
+        if self.path.exists():
+            self._refuse_other(self.path, _plan_of(self.path))
+            shutil.rmtree(self._parts, ignore_errors=True)
+            yield len(self._data)
+            return
+        with ExitStack() as held:
+            try:
+                self._parts.mkdir(parents=True, exist_ok=True)
+                self._lock(held.enter_context((self._parts / "lock").open("w")))
+                written = self._begin()
+            except OSError as error:
+                raise InputError(f"{self.path}: cannot be written: {error.strerror}") from None
+            yield written
+
+    def _lock(self, file: TextIO) -> None:
+        """Lock until the file is closed, whichever way this process ends."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.path}: another process is scoring into it") from None
+
+    def _begin(self) -> int:
+        plan = self._parts / "plan.json"
+        if plan.exists():
+            self._refuse_other(self._parts, json.loads(plan.read_text(encoding="utf-8")))
+        else:
+            write_atomic(plan, json.dumps(self._plan, indent=2) + "\n")
+        return max((stop for _, stop in self._written()), default=0)
+
+    def _refuse_other(self, place: Path, plan: dict[str, Any]) -> None:
+        if changed := differences(plan, self._plan):
+            raise InputError(
+                f"{place}: values of something else (there -> asked for); choose another --out, "
+                "or remove it" + listing(changed)
+            )
+
+    def add(self, start: int, values: Sequence[Values]) -> None:
+        """Commit the values of the sequences from `start` on."""
+        import pyarrow.parquet
+
+        stop = start + len(values)
+        with self._committed(self._parts / f"{start:012}-{stop:012}.parquet") as stream:
+            pyarrow.parquet.write_table(self._table(start, stop, values), stream)
+
+    def finish(self) -> None:
+        """Make one file of the parts, and remove them."""
+        import pyarrow.parquet
+
+        files = [file for file, _ in self._written()]
+        metadata = {_PLAN: json.dumps(self._plan)}
+        schema = pyarrow.parquet.read_schema(files[0]).with_metadata(metadata)
+        with (
+            self._committed(self.path) as stream,
+            pyarrow.parquet.ParquetWriter(stream, schema) as writer,
+        ):
+            for file in files:
+                writer.write_table(pyarrow.parquet.read_table(file, schema=schema))
+        shutil.rmtree(self._parts, ignore_errors=True)
+
+    @contextmanager
+    def _committed(self, file: Path) -> Iterator[BinaryIO]:
+        """A stream whose content appears as `file` once it is on the disk."""
+        scratch = self._parts / f"{file.name}.unfinished"
+        try:
+            with scratch.open("wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            scratch.rename(file)
+        except OSError as error:
+            raise Ending(f"{file}: cannot write the values: {error.strerror}") from None
+
+    def values(self) -> Iterator[list[Values]]:
+        """The values of the finished file's sequences, in order, some at a time."""
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False) as file:
+            for batch in file.iter_batches(1024, columns=["values"]):
+                yield [row.values.to_numpy() for row in batch.column(0) if row.is_valid]
+
+    def _written(self) -> list[tuple[Path, int]]:
+        """The parts in order, and the sequence that each ends before."""
+        files = sorted(self._parts.glob("*-*.parquet"))
+        return [(file, int(file.stem.partition("-")[2])) for file in files]
+
+    def _table(self, start: int, stop: int, values: Sequence[Values]) -> Any:
+        import pyarrow as pa
+
+        rows = sorted(
+            itertools.chain(
+                (self._row(i, v) for i, v in zip(range(start, stop), values, strict=True)),
+                (_left_out(bad) for bad in self._bad_between(start, stop)),
+            ),
+            key=lambda row: row["line"],
+        )
+        schema = pa.schema(
+            [
+                ("line", pa.int64()),
+                ("values", pa.list_(pa.float32())),
+                ("final_value", pa.float32()),
+                ("tokens", pa.list_(pa.uint32())),
+                ("reward", pa.float64()),
+                ("error", pa.string()),
+            ]
+        )
+        return pa.Table.from_pylist(rows, schema)
+
+    def _row(self, index: int, values: Values) -> dict[str, Any]:
+        data = self._data
+        first = data.offsets[index] + data.response_starts[index]
+        reward = data.rewards[index]
+        return {
+            "line": int(data.lines[index]),
+            "values": values,
+            "final_value": values[-1],
+            "tokens": np.asarray(data.tokens[first : data.offsets[index + 1]]),
+            "reward": None if np.isnan(reward) else float(reward),
+            "error": None,
+        }
+
+    def _bad_between(self, start: int, stop: int) -> Iterator[BadRow]:
+        """Rows left out since the part before; the last part has the rest."""
+        lines = self._data.lines
+        after = lines[start - 1] if start else 0
+        until = lines[stop - 1] if stop < len(lines) else np.inf
+        return (bad for bad in self._bad if after < bad.line < until)
+
+
+def _left_out(bad: BadRow) -> dict[str, Any]:
+    return {"line": bad.line, "error": bad.reason}
+
+
+def _plan_of(file: Path) -> dict[str, Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_schema(file).metadata or {}
+        plan: dict[str, Any] = json.loads(metadata[_PLAN])
+    except (pyarrow.ArrowException, KeyError, ValueError):
+        raise InputError(f"{file}: is there already, and no file of values") from None
+    return plan

@@ -1,0 +1,218 @@
+"""Hugging Face's config.json in the terms of Meta's params.json, and back. Free of torch.
+
+What transformers takes from its own defaults where a key is absent is taken here only where the
+default is the same in all its versions; any other key must be there.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job.model.json_values import check_complete, check_values, read_object
+from job.outcome import InputError
+
+if TYPE_CHECKING:
+    from job.model.architecture import TransformerConfig
+
+LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
+QWEN2, QWEN3 = "Qwen2ForCausalLM", "Qwen3ForCausalLM"
+_MODEL_TYPES = {LLAMA: "llama", MISTRAL: "mistral", QWEN2: "qwen2", QWEN3: "qwen3"}
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_ROPE_TYPES = ("default", "linear", "llama3")
+# Keys that change what a model computes, and the only value that is supported.
+_ONLY: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "quantization_config": None,
+    "auto_map": None,
+}
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """What a config.json says of a model: values of params.json, and how far attention sees."""
+
+    values: dict[str, Any]
+    window: int | None  # tokens that one attends to, itself included; None: all before it
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Sizes in config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+    head_dim: int | None = None
+
+
+def read(file: Path) -> HuggingFaceModel:
+    """The model that a config.json describes.
+
+    Raises:
+        InputError: it cannot be read, lacks a key, or describes what is not supported.
+    """
+    config = read_object(file, "the architecture")
+    architecture = _architecture(file, config)
+    _check_supported(file, config)
+    sizes = _sizes(file, config, architecture)
+    theta, scaling = _rope(file, config)
+    values = {
+        "dim": sizes.hidden_size,
+        "n_layers": sizes.num_hidden_layers,
+        "n_heads": sizes.num_attention_heads,
+        "n_kv_heads": sizes.num_key_value_heads,
+        "vocab_size": sizes.vocab_size,
+        "head_dim": sizes.head_dim,
+        "ffn_hidden": sizes.intermediate_size,
+        "norm_eps": sizes.rms_norm_eps,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "qkv_bias": architecture == QWEN2,
+        "qk_norm": architecture == QWEN3,
+    }
+    return HuggingFaceModel(values, _window(file, config, architecture))
+
+
+def _architecture(file: Path, config: Mapping[str, Any]) -> str:
+    named = config.get("architectures")
+    if isinstance(named, list) and len(named) == 1 and named[0] in _MODEL_TYPES:
+        return str(named[0])
+    raise InputError(
+        f"{file}: architectures: {reprlib.repr(named)} is not supported; "
+        f"supported are {', '.join(_MODEL_TYPES)}"
+    )
+
+
+def _check_supported(file: Path, config: Mapping[str, Any]) -> None:
+    for key, supported in _ONLY.items():
+        found = config.get(key, supported)
+        if found != supported:
+            wanted = "no such key" if supported is None else repr(supported)
+            raise InputError(
+                f"{file}: {key}: {reprlib.repr(found)} is not supported; supported is {wanted}"
+            )
+
+
+def _sizes(file: Path, config: Mapping[str, Any], architecture: str) -> _Keys:
+    found = {name: config[name] for name in _Keys.__annotations__ if name in config}
+    if architecture == LLAMA and found.get("num_key_value_heads") is None:
+        # Llama 1 and 2, from before there were grouped heads
+        found["num_key_value_heads"] = found.get("num_attention_heads")
+    check_values(file, found, _Keys)
+    check_complete(file, found, _Keys)
+    if architecture == QWEN3 and found.get("head_dim") is None:
+        raise InputError(f"{file}: no value for head_dim")
+    sizes = _Keys(**found)
+    # newer versions write what older ones derive
+    derived = sizes.head_dim and sizes.head_dim * sizes.num_attention_heads == sizes.hidden_size
+    return replace(sizes, head_dim=None) if derived else sizes
+
+
+def _rope(file: Path, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | None]:
+    """RoPE's theta and scaling, as in params.json.
+
+    transformers 5 has both in `rope_parameters`, before it `rope_theta` and `rope_scaling`.
+    """
+    given = [config.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
+    if not all(isinstance(values, dict) for values in given):
+        raise InputError(f"{file}: rope_parameters and rope_scaling must be objects")
+    if all(given) and given[0] != given[1]:
+        raise InputError(f"{file}: rope_parameters and rope_scaling do not agree")
+    scaling = dict(given[0] or given[1])
+    kind = scaling.pop("rope_type", scaling.get("type", "default"))
+    scaling.pop("type", None)
+    theta = _agreed_theta(file, config, scaling)
+    if kind not in _ROPE_TYPES or scaling.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError(
+            f"{file}: RoPE of type {kind!r} in {reprlib.repr(given)} is not supported; supported "
+            f"are {', '.join(_ROPE_TYPES)}, over all channels"
+        )
+    return theta, _scaling(file, kind, scaling)
+
+
+def _agreed_theta(file: Path, config: Mapping[str, Any], scaling: dict[str, Any]) -> Any:
+    inner = scaling.pop("rope_theta", None)
+    outer = config.get("rope_theta")
+    if inner is not None and outer is not None and inner != outer:
+        raise InputError(f"{file}: rope_theta is {outer!r} and {inner!r}")
+    found = outer if inner is None else inner
+    return 10000.0 if found is None else found
+
+
+def _scaling(file: Path, kind: str, values: dict[str, Any]) -> dict[str, Any] | None:
+    if kind == "default":
+        return None
+    keys = ["factor"]
+    if kind == "llama3":
+        keys += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    if missing := [key for key in keys if key not in values]:
+        raise InputError(f"{file}: RoPE of type {kind}: no value for {', '.join(missing)}")
+    found = {key: values[key] for key in keys}
+    return found | {"rope_type": kind} if kind == "linear" else found
+
+
+def _window(file: Path, config: Mapping[str, Any], architecture: str) -> int | None:
+    if not set(config.get("layer_types") or ()) <= _LAYER_TYPES:
+        found = reprlib.repr(config["layer_types"])
+        raise InputError(f"{file}: layer_types: {found} is not supported")
+    if architecture == LLAMA:
+        return None
+    if architecture == MISTRAL and "sliding_window" not in config:
+        raise InputError(f"{file}: no value for sliding_window")
+    window = config.get("sliding_window")
+    if architecture != MISTRAL and not config.get("use_sliding_window", False):
+        return None
+    if window is not None and not (type(window) is int and window > 0):
+        raise InputError(f"{file}: sliding_window must be a positive integer, not {window!r}")
+    return window
+
+
+def write(config: TransformerConfig, dtype: str, max_positions: int) -> dict[str, Any]:
+    """The config.json of a language model on a trunk; keys that all versions of transformers read.
+
+    Args:
+        dtype: of the stored weights, such as `float32`.
+        max_positions: tokens of the longest sequence that it was trained on.
+
+    Raises:
+        ValueError: no supported architecture has these biases and norms.
+    """
+    if config.qkv_bias and config.qk_norm:
+        raise ValueError("no Hugging Face architecture here has biases and norms of q and k")
+    architecture = QWEN3 if config.qk_norm else QWEN2 if config.qkv_bias else LLAMA
+    return {
+        "architectures": [architecture],
+        "model_type": _MODEL_TYPES[architecture],
+        "torch_dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": config.ffn_width,
+        "num_hidden_layers": config.n_trunk_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "max_position_embeddings": max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _written_scaling(config),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    }
+
+
+def _written_scaling(config: TransformerConfig) -> dict[str, Any] | None:
+    if config.rope_scaling is None:
+        return None
+    return {"rope_type": "llama3", **vars(config.rope_scaling)}

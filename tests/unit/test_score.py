@@ -1,0 +1,396 @@
+"""Values of a file: those of the run, for each row, in order, however often it was ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from launch import PYTHONPATH, run_ranks, running
+from micro_critic import MicroCritics, write_rows
+from micro_job import MicroRun
+
+import job.score
+from job.config import EMBEDDED
+from job.data.tokenizer import load_tokenizer
+from job.durability.trained import TrainedCritic
+from job.model.transformer import PackedLayout
+from job.outcome import InputError
+from job.score import score
+
+pytestmark = pytest.mark.slow
+
+
+ROWS = [
+    {
+        "prompt": f"{a}+{b}?",
+        "response": f"{a}+{b}={a + b + a % 2};A{a + b + a % 2}",
+        "reward": 1 - a % 2,
+    }
+    for a in range(8)
+    for b in range(5)
+]
+
+
+def _score(
+    source: Path, data: Path | str, out: Path, *overrides: str, base: str | None = None
+) -> list[dict[str, Any]]:
+    score(lambda: TrainedCritic.find(source, base, overrides), str(data), out)
+    return _read(out)
+
+
+def _ended(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+def _read(out: Path) -> list[dict[str, Any]]:
+    return pyarrow.parquet.read_table(out).to_pylist()
+
+
+@pytest.fixture
+def run(critics: MicroCritics) -> MicroRun:
+    return critics.run("n1")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl", ROWS)
+
+
+def _alone(trained: TrainedCritic, prompt: str, response: str) -> tuple[list[int], list[float]]:
+    """A response's tokens and head outputs, by a critic put together here, packed with nothing."""
+    critic = trained.on_meta().to_empty(device="cpu")
+    base = torch.load(Path(trained.config.model.path) / "consolidated.pth", weights_only=True)
+    for name, parameter in critic.named_parameters():
+        source = (
+            trained.weights.read(name) if parameter.requires_grad else base[name[len("trunk.") :]]
+        )
+        parameter.detach().copy_(source)
+    (encoded,) = load_tokenizer(trained.config.model.path).encode([(prompt, response)])
+    at = torch.arange(encoded.response_start, len(encoded.ids))
+    with torch.no_grad():
+        outputs = critic(torch.tensor(encoded.ids), PackedLayout([len(encoded.ids)]), at)
+    return encoded.ids[encoded.response_start :], outputs.tolist()
+
+
+def test_values_are_the_critics_one_by_one_in_the_order_of_the_file(
+    run: MicroRun, data: Path, tmp_path: Path
+) -> None:
+    found = _score(run.path, data, tmp_path / "values.parquet")
+    trained = TrainedCritic.find(run.path)
+    assert [row["line"] for row in found] == list(range(1, len(ROWS) + 1))
+    for row, value in zip(ROWS, found, strict=True):
+        tokens, values = _alone(trained, str(row["prompt"]), str(row["response"]))
+        assert value["tokens"] == tokens
+        assert value["values"] == pytest.approx(values, abs=1e-6)
+        assert value["final_value"] == value["values"][-1]
+        assert (value["reward"], value["error"]) == (row["reward"], None)
+    assert not (tmp_path / "values.parquet.parts").exists()
+
+
+def test_metrics_of_the_validation_data_are_the_runs_own(
+    run: MicroRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _score(run.path, EMBEDDED, tmp_path / "values.parquet")
+    table = capsys.readouterr().out
+    last = run.records[-1]
+    for name in ("mse", "r2", "std_prediction", "ece", "mse_optimal", "last_token_auc"):
+        assert f"{name} " in table
+        assert f"{last[f'validation/value/{name}']:.4f}" in table
+
+
+def test_a_checkpoint_is_scored_as_it_was(run: MicroRun, data: Path, tmp_path: Path) -> None:
+    early = _score(run.path / "checkpoints/step-00000003", data, tmp_path / "early.parquet")
+    late = _score(run.path, data, tmp_path / "late.parquet")
+    newest = _score(run.path / "checkpoints/step-00000006", data, tmp_path / "newest.parquet")
+    assert late == newest
+    differences = [
+        abs(a["final_value"] - b["final_value"]) for a, b in zip(early, late, strict=True)
+    ]
+    assert min(differences) > 1e-4
+
+
+def test_values_of_a_critic_trained_with_bce_are_probabilities(
+    critics: MicroCritics, data: Path, tmp_path: Path
+) -> None:
+    run = critics.run("bce", "objective.loss=bce")
+    trained = TrainedCritic.find(run.path)
+    found = _score(run.path, data, tmp_path / "values.parquet")
+    _, logits = _alone(trained, str(ROWS[0]["prompt"]), str(ROWS[0]["response"]))
+    assert found[0]["values"] == pytest.approx(torch.tensor(logits).sigmoid().tolist(), abs=1e-6)
+
+
+def test_a_head_without_bias_is_scored_without(
+    critics: MicroCritics, data: Path, tmp_path: Path
+) -> None:
+    trained = TrainedCritic.find(critics.run("no-bias", "training.value_head.bias=false").path)
+    assert "value_head.bias" not in trained.weights.shapes
+    found = _score(trained.folder, data, tmp_path / "values.parquet")
+    _, values = _alone(trained, str(ROWS[3]["prompt"]), str(ROWS[3]["response"]))
+    assert found[3]["values"] == pytest.approx(values, abs=1e-6)
+
+
+# Labels and bad rows
+
+
+def test_without_labels_there_are_the_same_values_and_no_table(
+    run: MicroRun, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unlabelled = [{k: v for k, v in row.items() if k != "reward"} for row in ROWS]
+    file = write_rows(tmp_path / "unlabelled.jsonl", unlabelled)
+    found = _score(run.path, file, tmp_path / "a.parquet")
+    assert capsys.readouterr().out == ""
+    labelled = _score(run.path, data, tmp_path / "b.parquet")
+    assert "mse" in capsys.readouterr().out
+    assert found == [row | {"reward": None} for row in labelled]
+
+
+def test_the_table_counts_the_rows_that_have_a_label(
+    run: MicroRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        row if i % 4 else {k: row[k] for k in ("prompt", "response")} for i, row in enumerate(ROWS)
+    ]
+    found = _score(run.path, write_rows(tmp_path / "some.jsonl", rows), tmp_path / "v.parquet")
+    labelled = [row for row in found if row["reward"] is not None]
+    assert len(labelled) == 30
+    table = " ".join(capsys.readouterr().out.split())
+    assert "sequences │ 30" in table
+    errors = np.concatenate([np.array(row["values"]) - row["reward"] for row in labelled])
+    assert f"mse │ {np.square(errors).mean():.4f}" in table
+
+
+def test_rows_left_out_keep_their_place(
+    run: MicroRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job.score, "MICRO_BATCHES", 1)
+    bad = {"prompt": "1+1?", "response": " ", "reward": 0}
+    rows = [
+        bad,
+        "",
+        *ROWS[:4],
+        "not JSON",
+        bad,
+        *ROWS[4:],
+        bad,
+        {"prompt": "1+1?", "response": "A2", "reward": 7},
+    ]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    out = tmp_path / "values.parquet"
+    with pytest.raises(InputError, match=r"5 bad of 45 rows.*data\.bad_rows=skip") as caught:
+        _score(run.path, file, out)
+    assert f"{file}:1: field 'response' is empty" in str(caught.value)
+    assert not list(tmp_path.glob("values*"))
+    small = ("training.micro_batch_tokens=64", "data.bad_rows=skip")
+    found = _score(run.path, file, out, *small)
+    assert [row["line"] for row in found] == [1, *range(3, 47)]
+    left_out = {row["line"]: row["error"] for row in found if row["values"] is None}
+    assert left_out.keys() == {1, 7, 8, 45, 46}
+    assert left_out[46] == "reward 7 lies outside [0, 1]"
+    assert all(row["final_value"] is row["tokens"] is None for row in found if row["error"])
+    assert [row["reward"] for row in found if not row["error"]] == [row["reward"] for row in ROWS]
+
+
+# Going on
+
+
+def _outline(rows: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    return [(row["line"], len(row["values"])) for row in rows]
+
+
+def _same_values(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
+    assert _outline(a) == _outline(b)
+    x, y = (np.concatenate([row["values"] for row in rows]) for rows in (a, b))
+    np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "many.jsonl", ROWS * 60)
+
+
+def _command(run: MicroRun, data: Path, out: str) -> list[str]:
+    script = (
+        "import job.score; job.score.MICRO_BATCHES = 1; job.score.run_and_leave(job.score.main)"
+    )
+    return ["-c", script, "--critic", str(run.path), "--data", str(data), "--out", out]
+
+
+def _parts(out: Path) -> int:
+    return len(list(out.with_name(f"{out.name}.parts").glob("*-*.parquet")))
+
+
+@pytest.mark.parametrize(("number", "world"), [(signal.SIGKILL, 1), (signal.SIGTERM, 2)])
+def test_a_scoring_that_was_ended_goes_on_where_it_was(
+    run: MicroRun, many: Path, tmp_path: Path, number: signal.Signals, world: int
+) -> None:
+    out = tmp_path / "values.parquet"
+    command = _command(run, many, "values.parquet")
+    if number == signal.SIGTERM:
+        command[1] = (
+            "from job.durability.preemption import install_handlers; install_handlers(); "
+            + command[1]
+        )
+    with running(command, world, tmp_path) as ranks:
+        ranks.wait_until(lambda: _parts(out) >= 3, "three parts")
+        ranks.signal(number)
+        codes = ranks.wait()
+    assert codes == [75 if number == signal.SIGTERM else -signal.SIGKILL] * world
+    assert not out.exists()
+    kept = {
+        file: file.stat().st_mtime_ns for file in out.with_name("values.parquet.parts").glob("*-*")
+    }
+    assert len(kept) >= 3
+    with running(command, world, tmp_path) as ranks:
+        ranks.wait_until(lambda: _parts(out) > len(kept), "another part")
+        assert all(file.stat().st_mtime_ns == before for file, before in kept.items())
+        assert ranks.wait() == [0] * world
+    _same_values(_read(out), _score(run.path, many, tmp_path / "whole.parquet"))
+
+
+def test_ranks_score_what_one_process_scores_and_go_on_as_another_number(
+    run: MicroRun, data: Path, tmp_path: Path
+) -> None:
+    whole = _score(run.path, data, tmp_path / "whole.parquet")
+    run_ranks(_command(run, data, "three.parquet"), 3, tmp_path)
+    _same_values(_read(tmp_path / "three.parquet"), whole)
+    many = write_rows(tmp_path / "many.jsonl", ROWS * 60)
+    out = tmp_path / "values.parquet"
+    with running(_command(run, many, "values.parquet"), 2, tmp_path) as ranks:
+        ranks.wait_until(lambda: _parts(out) >= 2, "two parts")
+    found = _score(run.path, many, out)
+    _same_values(found, [row | {"line": i} for i, row in enumerate(whole * 60, 1)])
+
+
+def test_a_finished_file_is_left_as_it_is_and_measured_again(
+    run: MicroRun, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "values.parquet"
+    _score(run.path, data, out)
+    before, table = out.stat(), capsys.readouterr().out
+    _score(run.path, data, out)
+    assert out.stat() == before
+    assert capsys.readouterr().out == table
+
+
+def test_values_of_something_else_are_refused(
+    run: MicroRun, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "values.parquet"
+    _score(run.path, data, out)
+    content = out.read_bytes()
+    with pytest.raises(InputError, match=r"(?s)values of something else.*step: 6 -> 3"):
+        _score(run.path / "checkpoints/step-00000003", data, out)
+    with pytest.raises(InputError, match=r"(?s)values of something else.*data: "):
+        _score(run.path, write_rows(tmp_path / "other.jsonl", ROWS[1:]), out)
+    assert out.read_bytes() == content
+    parts = tmp_path / "b.parquet.parts"
+    parts.mkdir()
+    shutil.copy(_plan_of_a_part(out, parts), parts / "plan.json")
+    with pytest.raises(InputError, match=r"(?s)b\.parquet\.parts: values of something else.*step"):
+        _score(run.path / "checkpoints/step-00000003", data, tmp_path / "b.parquet")
+    (tmp_path / "c.parquet").write_text("a letter")
+    with pytest.raises(InputError, match=r"c\.parquet: is there already, and no file of values"):
+        _score(run.path, data, tmp_path / "c.parquet")
+    assert (tmp_path / "c.parquet").read_text() == "a letter"
+
+
+def _plan_of_a_part(out: Path, folder: Path) -> Path:
+    file = folder / "of-another"
+    file.write_bytes(pyarrow.parquet.read_schema(out).metadata[b"critic-job"])
+    return file
+
+
+def test_two_processes_do_not_score_into_one_file(
+    run: MicroRun, many: Path, tmp_path: Path
+) -> None:
+    with running(_command(run, many, "values.parquet"), 1, tmp_path) as ranks:
+        out = tmp_path / "values.parquet"
+        ranks.freeze_when(lambda: _parts(out) >= 1, "a part")
+        with pytest.raises(InputError, match="another process is scoring into it"):
+            _score(run.path, many, out)
+
+
+def test_a_full_disk_ends_a_scoring_and_keeps_its_parts(
+    run: MicroRun, many: Path, tmp_path: Path
+) -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    command = _command(run, many, "values.parquet")
+    command[1] = limit + command[1].replace("MICRO_BATCHES = 1", "MICRO_BATCHES = 64")
+    done = _ended(command, tmp_path)
+    assert done.returncode == 1
+    assert "cannot write the values: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "values.parquet.parts").exists()
+
+
+# Which critic, which base
+
+
+def test_a_critic_is_used_with_its_own_base_alone(
+    critics: MicroCritics, run: MicroRun, data: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(critics.trunk, moved)
+    found = _score(run.path, data, tmp_path / "a.parquet", base=str(moved))
+    assert found == _score(run.path, data, tmp_path / "b.parquet")
+    weights = torch.load(moved / "consolidated.pth", weights_only=True)
+    weights["layers.0.attention.wq.weight"][0, 0] += 1
+    torch.save(weights, moved / "consolidated.pth")
+    with pytest.raises(
+        InputError, match=r"(?s)not trained on the base .*moved.*base: \w{64} -> \w{64}"
+    ):
+        _score(run.path, data, tmp_path / "c.parquet", base=str(moved))
+    params = json.loads((moved / "params.json").read_text())
+    (moved / "params.json").write_text(json.dumps(params | {"rope_theta": 5e5}))
+    with pytest.raises(InputError, match=r"architecture\.rope_theta: 10000\.0 -> 500000\.0"):
+        _score(run.path, data, tmp_path / "d.parquet", base=str(moved))
+    with pytest.raises(
+        InputError, match=r"nowhere: the base .* is not here; name its folder with --base"
+    ):
+        _score(run.path, data, tmp_path / "e.parquet", base="nowhere")
+
+
+def test_another_tokenizer_is_refused(
+    critics: MicroCritics, run: MicroRun, data: Path, tmp_path: Path
+) -> None:
+    shutil.copy(critics.trunk / "tokenizer.json", tmp_path)
+    settings = {"bos_token": "</s>", "eos_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="trained with another tokenizer"):
+        _score(run.path, data, tmp_path / "v.parquet", f"tokenizer.path={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["training.num_unfrozen_layers=2", "objective.loss=bce", "training.value_head.bias=false"],
+)
+def test_what_belongs_to_the_critic_cannot_be_set(run: MicroRun, override: str) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(InputError, match=rf"belongs to the critic and cannot be set.*\n  {key}"):
+        TrainedCritic.find(run.path, None, (override,))
+
+
+def test_the_command_line(run: MicroRun, data: Path, tmp_path: Path) -> None:
+    arguments = ["--critic", str(run.path), "--data", str(data), "--out", "values.parquet"]
+    command = ["-m", "job.score", *arguments]
+    done = _ended(command, tmp_path)
+    assert (done.returncode, "mse_constant" in done.stdout) == (0, True), done.stderr
+    assert len(_read(tmp_path / "values.parquet")) == len(ROWS)
+    for change in (["--data", "nowhere.jsonl"], ["--critic", "nowhere"]):
+        wrong = _ended([*command, *change], tmp_path)
+        assert wrong.returncode == 78
+        assert "nowhere" in wrong.stderr
+        assert "Traceback" not in wrong.stderr
