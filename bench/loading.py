@@ -242,10 +242,9 @@ def claims(medians: dict[str, dict[str, float]]) -> dict[str, bool]:
     }
     for way in dict.fromkeys(way for way, _ in ours):
         for other in OTHERS:
-            share = (
-                medians[f"{way}, {most}"]["memory_mb"] / medians[f"{other}, {most}"]["memory_mb"]
-            )
-            made[f"{way}, {most}: at most a third of {other}'s memory"] = share <= MEMORY_LIMIT
+            theirs = medians[f"{other}, {most}"]["memory_mb"]
+            small = medians[f"{way}, {most}"]["memory_mb"] <= MEMORY_LIMIT * theirs
+            made[f"{way}, {most}: at most a third of {other}'s memory"] = small
     for way, world in ours:
         fast = medians[f"{way}, {world}"]["of_disk"] >= SHARE_OF_DISK
         made[f"{way}, {world}: at least {SHARE_OF_DISK:.0%} of the disk's rate"] = fast
