@@ -59,6 +59,11 @@ class StoredTensor:
             part.layout is torch.strided and not part.is_meta for part in self.parts
         )
 
+    @property
+    def place(self) -> tuple[Path, int]:
+        """Sorts the tensors of a base as they lie in its files."""
+        return self.files[0], self.parts[0].data_ptr()
+
     def pieces(self, rows: slice) -> Iterator[slice]:
         """Consecutive rows, whole heads where they lie in Hugging Face's order."""
         row = max(1, self.dtype.itemsize * math.prod(self.shape[1:]))

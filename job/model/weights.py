@@ -51,9 +51,10 @@ def load_trunk(
     stored = open_weights(folder, trunk.config)
     named = dict(trunk.named_parameters())
     _check_tensors({n: tuple(p.shape) for n, p in named.items()}, stored, find_base(folder))
+    in_order = sorted(named, key=lambda name: stored[name].place)  # the disk reads on
     with progress("loading the trunk", len(named)) as advance:
-        for done, (name, parameter) in enumerate(named.items(), 1):
-            _copy(stored[name], parameter)
+        for done, name in enumerate(in_order, 1):
+            _copy(stored[name], named[name])
             at_boundary()
             advance(done, "tensors")
     _log.info("loaded %d tensors from %s", len(named), folder)
