@@ -16,7 +16,7 @@ from job.model.layout import neighbours
 from job.outcome import InputError, listing
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_PIECE = 32 * 2**20  # bytes of a file that are in memory beside what is made of them
+_PIECE = 4 * 2**20  # bytes of a file that are in memory beside what is made of them
 Shapes = Mapping[str, tuple[int, ...]]
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -59,6 +59,11 @@ class StoredTensor:
             part.layout is torch.strided and not part.is_meta for part in self.parts
         )
 
+    @property
+    def place(self) -> tuple[Path, int]:
+        """Sorts the tensors of a base as they lie in its files."""
+        return self.files[0], self.parts[0].data_ptr()
+
     def pieces(self, rows: slice) -> Iterator[slice]:
         """Consecutive rows, whole heads where they lie in Hugging Face's order."""
         row = max(1, self.dtype.itemsize * math.prod(self.shape[1:]))
@@ -82,15 +87,10 @@ class StoredTensor:
         parts = self._overlapping(rows)
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim or 0)
 
-    def read_ahead(self, rows: slice) -> None:
-        """Begin to read some rows from the disk, without waiting for them."""
-        for part in self._overlapping(rows):
-            _advise(part, mmap.MADV_WILLNEED)
-
     def release(self, rows: slice) -> None:
         """Take pages that were read out of this process; the system may keep them."""
         for part in self._overlapping(rows) if self.mapped else ():
-            _advise(part, mmap.MADV_DONTNEED)  # of any other memory this would be the end
+            _give_back(part)  # of any other memory this would be the end
 
     def _overlapping(self, rows: slice) -> list[Tensor]:
         """Views of the parts that make up some rows; empty ones only for no rows at all."""
@@ -106,13 +106,13 @@ class StoredTensor:
         return views or [parts[0][:0]]
 
 
-def _advise(tensor: Tensor, advice: int) -> None:
-    """Tell the system about the pages between a tensor's first and last element."""
+def _give_back(tensor: Tensor) -> None:
+    """Take the pages between a tensor's first and last element out of this process."""
     if tensor.numel() == 0:
         return
     start, end = _memory(tensor)
     start -= start % mmap.PAGESIZE
-    _libc.madvise(start, end - start, advice)  # advice: if it is not taken, nothing is wrong
+    _libc.madvise(start, end - start, mmap.MADV_DONTNEED)  # if it is not done, nothing is wrong
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:

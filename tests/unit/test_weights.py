@@ -109,6 +109,20 @@ def test_files_of_other_precisions(dtype: torch.dtype, tmp_path: Path) -> None:
         assert torch.equal(parameter, model.state_dict()[name].float())
 
 
+def test_every_float16_becomes_the_bfloat16_next_to_it(tmp_path: Path) -> None:
+    """All 65536 bit patterns in the embedding."""
+    config = replace(TINY, vocab_size=4096)
+    model = _saved(config, tmp_path, torch.float16)
+    weights = _stored(tmp_path)
+    halves = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    weights["tok_embeddings.weight"] = halves.view(4096, 16)
+    torch.save(weights, tmp_path / "consolidated.pth")
+    trunk = Trunk(model.config).to(torch.bfloat16)
+    load_trunk(trunk, tmp_path)
+    found, expected = trunk.tok_embeddings.weight.flatten(), halves.to(torch.bfloat16)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_heads_and_a_stored_rope_table_are_not_loaded(tmp_path: Path) -> None:
     _saved(replace(TINY, n_future_tokens=2), tmp_path)
     weights = _stored(tmp_path)
