@@ -10,10 +10,8 @@ CUDA does in one kernel; `_FusedNorm` stands for that kernel.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -73,7 +71,7 @@ def _critic(setting: Setting, world: World) -> Critic:
     with torch.device("meta"):
         critic = Critic(setting.architecture)
     unfreeze_last_blocks(critic, setting.num_unfrozen_layers)
-    if setting.prefix_cached:
+    if setting.has_cache:
         del critic.trunk.layers[: critic.trunk.first_trainable_block()]
         critic.trunk.tok_embeddings = _NoEmbeddings()
     if setting.fsdp.activation_checkpointing:
@@ -96,7 +94,7 @@ class _NoEmbeddings(torch.nn.Embedding):
 
     def __init__(self) -> None:
         torch.nn.Module.__init__(self)
-        self.weight = torch.empty(0)  # type: ignore[assignment]
+        self.weight = torch.empty(0)
 
 
 class _Simulation:
@@ -112,7 +110,7 @@ class _Simulation:
         self._tokens = torch.empty(t, dtype=torch.int64)
         self._at = torch.empty(n, dtype=torch.int64)
         self._inputs = [self._tokens, self._at, layout.positions, layout.boundaries]
-        if setting.prefix_cached:
+        if setting.has_cache:
             dtype = torch.bfloat16 if setting.fsdp.mixed_precision else torch.float32
             hidden = torch.empty(t, setting.architecture.dim, dtype=dtype)
             critic.trunk.prefix = lambda tokens, layout: hidden  # type: ignore[method-assign]
@@ -218,6 +216,19 @@ class _ShardedTracker(FSDPMemTracker):
                 reftype = _FSDPRefType.REDUCE_SCATTER
         super()._track(reftype, t)
 
+    def _fsdp_param_group_post_backward(
+        self, fsdp_mod: FSDPModule, orig_fsdp_param_group_post_backward: Callable[..., Any]
+    ) -> Callable[..., None]:
+        reduce = super()._fsdp_param_group_post_backward(
+            fsdp_mod, orig_fsdp_param_group_post_backward
+        )
+
+        def reduce_and_leave(*args: Any, **kwargs: Any) -> None:
+            reduce(*args, **kwargs)
+            self._fsdp_state = _FSDPState.BW  # torch's own stays at reducing
+
+        return reduce_and_leave
+
     def track_replicated(self) -> None:
         """Add the parameters that lie outside FSDP."""
         for parameter in self._root_mod.parameters():
@@ -238,6 +249,7 @@ class _PlainTracker(MemTracker):
         return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
 
     def _file_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
         self._update_and_maybe_create_winfos(parameter.grad, _MemRefType.GRAD, update_existing=True)
 
 
@@ -258,4 +270,4 @@ class _FusedNorm(torch.autograd.Function):
 
 
 def _fused_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
-    return _FusedNorm.apply(x, weight)
+    return _FusedNorm.apply(x, weight)  # type: ignore[no-untyped-call]  # torch leaves it untyped
