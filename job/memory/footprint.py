@@ -88,6 +88,12 @@ class Setting:
     evaluation_tokens: int = 0
     head_bias: bool = True
 
+    @property
+    def has_cache(self) -> bool:
+        """Whether a cache stands for frozen blocks; full training has none."""
+        blocks = self.architecture.n_trunk_layers
+        return self.prefix_cached and self.num_unfrozen_layers <= blocks
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -163,7 +169,7 @@ class _Step:
         self.qk = a.n_heads * a.head_width, a.kv_heads * a.head_width
         self.kv_saved = self.qk[0] if varlen else self.qk[1]  # the kernel has keys repeated
         self.varlen = varlen
-        self.reads_prefix = not self.chosen.embeddings and not setting.prefix_cached
+        self.reads_prefix = not self.chosen.embeddings and not setting.has_cache
 
     # What stays
 
@@ -175,7 +181,8 @@ class _Step:
         head = counts.value_head.total
         replicated = s.fsdp.sharding_strategy is ShardingStrategy.REPLICATE_FROZEN
         trainable = _share(counts.trainable - head, self.shards)
-        frozen = 0 if s.prefix_cached and self._has_prefix else counts.frozen
+        norm = counts.norm.total - counts.norm.trainable
+        frozen = norm if s.has_cache else counts.frozen
         # rows of the head: one, so that one rank has all of it
         return {
             "frozen_weights": _share(frozen, 1 if replicated else self.shards) * self.c,
@@ -208,7 +215,7 @@ class _Step:
         if blocks_done is not None and not self.setting.accumulates:
             state["gradients"] = _share(blocks_done * self.block, self.shards) * GRADIENT_BYTES
         batch = self.t * 2 * _TOKEN + self.n * _TOKEN
-        if self.setting.prefix_cached and self._has_prefix:
+        if self.setting.has_cache:
             batch += self.t * self.architecture.dim * self.c
         others["batch"] = batch
         return Moment(name, dict.fromkeys(COMPONENTS, 0) | state | others)

@@ -10,7 +10,7 @@ CUDA does in one kernel; `_FusedNorm` stands for that kernel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -71,7 +71,7 @@ def _critic(setting: Setting, world: World) -> Critic:
     with torch.device("meta"):
         critic = Critic(setting.architecture, head_bias=setting.head_bias)
     unfreeze_last_blocks(critic, setting.num_unfrozen_layers)
-    if setting.prefix_cached:
+    if setting.has_cache:
         del critic.trunk.layers[: critic.trunk.first_trainable_block()]
         critic.trunk.tok_embeddings = _NoEmbeddings()
     if setting.fsdp.activation_checkpointing:
@@ -110,7 +110,7 @@ class _Simulation:
         self._tokens = torch.empty(t, dtype=torch.int64)
         self._at = torch.empty(n, dtype=torch.int64)
         self._inputs = [self._tokens, self._at, layout.positions, layout.boundaries]
-        if setting.prefix_cached:
+        if setting.has_cache:
             dtype = torch.bfloat16 if setting.fsdp.mixed_precision else torch.float32
             hidden = torch.empty(t, setting.architecture.dim, dtype=dtype)
             critic.trunk.prefix = lambda tokens, layout: hidden  # type: ignore[method-assign]
@@ -216,6 +216,19 @@ class _ShardedTracker(FSDPMemTracker):
                 reftype = _FSDPRefType.REDUCE_SCATTER
         super()._track(reftype, t)
 
+    def _fsdp_param_group_post_backward(
+        self, fsdp_mod: FSDPModule, orig_fsdp_param_group_post_backward: Callable[..., Any]
+    ) -> Callable[..., None]:
+        reduce = super()._fsdp_param_group_post_backward(
+            fsdp_mod, orig_fsdp_param_group_post_backward
+        )
+
+        def reduce_and_leave(*args: Any, **kwargs: Any) -> None:
+            reduce(*args, **kwargs)
+            self._fsdp_state = _FSDPState.BW  # torch's own stays at reducing
+
+        return reduce_and_leave
+
     def track_replicated(self) -> None:
         """Add the parameters that lie outside FSDP."""
         for parameter in self._root_mod.parameters():
@@ -257,4 +270,4 @@ class _FusedNorm(torch.autograd.Function):
 
 
 def _fused_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
-    return _FusedNorm.apply(x, weight)  # type: ignore[no-untyped-call]
+    return _FusedNorm.apply(x, weight)  # type: ignore[no-untyped-call]  # torch leaves it untyped
