@@ -5,10 +5,9 @@
 
 Trunks of 7, 13 and 70 billion parameters (the last with grouped queries), N in 0, 1, 4, 8 and 32,
 every sharding strategy, 1, 2, 4, 8 and 64 GPUs with 8 on a node, 8192 tokens in sequences of 512.
-Without `--all`, 13 and 70 billion only with N in 0, 4 and 32, on 2 and 64 GPUs. NO_SHARD on more than
-2 GPUs is left
-out: nothing in it has a size that depends on how many replicas there are, so that it is the
-program of 2 GPUs. A thinner grid varies the rest.
+Without `--all`, 13 and 70 billion only with N in 0, 4 and 32, on 2 and 64 GPUs. NO_SHARD on more
+than 2 GPUs is left out: nothing in it has a size that depends on how many replicas there are, so
+that it is the program of 2 GPUs. A thinner grid varies the rest.
 
 Ends with 1 unless the predicted peak and the memory after the backward pass are within 2 % of the
 simulated ones, and each component above 100 MB within 5 %. The simulation cannot tell activations

@@ -7,16 +7,19 @@ compute dtype, N trained blocks.
 A step is followed through the moments at which memory can be highest. Each is the sum of its
 components, and the highest is the peak:
 
-    embedding    the embeddings, just gathered
-    prefix       a frozen block's feed forward
-    gather       a block's weights just gathered, the block's before it not yet given up
-    suffix       the last block's end: everything that its backward pass needs is saved
-    head         the value head, on the way back
-    block j      the j-th trained block from the end on its way back, those before it still saved
-    reduce j     its gradients complete, and about to be reduced
-    embeddings   their gradient, in full training
-    optimizer    the optimizer's step
-    evaluate     an evaluation, in which every block is as a frozen one
+    embedding     the embeddings, just gathered
+    gather        a block's weights just gathered, the block's before it not yet given up
+    prefix        a frozen block's attention or feed forward
+    suffix        the last block's end: everything that its backward pass needs is saved
+    value head    norm and head, the last block's gathering buffer not yet given up
+    head          the same, on the way back
+    block j       the j-th trained block from the end (from 0) on its way back through the feed
+                  forward layer, those before it still saved
+    attention j   its attention's end: of the block only the input's norm is left to go through
+    reduce j      its gradients on their way to the ranks that keep them
+    embeddings    their gradient, in full training
+    optimizer     the optimizer's step
+    evaluate      an evaluation, in which every block is as a frozen one
 
 What a block saves follows from `job.model.transformer`; which weights are gathered when, and how
 long buffers live, from torch's FSDP2. `job.memory.simulation` runs that very code on tensors
@@ -26,7 +29,7 @@ without content, and the tests hold one against the other.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from job.config import FsdpConfig, ShardingStrategy
@@ -134,8 +137,9 @@ def footprint(setting: Setting) -> Footprint:
     step = _Step(setting)
     on_gpu = not setting.fsdp.cpu_offload
     moments = [*step.forward(), *step.backward(), step.moment("optimizer", None)]
-    if setting.evaluation_tokens:
-        moments.append(step.evaluation())
+    if t := setting.evaluation_tokens:
+        evaluated = replace(setting, micro_batch_tokens=t, response_tokens=None)
+        moments.append(_Step(evaluated).evaluation())
     after = step.moment("after backward", None)
     return Footprint(
         moments=tuple(_kept(moment, on_gpu) for moment in moments),
@@ -154,35 +158,67 @@ class _Step:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        a = self.architecture = setting.architecture
+        fsdp, a = setting.fsdp, setting.architecture
         self.chosen = select_trainable(setting.num_unfrozen_layers, a.n_trunk_layers)
         self.n_blocks = self.chosen.blocks
+        self.n_frozen = a.n_trunk_layers - self.n_blocks
         self.t = setting.micro_batch_tokens
         self.n = self.t if setting.response_tokens is None else setting.response_tokens
-        fsdp = setting.fsdp
         self.c = 2 if fsdp.mixed_precision else _FLOAT
+        self.strategy = fsdp.sharding_strategy
         self.sharded = setting.world_size > 1 or fsdp.mixed_precision or fsdp.cpu_offload
-        self.shards = shards(fsdp.sharding_strategy, setting.world_size, setting.per_node)
+        self.shards = shards(self.strategy, setting.world_size, setting.per_node)
+        self.varlen = setting.cuda and fsdp.mixed_precision
         self.block = block_parameters(a)
         self.embedding = a.vocab_size * a.dim
-        varlen = setting.cuda and fsdp.mixed_precision
-        self.qk = a.n_heads * a.head_width, a.kv_heads * a.head_width
-        self.kv_saved = self.qk[0] if varlen else self.qk[1]  # the kernel has keys repeated
-        self.varlen = varlen
-        self.reads_prefix = not self.chosen.embeddings and not setting.has_cache
+        self.d, self.h = a.dim, a.n_heads
+        self.q, self.k = a.n_heads * a.head_width, a.kv_heads * a.head_width
+
+    # What the setting says
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether hidden states come from blocks or embeddings that are frozen."""
+        return not self.chosen.embeddings
+
+    @property
+    def reads_prefix(self) -> bool:
+        return self.has_prefix and not self.setting.has_cache
+
+    @property
+    def recomputes(self) -> bool:
+        return self.setting.fsdp.activation_checkpointing
+
+    @property
+    def communicates(self) -> bool:
+        """Whether gathered weights come through a buffer, or are cast in place."""
+        return self.shards > 1
+
+    @property
+    def gathers_frozen(self) -> bool:
+        return self.sharded and self.strategy is not ShardingStrategy.REPLICATE_FROZEN
+
+    @property
+    def stays_gathered(self) -> bool:
+        """Whether what is trained stays gathered from its forward to its backward pass."""
+        return self.strategy in (ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy.NO_SHARD)
 
     # What stays
 
     @cached_property
     def state(self) -> dict[str, int]:
         """What is kept from step to step, with the gradients of all blocks."""
+<<<<<<< HEAD
         s = self.setting
         counts = count_parameters(self.architecture, s.num_unfrozen_layers, head_bias=s.head_bias)
+=======
+        counts = count_parameters(self.setting.architecture, self.setting.num_unfrozen_layers)
+>>>>>>> grid
         head = counts.value_head.total
-        replicated = s.fsdp.sharding_strategy is ShardingStrategy.REPLICATE_FROZEN
+        replicated = self.strategy is ShardingStrategy.REPLICATE_FROZEN
         trainable = _share(counts.trainable - head, self.shards)
         norm = counts.norm.total - counts.norm.trainable
-        frozen = norm if s.has_cache else counts.frozen
+        frozen = norm if self.setting.has_cache else counts.frozen
         # rows of the head: one, so that one rank has all of it
         return {
             "frozen_weights": _share(frozen, 1 if replicated else self.shards) * self.c,
@@ -191,20 +227,6 @@ class _Step:
             "optimizer": trainable * OPTIMIZER_BYTES,
             "value_head": head * (MASTER_BYTES + GRADIENT_BYTES + OPTIMIZER_BYTES),
         }
-
-    @property
-    def _has_prefix(self) -> bool:
-        return not self.chosen.embeddings
-
-    @property
-    def _gathers_frozen(self) -> bool:
-        replicated = self.setting.fsdp.sharding_strategy is ShardingStrategy.REPLICATE_FROZEN
-        return self.sharded and not replicated
-
-    @property
-    def _communicates(self) -> bool:
-        """Whether gathered weights come through a buffer, or are cast in place."""
-        return self.shards > 1
 
     def moment(self, name: str, blocks_done: int | None, **others: int) -> Moment:
         """State and what comes on top, with the gradients of the last `blocks_done` blocks.
@@ -216,7 +238,7 @@ class _Step:
             state["gradients"] = _share(blocks_done * self.block, self.shards) * GRADIENT_BYTES
         batch = self.t * 2 * _TOKEN + self.n * _TOKEN
         if self.setting.has_cache:
-            batch += self.t * self.architecture.dim * self.c
+            batch += self.hidden()
         others["batch"] = batch
         return Moment(name, dict.fromkeys(COMPONENTS, 0) | state | others)
 
@@ -225,216 +247,293 @@ class _Step:
     @property
     def rotations(self) -> int:
         """A complex number for each token and pair of channels."""
-        return self.t * self.architecture.head_width * _FLOAT
+        return self.t * self.setting.architecture.head_width * _FLOAT
 
-    def hidden(self, copies: float = 1) -> int:
+    def hidden(self, copies: int = 1) -> int:
         """[t, d] in the compute dtype."""
-        return int(copies * self.t * self.architecture.dim * self.c)
+        return copies * self.t * self.d * self.c
 
-    def inner(self, copies: float = 1) -> int:
+    def inner(self, copies: int = 1) -> int:
         """[t, f] in the compute dtype."""
-        return int(copies * self.t * self.architecture.ffn_width * self.c)
+        return copies * self.t * self.setting.architecture.ffn_width * self.c
 
-    def gathered(self, blocks: float) -> int:
-        return int(blocks * self.block * self.c) if self.sharded else 0
+    def rows(self, copies: int) -> int:
+        """[n, d] in float32, in which norm and head work."""
+        return copies * self.n * self.d * _FLOAT
+
+    def gathered(self, blocks: int) -> int:
+        return blocks * self.block * self.c if self.sharded else 0
+
+    @property
+    def gathered_embedding(self) -> int:
+        return self.embedding * self.c if self.sharded else 0
+
+    @property
+    def float_input(self) -> int:
+        """[t, d] in float32, a norm's input."""
+        return self.t * self.d * _FLOAT
+
+    @property
+    def saved_norm(self) -> int:
+        """A norm's input and the root of its mean square in float32, and its output."""
+        scaled = 0 if self.setting.cuda else self.float_input  # before its weights
+        return self.float_input + self.t * _FLOAT + scaled + self.hidden()
+
+    @property
+    def saved_attention(self) -> int:
+        """Queries, keys, values, the result of attention and its log-sum-exp."""
+        keys = self.q if self.varlen else self.k  # the kernel has them repeated
+        saved = self.c * (2 * self.q + 2 * keys) + _FLOAT * self.h
+        if not self.varlen:
+            masked = _SPAN_TOKENS * (2 * self.setting.sequence_tokens <= _SPAN_TOKENS)
+            saved += self.c * self.q + _FLOAT * masked  # the spans' results put together
+        if self.setting.architecture.qk_norm:
+            heads = self.h + self.setting.architecture.kv_heads
+            copies = 1 if self.setting.cuda else 2
+            saved += _FLOAT * (copies * (self.q + self.k) + heads)
+        return self.t * saved
 
     @cached_property
     def saved(self) -> int:
-        """What the backward pass of a block needs.
-
-        The input of both norms in float32 and their output; queries, keys, values and the result
-        of attention with its log-sum-exp; four of the feed forward layer.
-        """
-        a, t, (q, _) = self.architecture, self.t, self.qk
-        norms = 2 * t * (a.dim * (_FLOAT + self.c) + _FLOAT)
-        attention = t * (self.c * (2 * q + 2 * self.kv_saved) + _FLOAT * a.n_heads)
-        if not self.setting.cuda:
-            norms += 2 * t * a.dim * _FLOAT  # scaled, before their weights
-        if not self.varlen:
-            masked = _SPAN_TOKENS * (2 * self.setting.sequence_tokens <= _SPAN_TOKENS)
-            attention += t * (self.c * q + _FLOAT * masked)  # the spans' results put together
-        return norms + attention + self.inner(4)
-
-    @property
-    def recomputes(self) -> bool:
-        return self.setting.fsdp.activation_checkpointing
+        """What the backward pass of a block needs: both norms, attention, feed forward layer."""
+        return 2 * self.saved_norm + self.saved_attention + self.inner(4)
 
     def kept(self, blocks: int) -> int:
         """Activations of so many trained blocks between their forward and backward passes."""
         if not blocks:
             return 0
-        saved = blocks * (self.hidden() if self.recomputes else self.saved) + self.rotations
-        if self.setting.cuda or self.recomputes or not self._has_prefix:
-            return saved
-        return saved - self.t * self.architecture.dim * _FLOAT  # nothing asks for its gradient
+        each = self.hidden() if self.recomputes else self.saved
+        return blocks * each + self.rotations - self._not_kept
+
+    @property
+    def _not_kept(self) -> int:
+        """Of the first block's input, which needs no gradient and may be kept elsewhere."""
+        cached = self.setting.has_cache
+        if self.recomputes:
+            return self.hidden() * cached  # the batch has it
+        elsewhere = not self.setting.cuda or (cached and self.c == _FLOAT)
+        return self.float_input * (self.has_prefix and elsewhere)
+
+    @property
+    def frozen_block(self) -> int:
+        """The most that a block works with while nothing is saved, without its input.
+
+        In the feed forward layer: hidden states, the norm's, and three times [t, f]. In attention:
+        the norm's, queries, keys and values, and the rotation of the queries, in float32; or, where
+        that needs no copy, rotated queries and keys and twice the result.
+        """
+        feed_forward = self.hidden(2) + self.inner(3)
+        qkv = self.c * (self.q + 2 * self.k)
+        if self.c < _FLOAT:
+            mixing = (2 * _FLOAT + self.c) * self.q
+        else:
+            mixing = self.c * (3 * self.q + self.k) + _FLOAT * self.h
+        return max(feed_forward, self.hidden() + self.t * (qkv + mixing))
 
     # Moments
 
     def forward(self) -> Iterator[Moment]:
-        done = 0
-        trained = self.n_blocks
-        frozen = self.architecture.n_trunk_layers - trained
         if self.reads_prefix:
-            yield from self._prefix(frozen)
-        if not trained:
-            return
-        keeps = self._kept_gathered(trained)
-        yield self.moment(
-            "gather",
-            done,
-            activations=self.kept(trained - 1) + self.hidden(),
-            gathered_weights=keeps + self.gathered(2 if self._communicates else 0),
-        )
-        end = self.hidden(4 if self.reads_prefix else 3)
-        if self.recomputes:
-            end += self.inner(3)
-        yield self.moment(
-            "suffix",
-            done,
-            activations=self.kept(trained) + self.hidden() * self.reads_prefix,
-            working_set=end,
-            gathered_weights=keeps + self.gathered(1 if self._communicates else 0),
-        )
+            yield from self._prefix()
+        if self.n_blocks:
+            yield from self._suffix()
+        yield self._value_head()
 
-    def _kept_gathered(self, trained: int) -> int:
-        """Weights of trained blocks that stay gathered up to the end of the forward pass."""
-        strategy = self.setting.fsdp.sharding_strategy
-        stay = strategy in (ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy.NO_SHARD)
-        return self.gathered(trained if stay else 1)
-
-    def _prefix(self, blocks: int) -> Iterator[Moment]:
+    def _prefix(self) -> Iterator[Moment]:
         """The frozen blocks: nothing is saved, and one block at a time is gathered."""
-        copies = 2 if self._communicates else 1
-        embedding = self.embedding * self.c
-        if not self._gathers_frozen:
-            copies = embedding = 0
-        yield self.moment(
-            "embedding", 0, working_set=self.hidden(), gathered_weights=copies * embedding
-        )
-        if not blocks:
+        copies = (2 if self.communicates else 1) * self.gathers_frozen
+        embedding = copies * self.gathered_embedding
+        yield self.moment("embedding", 0, working_set=self.hidden(), gathered_weights=embedding)
+        if not self.n_frozen:
             return
-        yield self.moment(
-            "gather",
-            0,
-            working_set=self.hidden(),
-            gathered_weights=self.gathered(copies and 2 * copies - 1),
-        )
+        carried = self.hidden() + self.rotations
+        gathered = self.gathered(copies and 2 * copies - 1)
+        yield self.moment("gather", 0, working_set=carried, gathered_weights=gathered)
         yield self.moment(
             "prefix",
             0,
-            working_set=self.hidden(3) + self.inner(3) + self.rotations,
+            working_set=carried + self.frozen_block,
             gathered_weights=self.gathered(copies),
         )
 
+    def _suffix(self) -> Iterator[Moment]:
+        trained, keeps = self.n_blocks, self._kept_gathered
+        yield self.moment(
+            "gather",
+            0,
+            activations=self.kept(trained - 1) + self.hidden(),
+            gathered_weights=keeps + self.gathered(2 if self.communicates else 0),
+        )
+        yield self.moment(
+            "suffix",
+            0,
+            activations=self.kept(trained),
+            working_set=self._end_of_block(),
+            gathered_weights=keeps + self._last_buffer,
+        )
+
+    def _end_of_block(self) -> int:
+        """What the last trained block works with beyond what is kept."""
+        if self.recomputes:
+            return self.frozen_block
+        if self.c == _FLOAT:  # its norms keep the hidden states themselves
+            return self.hidden(2 + (not self.setting.cuda and self.has_prefix))
+        is_first = self.n_blocks == 1 and self.has_prefix
+        return self.hidden(4 + self.reads_prefix - is_first)
+
+    @property
+    def _kept_gathered(self) -> int:
+        """Trained weights that are still gathered at the end of the forward pass."""
+        if not self.stays_gathered:
+            return self.gathered(1)
+        return self.gathered(self.n_blocks) + self._kept_embedding
+
+    @property
+    def _kept_embedding(self) -> int:
+        return self.gathered_embedding * (self.stays_gathered and self.chosen.embeddings)
+
+    @property
+    def _last_buffer(self) -> int:
+        """That of the last block gathered, kept until the next module is."""
+        return self.gathered(1) if self.communicates else 0
+
+    def _value_head(self) -> Moment:
+        """Norm and head, on response tokens."""
+        hidden = self.hidden() * (self.n_blocks > 0 or self.reads_prefix)
+        buffer = self._last_buffer if self.n_blocks or self._gathers_last else 0
+        return self.moment(
+            "value head",
+            0,
+            activations=self.kept(self.n_blocks),
+            working_set=hidden + self.rows(2 if self.setting.cuda else 3),
+            gathered_weights=buffer + (self._kept_gathered if self.n_blocks else 0),
+        )
+
+    @property
+    def _gathers_last(self) -> bool:
+        return self.reads_prefix and self.gathers_frozen
+
     def backward(self) -> Iterator[Moment]:
-        yield self._head()
+        if self.n_blocks:
+            yield self._head()
         for done in range(self.n_blocks):
             yield self._block(done)
-            yield from self._reduce(done)
+            yield self._attention(done)
+            yield self._reduce(done)
         if self.chosen.embeddings:
-            yield self._embeddings()
+            yield from self._embeddings()
 
     def _head(self) -> Moment:
-        """Norm and head work in float32 on response tokens."""
-        row = self.n * self.architecture.dim
-        trained = self.n_blocks
-        saved = 2 * row * _FLOAT if trained else row * _FLOAT
         return self.moment(
             "head",
             0,
-            activations=self.kept(trained) + saved,
-            working_set=row * _FLOAT if trained else self.hidden() + row * self.c,
-            gathered_weights=self._kept_gathered(trained) if trained else self._last_gathered(),
+            activations=self.kept(self.n_blocks),
+            working_set=self.rows(3 if self.setting.cuda else 6),
+            gathered_weights=self._kept_gathered,
         )
-
-    def _last_gathered(self) -> int:
-        """What the frozen blocks leave: the buffer of the last one."""
-        return self.gathered(1) if self._communicates and self.reads_prefix else 0
 
     def _block(self, done: int) -> Moment:
         """On the way back through silu(a) * b, of which product and weights are done with."""
-        left = self.n_blocks - done
-        saved = self.kept(left) + (self.saved if self.recomputes else 0)
-        gradient = self.architecture.dim * self.architecture.ffn_width * self.c
-        if not self.sharded and self.setting.accumulates:
-            gradient = 0  # added up at once
+        gradient = self._weight_gradients(self.d * self.setting.architecture.ffn_width)
         return self.moment(
             f"block {done}",
             done,
-            activations=saved - self.inner(),
+            activations=self._saved_on_the_way(done) - self.inner(),
             working_set=self.hidden() + self.inner(3) + gradient,
-            gathered_weights=self._gathered_backward(left),
+            gathered_weights=self._gathered_backward(done),
             gradient_buffers=self._reduced_before(done),
         )
 
-    def _gathered_backward(self, left: int) -> int:
-        """The block's own weights, and the next one's on their way."""
-        strategy = self.setting.fsdp.sharding_strategy
-        if strategy in (ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy.NO_SHARD):
-            return self.gathered(left)
-        return self.gathered(2 if left > 1 and self._communicates else 1)
+    def _saved_on_the_way(self, done: int) -> int:
+        """What is saved when a block's backward pass begins."""
+        saved = self.kept(self.n_blocks - done)
+        if not self.recomputes:
+            return saved
+        return saved + self.saved - self.hidden() * (self.c == _FLOAT)  # the input is kept already
 
-    def _reducing(self) -> int:
-        """A block's gradients in float32, on their way to the ranks that keep them."""
-        return self.block * GRADIENT_BYTES if self.sharded else 0
+    def _attention(self, done: int) -> Moment:
+        is_first = self._ends_at(done)
+        return self.moment(
+            f"attention {done}",
+            done,
+            activations=self.kept(self.n_blocks - done - 1) + self.saved_norm,
+            working_set=self.hidden(3 if is_first else 4) + self._weight_gradients(self.block),
+            gathered_weights=self._gathered_backward(done),
+            gradient_buffers=self._reduced_before(done),
+        )
+
+    def _ends_at(self, done: int) -> bool:
+        """Whether gradients go no further than this block."""
+        return self.has_prefix and done == self.n_blocks - 1
+
+    def _weight_gradients(self, count: int) -> int:
+        """Of so many weights; outside FSDP they are added up at once where there are any yet."""
+        if self.sharded:
+            return count * self.c
+        return 0 if self.setting.accumulates else count * GRADIENT_BYTES
+
+    def _gathered_backward(self, done: int) -> int:
+        """The block's own weights, and the next one's on their way."""
+        left = self.n_blocks - done
+        if self.stays_gathered:
+            return self.gathered(left) + self._kept_embedding
+        return self.gathered(2 if left > 1 and self.communicates else 1)
+
+    def _reducing(self, count: int) -> int:
+        """So many gradients in float32, on their way to the ranks that keep them."""
+        return count * GRADIENT_BYTES if self.sharded else 0
 
     def _reduced_before(self, done: int) -> int:
         """What the block before has left on its way."""
-        return (self._reducing() if done else 0) + self._between_replicas(done)
+        before = self._reducing(self.block) if done else 0
+        return before + self._between_replicas(done)
 
     def _between_replicas(self, done: int) -> int:
         """Gradients that replicas add up, which each block keeps until the end of the pass."""
-        strategy = self.setting.fsdp.sharding_strategy
-        replicas = strategy in (ShardingStrategy.HYBRID_SHARD, ShardingStrategy.NO_SHARD)
-        return replicas * done * _share(self._reducing(), self.shards)
+        replicas = self.strategy in (ShardingStrategy.HYBRID_SHARD, ShardingStrategy.NO_SHARD)
+        return replicas * done * _share(self._reducing(self.block), self.shards)
 
-    def _reduce(self, done: int) -> Iterator[Moment]:
-        left = self.n_blocks - done
-        own = self.gathered(1)
-        after = self._gathered_backward(left) - own
-        saved, working = self.kept(left - 1), self.hidden()
-        yield self.moment(
-            f"reduce {done}",
-            done,
-            activations=saved,
-            working_set=working + own,
-            gathered_weights=own + after,
-            gradient_buffers=self._reduced_before(done),
-        )
-        shard = _share(self._reducing(), self.shards)
-        yield self.moment(
-            f"reduce {done}",
-            done,
-            activations=saved,
-            working_set=working,
-            gathered_weights=after,
-            gradient_buffers=self._between_replicas(done) + self._reducing() + max(own, shard),
-        )
-
-    def evaluation(self) -> Moment:
-        """No gradients, nothing saved; the head's float32 rows may outweigh the feed forward."""
-        t = self.setting.evaluation_tokens
-        a = self.architecture
-        block = self.c * (3 * a.dim + 3 * a.ffn_width) + a.head_width * _FLOAT
-        head = self.c * 2 * a.dim + 2 * a.dim * _FLOAT
-        copies = 2 if self._communicates else 1
-        moment = self.moment(
-            "evaluate",
-            None,
-            working_set=t * max(block, head),
-            gathered_weights=self.gathered(copies),
-        )
-        return Moment(moment.name, moment.components | {"gradients": 0})
-
-    def _embeddings(self) -> Moment:
-        c = self.c if self.sharded else 0
+    def _reduce(self, done: int) -> Moment:
+        """The gradients once more in float32, or the rank's share of them."""
         return self.moment(
+            f"reduce {done}",
+            done,
+            activations=self.kept(self.n_blocks - done - 1),
+            working_set=0 if self._ends_at(done) else self.hidden(),
+            gathered_weights=self._gathered_backward(done) - self.gathered(1),
+            gradient_buffers=self._between_replicas(done) + self._reduced(self.block),
+        )
+
+    def _reduced(self, count: int) -> int:
+        whole = self._reducing(count)
+        return whole + max(count * self.c * self.sharded, _share(whole, self.shards))
+
+    def _embeddings(self) -> Iterator[Moment]:
+        copies = 2 if self.communicates and not self.stays_gathered else 1
+        yield self.moment(
             "embeddings",
             self.n_blocks,
-            gathered_weights=self.embedding * c * (2 if self._communicates else 1),
+            gathered_weights=copies * self.gathered_embedding,
             working_set=self.hidden() + self.embedding * self.c,
             gradient_buffers=self._reduced_before(self.n_blocks),
         )
+        buffers = self._between_replicas(self.n_blocks) + self._reduced(self.embedding)
+        yield self.moment("embeddings", self.n_blocks, gradient_buffers=buffers)
+
+    def evaluation(self) -> Moment:
+        """No gradients, nothing saved; trained blocks may stay gathered from batch to batch."""
+        copies = 2 if self.communicates else 1
+        if not (self.gathers_frozen or self.n_blocks):
+            copies = 0
+        stays = self._kept_gathered if self.n_blocks else 0
+        head = self.hidden() + self.rows(2 if self.setting.cuda else 3)
+        moment = self.moment(
+            "evaluate",
+            None,
+            working_set=max(self.hidden() + self.rotations + self.frozen_block, head),
+            gathered_weights=stays + self.gathered(copies),
+        )
+        return Moment(moment.name, moment.components | {"gradients": 0})
 
 
 def shards(strategy: ShardingStrategy, world_size: int, per_node: int) -> int:
