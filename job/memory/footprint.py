@@ -208,12 +208,11 @@ class _Step:
     @cached_property
     def state(self) -> dict[str, int]:
         """What is kept from step to step, with the gradients of all blocks."""
-<<<<<<< HEAD
-        s = self.setting
-        counts = count_parameters(self.architecture, s.num_unfrozen_layers, head_bias=s.head_bias)
-=======
-        counts = count_parameters(self.setting.architecture, self.setting.num_unfrozen_layers)
->>>>>>> grid
+        counts = count_parameters(
+            self.setting.architecture,
+            self.setting.num_unfrozen_layers,
+            head_bias=self.setting.head_bias,
+        )
         head = counts.value_head.total
         replicated = self.strategy is ShardingStrategy.REPLICATE_FROZEN
         trainable = _share(counts.trainable - head, self.shards)
