@@ -165,7 +165,8 @@ def disk_rate(file: Path) -> float:
 def measure(way: str, world: int, folder: Path, needed: dict[str, int]) -> dict[str, Any]:
     """One load by `world` processes, beside the disk's rate just before."""
     file = folder / FILES[way]
-    disk, load = disk_rate(file), OtherLoad()
+    load = OtherLoad()
+    disk, others = disk_rate(file), load.share()  # not while its own ranks are the others
     leave_page_cache(file)
     found = _run(way, world, file.parent)
     size = needed["all" if way in OTHERS else "trunk"]
@@ -175,7 +176,7 @@ def measure(way: str, world: int, folder: Path, needed: dict[str, int]) -> dict[
         f"{way}, {world} rank(s): {found['memory_mb']:,.0f} MB, {found['seconds']:.2f} s, "
         f"{rate:,.0f} of the disk's {disk:,.0f} MB/s"
     )
-    return found | {"other_load": load.share()}
+    return found | {"other_load_before": others}
 
 
 def _run(way: str, world: int, folder: Path) -> dict[str, Any]:
