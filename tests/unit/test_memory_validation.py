@@ -141,7 +141,7 @@ def test_a_disagreement_ends_the_command_after_its_report(
 ) -> None:
     pair = [measured(0, peak=900 * MB)]
     monkeypatch.setattr(validation, "validate", lambda *_: pair)
-    with pytest.raises(Disagreement, match="peak: 0.9000 GB predicted, 1.51 measured") as ending:
+    with pytest.raises(Disagreement, match=r"peak: 0\.9000 GB predicted, 1\.51 measured") as ending:
         run(monkeypatch, "validate", "--config", "critic.yaml", "--unfreeze", "0", "--out", "out")
     assert exit_code(ending.value) != 0
     assert (folder / "out/memory-validation.json").exists()
