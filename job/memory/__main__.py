@@ -117,7 +117,11 @@ def _validate(given: Sequence[str]) -> None:
     add("--gpus", type=int, default=1, metavar="N", help="processes on this machine (1)")
     add("--out", type=Path, default=Path("runs/memory"), metavar="DIR", help="(runs/memory)")
     options = parser.parse_args(given)
-    load_config(CriticConfig, options.config, options.override)
+    if options.gpus < 1:
+        raise InputError("--gpus: at least one")
+    for n in options.unfreeze:
+        given_n = f"training.num_unfrozen_layers={n}"
+        load_config(CriticConfig, options.config, [*options.override, given_n])
     measured = validation.validate(options.config, options.override, options.unfreeze, options.gpus)
     validation.write(measured, options.out)
     _console.print(validation.component_table(measured))
