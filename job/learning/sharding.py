@@ -70,7 +70,7 @@ def _fully_shard(critic: Critic, config: FsdpConfig, world: World, compute: torc
     fully_shard(
         trunk.tok_embeddings,
         mp_policy=mixed,
-        reshard_after_forward=first > 0 or gather_again,
+        reshard_after_forward=gather_again or not trunk.tok_embeddings.weight.requires_grad,
         **settings,
     )
     fully_shard(critic.value_head, mp_policy=exact, reshard_after_forward=False, **settings)

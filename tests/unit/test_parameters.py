@@ -1,35 +1,25 @@
-"""Closed-form counts are those of the real critic, and the bytes those of its shards."""
+"""Closed-form counts are those of the real critic."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from job.config import FsdpConfig, ShardingStrategy
-from job.learning.sharding import shard
-from job.learning.world import World
 from job.model.architecture import RopeScaling, TransformerConfig
 from job.model.critic import Critic, parameter_report, unfreeze_last_blocks
 from job.model.parameters import (
     Count,
-    ParameterCounts,
     Selection,
     checkpoint_bytes,
     count_parameters,
-    least_state_bytes,
     select_trainable,
 )
-from job.model.shards import own
 from job.outcome import InputError
 
 SMALL = TransformerConfig(dim=64, n_layers=6, n_heads=8, vocab_size=96, multiple_of=8)
@@ -47,7 +37,6 @@ ARCHITECTURES = {
 SEVEN_B = TransformerConfig(
     dim=4096, n_layers=32, n_heads=32, vocab_size=32000, multiple_of=256, n_future_tokens=4
 )
-COUNTS = ParameterCounts(Count(5, 5), Count(4, 4), Count(60, 30), Count(40, 0))
 RESULTS = Path(__file__).parents[2] / "bench" / "results" / "checkpoint.json"
 
 
@@ -124,65 +113,6 @@ def test_what_n_selects(n: int, selection: Selection) -> None:
 def test_other_values_of_n_are_refused(n: object) -> None:
     with pytest.raises(InputError, match="num_unfrozen_layers"):
         count_parameters(SMALL, n)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("strategy", "frozen_share", "trainable_share"),
-    [
-        ("FULL_SHARD", 9, 5),  # of 70 and 39, over 8
-        ("SHARD_GRAD_OP", 9, 5),
-        ("HYBRID_SHARD", 18, 10),  # over 4
-        ("NO_SHARD", 70, 39),
-        ("REPLICATE_FROZEN", 70, 5),
-    ],
-)
-def test_bytes_by_strategy(strategy: str, frozen_share: int, trainable_share: int) -> None:
-    fsdp = FsdpConfig(sharding_strategy=ShardingStrategy[strategy])
-    found = least_state_bytes(COUNTS, world_size=8, per_node=4, fsdp=fsdp)
-    assert found.frozen_weights == 2 * frozen_share
-    assert found.masters == found.gradients == 4 * trainable_share
-    assert found.optimizer == 8 * trainable_share
-    assert found.total == found.gpu == 2 * frozen_share + 16 * trainable_share
-    assert found.host == 0
-
-
-def test_full_precision_doubles_the_frozen_part_alone() -> None:
-    mixed = least_state_bytes(COUNTS, world_size=1, per_node=1, fsdp=FsdpConfig())
-    exact = FsdpConfig(mixed_precision=False)
-    found = least_state_bytes(COUNTS, world_size=1, per_node=1, fsdp=exact)
-    assert found == replace(mixed, frozen_weights=2 * mixed.frozen_weights)
-    assert found.total == 4 * 70 + 16 * 39
-
-
-def test_offloaded_state_is_in_host_memory() -> None:
-    fsdp = FsdpConfig(cpu_offload=True)
-    found = least_state_bytes(COUNTS, world_size=1, per_node=1, fsdp=fsdp)
-    assert (found.gpu, found.host) == (0, 2 * 70 + 16 * 39)
-
-
-@contextmanager
-def _first_of(size: int, per_node: int) -> Iterator[World]:
-    """Rank 0 of a world whose other ranks do not exist."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    try:
-        yield World(rank=0, size=size, local_size=per_node)
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("mixed", [True, False])
-@pytest.mark.parametrize("strategy", ShardingStrategy)
-def test_bytes_are_those_of_the_shards(strategy: ShardingStrategy, mixed: bool) -> None:
-    critic = _critic(SMALL, 2)
-    fsdp = FsdpConfig(sharding_strategy=strategy, mixed_precision=mixed)
-    with _first_of(8, per_node=4) as world:
-        shard(critic, fsdp, world)
-        frozen = sum(own(p).nbytes for p in critic.parameters() if not p.requires_grad)
-        masters = sum(own(p).nbytes for p in critic.parameters() if p.requires_grad)
-    least = least_state_bytes(count_parameters(SMALL, 2), world_size=8, per_node=4, fsdp=fsdp)
-    head = 4 * (SMALL.dim + 1)  # the one row of the head is not split
-    assert least.frozen_weights == frozen
-    assert least.masters <= masters <= least.masters + head
 
 
 @pytest.mark.parametrize("n", [0, 4])
