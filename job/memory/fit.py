@@ -55,9 +55,13 @@ def fit(setting: Setting, capacity: int) -> Fit:
 
 
 def largest_unfrozen(setting: Setting, capacity: int) -> int | None:
-    """The largest N up to all blocks that fits with the margin; None if not even 0 does."""
+    """The largest N up to all blocks that fits with the margin; None if there is none.
+
+    Each is tried: with REPLICATE_FROZEN and a small micro-batch a larger N may take less.
+    """
     blocks = setting.architecture.n_trunk_layers
-    return _largest(lambda n: fit(replace(setting, num_unfrozen_layers=n), capacity), 0, blocks)
+    tried = (replace(setting, num_unfrozen_layers=n) for n in range(blocks, -1, -1))
+    return next((one.num_unfrozen_layers for one in tried if fit(one, capacity).fits), None)
 
 
 def largest_micro_batch(setting: Setting, capacity: int, most: int, least: int) -> int | None:

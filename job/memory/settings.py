@@ -49,7 +49,7 @@ def setting_of(
     return replace(
         setting,
         micro_batch_tokens=min(tokens, step_tokens),
-        accumulates=step_tokens > tokens * world_size,
+        accumulates=_micro_batches(step_tokens, longest, tokens) > world_size,
         evaluation_tokens=tokens,
     )
 
@@ -61,6 +61,12 @@ def _largest(setting: Setting, capacity: int, of_a_step: int) -> int:
     if found is None:
         raise InputError(_nothing_fits(fit(setting, capacity), setting))
     return found
+
+
+def _micro_batches(step_tokens: int, longest: int, budget: int) -> int:
+    """The most that a step is packed into: each takes at least so many of the longest units."""
+    units = -(-step_tokens // longest)
+    return -(-units // (budget // longest))
 
 
 def _longest_unit(config: CriticConfig) -> int:

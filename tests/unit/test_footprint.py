@@ -1,10 +1,13 @@
-"""What a critic takes of a GPU: what stays to the byte, the peak by known figures."""
+"""The closed form of a GPU's memory: known figures, each formula by hand, and how it grows."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,95 +18,113 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from job.config import FsdpConfig, ShardingStrategy
 from job.learning.sharding import shard
 from job.learning.world import World
-from job.memory.fit import fit, largest_micro_batch, largest_unfrozen, outside_bytes
-from job.memory.footprint import STATE, Setting, footprint
+from job.memory.footprint import COMPONENTS, STATE, Moment, Setting, footprint
 from job.memory.shapes import SHAPES
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.shards import own
+from job.outcome import InputError
 
-SMALL = TransformerConfig(dim=64, n_layers=6, n_heads=8, vocab_size=96, multiple_of=8)
-GPU = 85_000_000_000
-
-
-def setting(n: int = 4, **changes: Any) -> Setting:
-    return replace(Setting(SHAPES["7b"], n, FsdpConfig(), 8192), **changes)
-
-
-def after_backward(one: Setting) -> float:
-    return sum(footprint(one).after_backward.components[name] for name in STATE) / 1e9
-
-
-@pytest.mark.parametrize(
-    ("gpus", "n", "expected"),
-    [(1, 0, 13.21), (1, 4, 24.55), (2, 4, 12.27), (4, 4, 6.14), (1, 8, 35.88), (4, 8, 8.97)],
+# In a block 64 x (2 x 64 + 2 x 32) + 3 x 64 x 160 + 2 x 64 = 43,136 parameters.
+SMALL = TransformerConfig(
+    dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=96, ffn_hidden=160
 )
-def test_what_is_left_after_the_backward_pass_of_a_7b_trunk(
-    gpus: int, n: int, expected: float
-) -> None:
-    one = setting(n, world_size=gpus, per_node=gpus)
-    assert after_backward(one) == pytest.approx(expected, abs=0.005)
+BLOCK, EMBEDDING, HEAD = 43_136, 6_144, 65
 
 
-def test_the_plans_ten_to_twelve_gigabytes() -> None:
-    state = footprint(setting()).after_backward.components
+def _setting(n: int, gpus: int = 1, *, trunk: str = "7b", **changes: Any) -> Setting:
+    """8192 tokens of a well-known trunk, 8 GPUs a node."""
+    fsdp = FsdpConfig(**{key: changes.pop(key) for key in changes.keys() & vars(FsdpConfig())})
+    setting = Setting(SHAPES[trunk], n, fsdp, 8192, world_size=gpus, per_node=min(gpus, 8))
+    return replace(setting, **changes)
+
+
+def _small(n: int, gpus: int = 2, **changes: Any) -> Setting:
+    """10 tokens of the small architecture, of which 4 are of responses."""
+    given: dict[str, Any] = {"micro_batch_tokens": 10, "response_tokens": 4}
+    return _setting(n, gpus, architecture=SMALL, **given | changes)
+
+
+def _moment(setting: Setting, name: str) -> Moment:
+    """The one moment of this name, or the last of several."""
+    return [moment for moment in footprint(setting).moments if moment.name == name][-1]
+
+
+def _on_top(moment: Moment) -> dict[str, int]:
+    """What a moment has beyond the state, without what has no bytes."""
+    others = moment.components.items()
+    return {name: count for name, count in others if count and name not in STATE}
+
+
+def test_nothing_heavy_is_imported() -> None:
+    modules = "job.memory.fit, job.memory.settings, job.memory.shapes, job.memory.table"
+    code = f"import sys, {modules}; print({{'torch', 'numpy'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+# Known figures
+
+
+def test_four_blocks_of_a_seven_b_trunk_cost_what_the_plan_says() -> None:
+    state = footprint(_setting(4)).after_backward.components
     trained = 4 * 202_383_360 + 4096
-    assert state["gradients"] == 4 * trained  # 3.24 GB
-    assert state["optimizer"] == 8 * trained  # 6.48 GB
-    assert state["gradients"] + state["optimizer"] == 9_714_450_432
-    net = state["gradients"] + state["optimizer"] + state["masters"] // 2
-    assert net == 11_333_525_504
-    assert net + state["masters"] // 2 == 12_952_600_576
+    learning = state["gradients"] + state["optimizer"]
+    assert learning == 12 * trained == 9_714_450_432
+    assert learning + state["masters"] - 2 * trained == 11_333_525_504  # net of bf16 copies
+    assert learning + state["masters"] == 12_952_600_576
+    assert state["value_head"] == 16 * 4097
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"),
+    ("n", "gpus", "strategy", "gigabytes"),
     [
-        ({}, 31.05),
-        ({"accumulates": False}, 28.04),
-        ({"fsdp": FsdpConfig(activation_checkpointing=True)}, 27.88),
-        ({"world_size": 4, "per_node": 4}, 13.04),
-        ({"micro_batch_tokens": 64}, 26.19),
+        (0, 1, "FULL_SHARD", 13.21),
+        (4, 1, "FULL_SHARD", 24.55),
+        (4, 2, "FULL_SHARD", 12.27),
+        (4, 4, "FULL_SHARD", 6.14),
+        (4, 4, "REPLICATE_FROZEN", 14.84),
+        (8, 1, "FULL_SHARD", 35.88),
+        (8, 4, "FULL_SHARD", 8.97),
+        (32, 4, "FULL_SHARD", 25.97),
     ],
 )
-def test_the_peak_of_four_blocks_of_a_7b_trunk(changes: dict[str, Any], expected: float) -> None:
-    assert footprint(setting(**changes)).peak.total / 1e9 == pytest.approx(expected, abs=0.03)
+def test_what_is_left_after_a_backward_pass(
+    n: int, gpus: int, strategy: str, gigabytes: float
+) -> None:
+    setting = _setting(n, gpus, sharding_strategy=ShardingStrategy[strategy])
+    after = footprint(setting).after_backward
+    assert after.total / 1e9 == pytest.approx(gigabytes, abs=0.006)
+    assert set(_on_top(after)) == {"batch"}
 
 
-def test_more_blocks_and_more_tokens_take_more() -> None:
-    by_blocks = [footprint(setting(n)).peak.total for n in range(34)]
-    assert by_blocks == sorted(by_blocks)
-    by_tokens = [footprint(setting(micro_batch_tokens=t)).peak.total for t in range(256, 9000, 512)]
-    assert by_tokens == sorted(set(by_tokens))
+# State
 
 
-def test_what_a_block_saves_by_hand() -> None:
-    one = Setting(SMALL, 2, FsdpConfig(), 1000, world_size=1)
-    two = footprint(replace(one, num_unfrozen_layers=3))
-    first = footprint(one)
-    d, f, h = 64, 176, 8
-    # norms: inputs and roots in float32, outputs; q, k, v, result, log-sum-exp; four of width f
-    saved = 2 * (6 * d + 4) + 8 * d + 4 * h + 8 * f
-    moments = [next(m for m in found.moments if m.name == "suffix") for found in (first, two)]
-    activations = [moment.components["activations"] for moment in moments]
-    assert activations[1] - activations[0] == 1000 * saved
+@pytest.mark.parametrize(
+    ("strategy", "frozen_shards", "trained_shards"),
+    [
+        ("FULL_SHARD", 8, 8),
+        ("SHARD_GRAD_OP", 8, 8),
+        ("HYBRID_SHARD", 4, 4),
+        ("NO_SHARD", 1, 1),
+        ("REPLICATE_FROZEN", 1, 8),
+    ],
+)
+def test_state_by_strategy(strategy: str, frozen_shards: int, trained_shards: int) -> None:
+    setting = _small(2, 8, per_node=4, sharding_strategy=ShardingStrategy[strategy])
+    state = footprint(setting).after_backward.components
+    trained = (2 * BLOCK + 64) // trained_shards
+    assert state["frozen_weights"] == 2 * (BLOCK + EMBEDDING) // frozen_shards
+    assert state["masters"] == state["gradients"] == 4 * trained
+    assert state["optimizer"] == 8 * trained
+    assert state["value_head"] == 16 * HEAD  # its one row is not split
 
 
-def test_offloaded_state_is_in_host_memory() -> None:
-    whole = footprint(setting(fsdp=FsdpConfig(cpu_offload=True)))
-    assert whole.host / 1e9 == pytest.approx(24.55, abs=0.005)
-    assert all(moment.components[name] == 0 for moment in whole.moments for name in STATE)
-
-
-def test_a_cached_prefix_takes_the_frozen_weights_off_the_gpu() -> None:
-    cached = footprint(setting(prefix_cached=True)).after_backward.components
-    assert cached["frozen_weights"] == 0
-    assert cached["masters"] == footprint(setting()).after_backward.components["masters"]
-
-
-def test_a_large_evaluation_can_be_the_peak() -> None:
-    one = setting(0, micro_batch_tokens=512, evaluation_tokens=65_536)
-    assert footprint(one).peak.name == "evaluate"
+def test_full_precision_doubles_the_frozen_part_alone() -> None:
+    mixed = footprint(_small(2)).after_backward.components
+    exact = footprint(_small(2, mixed_precision=False)).after_backward.components
+    assert exact == mixed | {"frozen_weights": 2 * mixed["frozen_weights"]}
 
 
 @contextmanager
@@ -118,50 +139,214 @@ def _first_of(size: int, per_node: int) -> Iterator[World]:
 
 @pytest.mark.parametrize("mixed", [True, False])
 @pytest.mark.parametrize("strategy", ShardingStrategy)
-def test_what_stays_is_that_of_the_shards(strategy: ShardingStrategy, mixed: bool) -> None:
+def test_weights_are_those_of_the_shards(strategy: ShardingStrategy, mixed: bool) -> None:
+    setting = _small(2, 8, per_node=4, sharding_strategy=strategy, mixed_precision=mixed)
     with torch.device("meta"):
         critic = Critic(SMALL)
     unfreeze_last_blocks(critic, 2)
-    fsdp = FsdpConfig(sharding_strategy=strategy, mixed_precision=mixed)
     with _first_of(8, per_node=4) as world:
-        shard(critic, fsdp, world)
+        shard(critic, setting.fsdp, world)
         frozen = sum(own(p).nbytes for p in critic.parameters() if not p.requires_grad)
         masters = sum(own(p).nbytes for p in critic.parameters() if p.requires_grad)
-    found = footprint(Setting(SMALL, 2, fsdp, 64, world_size=8, per_node=4)).after_backward
-    assert found.components["frozen_weights"] == frozen
-    assert found.components["masters"] + found.components["value_head"] // 4 == masters
+    state = footprint(setting).after_backward.components
+    assert state["frozen_weights"] == frozen
+    assert state["masters"] + state["value_head"] // 4 == masters
 
 
-@pytest.mark.parametrize("gpus", [1, 4])
-@pytest.mark.parametrize("capacity", [42_300_000_000, GPU])
-def test_the_largest_n_fits_and_one_more_does_not(gpus: int, capacity: int) -> None:
-    one = setting(world_size=gpus, per_node=gpus)
-    n = largest_unfrozen(one, capacity)
-    assert n is not None
-    assert fit(replace(one, num_unfrozen_layers=n), capacity).fits
-    assert n == 32 or not fit(replace(one, num_unfrozen_layers=n + 1), capacity).fits
+def test_offloaded_state_is_in_host_memory() -> None:
+    on_gpu, offloaded = (footprint(_small(2, cpu_offload=offload)) for offload in (False, True))
+    state = sum(on_gpu.after_backward.components[name] for name in STATE)
+    assert (on_gpu.host, offloaded.host) == (0, state)
+    for moment, other in zip(on_gpu.moments, offloaded.moments, strict=True):
+        assert _on_top(moment) == _on_top(other)
+        assert not any(other.components[name] for name in STATE)
 
 
-def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
-    t = largest_micro_batch(setting(), GPU, 262_144, 2048)
-    assert t is not None
-    assert t % 256 == 0
-    assert fit(setting(micro_batch_tokens=t, evaluation_tokens=t), GPU).fits
-    larger = t + 256
-    assert not fit(setting(micro_batch_tokens=larger, evaluation_tokens=larger), GPU).fits
+def test_with_a_cache_the_prefix_is_nowhere() -> None:
+    cached = footprint(_small(2, prefix_cached=True))
+    assert cached.after_backward.components["frozen_weights"] == 0
+    assert not {"embedding", "prefix"} & {moment.name for moment in cached.moments}
+    hidden = 10 * 64 * 2
+    assert cached.peak.components["batch"] == 10 * 2 * 8 + 4 * 8 + hidden
+    probe = footprint(_small(0, prefix_cached=True)).after_backward.components
+    assert probe["frozen_weights"] == 2 * 64 // 2  # the final norm
 
 
-def test_a_micro_batch_is_at_most_what_is_asked_for_and_none_where_the_least_does_not_fit() -> None:
-    assert largest_micro_batch(setting(), GPU, 5000, 2048) == 5000
-    assert largest_micro_batch(setting(), 20_000_000_000, 5000, 2048) is None
-    assert largest_unfrozen(setting(), 5_000_000_000) is None
+def test_full_training_has_no_prefix_to_cache() -> None:
+    assert footprint(_small(4, prefix_cached=True)) == footprint(_small(4))
 
 
-def test_a_margin_stays_free_and_a_process_takes_more_than_tensors() -> None:
-    needed = fit(setting(), GPU).needed
-    assert needed == footprint(setting()).peak.total + 600_000_000
-    assert fit(setting(), needed).is_tight
-    assert fit(setting(), int(needed / 0.92) + 1).fits
-    assert not fit(setting(), needed - 1).is_tight
-    assert outside_bytes(setting(world_size=2)) == 1_600_000_000
-    assert outside_bytes(setting(cuda=False)) == 0
+# Moments, by hand: bf16 of d = q = 64, k = 32, f = 160, 4 heads of 16 channels, t = 10, n = 4
+
+BATCH = 10 * (8 + 8) + 4 * 8
+HIDDEN, INNER, ROW, ROTATIONS = 10 * 64 * 2, 10 * 160 * 2, 4 * 64 * 4, 10 * 8 * 8
+NORM = 10 * (64 * 4 + 4 + 64 * 2)  # input and 1 / rms in float32, output
+MIXED = 10 * (4 * 64 * 2 + 4 * 4)  # q, k and v repeated, result, log-sum-exp
+SAVED = 2 * NORM + MIXED + 4 * INNER
+BLOCKS = {  # of two trained ones on two GPUs
+    "prefix": {
+        # input, attention's result, the norm's, and silu(a), b, silu(a) * b
+        "working_set": 3 * HIDDEN + ROTATIONS + 3 * INNER,
+        "gathered_weights": 2 * 2 * BLOCK,
+    },
+    "suffix": {
+        "activations": 2 * SAVED + ROTATIONS,
+        "working_set": 5 * HIDDEN,  # the prefix's, and those of the last block
+        "gathered_weights": 2 * 2 * BLOCK,
+    },
+    "value head": {
+        "activations": 2 * SAVED + ROTATIONS,
+        "working_set": HIDDEN + 2 * ROW,
+        "gathered_weights": 2 * 2 * BLOCK,
+    },
+    "head": {
+        "activations": 2 * SAVED + ROTATIONS,
+        "working_set": 3 * ROW,
+        "gathered_weights": 2 * BLOCK,
+    },
+    "block 0": {
+        "activations": 2 * SAVED + ROTATIONS - INNER,
+        "working_set": HIDDEN + 3 * INNER + 2 * 64 * 160,
+        "gathered_weights": 2 * 2 * BLOCK,
+    },
+    "attention 0": {
+        "activations": SAVED + ROTATIONS + NORM,
+        "working_set": 4 * HIDDEN + 2 * BLOCK,
+        "gathered_weights": 2 * 2 * BLOCK,
+    },
+    "reduce 0": {
+        "activations": SAVED + ROTATIONS,
+        "working_set": HIDDEN,
+        "gathered_weights": 2 * BLOCK,
+        "gradient_buffers": 4 * BLOCK + 2 * BLOCK,  # in float32, from bf16
+    },
+    "block 1": {
+        "activations": SAVED + ROTATIONS - INNER,
+        "working_set": HIDDEN + 3 * INNER + 2 * 64 * 160,
+        "gathered_weights": 2 * BLOCK,
+        "gradient_buffers": 4 * BLOCK,
+    },
+    "attention 1": {
+        "activations": NORM,
+        "working_set": 3 * HIDDEN + 2 * BLOCK,  # the prefix asks for no gradient
+        "gathered_weights": 2 * BLOCK,
+        "gradient_buffers": 4 * BLOCK,
+    },
+    "reduce 1": {"gradient_buffers": 4 * BLOCK + 2 * BLOCK},
+    "optimizer": {},
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_each_moment_by_hand(name: str) -> None:
+    assert _on_top(_moment(_small(2), name)) == BLOCKS[name] | {"batch": BATCH}
+
+
+def test_moments_are_all_of_a_step_in_order() -> None:
+    names = [moment.name for moment in footprint(_small(2)).moments]
+    assert names == ["embedding", "gather", "prefix", "gather", *list(BLOCKS)[1:]]
+    full = [moment.name for moment in footprint(_small(4)).moments]
+    assert full[0] == "gather"
+    assert full[-3:] == ["embeddings", "embeddings", "optimizer"]
+    assert footprint(_small(2)).moments[0].components.keys() == set(COMPONENTS)
+
+
+def test_recomputed_blocks_keep_their_inputs_alone() -> None:
+    setting = _small(2, activation_checkpointing=True)
+    assert _moment(setting, "suffix").components["activations"] == 2 * HIDDEN + ROTATIONS
+    first = _moment(setting, "block 0").components["activations"]
+    assert first == 2 * HIDDEN + ROTATIONS + SAVED - INNER
+
+
+def test_gradients_come_block_by_block_where_none_are_left_from_before() -> None:
+    whole = footprint(_small(2)).after_backward.components["gradients"]
+    once = _small(2, accumulates=False)
+    for name, blocks in [("prefix", 0), ("block 0", 0), ("block 1", 1)]:
+        assert _moment(_small(2), name).components["gradients"] == whole
+        assert _moment(once, name).components["gradients"] == blocks * 4 * BLOCK // 2
+    assert footprint(once).after_backward.components["gradients"] == whole
+
+
+def test_gathered_weights_by_strategy() -> None:
+    gathered = {
+        strategy: [
+            _moment(_small(2, sharding_strategy=strategy), name).components["gathered_weights"]
+            for name in ("prefix", "suffix", "block 0", "block 1")
+        ]
+        for strategy in ShardingStrategy
+    }
+    one = 2 * BLOCK
+    once_more = [2 * one, 2 * one, 2 * one, one]  # a buffer, and the next block's on their way
+    assert gathered[ShardingStrategy.FULL_SHARD] == once_more
+    assert gathered[ShardingStrategy.HYBRID_SHARD] == once_more
+    assert gathered[ShardingStrategy.REPLICATE_FROZEN] == [0, *once_more[1:]]
+    assert gathered[ShardingStrategy.SHARD_GRAD_OP] == [2 * one, 3 * one, 2 * one, one]
+    assert gathered[ShardingStrategy.NO_SHARD] == [one, 2 * one, 2 * one, one]
+
+
+def test_one_process_in_full_precision_gathers_and_reduces_nothing() -> None:
+    for moment in footprint(_small(2, 1, mixed_precision=False)).moments:
+        assert moment.components["gathered_weights"] == 0
+        assert moment.components["gradient_buffers"] == 0
+
+
+# Evaluation
+
+
+def test_an_evaluation_saves_nothing_and_has_no_gradients() -> None:
+    setting = _small(2, evaluation_tokens=20)
+    evaluated = _moment(setting, "evaluate")
+    assert evaluated.components["gradients"] == 0
+    assert _on_top(evaluated) == {
+        "working_set": 2 * BLOCKS["prefix"]["working_set"],
+        "gathered_weights": 3 * 2 * BLOCK,  # the last one's stay from batch to batch
+        "batch": 20 * 3 * 8,
+    }
+    assert "evaluate" not in {moment.name for moment in footprint(_small(2)).moments}
+
+
+def test_an_evaluation_of_larger_batches_is_the_peak() -> None:
+    assert footprint(_small(1, evaluation_tokens=10)).peak.name != "evaluate"
+    large = footprint(_small(1, evaluation_tokens=1000))
+    assert large.peak.name == "evaluate"
+
+
+def test_trained_blocks_stay_gathered_from_batch_to_batch_of_an_evaluation() -> None:
+    setting = _small(2, evaluation_tokens=10, sharding_strategy=ShardingStrategy.SHARD_GRAD_OP)
+    assert _moment(setting, "evaluate").components["gathered_weights"] == 4 * 2 * BLOCK
+
+
+# Growth
+
+
+def _peaks(settings: list[Setting]) -> list[int]:
+    return [footprint(setting).peak.total for setting in settings]
+
+
+@pytest.mark.parametrize("gpus", [1, 8, 64])
+@pytest.mark.parametrize("strategy", ShardingStrategy)
+def test_it_grows_with_n(strategy: ShardingStrategy, gpus: int) -> None:
+    # full training has more only where embeddings were not whole on every GPU before
+    most = 32 if strategy is ShardingStrategy.REPLICATE_FROZEN else 33
+    peaks = _peaks([_setting(n, gpus, sharding_strategy=strategy) for n in range(most + 1)])
+    assert all(less < more for less, more in pairwise(peaks))
+
+
+@pytest.mark.parametrize("n", [0, 4, 32, 33])
+@pytest.mark.parametrize("strategy", ShardingStrategy)
+def test_it_grows_with_tokens(strategy: ShardingStrategy, n: int) -> None:
+    tokens = [64, 256, 1024, 2048, 4096, 8192, 65_536]
+    settings = [_setting(n, 8, sharding_strategy=strategy, micro_batch_tokens=t) for t in tokens]
+    peaks = _peaks(settings)
+    assert all(less <= more for less, more in pairwise(peaks))
+    assert peaks[0] < peaks[-1]
+
+
+def test_sharding_over_more_gpus_takes_less() -> None:
+    peaks = _peaks([_setting(4, gpus) for gpus in (1, 2, 4, 8, 64)])
+    assert all(more > less for more, less in pairwise(peaks))
+
+
+def test_a_negative_n_is_refused() -> None:
+    with pytest.raises(InputError, match="num_unfrozen_layers: -1"):
+        footprint(_small(-1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,6 @@ from job.model.architecture import RopeScaling, TransformerConfig
 from job.model.critic import Critic, parameter_report, unfreeze_last_blocks
 from job.model.parameters import (
     Count,
-    ParameterCounts,
     Selection,
     checkpoint_bytes,
     count_parameters,
@@ -37,7 +37,6 @@ ARCHITECTURES = {
 SEVEN_B = TransformerConfig(
     dim=4096, n_layers=32, n_heads=32, vocab_size=32000, multiple_of=256, n_future_tokens=4
 )
-COUNTS = ParameterCounts(Count(5, 5), Count(4, 4), Count(60, 30), Count(40, 0))
 RESULTS = Path(__file__).parents[2] / "bench" / "results" / "checkpoint.json"
 
 
@@ -114,3 +113,11 @@ def test_what_n_selects(n: int, selection: Selection) -> None:
 def test_other_values_of_n_are_refused(n: object) -> None:
     with pytest.raises(InputError, match="num_unfrozen_layers"):
         count_parameters(SMALL, n)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n", [0, 4])
+def test_checkpoints_are_as_large_as_measured(n: int) -> None:
+    results = json.loads(RESULTS.read_text())
+    architecture = TransformerConfig(**results["settings"]["architecture"])
+    measured = results["bytes"][f"n{n}"]["bytes_of_parameters_and_moments"]
+    assert checkpoint_bytes(count_parameters(architecture, n)) == measured

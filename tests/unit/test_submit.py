@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -175,6 +176,48 @@ def test_a_dry_run_for_people_is_all_on_stderr(
     for text in ("memory N=4", "sbatch is not installed here", "#SBATCH --gpus-per-node=a100:1"):
         assert text in done.err
     assert not _files(here)
+
+
+def test_a_dry_run_shows_the_memory_of_each_gpu(submit: Submit, given: list[str]) -> None:
+    done = submit("--dry-run", "--gpus", "4", "--unfreeze", "4", "--override", *given)
+    assert done.code == 0
+    assert "memory of each of 4 GPU(s), N=4, 8,192 tokens" in done.err
+    for name in ("frozen weights", "gathered weights", "gradients", "optimizer", "activations"):
+        assert name in done.err
+    lines = [" ".join(line.split()) for line in done.err.splitlines()]
+    (together,) = [line for line in lines if "together" in line]
+    assert "12.74" in together  # at the peak
+    assert "5.83" in together  # after the backward pass
+    fits = "fits, 14.3 GB with 1.6 GB outside the allocator; largest N"
+    assert any(line.startswith(f"42.3 GB: {fits} 15, largest micro-batch ") for line in lines)
+    assert any(line.startswith(f"85.0 GB: {fits} 29, largest micro-batch ") for line in lines)
+
+
+def test_the_memory_of_each_run_as_json(
+    submit: Submit, given: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slurm.checks.shutil.disk_usage", lambda _: SimpleNamespace(free=1e12))
+    asked = ("--gpus", "4", "--unfreeze", "4", "29")
+    done = submit("--dry-run", "--json", *asked, "--override", *given)
+    assert done.code == 0, done.err
+    small, large = done.json["memory"]
+    assert [one["num_unfrozen_layers"] for one in (small, large)] == [4, 29]
+    for one in (small, large):
+        assert (one["world_size"], one["micro_batch_tokens"]) == (4, 8192)
+        assert one["peak_bytes"] == sum(one["peak"].values()) > sum(one["after_backward"].values())
+        assert (one["peak_moment"], one["host_bytes"]) == ("block 0", 0)
+        assert one["outside_bytes"] == 1_600_000_000
+        assert one["largest_unfrozen"] == {"42.3": 15, "85": 29}
+    assert small["fits"] == {"42.3": True, "85": True}
+    assert large["fits"] == {"42.3": False, "85": True}
+
+
+def test_of_a_trunk_that_cannot_be_read_no_memory_is_predicted(
+    submit: Submit, given: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "trunk" / "params.json").write_text("{")
+    done = submit("--dry-run", "--json", "--override", *given)
+    assert (done.code, done.json["memory"]) == (78, [])
 
 
 def test_an_error_of_a_check_keeps_the_job_from_being_submitted(
