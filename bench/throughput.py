@@ -83,6 +83,7 @@ def write_examples(folder: Path, vocab_size: int, seed: int) -> TokenizedSet:
         response_starts=lengths // PROMPT_SHARE,
         rewards=generator.integers(2, size=count).astype(np.float64),
         problems=np.arange(count, dtype=np.uint64),
+        lines=np.arange(1, count + 1),
     )
     (folder / "bad_rows.jsonl").touch()
     return TokenizedSet(folder)

@@ -71,7 +71,7 @@ def test_the_heaviest_micro_batch_is_the_largest_of_all_steps(
 ) -> None:
     config.training.batch_size = 7
     train_set, validation = packer(data, len(data)), packer(data, 50)
-    found = heaviest(config, CriticData(train_set, validation, 0.5), World())
+    found = heaviest(config, CriticData(train_set, validation, 0.5, "none"), World())
     batches = [batch for step in range(6) for batch in train_set.step(step, 7, 0)]
     sizes = {(len(batch.tokens), len(batch.responses)) for batch in batches}
     assert len(sizes) > 1
@@ -148,7 +148,7 @@ def test_a_log_warns_only_where_prediction_and_measurement_part(
         monkeypatch.setattr(account, "footprint", too_high)
     run = RunDirectory(tmp_path / "run")
     run.path.mkdir()
-    sets = CriticData(packer(data, len(data)), packer(data, 50), 0.5)
+    sets = CriticData(packer(data, len(data)), packer(data, 50), 0.5, "none")
     with log_file(tmp_path / "train.log"), Recorder(CPU) as recorder:
         memory = MemoryAccount(config, sets, run, World(), recorder)
         held = torch.ones(4_000_000)

@@ -141,8 +141,9 @@ def test_a_disagreement_ends_the_command_after_its_report(
 ) -> None:
     pair = [measured(0, peak=900 * MB)]
     monkeypatch.setattr(validation, "validate", lambda *_: pair)
+    given = ("--config", "critic.yaml", "--unfreeze", "0", "1", "--out", "out")
     with pytest.raises(Disagreement, match=r"peak: 0\.9000 GB predicted, 1\.51 measured") as ending:
-        run(monkeypatch, "validate", "--config", "critic.yaml", "--unfreeze", "0", "--out", "out")
+        run(monkeypatch, "validate", *given)
     assert exit_code(ending.value) != 0
     assert (folder / "out/memory-validation.json").exists()
 
@@ -153,6 +154,7 @@ def test_a_disagreement_ends_the_command_after_its_report(
         (["guess"], "guess: no such command"),
         (["predict", "--config", "critic.yaml", "--gpus", "0"], "--gpus"),
         (["validate", "--config", "critic.yaml", "--unfreeze", "0", "--gpus", "0"], "--gpus"),
+        (["validate", "--config", "critic.yaml", "--unfreeze", "0"], "--unfreeze: two or more"),
     ],
 )
 def test_bad_input_is_named(
