@@ -5,7 +5,8 @@
 Slurm's commands are stand-ins that answer at once, so that what is measured is the product's own
 time: a login node's shell to its prompt again. In each round, in turns, fresh processes:
 
-    submission   slurm/submit.py for a 7B trunk on 4 GPUs, all checks included
+    submission   slurm/submit.py for a 7B trunk on 4 GPUs, N=4, all checks included
+    dry run      the same with --dry-run, which shows the memory of each GPU
     interpreter  the same Python, doing nothing
     torch        the same Python, importing torch: what the submission does without
 
@@ -66,6 +67,7 @@ def main() -> None:
     submit = str(ROOT / "slurm" / "submit.py")
     commands = {
         "submission": [sys.executable, submit, *asked],
+        "dry run": [sys.executable, submit, "--dry-run", *asked],
         "interpreter": [sys.executable, "-c", "pass"],
         "torch": [sys.executable, "-c", "import torch"],
     }
