@@ -208,6 +208,10 @@ class _ShardedTracker(FSDPMemTracker):
     torch's own files it as activations or temporaries until FSDP is done with it.
     """
 
+    def __init__(self, critic: Critic, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(critic, optimizer)
+        self._fsdp_state = _FSDPState.FW  # torch's own begins as if it gathered
+
     def _track(self, reftype: Any, t: Tensor) -> None:
         if reftype in (_FSDPRefType.ACT, _FSDPRefType.TEMP):
             if self._fsdp_state in (_FSDPState.PRE_FW, _FSDPState.PRE_BW):
