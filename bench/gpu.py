@@ -66,7 +66,7 @@ from job.telemetry.memory_recorder import Recorder
 from job.telemetry.value_metrics import ValueMetrics
 
 ALL_SHAPES = SHAPES | {
-    "micro": TransformerConfig(dim=128, n_layers=10, n_heads=4, vocab_size=512, multiple_of=32)
+    "micro": TransformerConfig(dim=64, n_layers=9, n_heads=2, vocab_size=512, multiple_of=32)
 }
 SEQUENCE = 512  # tokens, of which the second half is response
 MICRO_BATCHES = 2
@@ -100,6 +100,8 @@ def main() -> None:
     add("--scratch", type=Path, help="folder for a checkpoint of 10 GB (default: a temporary one)")
     add("--case", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.tokens < SEQUENCE:
+        parser.error(f"--tokens: at least {SEQUENCE}")
     if options.case is not None:
         print(json.dumps(_run(CASES[options.case], options)))
         return
@@ -147,7 +149,10 @@ class _Training:
         self.case, self.world, self.recorder = case, world, recorder
         self.architecture = ALL_SHAPES[options.shape]
         self.tokens, self.on_gpu = options.tokens, world.device.type == "cuda"
-        self.fsdp = FsdpConfig(activation_checkpointing=case.activation_checkpointing)
+        self.fsdp = FsdpConfig(
+            mixed_precision=self.on_gpu,  # many CPUs are slow in bf16
+            activation_checkpointing=case.activation_checkpointing,
+        )
         self.stages = {"before": self._now()}
         with recorder.phase("load"):
             critic = self._critic(options.seed)
@@ -269,9 +274,10 @@ class _Training:
 
 
 def _matmul_rate(device: torch.device) -> float:
-    """Operations per second of a large bf16 matrix product, the median of several."""
+    """Operations per second of a large matrix product in the compute dtype, a median."""
     size = MATRIX[device.type]
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a = torch.randn(size, size, device=device, dtype=dtype)
     seconds = [_timed_product(a) for _ in range(REPEATS)]
     return 2 * size**3 / statistics.median(seconds[REPEATS // 4 :])
 

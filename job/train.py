@@ -133,6 +133,7 @@ def _train(config: CriticConfig, run: RunDirectory, world: World) -> None:
         world.tell(error)
 
     boundary = Boundary(world, run.fence, run.path, config.distributed.timeout_seconds, hangs)
+    world.main_first(lambda: prepare_inputs(config))
     with Recorder(world.device) as recorder:
         _train_recorded(config, run, world, boundary, recorder)
 
@@ -141,7 +142,6 @@ def _train_recorded(
     config: CriticConfig, run: RunDirectory, world: World, boundary: Boundary, recorder: Recorder
 ) -> None:
     assert run.fence is not None
-    world.main_first(lambda: prepare_inputs(config))
     choose_micro_batch(config, run, world)
     data = world.main_first(lambda: load_critic_data(config, run, world))
     identity = world.main_decides(lambda: _identity(config, data))

@@ -53,10 +53,14 @@ def _predict(given: Sequence[str]) -> None:
     options = parser.parse_args(given)
     setting = _setting(options)
     capacities = [int(size * 1e9) for size in options.gpu_memory]
+    simulated = _simulated(setting) if options.simulate else None
     if options.json:
-        print(json.dumps(as_dict(setting, capacities), indent=2))
+        result = as_dict(setting, capacities)
+        if simulated is not None:
+            result["simulated_peak"] = simulated.peak.components
+        print(json.dumps(result, indent=2))
         return
-    _show(setting, capacities, simulated=_simulated(setting) if options.simulate else None)
+    _show(setting, capacities, simulated)
 
 
 def _setting(options: argparse.Namespace) -> Setting:
@@ -107,6 +111,8 @@ def _show(setting: Setting, capacities: Sequence[int], simulated: Footprint | No
 
 
 def _validate(given: Sequence[str]) -> None:
+    import torch
+
     from job.memory import validation
 
     parser = command_line(
@@ -117,7 +123,13 @@ def _validate(given: Sequence[str]) -> None:
     add("--gpus", type=int, default=1, metavar="N", help="processes on this machine (1)")
     add("--out", type=Path, default=Path("runs/memory"), metavar="DIR", help="(runs/memory)")
     options = parser.parse_args(given)
-    load_config(CriticConfig, options.config, options.override)
+    if options.gpus < 1:
+        raise InputError("--gpus: at least one")
+    if len(set(options.unfreeze)) < 2 and not torch.cuda.is_available():
+        raise InputError("--unfreeze: two or more; without a GPU it is the growth that is compared")
+    for n in options.unfreeze:
+        given_n = f"training.num_unfrozen_layers={n}"
+        load_config(CriticConfig, options.config, [*options.override, given_n])
     measured = validation.validate(options.config, options.override, options.unfreeze, options.gpus)
     validation.write(measured, options.out)
     _console.print(validation.component_table(measured))

@@ -210,7 +210,7 @@ class _ShardedTracker(FSDPMemTracker):
 
     def __init__(self, critic: Critic, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(critic, optimizer)
-        self._fsdp_state = _FSDPState.FW  # torch's own begins as if it gathered
+        self._fsdp_state = _FSDPState.FW  # torch's own begins as if something were gathered
 
     def _track(self, reftype: Any, t: Tensor) -> None:
         if reftype in (_FSDPRefType.ACT, _FSDPRefType.TEMP):
