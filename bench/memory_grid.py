@@ -124,19 +124,34 @@ def _case(trunk: str, n: int, gpus: int, strategy: ShardingStrategy, varied: str
 # Simulations
 
 
-def simulate_all(cases: list[Case]) -> dict[str, Simulated]:
-    """Each case's simulation, some at a time, in processes of their own."""
-    found: dict[str, Simulated] = {}
+def simulate_all(cases: list[Case], kept: Path | None) -> dict[str, Simulated]:
+    """Each case's simulation, some at a time, in processes of their own; `kept` ones first."""
+    found = {} if kept is None else read_kept(kept)
+    left = [case for case in cases if case.name not in found]
     spawn = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(PROCESSES, spawn, _prepare) as pool,
-        progress("simulated", len(cases)) as advance,
+        progress("simulated", len(left)) as advance,
     ):
-        futures = {pool.submit(_simulate, case.setting): case.name for case in cases}
-        for future in as_completed(futures):
-            found[futures[future]] = future.result()
-            advance(len(found), futures[future])
-    return found
+        futures = {pool.submit(_simulate, case.setting): case.name for case in left}
+        for done, future in enumerate(as_completed(futures), 1):
+            name = futures[future]
+            found[name] = future.result()
+            if kept is not None:
+                _keep(kept, name, found[name])
+            advance(done, name)
+    return {case.name: found[case.name] for case in cases}
+
+
+def read_kept(file: Path) -> dict[str, Simulated]:
+    lines = file.read_text().splitlines() if file.exists() else []
+    rows = map(json.loads, lines)
+    return {row["name"]: Simulated(row["peak"], row["after_backward"]) for row in rows}
+
+
+def _keep(file: Path, name: str, simulated: Simulated) -> None:
+    with file.open("a") as stream:
+        stream.write(json.dumps({"name": name, **vars(simulated)}) + "\n")
 
 
 def _prepare() -> None:
@@ -147,15 +162,6 @@ def _prepare() -> None:
 def _simulate(setting: Setting) -> Simulated:
     found = simulate(setting)
     return Simulated(found.peak.components, found.after_backward.components)
-
-
-def read_simulated(record: Path) -> dict[str, Simulated]:
-    """The simulated part of a record of this benchmark."""
-    rows = json.loads(record.read_text())["settings"]
-    return {
-        row["name"]: Simulated(row["peak"]["simulated"], row["after_backward"]["simulated"])
-        for row in rows
-    }
 
 
 # Comparison
@@ -265,23 +271,23 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--all", action="store_true", help="also what is left out to save time")
     parser.add_argument(
-        "--simulated",
+        "--keep",
         type=Path,
-        metavar="RECORD",
-        help="an earlier record, from which to take the simulated side: the closed form takes "
-        "milliseconds, and changes more often",
+        metavar="FILE",
+        help="keep what is simulated here, line by line, and do not simulate again what is there: "
+        "after an interruption, or when only the closed form has changed",
     )
     options = parser.parse_args()
     set_up_logging()
     cases = grid(options.all)
-    simulated = read_simulated(options.simulated) if options.simulated else simulate_all(cases)
+    simulated = simulate_all(cases, options.keep)
     rows = [compare(case, simulated[case.name]) for case in cases]
     summary = summarise(rows)
     print(show(rows, summary))
     if options.out:
         tolerances = {"total": TOTAL, "component": COMPONENT, "component_from_bytes": SMALL}
         results = {"summary": summary, "tolerances": tolerances, "settings": rows}
-        results |= {"left_out": _left_out(options.all), "simulated_from": _origin(options)}
+        results |= {"left_out": _left_out(options.all)}
         write_record(options.out, results, seed=options.seed, packages=[])
     sys.exit(bool(summary["out_of_tolerance"]))
 
@@ -290,14 +296,6 @@ def _left_out(everything: bool) -> list[str]:
     same = "NO_SHARD on more than 2 GPUs: the same program as on 2"
     thinner = "13b and 70b with N in 1 and 8, and on 1, 4 and 8 GPUs: --all has them"
     return [same] if everything else [same, thinner]
-
-
-def _origin(options: Any) -> Any:
-    """The commit of the simulation; this one's, unless it was taken from a record."""
-    if options.simulated is None:
-        return None
-    record = json.loads(options.simulated.read_text())
-    return record["simulated_from"] or {"command": record["command"], "commit": record["commit"]}
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 Slurm's commands are stand-ins that answer at once, so that what is measured is the product's own
 time: a login node's shell to its prompt again. In each round, in turns, fresh processes:
 
-    submission   slurm/submit.py for a 7B trunk on 4 GPUs, all checks included
+    submission   slurm/submit.py for a 7B trunk on 4 GPUs, N=4, all checks included
+    dry run      the same with --dry-run, which shows the memory of each GPU
     interpreter  the same Python, doing nothing
     torch        the same Python, importing torch: what the submission does without
 
@@ -66,6 +67,7 @@ def main() -> None:
     submit = str(ROOT / "slurm" / "submit.py")
     commands = {
         "submission": [sys.executable, submit, *asked],
+        "dry run": [sys.executable, submit, "--dry-run", *asked],
         "interpreter": [sys.executable, "-c", "pass"],
         "torch": [sys.executable, "-c", "import torch"],
     }
@@ -80,14 +82,15 @@ def main() -> None:
             for kind, value in took.items() if turn else ():
                 times[kind].append(value)
     medians = {kind: statistics.median(values) for kind, values in times.items()}
-    ratio = medians["submission"] / medians["torch"]
+    ratios = {kind: medians[kind] / medians["torch"] for kind in ("submission", "dry run")}
     rows = [
         [k, f"{v:.3f}", f"{min(times[k]):.3f}", f"{max(times[k]):.3f}"] for k, v in medians.items()
     ]
     print(table(["", "median s", "least", "most"], rows))
-    print(f"a submission takes {ratio:.2f} times as long as importing torch")
+    for kind, ratio in ratios.items():
+        print(f"a {kind} takes {ratio:.2f} times as long as importing torch")
     if options.out:
-        results = {"seconds": times, "medians": medians, "ratio_to_torch": ratio}
+        results = {"seconds": times, "medians": medians, "ratios_to_torch": ratios}
         results |= {"rounds": options.rounds, "share_of_other_processes": load.share()}
         write_record(options.out, results, seed=options.seed, packages=["submitit", "omegaconf"])
 

@@ -500,24 +500,29 @@ class _Step:
             activations=self.kept(self.n_blocks - done - 1),
             working_set=0 if self._ends_at(done) else self.hidden(),
             gathered_weights=self._gathered_backward(done) - self.gathered(1),
-            gradient_buffers=self._between_replicas(done) + self._reduced(self.block),
+            gradient_buffers=self._between_replicas(done) + self._reduced,
         )
 
-    def _reduced(self, count: int) -> int:
-        whole = self._reducing(count)
-        return whole + max(count * self.c * self.sharded, _share(whole, self.shards))
+    @property
+    def _reduced(self) -> int:
+        whole = self._reducing(self.block)
+        return whole + max(self.gathered(1), _share(whole, self.shards))
 
     def _embeddings(self) -> Iterator[Moment]:
-        copies = 2 if self.communicates and not self.stays_gathered else 1
+        """Their gradient, which is held to the end, unlike those of blocks."""
+        gradient = self.embedding * self.c
         yield self.moment(
             "embeddings",
             self.n_blocks,
-            gathered_weights=copies * self.gathered_embedding,
-            working_set=self.hidden() + self.embedding * self.c,
+            gathered_weights=self.gathered_embedding,
+            working_set=self.hidden() + gradient,
             gradient_buffers=self._reduced_before(self.n_blocks),
         )
-        buffers = self._between_replicas(self.n_blocks) + self._reduced(self.embedding)
-        yield self.moment("embeddings", self.n_blocks, gradient_buffers=buffers)
+        if self.sharded:
+            whole = self._reducing(self.embedding)
+            buffers = gradient + whole + _share(whole, self.shards)
+            buffers += self._between_replicas(self.n_blocks)
+            yield self.moment("embeddings", self.n_blocks, gradient_buffers=buffers)
 
     def evaluation(self) -> Moment:
         """No gradients, nothing saved; trained blocks may stay gathered from batch to batch."""

@@ -18,11 +18,19 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from job.config import FsdpConfig, ShardingStrategy
 from job.learning.sharding import shard
 from job.learning.world import World
-from job.memory.footprint import COMPONENTS, STATE, Moment, Setting, footprint
+from job.memory.footprint import (
+    _SPAN_TOKENS,
+    COMPONENTS,
+    STATE,
+    Moment,
+    Setting,
+    footprint,
+)
 from job.memory.shapes import SHAPES
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.shards import own
+from job.model.transformer import SPAN_TOKENS
 from job.outcome import InputError
 
 # In a block 64 x (2 x 64 + 2 x 32) + 3 x 64 x 160 + 2 x 64 = 43,136 parameters.
@@ -288,6 +296,10 @@ def test_one_process_in_full_precision_gathers_and_reduces_nothing() -> None:
     for moment in footprint(_small(2, 1, mixed_precision=False)).moments:
         assert moment.components["gathered_weights"] == 0
         assert moment.components["gradient_buffers"] == 0
+
+
+def test_short_sequences_share_masks_of_the_models_size() -> None:
+    assert _SPAN_TOKENS == SPAN_TOKENS
 
 
 # Evaluation

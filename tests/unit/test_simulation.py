@@ -26,6 +26,7 @@ TRUNKS = {
     "norms of heads": TransformerConfig(
         dim=512, n_layers=4, n_heads=8, n_kv_heads=4, vocab_size=2000, qk_norm=True
     ),
+    "large vocabulary": TransformerConfig(dim=512, n_layers=2, n_heads=8, vocab_size=60_000),
     "extra heads": TransformerConfig(
         dim=512, n_layers=6, n_heads=8, vocab_size=2000, n_future_tokens=3
     ),
@@ -82,6 +83,14 @@ def test_every_strategy(strategy: ShardingStrategy, n: int) -> None:
 @pytest.mark.parametrize("trunk", [name for name in TRUNKS if name != "plain"])
 def test_every_architecture(trunk: str, n: int) -> None:
     _check(_setting(trunk, n))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", [1, 8])
+@pytest.mark.parametrize("strategy", ShardingStrategy)
+def test_embeddings_that_outweigh_blocks(strategy: ShardingStrategy, gpus: int) -> None:
+    setting = _setting("large vocabulary", 3, gpus, sharding_strategy=strategy)
+    _check(replace(setting, micro_batch_tokens=64))
 
 
 @pytest.mark.slow
