@@ -270,6 +270,7 @@ def show(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--all", action="store_true", help="also what is left out to save time")
+    parser.add_argument("--trunks", nargs="+", metavar="NAME", help="only these: 7b, 13b, 70b")
     parser.add_argument(
         "--keep",
         type=Path,
@@ -279,7 +280,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     set_up_logging()
-    cases = grid(options.all)
+    cases = [c for c in grid(options.all) if c.trunk in (options.trunks or SHAPES)]
     simulated = simulate_all(cases, options.keep)
     rows = [compare(case, simulated[case.name]) for case in cases]
     summary = summarise(rows)
@@ -287,7 +288,7 @@ def main() -> None:
     if options.out:
         tolerances = {"total": TOTAL, "component": COMPONENT, "component_from_bytes": SMALL}
         results = {"summary": summary, "tolerances": tolerances, "settings": rows}
-        results |= {"left_out": _left_out(options.all)}
+        results |= {"left_out": _left_out(options.all), "trunks": options.trunks or [*SHAPES]}
         write_record(options.out, results, seed=options.seed, packages=[])
     sys.exit(bool(summary["out_of_tolerance"]))
 
