@@ -14,9 +14,9 @@ from job.config import AUTO, CriticConfig
 from job.data.critic_data import CriticData
 from job.durability.run_directory import RunDirectory
 from job.learning.world import World
-from job.memory.fit import outside_bytes
-from job.memory.footprint import Setting, footprint
+from job.memory.footprint import Setting
 from job.memory.settings import setting_of
+from job.memory.table import prediction
 from job.memory.validation import CPU_TOLERANCE, GPU_TOLERANCE
 from job.model.architecture import TransformerConfig, read_architecture
 from job.telemetry.memory_recorder import Recorder
@@ -142,23 +142,6 @@ class MemoryAccount:
             "memory/measured_peak": measured,
             "memory/error": predicted / measured - 1,
         }
-
-
-def prediction(setting: Setting) -> dict[str, Any]:
-    """A setting's footprint for memory.json; sizes in bytes."""
-    predicted = footprint(setting)
-    return {
-        "peak_bytes": predicted.peak.total,
-        "peak_moment": predicted.peak.name,
-        "peak": predicted.peak.components,
-        "after_backward": predicted.after_backward.components,
-        "host_bytes": predicted.host,
-        "outside_bytes": outside_bytes(setting),
-        "micro_batch_tokens": setting.micro_batch_tokens,
-        "response_tokens": setting.response_tokens,
-        "num_unfrozen_layers": setting.num_unfrozen_layers,
-        "world_size": setting.world_size,
-    }
 
 
 def measured_peak(rank: Mapping[str, Any]) -> float | None:

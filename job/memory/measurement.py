@@ -16,7 +16,8 @@ from job.durability.run_directory import RunDirectory
 from job.learning.learner import Learner
 from job.learning.objective import Objective
 from job.learning.world import World, joined_world
-from job.memory.account import choose_micro_batch, heaviest, prediction
+from job.memory.account import choose_micro_batch, heaviest
+from job.memory.table import prediction
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic
 from job.model.transformer import PackedLayout

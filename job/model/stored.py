@@ -16,7 +16,7 @@ from job.model.layout import neighbours
 from job.outcome import InputError, listing
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_PIECE = 4 * 2**20  # bytes of a file that are in memory beside what is made of them
+_PIECE = 2**20  # bytes of a file that are in memory beside what is made of them: fits a cache
 Shapes = Mapping[str, tuple[int, ...]]
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
