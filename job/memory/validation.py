@@ -149,23 +149,32 @@ def component_table(measured: Sequence[Measured]) -> Table:
     """Parts of each N: predicted, measured, difference."""
     from rich.table import Table
 
-    of = "allocator" if measured[0].on_gpu else "process"
     table = Table(title="Memory of rank 0, GB", title_justify="left")
-    for name in ("N", "part", "predicted", of, "NVML", "difference"):
+    for name in _header(measured):
         table.add_column(name, justify="left" if name == "part" else "right")
+    for row in _cells(measured):
+        table.add_row(*row, end_section=row[1] == "peak")
+    return table
+
+
+def _header(measured: Sequence[Measured]) -> list[str]:
+    of = "allocator" if measured[0].on_gpu else "process"
+    return ["N", "part", "predicted", of, "NVML", "difference"]
+
+
+def _cells(measured: Sequence[Measured]) -> Iterator[list[str]]:
+    """Of each part of each N, what stands under the header; sizes in GB."""
     for one in measured:
         for row in one.rows:
             nvml = "-" if row.nvml is None else gigabytes(row.nvml)
-            cells = (gigabytes(row.predicted), gigabytes(row.measured), nvml)
-            end = row.part == "peak"
-            table.add_row(
+            yield [
                 str(one.num_unfrozen_layers),
                 row.part,
-                *cells,
+                gigabytes(row.predicted),
+                gigabytes(row.measured),
+                nvml,
                 gigabytes(row.difference),
-                end_section=end,
-            )
-    return table
+            ]
 
 
 def outside(one: Measured) -> list[tuple[str, float]]:
@@ -239,20 +248,9 @@ def _cost(one: Measured) -> str:
 
 def markdown(measured: Sequence[Measured]) -> str:
     """The whole result as a page."""
-    of = "allocator" if measured[0].on_gpu else "process"
-    lines = ["# Memory, predicted and measured", "", *verdict(measured), ""]
-    lines += [
-        f"| N | part, GB | predicted | {of} | NVML | difference |",
-        "|---|---|---|---|---|---|",
-    ]
-    for one in measured:
-        for row in one.rows:
-            nvml = "" if row.nvml is None else gigabytes(row.nvml)
-            cells = (gigabytes(row.predicted), gigabytes(row.measured), nvml)
-            lines.append(
-                f"| {one.num_unfrozen_layers} | {row.part} | {' | '.join(cells)} "
-                f"| {gigabytes(row.difference)} |"
-            )
+    lines = ["# Memory of rank 0 in GB, predicted and measured", "", *verdict(measured), ""]
+    lines += [f"| {' | '.join(_header(measured))} |", "|---|---|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in _cells(measured)]
     for one in measured:
         for name, size in outside(one):
             lines.append(
