@@ -132,8 +132,8 @@ class MemoryAccount:
         ranks = self._world.gather(summary)
         self._run.write_json(FILE, {"predicted": self._predicted, "ranks": ranks})
         predicted = float(self._predicted["peak_bytes"])
-        measured = max((found for rank in ranks if (found := measured_peak(rank))), default=None)
-        if measured is None:
+        measured = max((measured_peak(rank) or 0.0 for rank in ranks), default=0.0)
+        if measured <= 0:  # not known, or a process that took what it had freed before
             return {"memory/predicted_peak": predicted}
         if self._world.is_main:
             _compare(predicted, measured, on_gpu=self._setting.cuda)
