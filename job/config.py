@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import enum
+import functools
 import math
 import reprlib
 import sys
@@ -279,10 +280,10 @@ def merge_config(schema: type[Schema], file: str | Path, overrides: Sequence[str
     Raises:
         InputError: the file cannot be read; a key is unknown, has no value or the wrong type.
     """
-    merged = OmegaConf.structured(schema)
-    for source, layer in [(str(file), _read_yaml(Path(file))), *map(_parse_override, overrides)]:
-        merged = _merge_layer(merged, layer, source)
-    return cast(Schema, _to_object(merged, file))
+    layers = [(str(file), _read_yaml(Path(file))), *map(_parse_override, overrides)]
+    for source, layer in layers:
+        _check_keys(schema, layer, source)
+    return cast(Schema, _to_object(_merge(schema, layers), file))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -318,9 +319,11 @@ def is_chat_template(template: str) -> bool:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain nested dicts, enums by name."""
-    structured = OmegaConf.structured(config)
-    container = OmegaConf.to_container(structured, resolve=True, enum_to_str=True)
-    return cast(dict[str, Any], container)
+    return dataclasses.asdict(config, dict_factory=_by_name)
+
+
+def _by_name(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {k: v.name if isinstance(v, enum.Enum) else v for k, v in items}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -365,16 +368,31 @@ def _parse_override(text: str) -> tuple[str, DictConfig]:
         raise InputError(f"{source}: {_first_line(error)}") from None
 
 
-def _merge_layer(base: DictConfig, layer: DictConfig, source: str) -> DictConfig:
+def _check_keys(schema: type, layer: DictConfig, source: str) -> None:
     plain = cast(dict[str, Any], OmegaConf.to_container(layer))
-    unknown = list(_unknown_keys(plain, cast(type, OmegaConf.get_type(base))))
+    unknown = list(_unknown_keys(plain, schema))
     if unknown:
         raise InputError(f"{source}: {len(unknown)} key(s) do not fit" + listing(unknown))
+
+
+def _merge(schema: type, layers: Sequence[tuple[str, DictConfig]]) -> DictConfig:
+    """All layers at once, which takes as long as one; each by itself only to say which is wrong."""
     try:
-        return cast(DictConfig, OmegaConf.merge(base, layer))
-    except OmegaConfBaseException as error:
-        where = f"{error.full_key}: " if error.full_key else ""
-        raise InputError(f"{source}: {where}{_first_line(error)}") from None
+        return cast(DictConfig, OmegaConf.merge(_defaults(schema), *(one for _, one in layers)))
+    except OmegaConfBaseException:
+        for end, (source, _) in enumerate(layers, 1):
+            try:
+                OmegaConf.merge(_defaults(schema), *(one for _, one in layers[:end]))
+            except OmegaConfBaseException as error:
+                where = f"{error.full_key}: " if error.full_key else ""
+                raise InputError(f"{source}: {where}{_first_line(error)}") from None
+        raise
+
+
+@functools.cache
+def _defaults(schema: type) -> DictConfig:
+    """A schema's own values; a merge copies them before it changes any."""
+    return OmegaConf.structured(schema)
 
 
 def _unknown_keys(tree: dict[Any, Any], schema: type, prefix: str = "") -> Iterator[str]:
