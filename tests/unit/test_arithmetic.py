@@ -62,6 +62,7 @@ def slips(chain: Chain) -> list[int]:
 # --- one chain -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_steps_are_the_prompts_operations_each_on_the_result_before(
     many: list[Chain],
 ) -> None:
@@ -174,6 +175,7 @@ def test_the_mean_optimal_value_does_not_drift_along_the_response(many: list[Cha
 # --- order and seeds -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempts", [1, 3, 4])
 def test_a_chain_depends_on_settings_and_its_place_alone(attempts: int) -> None:
     total = 2 * 1024 * attempts + 700  # beyond two chunks of the generator

@@ -36,6 +36,8 @@ from job.model.transformer import Transformer
 from job.model.weights import save_transformer
 from job.outcome import Exit, run_command
 
+pytestmark = pytest.mark.slow
+
 ROWS = [
     {"prompt": "1+2?", "response": "1+2=3;A3", "reward": 1, "problem_id": "a"},
     {"prompt": "1+2?", "response": "1+2=4;A4", "reward": 0, "problem_id": "a"},
@@ -175,7 +177,6 @@ def pretrain_refused(workplace: Path, command: Command) -> Callable[..., None]:
     return check
 
 
-@pytest.mark.slow
 def test_the_input_that_the_cases_spoil_is_good(workplace: Path, command: Command) -> None:
     ended = command(job.train.main, "--config", "critic.yaml")
     assert ended.code == Exit.FINISHED, ended.err
@@ -823,7 +824,6 @@ SUBPROCESSES: dict[str, tuple[Change, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", SUBPROCESSES)
 def test_as_a_process(case: str, workplace: Path) -> None:
     change, words = SUBPROCESSES[case]

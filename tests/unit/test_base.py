@@ -28,6 +28,8 @@ from job.model.transformer import Transformer
 from job.model.weights import check_trunk, open_weights
 from job.outcome import InputError
 
+pytestmark = pytest.mark.slow
+
 TINY = TransformerConfig(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=12, multiple_of=8)
 BIASED = replace(TINY, qkv_bias=True, head_dim=6)
 NORMED = replace(TINY, qk_norm=True)

@@ -16,6 +16,8 @@ from slurm import checks
 from slurm.checks import Check, check
 from slurm.plan import Plan, make_plan
 
+pytestmark = pytest.mark.slow
+
 Planner = Callable[..., Plan]
 
 

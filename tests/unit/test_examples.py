@@ -414,6 +414,7 @@ def refused(path: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_a_compressed_file_cut_off_anywhere_is_refused(tmp_path: Path, suffix: str) -> None:
     compress = gzip.compress if suffix.endswith("gz") else zstd
@@ -518,6 +519,7 @@ def big_lines() -> Iterator[bytes]:
     return itertools.repeat(row, BIG // len(row))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_a_big_file_is_streamed(tmp_path: Path, suffix: str) -> None:
     content = b"".join(big_lines())
@@ -528,6 +530,7 @@ def test_a_big_file_is_streamed(tmp_path: Path, suffix: str) -> None:
     assert memory_of_reading(path) < BIG / 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_a_big_parquet_row_group_is_streamed(tmp_path: Path, compression: str) -> None:
     noise = np.random.default_rng(0).bytes(BIG // 4).hex()

@@ -152,6 +152,7 @@ def test_the_number_of_threads_plays_no_part(
     assert _of(tmp_path, WEIGHTS) == expected
 
 
+@pytest.mark.slow
 def test_a_real_trunk_is_itself_with_and_without_its_heads(tmp_path: Path) -> None:
     model = Transformer(replace(TINY, n_layers=4, n_future_tokens=3))
     save_transformer(model, tmp_path)

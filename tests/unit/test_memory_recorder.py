@@ -25,6 +25,8 @@ from job.telemetry.memory_recorder import PHASES, Recorder
 from job.telemetry.notes import Notes
 from job.telemetry.process_memory import ProcessMemory
 
+pytestmark = pytest.mark.slow
+
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 MB, GB = 10**6, 10**9
 UUID = "11111111-2222-3333-4444-555555555555"

@@ -27,6 +27,8 @@ from job.memory.validation import (
 )
 from job.outcome import InputError, exit_code
 
+pytestmark = pytest.mark.slow
+
 MB = 1_000_000
 _AFTER = {
     "frozen_weights": 600 * MB,
@@ -187,7 +189,6 @@ def test_a_prediction_is_a_table_or_json(
     assert "85.0 GB: fits" in shown
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_a_real_growth_is_predicted_within_a_tenth(tmp_path: Path, gpus: int) -> None:
     changes = ("training.batch_size=400", "training.micro_batch_tokens=16384")

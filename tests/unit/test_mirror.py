@@ -30,10 +30,13 @@ from job.outcome import InputError
 from job.telemetry import mirror
 from job.telemetry.mirror import Mirror, live_mirror_allowed, sync_run, tracking_uri
 
-# MLflow 3.17 still uses a loader strategy that SQLAlchemy 2.1 deprecates.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    # MLflow 3.17 still uses a loader strategy that SQLAlchemy 2.1 deprecates.
+    pytest.mark.filterwarnings(
+        "ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"
+    ),
+]
 
 START = 1_700_000_000.5
 
@@ -346,7 +349,6 @@ def test_names_and_values_that_mlflow_refuses_do_not_stop_the_rest(
     assert values == {"explained ___": 0.5, "a/b": 1.0, "_": 2.0, "n" * 250: 3.0, "ok.a-b c:d": 4.0}
 
 
-@pytest.mark.slow
 def test_a_long_backlog_goes_in_batches(tmp_path: Path, database: str) -> None:
     example = Example(tmp_path / "backlog", database)
     for step in range(2, 302, 2):
@@ -359,7 +361,6 @@ def test_a_long_backlog_goes_in_batches(tmp_path: Path, database: str) -> None:
     assert received(example) == example.metrics
 
 
-@pytest.mark.slow
 def test_a_crash_between_sending_and_noting_duplicates_nothing(
     tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -450,7 +451,6 @@ def test_a_run_that_the_database_does_not_know_is_sent_again(tmp_path: Path, dat
     assert_complete(example, tmp_path)
 
 
-@pytest.mark.slow
 def test_a_run_goes_whole_to_another_database(tmp_path: Path, database: str) -> None:
     example = finished(tmp_path / "runs" / "moved", database)
     sync_run(example.path)
@@ -467,7 +467,6 @@ def test_a_folder_without_a_run_is_an_input_error(tmp_path: Path) -> None:
         sync_run(tmp_path)
 
 
-@pytest.mark.slow
 def test_two_runs_share_a_new_database(tmp_path: Path) -> None:
     examples = [finished(tmp_path / f"run{i}", steps=300) for i in range(2)]
     code = "import sys, pathlib, job.telemetry.mirror as m; m.sync_run(pathlib.Path(sys.argv[1]))"
@@ -746,7 +745,6 @@ def gate(server: int) -> Iterator[Gate]:
     opened.close()
 
 
-@pytest.mark.slow
 def test_a_run_arrives_whole_at_a_server(tmp_path: Path, server: int) -> None:
     example = finished(tmp_path / "served", f"http://127.0.0.1:{server}", steps=1500)
     example.step(1501, told_at=1500, **{"explained (%)": 0.5})
@@ -758,7 +756,6 @@ def test_a_run_arrives_whole_at_a_server(tmp_path: Path, server: int) -> None:
     assert (second.metrics, second.params, second.artifacts) == (0, 0, 0)
 
 
-@pytest.mark.slow
 def test_a_run_on_a_server_goes_on_from_every_state(tmp_path: Path, server: int) -> None:
     assert_states(Example(tmp_path / "served states", f"http://127.0.0.1:{server}"))
 
@@ -773,7 +770,6 @@ def follow(example: Example, deadline: float) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 
-@pytest.mark.slow
 def test_a_server_that_never_answers_holds_the_process_no_longer_than_its_deadline(
     tmp_path: Path, gate: Gate
 ) -> None:
@@ -795,7 +791,6 @@ def _noted(example: Example) -> bool:
     return (example.path / "mlflow.json").exists()
 
 
-@pytest.mark.slow
 def test_a_server_that_falls_silent_during_the_run_gets_the_rest_later(
     tmp_path: Path, gate: Gate
 ) -> None:
@@ -816,7 +811,6 @@ def test_a_server_that_falls_silent_during_the_run_gets_the_rest_later(
     assert_complete(example, tmp_path)
 
 
-@pytest.mark.slow
 def test_a_server_that_is_down_at_first_gets_everything_when_it_is_up(
     tmp_path: Path, server: int
 ) -> None:
@@ -844,7 +838,6 @@ def test_a_server_that_is_down_at_first_gets_everything_when_it_is_up(
 # --- the process -------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_process_survives_signals_and_sends_system_metrics(
     tmp_path: Path, database: str
 ) -> None:
@@ -871,7 +864,6 @@ def _signal(process: subprocess.Popen[bytes]) -> None:
         os.kill(process.pid, number)
 
 
-@pytest.mark.slow
 def test_a_killed_trainer_leaves_a_process_that_sends_the_rest_and_ends(
     tmp_path: Path, database: str
 ) -> None:

@@ -33,6 +33,7 @@ def _values(critic: Critic) -> torch.Tensor:
     return critic(TOKENS, LAYOUT, torch.arange(9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_future_tokens", "blocks"), [(1, 32), (4, 29)])
 def test_n_counts_on_the_blocks_that_are_there(
     n_future_tokens: int, blocks: int, tmp_path: Path
@@ -47,6 +48,7 @@ def test_n_counts_on_the_blocks_that_are_there(
     assert counts.trainable == sum(p.numel() for p in critic.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_future_tokens", [1, 4])
 def test_the_last_block_is_part_of_the_values(n_future_tokens: int, tmp_path: Path) -> None:
     critic = _critic(tmp_path, n_future_tokens, n=4)

@@ -13,6 +13,8 @@ from job.memory.shapes import SHAPES
 from job.memory.simulation import simulate
 from job.model.architecture import TransformerConfig
 
+pytestmark = pytest.mark.slow
+
 # Proportions of models that exist, with few blocks; in a grid of its own bench/memory_grid.py
 # takes models of true size.
 TRUNKS = {
@@ -71,21 +73,18 @@ def test_one_process_in_full_precision_on_cpu() -> None:
     _check(_setting("plain", 1, 1, mixed_precision=False, cuda=False))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("n", [0, 1, 3, 5])
 @pytest.mark.parametrize("strategy", ShardingStrategy)
 def test_every_strategy(strategy: ShardingStrategy, n: int) -> None:
     _check(_setting("plain", n, sharding_strategy=strategy))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("n", [0, 2, 5])
 @pytest.mark.parametrize("trunk", [name for name in TRUNKS if name != "plain"])
 def test_every_architecture(trunk: str, n: int) -> None:
     _check(_setting(trunk, n))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("gpus", [1, 8])
 @pytest.mark.parametrize("strategy", ShardingStrategy)
 def test_embeddings_that_outweigh_blocks(strategy: ShardingStrategy, gpus: int) -> None:
@@ -93,7 +92,6 @@ def test_embeddings_that_outweigh_blocks(strategy: ShardingStrategy, gpus: int) 
     _check(replace(setting, micro_batch_tokens=64))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("gpus", [1, 2, 8, 64])
 @pytest.mark.parametrize("strategy", ["FULL_SHARD", "HYBRID_SHARD"])
 def test_every_number_of_gpus(strategy: str, gpus: int) -> None:
@@ -101,7 +99,6 @@ def test_every_number_of_gpus(strategy: str, gpus: int) -> None:
     _check(setting, total=0.01)  # 64 parts of a row of the value head come to be something
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -126,7 +123,6 @@ def test_every_other_setting(n: int, changes: dict[str, Any]) -> None:
     _check(_setting("plain", n, **changes), total=0.01)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sequence_tokens", [32, 512])
 @pytest.mark.parametrize("trunk", ["plain", "grouped heads", "norms of heads"])
 @pytest.mark.parametrize("n", [0, 2, 5])
@@ -135,12 +131,10 @@ def test_one_process_with_a_cpus_kernels(n: int, trunk: str, sequence_tokens: in
     _check(replace(setting, micro_batch_tokens=1024, sequence_tokens=sequence_tokens))
 
 
-@pytest.mark.slow
 def test_several_processes_with_a_cpus_kernels() -> None:
     _check(_setting("plain", 2, 2, cuda=False))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("n", "gpus"), [(4, 4), (0, 1)])
 def test_a_trunk_of_true_size(n: int, gpus: int) -> None:
     setting = Setting(SHAPES["7b"], n, FsdpConfig(), 8192, world_size=gpus, per_node=gpus)

@@ -20,6 +20,8 @@ from job.outcome import run_command
 from slurm.record import Attempt, Record
 from slurm.submission import PROJECT
 
+pytestmark = pytest.mark.slow
+
 COMMAND = PROJECT / "slurm" / "submit.py"
 HEAVY = {"torch", "numpy", "mlflow", "matplotlib", "pyarrow", "pandas", "transformers"}
 FORGOTTEN = "slurm_load_jobs error: Invalid job id specified"

@@ -35,6 +35,8 @@ from job.data.tokenizer import (
 from job.durability.files import atomic_folder, write_atomic
 from job.outcome import InputError
 
+pytestmark = pytest.mark.slow
+
 Row = dict[str, Any]
 SMALL = {"train_examples": 3000, "validation_examples": 100}
 
@@ -598,7 +600,6 @@ def by_parts(cache: Path, size: int) -> list[Path]:
     return [path.parent for path in cache.glob(".*/tokens.bin") if path.stat().st_size >= size]
 
 
-@pytest.mark.slow
 def test_two_builders_at_once_both_succeed_and_leave_one_folder(
     tmp_path: Path, characters: Tokenizer
 ) -> None:
@@ -618,7 +619,6 @@ def test_two_builders_at_once_both_succeed_and_leave_one_folder(
             assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.slow
 def test_a_killed_builder_leaves_no_set_and_the_next_one_builds_it(
     tmp_path: Path, characters: Tokenizer
 ) -> None:

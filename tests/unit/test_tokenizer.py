@@ -589,6 +589,7 @@ def write_llama_3(folder: Path, trained: tokenizers.Tokenizer) -> None:
     (folder / "tokenizer.model").write_bytes(b"".join(lines))
 
 
+@pytest.mark.slow
 def test_llama_3_s_tiktoken_vocabulary_is_read_as_the_bpe_that_it_is(
     tmp_path: Path, trained: tokenizers.Tokenizer
 ) -> None:
