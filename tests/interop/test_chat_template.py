@@ -19,6 +19,8 @@ from job.config import CHAT
 from job.data.template import load_template
 from job.data.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>"]
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "seven", "plus", "ten", "user", "assistant"]
 CHARACTERS = "".join(map(chr, range(32, 127))) + "\nßé漢字"

@@ -23,6 +23,8 @@ from job.outcome import InputError, run_command
 from job.report import main, verdict, write_report
 from job.telemetry.plots import Curves, draw_memory, draw_plots, write_plots
 
+pytestmark = pytest.mark.slow
+
 NONE = "\N{EN DASH}"  # in a cell without a value
 ALL_PLOTS = [
     "loss",
@@ -532,7 +534,6 @@ def assert_shows_something(path: Path) -> None:
     assert (pixels.max(axis=2) - pixels.min(axis=2) > 0.3).sum() > 300  # a coloured line
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 7])
 def test_every_plot_shows_something(tmp_path: Path, count: int) -> None:
     # Neither the underscore nor the formula may change or hide a name.
@@ -553,7 +554,6 @@ def test_plots_without_data_are_left_out(tmp_path: Path) -> None:
     assert [path.stem for path in write_plots([run], tmp_path / "plots")] == ["loss"]
 
 
-@pytest.mark.slow
 def test_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     run = write_run(tmp_path / "critic", steps=40)
     path = write_report([run])

@@ -17,6 +17,8 @@ from fake_slurm import STARTS, FakeSlurm, partition
 from slurm import scheduler
 from slurm.scheduler import ControllerAway, Job, Refused, outside_environment, parse_job
 
+pytestmark = pytest.mark.slow
+
 START = 1795396293
 LINE = (
     "JobId=55399038 JobName={name} UserId=root(0) GroupId=root(0) MCS_label=N/A "
