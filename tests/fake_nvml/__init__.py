@@ -52,3 +52,14 @@ class FakeNvml:
         monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
         yield fake
         fake.let_go()
+
+
+def without_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the bindings without a library, as on a machine without a driver."""
+
+    def refuse(name: str) -> object:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(pynvml, "nvmlLib", None)
+    monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
+    monkeypatch.setattr(pynvml, "CDLL", refuse)

@@ -14,10 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pynvml
 import pytest
 import torch
-from fake_nvml import FakeNvml
+from fake_nvml import FakeNvml, without_nvml
 
 from job.telemetry import memory_recorder
 from job.telemetry import nvml as nvml_module
@@ -378,12 +377,7 @@ def test_a_hanging_call_holds_up_neither_training_nor_the_end(
 def test_without_nvml_the_allocator_is_recorded_at_once(
     allocator: FakeAllocator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(name: str) -> object:
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr(pynvml, "nvmlLib", None)
-    monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
-    monkeypatch.setattr(pynvml, "CDLL", refuse)
+    without_nvml(monkeypatch)
     began = time.monotonic()
     with Recorder(GPU, hertz=200) as recorder, recorder.phase("load"):
         assert time.monotonic() - began < 1

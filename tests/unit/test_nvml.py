@@ -9,9 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import pynvml
 import pytest
-from fake_nvml import FakeNvml
+from fake_nvml import FakeNvml, without_nvml
 
 from job.telemetry import nvml as module
 from job.telemetry.notes import Notes
@@ -313,12 +312,7 @@ def test_a_driver_that_does_not_answer_is_noted(
 def test_a_missing_library_is_noted(
     monkeypatch: pytest.MonkeyPatch, read: Callable[..., Readings]
 ) -> None:
-    def refuse(name: str) -> object:
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr(pynvml, "nvmlLib", None)
-    monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
-    monkeypatch.setattr(pynvml, "CDLL", refuse)
+    without_nvml(monkeypatch)
     readings = read(MEMORY_CALLS)
     readings.reader.thread.join(5)
     assert readings.problems() == [("nvmlInit", "NVML Shared Library Not Found")]
