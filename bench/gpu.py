@@ -51,10 +51,10 @@ from job.learning.objective import Objective
 from job.learning.sharding import shard
 from job.learning.training_state import TrainingState
 from job.learning.world import World, joined_world
+from job.memory.fit import prediction
 from job.memory.footprint import Setting
 from job.memory.measurement import warm_up
 from job.memory.shapes import SHAPES
-from job.memory.table import prediction
 from job.memory.validation import MALLOC, Measured, markdown
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks

@@ -14,9 +14,9 @@ from job.config import AUTO, CriticConfig
 from job.data.critic_data import CriticData
 from job.durability.run_directory import RunDirectory
 from job.learning.world import World
+from job.memory.fit import prediction
 from job.memory.footprint import Setting
 from job.memory.settings import setting_of
-from job.memory.table import prediction
 from job.memory.validation import CPU_TOLERANCE, GPU_TOLERANCE
 from job.model.architecture import TransformerConfig, read_architecture
 from job.telemetry.memory_recorder import Recorder

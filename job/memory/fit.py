@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from job.memory.footprint import Footprint, Setting, footprint
 
@@ -52,6 +53,23 @@ def outside_bytes(setting: Setting) -> int:
 
 def fit(setting: Setting, capacity: int) -> Fit:
     return Fit(footprint(setting), outside_bytes(setting), capacity)
+
+
+def prediction(setting: Setting) -> dict[str, Any]:
+    """A setting's footprint for memory.json; sizes in bytes."""
+    predicted = footprint(setting)
+    return {
+        "num_unfrozen_layers": setting.num_unfrozen_layers,
+        "micro_batch_tokens": setting.micro_batch_tokens,
+        "response_tokens": setting.response_tokens,
+        "world_size": setting.world_size,
+        "peak_moment": predicted.peak.name,
+        "peak_bytes": predicted.peak.total,
+        "peak": predicted.peak.components,
+        "after_backward": predicted.after_backward.components,
+        "host_bytes": predicted.host,
+        "outside_bytes": outside_bytes(setting),
+    }
 
 
 def largest_unfrozen(setting: Setting, capacity: int) -> int | None:

@@ -17,7 +17,7 @@ from job.learning.learner import Learner
 from job.learning.objective import Objective
 from job.learning.world import World, joined_world
 from job.memory.account import choose_micro_batch, heaviest
-from job.memory.table import prediction
+from job.memory.fit import prediction
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic
 from job.model.transformer import PackedLayout

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from job.memory.fit import Fit, fit, largest_micro_batch, largest_unfrozen, outside_bytes
-from job.memory.footprint import COMPONENTS, Footprint, Setting, footprint, gigabytes
+from job.memory.fit import Fit, fit, largest_micro_batch, largest_unfrozen, prediction
+from job.memory.footprint import COMPONENTS, Footprint, Setting, gigabytes
 
 _LARGEST_TRIED = 262_144  # tokens of a micro-batch
 
@@ -56,23 +56,6 @@ def _word(found: Fit) -> str:
     if found.fits:
         return "fits"
     return "tight" if found.is_tight else "does not fit"
-
-
-def prediction(setting: Setting) -> dict[str, Any]:
-    """A setting's footprint for memory.json; sizes in bytes."""
-    predicted = footprint(setting)
-    return {
-        "num_unfrozen_layers": setting.num_unfrozen_layers,
-        "micro_batch_tokens": setting.micro_batch_tokens,
-        "response_tokens": setting.response_tokens,
-        "world_size": setting.world_size,
-        "peak_moment": predicted.peak.name,
-        "peak_bytes": predicted.peak.total,
-        "peak": predicted.peak.components,
-        "after_backward": predicted.after_backward.components,
-        "host_bytes": predicted.host,
-        "outside_bytes": outside_bytes(setting),
-    }
 
 
 def as_dict(setting: Setting, capacities: Sequence[int]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from job.data.token_cache import TokenizedSet, load_split
 from job.data.tokenizer import load_tokenizer, write_character_tokenizer
 from job.durability.run_directory import RunDirectory
 from job.learning.world import World
-from job.memory import account, table
+from job.memory import account, fit
 from job.memory.account import MemoryAccount, choose_micro_batch, heaviest, measured_peak, within
 from job.memory.fit import MARGIN
 from job.memory.footprint import Footprint, Moment, Setting, footprint
@@ -145,7 +145,7 @@ def test_a_log_warns_only_where_prediction_and_measurement_part(
         return replace(found, moments=(moment,))
 
     if parts:
-        monkeypatch.setattr(table, "footprint", too_high)
+        monkeypatch.setattr(fit, "footprint", too_high)
     run = RunDirectory(tmp_path / "run")
     run.path.mkdir()
     sets = CriticData(packer(data, len(data)), packer(data, 50), 0.5, "none")
