@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -1559,7 +1560,8 @@ def test_a_last_save_that_fails_once_is_tried_again(
         if len(pauses) == 2:
             _put_back(run)
 
-    monkeypatch.setattr("job.loop.time.sleep", sleep)
+    clock = SimpleNamespace(sleep=sleep, monotonic=time.monotonic)  # other threads sleep as ever
+    monkeypatch.setattr("job.loop.time", clock)
     run_training("last-but-one")
     assert pauses == [1, 10]
     assert run.status()["checkpoint_error"] is None
