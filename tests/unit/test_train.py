@@ -54,9 +54,10 @@ def test_a_run_directory_tells_the_whole_run(folder: Path) -> None:
     named = {"value/mean_prediction", "value/std_prediction", "value/mse"}
     assert named <= records[-1].keys()
     assert json.loads(run.file("parameters.json").read_text())["model_num_unfrozen_layers"] == 1
-    telemetry = run.records("telemetry.jsonl")[-1]
-    assert telemetry["step"] == 8
+    *_, telemetry, memory = run.records("telemetry.jsonl")
+    assert telemetry["step"] == memory["step"] == 8
     assert telemetry["tokens_per_second"] > 0
+    assert memory["memory/predicted_peak"] > 0
     page = run.file("report.html").read_text()
     assert f"{records[-1]['validation/value/mse']:.4f}" in page
 
