@@ -59,16 +59,10 @@ BLOCK = 16 * 2**20
 MEMORY_LIMIT = 1 / 3  # of the others' peak, at most, on the most ranks
 SHARE_OF_DISK = 0.8  # of its sequential rate, at least
 IN_PLACE = " in place"
-FILES = {
-    "Meta": "meta/consolidated.pth",
-    "Hugging Face": "hf/model.safetensors",
-    "Meta in place": "meta/consolidated.pth",
-    "Hugging Face in place": "hf/model.safetensors",
-    "from_pretrained": "hf/model.safetensors",
-    "torch.load": "meta/consolidated.pth",
-}
-OTHERS = ("from_pretrained", "torch.load")
-OURS = ("Meta", "Hugging Face")
+META, HUGGING_FACE = "meta/consolidated.pth", "hf/model.safetensors"
+OURS = {"Meta": META, "Hugging Face": HUGGING_FACE}
+OTHERS = {"from_pretrained": HUGGING_FACE, "torch.load": META}
+FILES = OURS | {way + IN_PLACE: file for way, file in OURS.items()} | OTHERS
 
 
 # One rank

@@ -123,10 +123,10 @@ def test_its_labels_and_its_files_name_the_same_commit_and_version(
 def test_nothing_in_it_makes_anybody_root_and_nothing_lies_in_roots_home(
     tools: Tools, image: str
 ) -> None:
-    search = "find / -xdev -type f '(' -perm /6000 -o -path '/root/*' ')'"
+    search = r"find / -xdev -type f '(' -perm /6000 -o -path '/root/*' ')' -printf '%P\n'"
     as_root = ["podman", "run", "--rm", "--user", "0:0", "--entrypoint", "sh", image]
     found = tools.output(*as_root, "-c", search).split()
-    assert set(found) <= {"/root/.bashrc", "/root/.profile"}  # Debian's own
+    assert set(found) <= {"root/.bashrc", "root/.profile"}  # Debian's own
 
 
 def test_it_has_no_compiler(tools: Tools, image: str) -> None:

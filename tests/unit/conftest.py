@@ -1,13 +1,25 @@
-"""What unit tests share: a machine of which they say what Slurm and NVML answer."""
+"""What unit tests share: benchmarks as modules, and what Slurm and NVML answer as tests say."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from fake_nvml import FakeNvml, compiled
 from fake_slurm import FakeSlurm
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.fixture(scope="session")
+def bench() -> Iterator[Callable[[str], ModuleType]]:
+    """Import a benchmark by name; they import each other from their own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        yield importlib.import_module
 
 
 @pytest.fixture

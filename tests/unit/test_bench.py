@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,17 +14,14 @@ import torch
 
 from job.model.architecture import TransformerConfig
 
-BENCH = Path(__file__).parents[2] / "bench"
 TINY = TransformerConfig(
     dim=32, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=64, multiple_of=8, rope_theta=500.0
 )
 
 
 @pytest.fixture(scope="module")
-def throughput() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        yield importlib.import_module("throughput")
+def throughput(bench: Callable[[str], ModuleType]) -> ModuleType:
+    return bench("throughput")
 
 
 @pytest.fixture
@@ -127,8 +123,8 @@ def test_record_says_where_it_is_from(
     assert {"commit", "uncommitted_changes"} <= record.keys()
 
 
-def test_table_lines_its_columns_up() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        common = importlib.import_module("common")
-    assert common.table(["", "n"], [["a", "10"], ["bb", "5"]]) == "     n\n--  --\na   10\nbb   5"
+def test_table_lines_its_columns_up(bench: Callable[[str], ModuleType]) -> None:
+    assert (
+        bench("common").table(["", "n"], [["a", "10"], ["bb", "5"]])
+        == "     n\n--  --\na   10\nbb   5"
+    )

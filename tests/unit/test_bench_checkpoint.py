@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,15 +13,12 @@ from job.durability.manifest import Manifest
 from job.learning.world import joined_world
 from job.model.architecture import TransformerConfig
 
-BENCH = Path(__file__).parents[2] / "bench"
 TINY = TransformerConfig(dim=32, n_layers=5, n_heads=4, vocab_size=64, multiple_of=8)
 
 
 @pytest.fixture(scope="module")
-def checkpoint() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        yield importlib.import_module("checkpoint")
+def checkpoint(bench: Callable[[str], ModuleType]) -> ModuleType:
+    return bench("checkpoint")
 
 
 def test_the_slow_down_is_what_steps_take_longer(checkpoint: ModuleType) -> None:

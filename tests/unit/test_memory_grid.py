@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -17,14 +16,11 @@ from job.model.architecture import TransformerConfig
 from job.model.parameters import count_parameters
 
 TINY = TransformerConfig(dim=32, n_layers=2, n_heads=2, vocab_size=64, multiple_of=8)
-BENCH = Path(__file__).parents[2] / "bench"
 
 
 @pytest.fixture(scope="module")
-def memory_grid() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        yield importlib.import_module("memory_grid")
+def memory_grid(bench: Callable[[str], ModuleType]) -> ModuleType:
+    return bench("memory_grid")
 
 
 def test_the_grid_has_every_combination_once(memory_grid: ModuleType) -> None:
