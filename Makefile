@@ -5,28 +5,35 @@ BIN := $(VENV)/bin
 RUN_SET_UP := $(VENV)/.set-up-run
 TEST_SET_UP := $(VENV)/.set-up-test
 
+# Tests of one process run side by side, of one file in one place, with one thread each. Those of
+# several processes have the machine to themselves: they wait for each other, and some have limits.
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 \
+  --dist loadfile --no-loadscope-reorder
+
 .PHONY: help run test test-fast soak lint clean
 
 help:
 	@echo "make run        train the local critics (N=0 and N=2) and compare them: no GPU, minutes"
 	@echo "make test       lint, types and all tests"
 	@echo "make test-fast  the fast tests only"
-	@echo "make soak       kill one run 40 times, interrupt one on Slurm 25 times: nothing is lost"
+	@echo "make soak       40 kills in one run, 25 interruptions on Slurm in another, a second image"
 	@echo "make clean      remove the virtual environment; runs/ stays"
 
 run: $(RUN_SET_UP)
 	$(BIN)/python -m job.compare --config configs/critic/critic_local.yaml --unfreeze 0 2
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" -q
-	$(BIN)/python -m pytest -m slow -q
+	$(SIDE_BY_SIDE) -m "not slow"
+	$(SIDE_BY_SIDE) -m slow tests/interop tests/unit
+	$(BIN)/python -m pytest -q -m slow tests/distributed tests/cluster tests/container
 
 test-fast: $(TEST_SET_UP)
-	$(BIN)/python -m pytest -m "not slow" -q
+	$(SIDE_BY_SIDE) -m "not slow"
 
 soak: $(TEST_SET_UP)
 	SOAK_KILLS=40 $(BIN)/python -m pytest --timeout 7200 -q -k kill tests/distributed/test_resume.py
 	SOAK_INTERRUPTIONS=25 $(BIN)/python -m pytest --timeout 7200 -q -k many_interruptions tests/cluster
+	SOAK=1 $(BIN)/python -m pytest -q -k two_builds tests/container
 
 lint: $(TEST_SET_UP)
 	$(BIN)/ruff check .
