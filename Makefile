@@ -5,10 +5,9 @@ BIN := $(VENV)/bin
 RUN_SET_UP := $(VENV)/.set-up-run
 TEST_SET_UP := $(VENV)/.set-up-test
 
-# Tests of one process run side by side, of one file in one place, with one thread each. Those of
-# several processes have the machine to themselves: they wait for each other, and some have limits.
-SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 \
-  --dist loadfile --no-loadscope-reorder
+# Files of tests run side by side, with one thread each; what shares a cluster or an image, in a row.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 \
+  --dist loadgroup --no-loadscope-reorder
 
 .PHONY: help run test test-fast soak lint clean
 
@@ -23,12 +22,11 @@ run: $(RUN_SET_UP)
 	$(BIN)/python -m job.compare --config configs/critic/critic_local.yaml --unfreeze 0 2
 
 test: lint
-	$(SIDE_BY_SIDE) -m "not slow"
-	$(SIDE_BY_SIDE) -m slow tests/interop tests/unit
-	$(BIN)/python -m pytest -q -m slow tests/distributed tests/cluster tests/container
+	$(PYTEST) -m "not slow"
+	$(PYTEST) -m slow
 
 test-fast: $(TEST_SET_UP)
-	$(SIDE_BY_SIDE) -m "not slow"
+	$(PYTEST) -m "not slow"
 
 soak: $(TEST_SET_UP)
 	SOAK_KILLS=40 $(BIN)/python -m pytest --timeout 7200 -q -k kill tests/distributed/test_resume.py

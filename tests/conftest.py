@@ -17,6 +17,14 @@ from micro_critic import MicroCritics
 SECONDS = pytest.StashKey[float]()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side run files, but in one place what shares the cluster, or the image."""
+    for item in items:
+        used = getattr(item, "fixturenames", ())
+        shared = next((name for name in ("lab", "built") if name in used), item.path.stem)
+        item.add_marker(pytest.mark.xdist_group(shared))
+
+
 @pytest.fixture(scope="session")
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     if running := os.environ.get("SLURM_LAB"):

@@ -34,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.timeout(2400)  # ten minutes with one thread
 def test_two_unfrozen_blocks_explain_what_a_frozen_trunk_cannot(folder: Path) -> None:
     shown = _run(folder, "job.compare", "--config", LOCAL, "--unfreeze", "0", "2")
     probe, critic = json.loads((folder / "runs/local/comparison.json").read_text())
