@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 RUN_SET_UP := $(VENV)/.set-up-run
 TEST_SET_UP := $(VENV)/.set-up-test
 
-# Files of tests run side by side, with one thread each; what shares a cluster or an image, in a row.
+# Files of tests run side by side, with one thread each (see tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 \
-  --dist loadgroup --no-loadscope-reorder
+  --dist loadfile --no-loadscope-reorder
 
 .PHONY: help run test test-fast soak lint clean
 

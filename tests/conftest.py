@@ -9,20 +9,27 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lab import Lab, LabImpossible
 from micro_critic import MicroCritics
+from xdist.scheduler import LoadFileScheduling
 
 SECONDS = pytest.StashKey[float]()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side run files, but in one place what shares the cluster, or the image."""
-    for item in items:
-        used = getattr(item, "fixturenames", ())
-        shared = next((name for name in ("lab", "built") if name in used), item.path.stem)
-        item.add_marker(pytest.mark.xdist_group(shared))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    return _Places(config, log)
+
+
+class _Places(LoadFileScheduling):
+    """Side by side run files, but in one place what shares the cluster and the image."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        shared = nodeid.startswith(("tests/cluster/", "tests/container/"))
+        return "cluster and image" if shared else super()._split_scope(nodeid)
 
 
 @pytest.fixture(scope="session")
