@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 RUN_SET_UP := $(VENV)/.set-up-run
 TEST_SET_UP := $(VENV)/.set-up-test
 
-# Files of tests run side by side, with one thread each (see tests/conftest.py).
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 \
+# Files of tests side by side, with one thread each (see tests/conftest.py). Those of several
+# processes stay alone: they halt each other at one moment, which other work would let pass.
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 \
   --dist loadfile --no-loadscope-reorder
+ALONE := tests/distributed tests/cluster tests/container/test_slurm.py
 
 .PHONY: help run test test-fast soak lint clean
 
@@ -22,11 +24,12 @@ run: $(RUN_SET_UP)
 	$(BIN)/python -m job.compare --config configs/critic/critic_local.yaml --unfreeze 0 2
 
 test: lint
-	$(PYTEST) -m "not slow"
-	$(PYTEST) -m slow
+	$(SIDE_BY_SIDE) -m "not slow"
+	$(SIDE_BY_SIDE) -m slow $(addprefix --ignore=,$(ALONE))
+	$(BIN)/python -m pytest -q -m slow $(ALONE)
 
 test-fast: $(TEST_SET_UP)
-	$(PYTEST) -m "not slow"
+	$(SIDE_BY_SIDE) -m "not slow"
 
 soak: $(TEST_SET_UP)
 	SOAK_KILLS=40 $(BIN)/python -m pytest --timeout 7200 -q -k kill tests/distributed/test_resume.py

@@ -25,11 +25,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
 
 
 class _Places(LoadFileScheduling):
-    """Side by side run files, but in one place what shares the cluster and the image."""
+    """Side by side run files, but in one place what shares the image."""
 
     def _split_scope(self, nodeid: str) -> str:
-        shared = nodeid.startswith(("tests/cluster/", "tests/container/"))
-        return "cluster and image" if shared else super()._split_scope(nodeid)
+        container = "tests/container/"
+        return container if nodeid.startswith(container) else super()._split_scope(nodeid)
 
 
 @pytest.fixture(scope="session")
