@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 from built import Built
-from micro_job import MicroRun
-from omegaconf import OmegaConf
+from micro_job import MicroRun, write_recipe
 from tools import Tools
 
 pytestmark = pytest.mark.slow
@@ -21,8 +20,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 STRANGER = 23456  # a user id that the image does not know
 _NAME = f"critic-test-{os.getpid()}"  # tests of another checkout may run too
-_RECIPE = "configs/pretrain/arithmetic.yaml"
-_SHORT = {"training": {"max_steps": 20}}
+_RECIPE = "/opt/critic/configs/pretrain/arithmetic.yaml"
 _LOCKED = ("--rm", "--read-only", "--network", "none", "--user", f"{STRANGER}:{STRANGER}")
 
 
@@ -60,9 +58,9 @@ def test_without_arguments_the_main_job_trains_and_a_signal_saves_it(
     tmp_path.chmod(0o777)
     run = MicroRun(tmp_path / "runs/local/n0")
     recipe = tmp_path / "arithmetic.yaml"
-    OmegaConf.save(OmegaConf.merge(OmegaConf.load(ROOT / _RECIPE), _SHORT), recipe)
+    write_recipe(recipe, ["out=runs/local/trunk"])
     here = ["--volume", f"{tmp_path}:/data", "--workdir", "/data"]
-    here += ["--volume", f"{recipe}:/opt/critic/{_RECIPE}:ro"]
+    here += ["--volume", f"{recipe}:{_RECIPE}:ro"]
     # one thread: two that wait for each other take minutes on a machine that has other work
     here += ["--env", "OMP_NUM_THREADS=1"]
     with _started(tools, image, *here) as process:  # it pre-trains its trunk first
