@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -12,6 +15,21 @@ from job.model.base import Base, weight_map
 from job.model.layout import is_loaded, is_rotated, meta_name
 from job.model.stored import Mappings, StoredTensor, raise_misfits
 from job.outcome import InputError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def open_hugging_face(base: Base, head_width: int) -> dict[str, StoredTensor]:
@@ -35,13 +53,38 @@ def open_hugging_face(base: Base, head_width: int) -> dict[str, StoredTensor]:
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
-    """What a file holds, memory-mapped."""
+    """What a file holds, memory-mapped.
+
+    Nothing of it is read: safetensors' own `get_tensor` touches each tensor, which on a cold file
+    makes the system read megabytes around it before the next one is opened.
+    """
     try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        with safe_open(file, framework="pt"):  # checks the index against the file's size
+            index, start = _read_index(file)
+        content = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
     except Exception as error:  # a damaged file can raise anything
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise InputError(f"{file}: damaged, or no safetensors file: {reason}") from None
+    strange = {name for name, entry in index.items() if entry["dtype"] not in _DTYPES}
+    raise_misfits(file, [f"{name} is stored as {index[name]['dtype']}" for name in strange])
+    mapped = content.untyped_storage()
+    return {name: _view(mapped, start, entry) for name, entry in index.items()}
+
+
+def _read_index(file: Path) -> tuple[dict[str, Any], int]:
+    """dtype, shape and offsets of each tensor; the byte of the file that offsets count from."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        index = json.loads(stream.read(length))
+    index.pop("__metadata__", None)
+    return index, 8 + length
+
+
+def _view(mapped: torch.UntypedStorage, start: int, entry: dict[str, Any]) -> Tensor:
+    """One tensor in a file's mapping, which may lie at any byte of it."""
+    first, end = entry["data_offsets"]
+    as_bytes = torch.empty(0, dtype=torch.uint8).set_(mapped[start + first : start + end])
+    return as_bytes.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def _known_name(stored_name: str) -> str:
