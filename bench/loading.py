@@ -16,10 +16,11 @@ to a temporary folder, and read in these ways, each by as many processes as ther
 
 Memory is the most that a process has resident, mapped pages of the file included, less what it had
 when loading began: interpreter and packages are left out. Time is from the moment at which all
-processes are ready to the moment at which the last has finished. The file is not in the page cache
-when loading begins: it is flushed, then given back with POSIX_FADV_DONTNEED. The disk's sequential
-rate is that of the same file, just before and just after each load and in the same way cold, read
-by one process through the page cache in blocks of 16 MB. Beside it stands the rate at which one
+processes are ready to the moment at which the last has finished. The file leaves the page cache
+then: it is flushed, and given back with POSIX_FADV_DONTNEED. The disk's sequential rate is that of
+the same file, just before and just after each load, read by one process through the page cache in
+blocks of 16 MB, and from the same moment: a virtual machine soon hands free memory back to its
+host, and whatever then fills the page cache waits for it. Beside it stands the rate at which one
 process gets memory from the system: it fills as much as a rank of one loads. Figures are medians
 over rounds. MB are 1e6 bytes.
 """
@@ -107,6 +108,9 @@ def measure_rank(way: str, folder: Path, world: World) -> dict[str, Any] | None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before = peak_memory_mb()
     world.sum([0.0])
+    if world.is_main:
+        leave_page_cache(folder / Path(FILES[way]).name)
+    world.sum([0.0])
     began = time.time()
     loaded = load()
     ended = time.time()
@@ -184,7 +188,6 @@ def measure(way: str, world: int, folder: Path, needed: dict[str, int]) -> dict[
     file = folder / FILES[way]
     load = OtherLoad()
     before, others = disk_rate(file), load.share()  # not while its own ranks are the others
-    leave_page_cache(file)
     found = _run(way, world, file.parent)
     disk = (before + disk_rate(file)) / 2
     size = needed["all" if way in OTHERS else "trunk"]
