@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import time
+import uuid
 from pathlib import Path
 
 from job.durability.files import write_atomic
@@ -36,6 +37,7 @@ class Fence:
                 cls(attempts, number).folder.mkdir()
             except FileExistsError:  # another copy was faster
                 continue
+            _remove_scratch(run, number)
             return cls(attempts, number)
 
     @property
@@ -46,6 +48,23 @@ class Fence:
     def superseded(self) -> bool:
         # a listing, since an NFS client may remember for long that one name was not there
         return max(_numbers(self._attempts), default=0) > self.number
+
+    def replace(self, file: Path, text: str) -> None:
+        """Replace a file of the run whole; a newer attempt's file is left as it is.
+
+        A process can be asleep at any point of this. If that is before the look at the attempts, it
+        sees the newer one; if it is after, the newer one has removed what was to be renamed.
+        """
+        scratch = file.with_name(f".{file.name}.attempt-{self.number:04}.{uuid.uuid4().hex}")
+        try:
+            scratch.write_text(text, encoding="utf-8")
+            if not self.superseded():
+                scratch.replace(file)
+        except FileNotFoundError:
+            if not self.superseded():
+                raise
+        finally:
+            scratch.unlink(missing_ok=True)
 
     def ending(self) -> Superseded:
         return Superseded(f"attempt {self.number}: a newer attempt of this run has taken over")
@@ -80,6 +99,14 @@ def _numbers(attempts: Path) -> list[int]:
         return [int(entry.name) for entry in attempts.glob("*") if entry.name.isdigit()]
     except OSError:  # a file system that is away for a moment tells nothing
         return []
+
+
+def _remove_scratch(run: Path, number: int) -> None:
+    """Remove what attempts before this one were about to put in place of a file of the run."""
+    for earlier in _numbers(run / "attempts"):
+        if earlier < number:
+            for scratch in run.glob(f".*.attempt-{earlier:04}.*"):
+                scratch.unlink(missing_ok=True)
 
 
 def _resumed_step(attempt: Path) -> float:

@@ -161,9 +161,13 @@ class RunDirectory:
         if not self.writes:
             return
         try:
-            write_atomic(self.file(name), json.dumps(content, indent=2) + "\n")
+            self._replace(name, json.dumps(content, indent=2) + "\n")
         except OSError as error:
             _log.error("cannot write %s: %s; going on", self.file(name), error.strerror)
+
+    def _replace(self, name: str, text: str) -> None:
+        replace = write_atomic if self.fence is None else self.fence.replace
+        replace(self.file(name), text)
 
     def records(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
         """The complete lines of metrics.jsonl or telemetry.jsonl; a torn last line is left out."""
@@ -186,7 +190,7 @@ class RunDirectory:
             return
         for name in ("metrics.jsonl", "telemetry.jsonl"):
             kept = [record for record in self.records(name) if record["step"] <= last]
-            write_atomic(self.file(name), "".join(json.dumps(record) + "\n" for record in kept))
+            self._replace(name, "".join(json.dumps(record) + "\n" for record in kept))
         missing = last - len(self.records())
         if missing:
             _log.error("%s lacks %d of %d steps", self.file("metrics.jsonl"), missing, last)

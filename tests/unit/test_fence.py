@@ -226,3 +226,44 @@ def test_committed_checkpoints_are_those_that_count_oldest_first(tmp_path: Path)
     # damage is found by verifying; without a manifest nobody can say whether it came too late
     (folder / "step-00000006/manifest.json").unlink()
     assert "step-00000006" in [path.name for path in committed(tmp_path)]
+
+
+# Files of the run
+
+
+@pytest.mark.parametrize("moment", ["before the look", "after the look"])
+def test_a_sleeper_does_not_replace_what_a_newer_attempt_wrote(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleeper, file = Fence.take(tmp_path), tmp_path / "status.json"
+    look = Fence.superseded
+
+    def asleep(fence: Fence) -> bool:
+        monkeypatch.undo()
+        seen = look(fence)
+        Fence.take(tmp_path).replace(file, "new")
+        return seen if moment == "after the look" else look(fence)
+
+    monkeypatch.setattr(Fence, "superseded", asleep)
+    sleeper.replace(file, "old")
+    assert file.read_text() == "new"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["attempts", "status.json"]
+
+
+def test_an_attempt_removes_what_killed_ones_left_and_nothing_of_later_ones(
+    tmp_path: Path,
+) -> None:
+    Fence.take(tmp_path)
+    left = tmp_path / ".status.json.attempt-0001.a"
+    later = tmp_path / ".status.json.attempt-0003.b"
+    other = tmp_path / ".env"
+    for file in (left, later, other):
+        file.touch()
+    Fence.take(tmp_path)
+    assert [left.exists(), later.exists(), other.exists()] == [False, True, True]
+
+
+def test_a_folder_that_is_gone_is_an_error_of_the_newest_attempt(tmp_path: Path) -> None:
+    fence = Fence.take(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        fence.replace(tmp_path / "gone/status.json", "text")
