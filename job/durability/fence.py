@@ -11,7 +11,6 @@ import json
 import os
 import socket
 import time
-import uuid
 from pathlib import Path
 
 from job.durability.files import write_atomic
@@ -55,16 +54,11 @@ class Fence:
         A process can be asleep at any point of this. If that is before the look at the attempts, it
         sees the newer one; if it is after, the newer one has removed what was to be renamed.
         """
-        scratch = file.with_name(f".{file.name}.attempt-{self.number:04}.{uuid.uuid4().hex}")
         try:
-            scratch.write_text(text, encoding="utf-8")
-            if not self.superseded():
-                scratch.replace(file)
+            write_atomic(file, text, f"attempt-{self.number:04}.", lambda: not self.superseded())
         except FileNotFoundError:
             if not self.superseded():
                 raise
-        finally:
-            scratch.unlink(missing_ok=True)
 
     def ending(self) -> Superseded:
         return Superseded(f"attempt {self.number}: a newer attempt of this run has taken over")

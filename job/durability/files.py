@@ -12,12 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file's content so that a reader sees the old or the new one, never a part."""
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+def write_atomic(
+    path: Path, text: str, writer: str = "", may_replace: Callable[[], bool] = lambda: True
+) -> None:
+    """Replace a file's content so that a reader sees the old or the new one, never a part.
+
+    `writer` is part of the scratch file's name, and `may_replace` is asked when that is written.
+    """
+    scratch = path.with_name(f".{path.name}.{writer}{uuid.uuid4().hex}")
     try:
         scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
+        if may_replace():
+            scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
 
