@@ -36,22 +36,23 @@ from throughput import ARCHITECTURE, CPU, TRAINING, write_examples
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from job.config import CheckpointConfig, DistributedConfig, FsdpConfig, ObjectiveConfig, to_dict
+from job.common.nested import to_dict
+from job.common.schema import CheckpointConfig, DistributedConfig, FsdpConfig, ObjectiveConfig
 from job.data.packing import Packer, single_units
 from job.data.token_cache import TokenizedSet
-from job.durability.checkpoint import Checkpoints, Tensors, trained_tensors
-from job.durability.fence import Fence
-from job.durability.run_directory import RunDirectory
-from job.learning.learner import Learner
-from job.learning.objective import Objective
-from job.learning.sharding import shard
-from job.learning.training_state import TrainingState
-from job.learning.world import World, joined_world
+from job.distributed.fsdp import shard
+from job.distributed.world import World, joined_world
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.shards import fill
-from job.telemetry.alarm import ConstantPredictorAlarm
-from job.telemetry.value_metrics import ValueMetrics
+from job.run.alarm import ConstantPredictorAlarm
+from job.run.directory import RunDirectory
+from job.run.fence import Fence
+from job.run.value_metrics import ValueMetrics
+from job.training.checkpoint import Checkpoints, Tensors, trained_tensors
+from job.training.learner import Learner
+from job.training.objective import Objective
+from job.training.state import TrainingState
 
 N = 4  # unfrozen blocks
 SEQUENCES = 2  # of a step, few so that several steps pass during a save

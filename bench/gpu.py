@@ -35,7 +35,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(ROOT))
 
-from job.config import (
+from job.common.schema import (
     CheckpointConfig,
     DistributedConfig,
     FsdpConfig,
@@ -43,17 +43,11 @@ from job.config import (
     TrainingConfig,
 )
 from job.data.packing import Batch
-from job.durability.checkpoint import Checkpoints
-from job.durability.fence import Fence
-from job.durability.run_directory import RunDirectory
-from job.learning.learner import Learner
-from job.learning.objective import Objective
-from job.learning.sharding import shard
-from job.learning.training_state import TrainingState
-from job.learning.world import World, joined_world
+from job.distributed.fsdp import shard
+from job.distributed.world import World, joined_world
 from job.memory.fit import prediction
 from job.memory.footprint import Setting
-from job.memory.measurement import warm_up
+from job.memory.recorder import Recorder
 from job.memory.shapes import SHAPES
 from job.memory.validation import MALLOC, Measured, markdown
 from job.model.architecture import TransformerConfig
@@ -61,9 +55,15 @@ from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.parameters import count_parameters
 from job.model.shards import own
 from job.model.transformer import PackedLayout
-from job.telemetry.alarm import ConstantPredictorAlarm
-from job.telemetry.memory_recorder import Recorder
-from job.telemetry.value_metrics import ValueMetrics
+from job.run.alarm import ConstantPredictorAlarm
+from job.run.directory import RunDirectory
+from job.run.fence import Fence
+from job.run.value_metrics import ValueMetrics
+from job.training.checkpoint import Checkpoints
+from job.training.learner import Learner
+from job.training.measurement import warm_up
+from job.training.objective import Objective
+from job.training.state import TrainingState
 
 ALL_SHAPES = SHAPES | {
     "micro": TransformerConfig(dim=64, n_layers=9, n_heads=2, vocab_size=512, multiple_of=32)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from common import command_line, say, write_record
 
+from job.common.errors import run_command
 from job.compare import compare, summarise
-from job.durability.run_directory import RunDirectory
-from job.outcome import run_command
+from job.run.directory import RunDirectory
 
 CONFIG = "configs/critic/critic_gsm8k.yaml"
 UNFREEZE = (0, 2, 5)  # the trunk of configs/pretrain/gsm8k.yaml has five blocks

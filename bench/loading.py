@@ -45,10 +45,11 @@ import torch
 from common import OtherLoad, command_line, peak_memory_mb, say, table, write_record
 from torch import nn
 
-from job.config import DistributedConfig, FsdpConfig
-from job.learning.sharding import shard
-from job.learning.world import World, joined_world
-from job.model.architecture import TransformerConfig, read_architecture
+from job.common.schema import DistributedConfig, FsdpConfig
+from job.distributed.fsdp import shard
+from job.distributed.world import World, joined_world
+from job.model.architecture import TransformerConfig
+from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.shards import own
 from job.model.transformer import Transformer

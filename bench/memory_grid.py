@@ -31,11 +31,11 @@ from typing import Any
 import torch
 from common import command_line, table, write_record
 
-from job.config import FsdpConfig, ShardingStrategy
+from job.common.progress import progress, set_up_logging
+from job.common.schema import FsdpConfig, ShardingStrategy
 from job.memory.footprint import COMPONENTS, Moment, Setting, footprint
 from job.memory.shapes import SHAPES
-from job.memory.simulation import simulate
-from job.telemetry.progress import progress, set_up_logging
+from job.training.simulation import simulate
 
 UNFROZEN, GPUS = (0, 1, 4, 8, 32), (1, 2, 4, 8, 64)
 FEWER_UNFROZEN, FEWER_GPUS = (0, 4, 32), (2, 64)  # of the larger trunks, without --all

@@ -26,12 +26,12 @@ import torch
 from common import OtherLoad, command_line, say, table, write_record
 from throughput import ARCHITECTURE, CPU, TRAINING, make_critic, make_packer, write_examples
 
-from job.config import ObjectiveConfig
+from job.common.schema import ObjectiveConfig
 from job.data.packing import Batch
-from job.learning.learner import Learner
-from job.learning.objective import Objective
-from job.learning.world import World
-from job.telemetry.memory_recorder import Recorder
+from job.distributed.world import World
+from job.memory.recorder import Recorder
+from job.training.learner import Learner
+from job.training.objective import Objective
 
 SMALL = replace(ARCHITECTURE, dim=256, n_layers=4, ffn_hidden=688)  # phases change often
 SEQUENCES = 2  # of a step

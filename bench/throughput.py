@@ -34,16 +34,17 @@ import torch
 from common import OtherLoad, command_line, peak_memory_mb, say, table, write_record
 from torch import Tensor, nn
 
-from job.config import ObjectiveConfig, TrainingConfig, to_dict
+from job.common.nested import to_dict
+from job.common.schema import ObjectiveConfig, TrainingConfig
 from job.data.packing import Indices, Packer, single_units, step_units
 from job.data.token_cache import TokenizedSet
-from job.learning.learner import Learner
-from job.learning.objective import Objective
-from job.learning.world import World
+from job.distributed.world import World
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.transformer import Trunk
-from job.telemetry.value_metrics import ValueMetrics
+from job.run.value_metrics import ValueMetrics
+from job.training.learner import Learner
+from job.training.objective import Objective
 
 ARCHITECTURE = TransformerConfig(dim=512, n_layers=16, n_heads=8, vocab_size=8192, ffn_hidden=1376)
 TRAINING = TrainingConfig(

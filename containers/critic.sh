@@ -11,7 +11,7 @@ scratch=${TMPDIR:-/tmp}
 
 commands=
 for name in train pretrain compare report preflight score memory export; do
-  if [ -f "$package/$name.py" ]; then commands="$commands $name"; fi
+  if [ -f "$package/$name.py" ] || [ -f "$package/$name/__main__.py" ]; then commands="$commands $name"; fi
 done
 
 # Apptainer hands the caller's environment on, and a path of the host's Python has no place here.

@@ -19,12 +19,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from job.config import CriticConfig, command_line, load_config
-from job.durability.preemption import SIGNALS
-from job.durability.run_directory import RunDirectory
-from job.outcome import InputError, run_and_leave
-from job.report import write_report
-from job.telemetry.mirror import tracking_uri
+from job.common.config import command_line, load_config
+from job.common.errors import InputError, run_and_leave
+from job.common.schema import CriticConfig
+from job.common.signals import SIGNALS
+from job.run.directory import RunDirectory
+from job.run.mlflow_sync import tracking_uri
+from job.run.report_page import write_report
 
 _PREFIX = "validation/value/"
 _COLUMNS = (

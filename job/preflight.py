@@ -23,12 +23,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from job.config import EMBEDDED, CriticConfig, command_line, load_config
-from job.data.critic_data import check_sources
-from job.learning.world import World, joined_world
+from job.common.config import command_line, load_config
+from job.common.errors import Exit, InputError, UnfitNode, run_and_leave
+from job.common.progress import set_up_logging
+from job.common.schema import EMBEDDED, CriticConfig
+from job.distributed.world import World, joined_world
 from job.model.weights import check_trunk
-from job.outcome import Exit, InputError, UnfitNode, run_and_leave
-from job.telemetry.progress import set_up_logging
+from job.training.data import check_sources
 
 _SHARED_MEMORY_BYTES = 64 << 20  # NCCL's buffers between the GPUs of a node
 _SCRATCH_BYTES = 1 << 30

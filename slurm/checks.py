@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from job.config import CriticConfig
+from job.common.errors import InputError
+from job.common.schema import CriticConfig
 from job.memory.fit import Fit, fit
 from job.memory.footprint import Setting
 from job.memory.settings import setting_of
-from job.model.architecture import TransformerConfig, check_window, read_architecture
+from job.model.architecture import TransformerConfig
+from job.model.architecture_file import check_window, read_architecture
 from job.model.parameters import ParameterCounts, checkpoint_bytes, count_parameters
-from job.outcome import InputError
 from slurm import scheduler
 from slurm.plan import Plan, Run, inputs
 from slurm.scheduler import ControllerAway, Partition, Refused

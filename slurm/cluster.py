@@ -10,8 +10,8 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from job.config import merge_config
-from job.outcome import InputError, listing
+from job.common.config import merge_config
+from job.common.errors import InputError, listing
 
 PROFILES = Path(__file__).parents[1] / "configs" / "cluster"
 # minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on, as sbatch reads them

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from job.outcome import Exit
+from job.common.errors import Exit
 from slurm import scheduler
 from slurm.record import Attempt, Outcome, Record
 from slurm.scheduler import ControllerAway, Job, Refused

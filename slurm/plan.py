@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
-from job.config import EMBEDDED, CriticConfig, load_config, to_dict
-from job.outcome import InputError
+from job.common.config import load_config
+from job.common.errors import InputError
+from job.common.nested import to_dict
+from job.common.schema import EMBEDDED, CriticConfig
 from slurm.cluster import load_profile
 from slurm.record import Record
 from slurm.submission import PROJECT, Submission, load

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from job.durability.files import write_atomic
-from job.outcome import InputError
+from job.common.errors import InputError
+from job.common.files import write_atomic
 
 _CHECKPOINT = re.compile(r"step-(\d{8})$")
 _ATTEMPT = re.compile(r"(\d+)-(\d+)$")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from job.outcome import Ending, Exit
+from job.common.errors import Ending, Exit
 from slurm.cluster import time_limit_seconds
 
 _PATIENCE_SECONDS = 120  # a client gives up by itself within a minute

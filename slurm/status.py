@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from job.outcome import InputError
+from job.common.errors import InputError
 from slurm import scheduler
 from slurm.record import Record, newest_attempt
 from slurm.scheduler import ControllerAway, Job

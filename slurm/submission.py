@@ -16,8 +16,8 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from job.durability.files import write_atomic
-from job.outcome import InputError
+from job.common.errors import InputError
+from job.common.files import write_atomic
 from slurm.cluster import time_limit_seconds
 from slurm.record import Record
 from slurm.scheduler import AWAY, ControllerAway, Refused, outside_of_jobs

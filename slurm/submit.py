@@ -36,9 +36,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from job.common.errors import Ending, Exit, InputError, listing, run_command
 from job.memory.footprint import Setting, footprint
 from job.memory.table import as_dict, component_table, footprint_columns, verdicts
-from job.outcome import Ending, Exit, InputError, listing, run_command
 from slurm import scheduler
 from slurm.checks import Check, check, memory_setting
 from slurm.plan import Plan, Run, describe, make_plan, write_config

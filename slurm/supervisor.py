@@ -15,7 +15,7 @@ from pathlib import Path
 
 from submitit.helpers import DelayedSubmission
 
-from job.outcome import Exit
+from job.common.errors import Exit
 from slurm.lead import Lead
 from slurm.record import Attempt, Outcome, Record
 from slurm.submission import Submission

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from job.outcome import Exit
+from job.common.errors import Exit
 from slurm.record import Outcome
 from slurm.verdict import exit_status
 

@@ -21,7 +21,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from job.outcome import Exit
+from job.common.errors import Exit
 from slurm.record import Outcome
 
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from job.model.architecture import TransformerConfig, read_architecture
+from job.model.architecture import TransformerConfig
+from job.model.architecture_file import read_architecture
 from job.model.transformer import Transformer, Trunk
 from job.model.weights import load_trunk, save_hugging_face, save_transformer
 

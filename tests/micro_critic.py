@@ -11,9 +11,10 @@ from typing import Any
 
 from micro_job import MicroRun, write_job
 
-from job.config import CriticConfig, load_config
-from job.pretrain import ensure_trunk
-from job.train import train
+from job.common.config import load_config
+from job.common.schema import CriticConfig
+from job.training.attempt import train
+from job.training.pretraining import ensure_trunk
 
 SETTINGS = (
     "training.max_steps=6",

@@ -37,6 +37,7 @@ evaluation: {every_steps: 10}
 logging: {every_steps: 5}
 distributed: {fsdp: {mixed_precision: false}}
 mlflow: {enabled: false}
+report: {enabled: false}
 """
 # Several micro-batches a step, and log windows that end at other steps than checkpoints.
 CHANGES = (

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
-from job.outcome import InputError
+from job.common.errors import InputError
 
 ALPACA_FIELDS = {"prompt": "instruction", "response": "output", "reward": "is_correct"}
 Rewards = bool | Literal["optional"]  # whether rows must carry one

@@ -21,10 +21,10 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from job.config import CHAT, is_chat_template
+from job.common.errors import InputError
+from job.common.schema import CHAT, is_chat_template
 from job.data.examples import BadRow, Example
 from job.data.tokenizer import Tokenizer, token_setting
-from job.outcome import InputError
 
 _MAX_LOOPS = 100_000  # over ranges, in one text
 _MAX_LENGTH = 10_000_000  # characters of one text

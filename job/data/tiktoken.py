@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from job.outcome import InputError
+from job.common.errors import InputError
 
 N_RANKS = 128_000
 _SPLIT = (

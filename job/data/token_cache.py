@@ -17,7 +17,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from job.config import (
+from job.common.errors import InputError, listing
+from job.common.files import atomic_folder
+from job.common.progress import progress
+from job.common.schema import (
     EMBEDDED,
     ArithmeticConfig,
     BadRows,
@@ -25,14 +28,11 @@ from job.config import (
     Overlong,
     PretrainDataConfig,
 )
+from job.common.signals import stop_if_asked
 from job.data import arithmetic
 from job.data.examples import BadRow, Example, Rewards, check_readable, read_examples
 from job.data.template import Template, load_template, render_rows
 from job.data.tokenizer import Encoded, Tokenizer
-from job.durability.files import atomic_folder
-from job.durability.preemption import stop_if_asked
-from job.outcome import InputError, listing
-from job.telemetry.progress import progress
 
 FORMAT = 5  # part of the key: raise it when the stored form changes
 _BATCH = 1024  # examples tokenised together

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from job.common.errors import InputError
 from job.data.tiktoken import as_tokenizer_json, is_tiktoken
-from job.outcome import InputError
 
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>")
 _EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>")

@@ -29,11 +29,11 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from job.config import differences
+from job.common.errors import Ending, InputError, listing
+from job.common.files import write_atomic
+from job.common.nested import differences
 from job.data.examples import BadRow
 from job.data.token_cache import TokenizedSet
-from job.durability.files import write_atomic
-from job.outcome import Ending, InputError, listing
 
 Values = NDArray[np.float32]
 _PLAN = b"critic-job"  # key of the plan in the file's metadata

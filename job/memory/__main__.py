@@ -16,14 +16,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from job.config import CriticConfig, command_line, load_config
+from job.common.config import command_line, load_config
+from job.common.errors import InputError, listing, run_and_leave
+from job.common.progress import set_up_logging
+from job.common.schema import CriticConfig
 from job.memory.footprint import Footprint, Setting, footprint
 from job.memory.settings import setting_of
 from job.memory.shapes import SHAPES
 from job.memory.table import as_dict, component_table, footprint_columns, verdicts
-from job.model.architecture import read_architecture
-from job.outcome import InputError, listing, run_and_leave
-from job.telemetry.progress import set_up_logging
+from job.model.architecture_file import read_architecture
 
 _console = Console()
 
@@ -89,7 +90,7 @@ def _simulated(setting: Setting) -> Footprint:
             "--simulate: not with distributed.fsdp.cpu_offload, whose host memory the "
             "simulation cannot tell from the GPU's"
         )
-    from job.memory.simulation import simulate
+    from job.training.simulation import simulate
 
     return simulate(setting)
 
@@ -141,7 +142,7 @@ def _validate(given: Sequence[str]) -> None:
 
 
 def _measure(given: Sequence[str]) -> None:
-    from job.memory.measurement import measure
+    from job.training.measurement import measure
 
     parser = command_line("One process of `validate`.", "memory measure")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")

@@ -22,7 +22,7 @@ components, and the highest is the peak:
     evaluate      an evaluation, in which every block is as a frozen one
 
 What a block saves follows from `job.model.transformer`; which weights are gathered when, and how
-long buffers live, from torch's FSDP2. `job.memory.simulation` runs that very code on tensors
+long buffers live, from torch's FSDP2. `job.training.simulation` runs that very code on tensors
 without content, and the tests hold one against the other.
 """
 
@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from job.config import FsdpConfig, ShardingStrategy
+from job.common.schema import FsdpConfig, ShardingStrategy
 from job.model.architecture import TransformerConfig
 from job.model.parameters import (
     GRADIENT_BYTES,

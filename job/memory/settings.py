@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from job.config import AUTO, CriticConfig, Loss
+from job.common.errors import InputError
+from job.common.schema import AUTO, CriticConfig, Loss
 from job.memory.fit import Fit, fit, largest_micro_batch, largest_unfrozen
 from job.memory.footprint import Setting
 from job.model.architecture import TransformerConfig
-from job.outcome import InputError
 
 _MOST_TOKENS = 65_536  # beyond, larger micro-batches gain nothing
 

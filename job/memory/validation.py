@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from job.common.errors import Ending
 from job.memory.footprint import STATE, gigabytes
-from job.outcome import Ending
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -282,7 +282,7 @@ def write(measured: Sequence[Measured], folder: Path) -> None:
 
 def _plot(measured: Sequence[Measured]) -> bytes:
     """Predicted and measured parts of each N, stacked side by side."""
-    from job.telemetry.plots import draw_stacks
+    from job.run.plots import draw_stacks
 
     bars = {}
     for one in measured:

@@ -10,8 +10,8 @@ import enum
 from dataclasses import dataclass
 from pathlib import Path
 
+from job.common.errors import InputError, listing
 from job.model.json_values import read_object
-from job.outcome import InputError, listing
 
 PARAMS, WEIGHTS = "params.json", "consolidated.pth"
 CONFIG, SAFETENSORS = "config.json", "model.safetensors"

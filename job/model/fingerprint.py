@@ -18,14 +18,15 @@ from typing import Any
 
 import torch
 
-from job.durability.files import write_atomic
-from job.durability.preemption import stop_if_asked
-from job.model.architecture import TransformerConfig, read_architecture
+from job.common.errors import InputError
+from job.common.files import write_atomic
+from job.common.progress import progress
+from job.common.signals import stop_if_asked
+from job.model.architecture import TransformerConfig
+from job.model.architecture_file import read_architecture
 from job.model.base import Base, find_base
 from job.model.stored import StoredTensor
 from job.model.weights import open_weights
-from job.outcome import InputError
-from job.telemetry.progress import progress
 
 FORMAT = 1  # part of the cache key: raise it when the digest is made up differently
 BLOCK = 64 * 2**20  # bytes hashed as one; part of what a digest means

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from job.common.errors import InputError
 from job.model.json_values import check_complete, check_values, read_object
-from job.outcome import InputError
 
 if TYPE_CHECKING:
     from job.model.architecture import TransformerConfig

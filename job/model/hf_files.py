@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from job.common.errors import InputError
 from job.model.base import Base, weight_map
 from job.model.layout import is_loaded, is_rotated, meta_name
 from job.model.stored import Mappings, StoredTensor, raise_misfits
-from job.outcome import InputError
 
 _DTYPES = {
     "F64": torch.float64,

@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from job.outcome import InputError
+from job.common.errors import InputError
 
 _LARGEST_SIZE = 10**7  # far above any model's, and nothing overflows
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from job.common.errors import InputError
 from job.model.architecture import TransformerConfig
-from job.outcome import InputError
 
-# Bytes per parameter, as job.learning.sharding and AdamW keep them.
+# Bytes per parameter, as job.distributed.fsdp and AdamW keep them.
 MASTER_BYTES = 4  # trainable weights are float32, whatever the compute dtype
 GRADIENT_BYTES = 4  # reduced in float32
 OPTIMIZER_BYTES = 8  # AdamW's two moments in float32

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from job.outcome import InputError
+from job.common.errors import InputError
 
 Stored = TypeVar("Stored")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from job.common.errors import InputError, listing
 from job.model.layout import neighbours
-from job.outcome import InputError, listing
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PIECE = 2**20  # bytes of a file that are in memory beside what is made of them: fits a cache

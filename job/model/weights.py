@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from job.common.progress import progress
 from job.model import hf_config
-from job.model.architecture import TransformerConfig, check_window, read_architecture
+from job.model.architecture import TransformerConfig
+from job.model.architecture_file import check_window, read_architecture
 from job.model.base import CONFIG, PARAMS, SAFETENSORS, WEIGHTS, Base, Layout, find_base
 from job.model.hf_files import open_hugging_face
 from job.model.layout import hugging_face_name, to_hugging_face
@@ -22,7 +24,6 @@ from job.model.meta_files import open_meta
 from job.model.shards import own, own_rows
 from job.model.stored import Shapes, StoredTensor, raise_misfits
 from job.model.transformer import Transformer, Trunk
-from job.telemetry.progress import progress
 
 _log = logging.getLogger(__name__)
 

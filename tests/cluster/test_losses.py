@@ -18,7 +18,7 @@ from cluster_job import ClusterJob, Submitted
 from lab import Lab
 from micro_job import MicroRun
 
-from job.outcome import Exit
+from job.common.errors import Exit
 
 pytestmark = pytest.mark.slow
 

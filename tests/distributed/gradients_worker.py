@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from job.config import (
+from job.common.schema import (
     CriticConfig,
     DataConfig,
     DistributedConfig,
@@ -38,16 +38,16 @@ from job.config import (
 from job.data.packing import Batch, Packer, single_units
 from job.data.token_cache import TokenizedSet, load_split
 from job.data.tokenizer import load_tokenizer
-from job.durability.checkpoint import trained_tensors
-from job.learning.learner import Learner, StepResult
-from job.learning.objective import Objective
-from job.learning.sharding import shard
-from job.learning.world import World, joined_world
-from job.model.architecture import read_architecture
+from job.distributed.fsdp import shard
+from job.distributed.world import World, joined_world
+from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.shards import whole
 from job.model.weights import load_trunk
-from job.telemetry.value_metrics import ValueMetrics
+from job.run.value_metrics import ValueMetrics
+from job.training.checkpoint import trained_tensors
+from job.training.learner import Learner, StepResult
+from job.training.objective import Objective
 
 Result = dict[str, Any]
 Tensors = dict[str, Tensor]

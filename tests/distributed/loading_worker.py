@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from job.config import DistributedConfig, FsdpConfig, ShardingStrategy
-from job.learning.sharding import shard
-from job.learning.world import World, joined_world
-from job.model.architecture import read_architecture
+from job.common.schema import DistributedConfig, FsdpConfig, ShardingStrategy
+from job.distributed.fsdp import shard
+from job.distributed.world import World, joined_world
+from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.shards import own, whole
 from job.model.weights import check_trunk, load_trunk

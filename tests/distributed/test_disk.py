@@ -18,7 +18,7 @@ import pytest
 from launch import MicroJob, running
 from micro_job import MicroRun
 
-from job.durability.manifest import Manifest
+from job.run.manifest import Manifest
 
 pytestmark = pytest.mark.slow
 
@@ -109,10 +109,9 @@ def _remount(folder: Path, mode: str) -> bool:
 
 def _main() -> None:
     """Take part in a training with the trouble that the environment names."""
-    from job import loop
-    from job import train as train_module
-    from job.durability import checkpoint
-    from job.learning.learner import Learner
+    import job.train
+    from job.training import checkpoint, loop
+    from job.training.learner import Learner
 
     kind, rank = os.environ["TROUBLE"], int(os.environ["RANK"])
     trouble = Trouble(kind, Path(os.environ["RUN"]))
@@ -135,8 +134,7 @@ def _main() -> None:
         _refuse_own_files(checkpoint)
     if kind == "for-good":
         loop.LAST_SAVE_PAUSES = (0, 0)  # type: ignore[assignment]
-    train_module.write_report = lambda runs: Path("report.html")  # type: ignore[assignment]
-    train_module.run_and_leave(train_module.main)
+    job.train.run_and_leave(job.train.main)
 
 
 def _refuse_own_files(checkpoint: Any) -> None:

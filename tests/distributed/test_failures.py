@@ -20,7 +20,7 @@ import pytest
 from launch import free_port, run_ranks
 from micro_job import write_job
 
-from job.outcome import Exit
+from job.common.errors import Exit
 
 pytestmark = pytest.mark.slow
 
@@ -34,8 +34,8 @@ import os
 import runpy
 import sys
 from pathlib import Path
-from job.learning.learner import Learner
-from job.outcome import InputError
+from job.training.learner import Learner
+from job.common.errors import InputError
 
 step = Learner.step
 raised = Path(sys.argv[sys.argv.index("--override") + 1] + ".raised")
@@ -349,7 +349,7 @@ def test_a_rank_that_reaches_nobody_says_who_and_where_it_is(folder: Path) -> No
     [
         ("torch.distributed.monitored_barrier", 2),  # before the first all-reduce
         ("torch.distributed.monitored_barrier", 0),
-        ("job.learning.rendezvous.Caller", 2),  # before it can be told of others' failures
+        ("job.distributed.rendezvous.Caller", 2),  # before it can be told of others' failures
     ],
 )
 def test_a_rank_that_comes_and_hangs_is_named_by_the_others(

@@ -10,7 +10,7 @@ from launch import run_ranks
 from micro_job import write_job
 from safetensors.torch import load_file
 
-from job.durability.run_directory import RunDirectory
+from job.run.directory import RunDirectory
 
 pytestmark = pytest.mark.slow
 

@@ -12,14 +12,14 @@ import transformers
 from bases import change_json, loaded, randomise
 from torch import Tensor
 
-from job.model.architecture import read_architecture
+from job.common.errors import InputError
+from job.model.architecture_file import read_architecture
 from job.model.critic import Critic
 from job.model.fingerprint import fingerprint
 from job.model.layout import meta_name, to_meta
 from job.model.parameters import count_parameters
 from job.model.transformer import PackedLayout, Trunk
 from job.model.weights import check_trunk, load_trunk
-from job.outcome import InputError
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from job.config import CHAT
+from job.common.schema import CHAT
 from job.data.template import load_template
 from job.data.tokenizer import load_tokenizer
 

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from job.data.arithmetic import ALPHABET
 from job.data.tokenizer import load_tokenizer, write_character_tokenizer
-from job.durability.trained import TrainedCritic
-from job.export import export
-from job.model import whole_critic
-from job.model.architecture import read_architecture
+from job.export import whole_critic
+from job.export.formats import export
+from job.model.architecture_file import read_architecture
 from job.model.critic import Critic
 from job.model.transformer import PackedLayout
-from job.score import score
+from job.run.trained import TrainedCritic
+from job.training.scoring import score
 
 pytestmark = pytest.mark.slow
 

@@ -12,12 +12,14 @@ from bases import language_model, loaded, write_hugging_face, write_meta
 from micro_job import write_recipe
 from safetensors.torch import load_file
 
-from job.config import PretrainConfig, load_config
-from job.model.architecture import LinearScaling, RopeScaling, TransformerConfig, read_architecture
+from job.common.config import load_config
+from job.common.schema import PretrainConfig
+from job.model.architecture import LinearScaling, RopeScaling, TransformerConfig
+from job.model.architecture_file import read_architecture
 from job.model.layout import to_hugging_face, to_meta
 from job.model.transformer import PackedLayout, Transformer, Trunk
 from job.model.weights import check_trunk
-from job.pretrain import make_trunk
+from job.training.pretraining import make_trunk
 
 pytestmark = pytest.mark.slow
 

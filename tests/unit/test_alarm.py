@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from job.telemetry.alarm import ConstantPredictorAlarm
+from job.run.alarm import ConstantPredictorAlarm
 
 CONSTANT = {"r2": 0.01, "std_prediction": 0.08, "std_target": 0.48}
 LEARNED = {"r2": 0.3, "std_prediction": 0.25, "std_target": 0.48}

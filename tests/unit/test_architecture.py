@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from job.model.architecture import read_architecture
+from job.common.errors import InputError
+from job.model.architecture_file import read_architecture
 from job.model.weights import open_weights
-from job.outcome import InputError
 
 EMBEDDING = "tok_embeddings.weight"
 VOCABULARY, DIM = 37, 8
@@ -112,7 +112,7 @@ def test_the_vocabulary_is_that_of_the_stored_embedding(
 def test_without_torch(folder: Path) -> None:
     _store(_plain(torch.zeros(VOCABULARY, DIM)), folder)
     code = (
-        "import sys; from job.model.architecture import read_architecture; "
+        "import sys; from job.model.architecture_file import read_architecture; "
         "print(read_architecture(sys.argv[1]).vocab_size, {'torch', 'numpy'} & set(sys.modules))"
     )
     line = [sys.executable, "-c", code, str(folder)]

@@ -28,13 +28,15 @@ import job.compare
 import job.pretrain
 import job.report
 import job.train
-from job.config import CriticConfig, load_config, to_dict
+from job.common.config import load_config
+from job.common.errors import Exit, run_command
+from job.common.nested import to_dict
+from job.common.schema import CriticConfig
 from job.data.arithmetic import ALPHABET
 from job.data.tokenizer import write_character_tokenizer
 from job.model.architecture import TransformerConfig
 from job.model.transformer import Transformer
 from job.model.weights import save_transformer
-from job.outcome import Exit, run_command
 
 pytestmark = pytest.mark.slow
 

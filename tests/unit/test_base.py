@@ -21,12 +21,13 @@ from bases import (
     write_shards,
 )
 
-from job.model.architecture import TransformerConfig, read_architecture
+from job.common.errors import InputError
+from job.model.architecture import TransformerConfig
+from job.model.architecture_file import read_architecture
 from job.model.base import Layout, find_base
 from job.model.fingerprint import fingerprint
 from job.model.transformer import Transformer
 from job.model.weights import check_trunk, open_weights
-from job.outcome import InputError
 
 pytestmark = pytest.mark.slow
 

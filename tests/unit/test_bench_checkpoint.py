@@ -8,10 +8,10 @@ from types import ModuleType
 
 import pytest
 
-from job.config import DistributedConfig
-from job.durability.manifest import Manifest
-from job.learning.world import joined_world
+from job.common.schema import DistributedConfig
+from job.distributed.world import joined_world
 from job.model.architecture import TransformerConfig
+from job.run.manifest import Manifest
 
 TINY = TransformerConfig(dim=32, n_layers=5, n_heads=4, vocab_size=64, multiple_of=8)
 

@@ -25,24 +25,26 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from job import train as train_module
-from job.config import CheckpointConfig, CriticConfig, DistributedConfig, load_config, to_dict
+import job.train
+from job.common.config import load_config
+from job.common.errors import Exit, InputError, Stopped, Superseded, exit_code
+from job.common.nested import to_dict
+from job.common.schema import CheckpointConfig, CriticConfig, DistributedConfig
 from job.data.packing import Batch
-from job.durability import checkpoint as checkpoint_module
-from job.durability.checkpoint import Checkpoints, SaveError
-from job.durability.fence import Fence
-from job.durability.manifest import MANIFEST, DamagedError, Manifest
-from job.durability.run_directory import RunDirectory
-from job.durability.shelf import best, committed, retained
-from job.durability.trained import find_weights
-from job.learning.learner import Learner, StepResult
-from job.learning.objective import Objective
-from job.learning.world import joined_world
-from job.model.architecture import read_architecture
+from job.distributed.world import joined_world
+from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.outcome import Exit, InputError, Stopped, Superseded, exit_code
-from job.telemetry.tracking import Tracker
-from job.train import train
+from job.run.checkpoint_store import best, committed, retained
+from job.run.directory import RunDirectory
+from job.run.fence import Fence
+from job.run.manifest import MANIFEST, DamagedError, Manifest
+from job.run.metrics_log import Tracker
+from job.run.trained import find_weights
+from job.training import checkpoint as checkpoint_module
+from job.training.attempt import train
+from job.training.checkpoint import Checkpoints, SaveError
+from job.training.learner import Learner, StepResult
+from job.training.objective import Objective
 
 TRUNK = ("data.arithmetic.train_examples=64", "training.max_steps=2", "training.batch_size=8")
 CHANGES = (
@@ -75,11 +77,10 @@ def workspace(path: Path) -> Path:
 
 @contextmanager
 def environment(folder: Path) -> Iterator[None]:
-    """Work in a folder; checkpoints are saved between two steps, and nothing is plotted."""
+    """Work in a folder; checkpoints are saved between two steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(checkpoint_module, "_in_background", _at_once)
-        patch.setattr(train_module, "write_report", lambda runs: Path("report.html"))
         yield
 
 
@@ -747,7 +748,7 @@ def test_a_checkpoint_damaged_between_commit_and_clean_up_costs_no_other(
     whole: RunDirectory, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     run = RunDirectory(f"runs/unlucky-{step}")
-    monkeypatch.setattr("job.loop.LAST_SAVE_PAUSES", (0,))
+    monkeypatch.setattr("job.training.loop.LAST_SAVE_PAUSES", (0,))
     flush, report = checkpoint_module._flush, Checkpoints._report
     seen: list[list[int]] = []
 
@@ -780,7 +781,7 @@ def test_an_older_checkpoint_that_is_damaged_does_not_hinder_saving(
     whole: RunDirectory, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     run = RunDirectory(f"runs/older-{damage}")
-    monkeypatch.setattr("job.loop.LAST_SAVE_PAUSES", ())
+    monkeypatch.setattr("job.training.loop.LAST_SAVE_PAUSES", ())
     _at_step(monkeypatch, {4: lambda: DAMAGES[damage](_folder(run, 2) / "facts.json")})
     run_training(run.path.name, "checkpoint.keep_best=validation/value/mse")
     assert "failed" not in _log(run)
@@ -793,7 +794,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_hinder_saving(
     whole: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunDirectory("runs/not-removed")
-    monkeypatch.setattr("job.loop.LAST_SAVE_PAUSES", ())
+    monkeypatch.setattr("job.training.loop.LAST_SAVE_PAUSES", ())
 
     def refuse(folder: Path) -> None:
         raise OSError(39, "Directory not empty", str(folder))  # a file that NFS keeps open
@@ -978,14 +979,14 @@ def test_the_command_line_names_the_run_to_begin_with(
 ) -> None:
     options = ["--init-from", str(whole.path), "--override", "run.name=from-cli", *FROZEN_RATES]
     monkeypatch.setattr(sys, "argv", ["train", "--config", "critic.yaml", *options])
-    monkeypatch.setattr(train_module, "set_up_logging", lambda: None)  # of the test's process
-    train_module.main()
+    monkeypatch.setattr(job.train, "set_up_logging", lambda: None)  # of the test's process
+    job.train.main()
     run = RunDirectory("runs/from-cli")
     _equal(_weights(run), _weights(whole))
     assert run.config()["model"]["init_from"] == str(whole.path)
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--resume", "never"])
     with pytest.raises(InputError, match="there is a run already"):
-        train_module.main()
+        job.train.main()
 
 
 @pytest.mark.slow
@@ -1496,7 +1497,7 @@ def test_a_status_that_a_full_disk_did_not_take_is_written_with_the_next(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("job.durability.run_directory.write_atomic", full)
+        patch.setattr("job.run.directory.write_atomic", full)
         run.set_status(checkpoint_error="no space")
     run.set_status(step=2)
     status = run.status()
@@ -1527,7 +1528,7 @@ def test_a_last_save_that_fails_for_good_ends_the_run_and_loses_no_other_checkpo
     whole: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunDirectory("runs/last")
-    monkeypatch.setattr("job.loop.LAST_SAVE_PAUSES", (0, 0, 0))
+    monkeypatch.setattr("job.training.loop.LAST_SAVE_PAUSES", (0, 0, 0))
     with monkeypatch.context() as patch:
         _at_step(patch, {7: lambda: _block(run)})
         with pytest.raises(SaveError, match="step 8 could not be saved") as caught:
@@ -1561,7 +1562,7 @@ def test_a_last_save_that_fails_once_is_tried_again(
             _put_back(run)
 
     clock = SimpleNamespace(sleep=sleep, monotonic=time.monotonic)  # other threads sleep as ever
-    monkeypatch.setattr("job.loop.time", clock)
+    monkeypatch.setattr("job.training.loop.time", clock)
     run_training("last-but-one")
     assert pauses == [1, 10]
     assert run.status()["checkpoint_error"] is None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from job.outcome import InputError
+from job.common.errors import InputError
 from slurm.cluster import PROFILES, load_profile
 
 GOOD = "gpu: {memory_gb: 85, per_node: 4}\n"

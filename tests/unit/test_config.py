@@ -12,19 +12,11 @@ from typing import Any
 
 import pytest
 
-from job import config as module
-from job.config import (
-    CriticConfig,
-    Loss,
-    PretrainConfig,
-    ShardingStrategy,
-    Target,
-    differences,
-    flatten,
-    load_config,
-    to_dict,
-)
-from job.outcome import InputError, listing
+from job.common import possible_values as module
+from job.common.config import load_config
+from job.common.errors import InputError, listing
+from job.common.nested import differences, flatten, to_dict
+from job.common.schema import CriticConfig, Loss, PretrainConfig, ShardingStrategy, Target
 
 ROOT = Path(__file__).parents[2]
 MANDATORY = ("run.name=a", "run.dir=b", "model.path=c", "data.train=d", "data.validation=e")
@@ -229,6 +221,6 @@ def _names_read(tree: ast.AST) -> Iterator[str]:
 
 
 def test_the_login_node_needs_no_torch() -> None:
-    code = "import sys, job.config; print({'torch', 'numpy', 'mlflow'} & set(sys.modules))"
+    code = "import sys, job.common.config; print({'torch', 'numpy', 'mlflow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

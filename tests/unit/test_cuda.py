@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
+from job.memory.recorder import Recorder
 from job.model.architecture import TransformerConfig
 from job.model.transformer import PackedLayout, Trunk, _attend_spans, attend
-from job.telemetry.memory_recorder import Recorder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 

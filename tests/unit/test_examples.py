@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from job.common.errors import InputError
 from job.data.examples import ALPACA_FIELDS, BadRow, Example, check_readable, read_examples
-from job.outcome import InputError
 
 Row = dict[str, Any]
 HALF = "half of a surrogate pair"

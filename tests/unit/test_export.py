@@ -19,19 +19,20 @@ from micro_job import MicroRun
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from job.config import CriticConfig, load_config
+from job.common.config import load_config
+from job.common.errors import InputError
+from job.common.schema import CriticConfig
 from job.data.tokenizer import load_tokenizer, write_bpe_tokenizer
 from job.data.tokenizer_files import padding
-from job.durability.manifest import FileSum, Manifest
-from job.durability.trained import TrainedCritic
-from job.export import HEAD, export
-from job.model import whole_critic
+from job.export import whole_critic
+from job.export.formats import HEAD, export
 from job.model.critic import Critic
 from job.model.transformer import PackedLayout
 from job.model.weights import load_trunk, read_architecture
-from job.outcome import InputError
-from job.score import score
-from job.train import train
+from job.run.manifest import FileSum, Manifest
+from job.run.trained import TrainedCritic
+from job.training.attempt import train
+from job.training.scoring import score
 
 pytestmark = pytest.mark.slow
 
@@ -352,7 +353,7 @@ def _command(run: MicroRun, folder: Path, *arguments: str) -> subprocess.Complet
 def test_a_full_disk_leaves_nothing(run: MicroRun, form: str, size: int, tmp_path: Path) -> None:
     limited = (
         f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); "
-        "import job.export; job.export.run_and_leave(job.export.main)"
+        "import job.export.__main__ as c; c.run_and_leave(c.main)"
     )
     form = form.replace("token-", "token-classification")
     full = _command(run, tmp_path, "-c", limited, "--format", form, "--out", "out")

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from job.config import CriticConfig, load_config, to_dict
-from job.durability.fence import Fence
-from job.durability.manifest import Manifest
-from job.durability.run_directory import RunDirectory
-from job.durability.shelf import committed
-from job.outcome import Exit, Superseded
-from job.telemetry.tracking import Tracker
+from job.common.config import load_config
+from job.common.errors import Exit, Superseded
+from job.common.nested import to_dict
+from job.common.schema import CriticConfig
+from job.run.checkpoint_store import committed
+from job.run.directory import RunDirectory
+from job.run.fence import Fence
+from job.run.manifest import Manifest
+from job.run.metrics_log import Tracker
 
 
 def _attempt(run: Path, resumed_step: int | None = None) -> Fence:

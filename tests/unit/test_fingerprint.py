@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from job.common.errors import InputError
 from job.model.architecture import RopeScaling, TransformerConfig
 from job.model.fingerprint import fingerprint
 from job.model.transformer import Transformer
 from job.model.weights import save_transformer
-from job.outcome import InputError
 
 TINY = TransformerConfig(dim=16, n_layers=2, n_heads=4, vocab_size=11, multiple_of=8)
 WEIGHTS = {

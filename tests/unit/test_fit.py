@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from job.config import FsdpConfig, ShardingStrategy
+from job.common.schema import FsdpConfig, ShardingStrategy
 from job.memory.fit import (
     CONTEXT_BYTES,
     MARGIN,

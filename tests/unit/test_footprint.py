@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from job.config import FsdpConfig, ShardingStrategy
-from job.learning.sharding import shard
-from job.learning.world import World
+from job.common.errors import InputError
+from job.common.schema import FsdpConfig, ShardingStrategy
+from job.distributed.fsdp import shard
+from job.distributed.world import World
 from job.memory.footprint import (
     _SPAN_TOKENS,
     COMPONENTS,
@@ -31,7 +32,6 @@ from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.shards import own
 from job.model.transformer import SPAN_TOKENS
-from job.outcome import InputError
 
 # In a block 64 x (2 x 64 + 2 x 32) + 3 x 64 x 160 + 2 x 64 = 43,136 parameters.
 SMALL = TransformerConfig(

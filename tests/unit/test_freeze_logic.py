@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from job.config import ObjectiveConfig, TrainingConfig
+from job.common.errors import InputError
+from job.common.schema import ObjectiveConfig, TrainingConfig
 from job.data.packing import Batch
-from job.learning.learner import Learner
-from job.learning.objective import Objective
-from job.learning.world import World
+from job.distributed.world import World
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, ParameterReport, parameter_report, unfreeze_last_blocks
 from job.model.transformer import PackedLayout
-from job.outcome import InputError
-from job.telemetry.value_metrics import ValueMetrics
+from job.run.value_metrics import ValueMetrics
+from job.training.learner import Learner
+from job.training.objective import Objective
 
 SEVEN_B = TransformerConfig(dim=4096, n_layers=32, n_heads=32, vocab_size=32000)
 SMALL = TransformerConfig(dim=32, n_layers=4, n_heads=4, vocab_size=50, multiple_of=8)

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from job.config import FsdpConfig, ShardingStrategy
-from job.learning.sharding import shard
-from job.learning.world import World
+from job.common.schema import FsdpConfig, ShardingStrategy
+from job.distributed.fsdp import shard
+from job.distributed.world import World
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.transformer import PackedLayout

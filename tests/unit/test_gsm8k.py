@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from job.config import CriticConfig, load_config
-from job.durability.run_directory import RunDirectory
-from job.train import train
+from job.common.config import load_config
+from job.common.schema import CriticConfig
+from job.run.directory import RunDirectory
+from job.training.attempt import train
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("GSM8K_DIR", ROOT.parent / "shared" / "data" / "gsm8k")).resolve()

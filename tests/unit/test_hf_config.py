@@ -9,15 +9,10 @@ from typing import Any
 
 import pytest
 
+from job.common.errors import InputError
 from job.model import hf_config
-from job.model.architecture import (
-    LinearScaling,
-    RopeScaling,
-    TransformerConfig,
-    check_window,
-    read_architecture,
-)
-from job.outcome import InputError
+from job.model.architecture import LinearScaling, RopeScaling, TransformerConfig
+from job.model.architecture_file import check_window, read_architecture
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

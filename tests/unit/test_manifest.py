@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_checkpoint import environment, run_training, workspace
 
-from job.durability.manifest import MANIFEST, DamagedError, FileSum, Manifest
+from job.run.manifest import MANIFEST, DamagedError, FileSum, Manifest
 
 FILES = [".metadata", "__0_0.distcp", "rank-00000.state", "facts.json", "config.yaml"]
 

@@ -12,22 +12,30 @@ import pytest
 import torch
 from micro_job import write_job
 
-from job.config import ArithmeticConfig, CriticConfig, DataConfig, load_config
+from job.common.config import load_config
+from job.common.errors import InputError, Stopped
+from job.common.progress import log_file
+from job.common.schema import ArithmeticConfig, CriticConfig, DataConfig
 from job.data.arithmetic import ALPHABET
-from job.data.critic_data import CriticData
 from job.data.packing import Packer, single_units
 from job.data.token_cache import TokenizedSet, load_split
 from job.data.tokenizer import load_tokenizer, write_character_tokenizer
-from job.durability.run_directory import RunDirectory
-from job.learning.world import World
-from job.memory import account, fit
-from job.memory.account import MemoryAccount, choose_micro_batch, heaviest, measured_peak, within
+from job.distributed.world import World
+from job.memory import fit
 from job.memory.fit import MARGIN
 from job.memory.footprint import Footprint, Moment, Setting, footprint
-from job.outcome import InputError, Stopped
-from job.telemetry.memory_recorder import Recorder
-from job.telemetry.progress import log_file
-from job.train import train
+from job.memory.recorder import Recorder
+from job.run.directory import RunDirectory
+from job.training import memory_report as account
+from job.training.attempt import train
+from job.training.data import CriticData
+from job.training.memory_report import (
+    MemoryAccount,
+    choose_micro_batch,
+    heaviest,
+    measured_peak,
+    within,
+)
 
 CPU = torch.device("cpu")
 BUDGET = 400

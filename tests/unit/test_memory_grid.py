@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from job.config import FsdpConfig, ShardingStrategy
+from job.common.schema import FsdpConfig, ShardingStrategy
 from job.memory.footprint import footprint
 from job.model.architecture import TransformerConfig
 from job.model.parameters import count_parameters

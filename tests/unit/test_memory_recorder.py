@@ -18,11 +18,11 @@ import pytest
 import torch
 from fake_nvml import FakeNvml, without_nvml
 
-from job.telemetry import memory_recorder
-from job.telemetry import nvml as nvml_module
-from job.telemetry.memory_recorder import PHASES, Recorder
-from job.telemetry.notes import Notes
-from job.telemetry.process_memory import ProcessMemory
+from job.memory import nvml as nvml_module
+from job.memory import recorder as memory_recorder
+from job.memory.notes import Notes
+from job.memory.process_memory import ProcessMemory
+from job.memory.recorder import PHASES, Recorder
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +52,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 5.0) -> None:
 def recorder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """On this process's memory, with and without leave to reset the kernel's peak."""
     if request.param == "sampled":
-        monkeypatch.setattr("job.telemetry.process_memory._CLEAR_REFS", "/proc/none/clear_refs")
+        monkeypatch.setattr("job.memory.process_memory._CLEAR_REFS", "/proc/none/clear_refs")
     return Recorder(CPU)
 
 
@@ -90,7 +90,7 @@ def test_what_is_shorter_than_a_sample_is_caught() -> None:
 
 def test_where_the_peak_cannot_be_reset_that_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     path = "/proc/none/clear_refs"
-    monkeypatch.setattr("job.telemetry.process_memory._CLEAR_REFS", path)
+    monkeypatch.setattr("job.memory.process_memory._CLEAR_REFS", path)
     with Recorder(CPU) as recorder:
         pass
     ((note),) = recorder.summary()["notes"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from job.telemetry.memory_series import MemorySeries
+from job.memory.series import MemorySeries
 
 
 def filled(count: int, limit: int) -> tuple[MemorySeries, np.ndarray, list[str]]:

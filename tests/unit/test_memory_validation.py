@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from micro_job import write_job
 
+from job.common.errors import InputError, exit_code
 from job.memory import __main__ as command
 from job.memory import validation
 from job.memory.validation import (
@@ -25,7 +26,6 @@ from job.memory.validation import (
     outside,
     write,
 )
-from job.outcome import InputError, exit_code
 
 pytestmark = pytest.mark.slow
 

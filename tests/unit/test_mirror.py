@@ -25,10 +25,10 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from job.durability.files import write_atomic
-from job.outcome import InputError
-from job.telemetry import mirror
-from job.telemetry.mirror import Mirror, live_mirror_allowed, sync_run, tracking_uri
+from job.common.errors import InputError
+from job.common.files import write_atomic
+from job.run import mlflow_sync as mirror
+from job.run.mlflow_sync import Mirror, live_mirror_allowed, sync_run, tracking_uri
 
 pytestmark = [
     pytest.mark.slow,
@@ -209,7 +209,7 @@ def test_local_stores_are_not_mirrored_to_from_a_cluster_job(
 
 
 def test_importing_the_module_loads_neither_mlflow_nor_torch() -> None:
-    code = "import sys, job.telemetry.mirror; print({'mlflow', 'torch'} & set(sys.modules))"
+    code = "import sys, job.run.mlflow_sync; print({'mlflow', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
@@ -469,7 +469,7 @@ def test_a_folder_without_a_run_is_an_input_error(tmp_path: Path) -> None:
 
 def test_two_runs_share_a_new_database(tmp_path: Path) -> None:
     examples = [finished(tmp_path / f"run{i}", steps=300) for i in range(2)]
-    code = "import sys, pathlib, job.telemetry.mirror as m; m.sync_run(pathlib.Path(sys.argv[1]))"
+    code = "import sys, pathlib, job.run.mlflow_sync as m; m.sync_run(pathlib.Path(sys.argv[1]))"
     processes = [
         subprocess.Popen([sys.executable, "-c", code, example.path]) for example in examples
     ]
@@ -763,7 +763,7 @@ def test_a_run_on_a_server_goes_on_from_every_state(tmp_path: Path, server: int)
 def follow(example: Example, deadline: float) -> subprocess.Popen[bytes]:
     """The child process with another deadline than its own."""
     code = (
-        "import os, pathlib, sys; from job.telemetry.mirror import follow\n"
+        "import os, pathlib, sys; from job.run.mlflow_sync import follow\n"
         "os._exit(follow(pathlib.Path(sys.argv[1]), float(sys.argv[2])))"
     )
     command = [sys.executable, "-c", code, str(example.path), str(deadline)]
@@ -870,7 +870,7 @@ def test_a_killed_trainer_leaves_a_process_that_sends_the_rest_and_ends(
     example = Example(tmp_path / "killed", database)
     example.status("running")
     code = (
-        "import sys, time, pathlib; from job.telemetry.mirror import Mirror\n"
+        "import sys, time, pathlib; from job.run.mlflow_sync import Mirror\n"
         "print(Mirror.start(pathlib.Path(sys.argv[1])).process.pid, flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(example.path)]
@@ -915,7 +915,7 @@ def test_a_process_that_cannot_start_is_a_warning(
         monkeypatch.setattr(sys, "executable", "/no/python")
     live = Mirror.start(tmp_path / "none" if obstacle == "folder" else tmp_path)
     assert not live.close(timeout=1)
-    assert caplog.records[0].name == "job.telemetry.mirror"
+    assert caplog.records[0].name == "job.run.mlflow_sync"
     assert "no live mirror" in caplog.text
 
 

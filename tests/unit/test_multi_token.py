@@ -10,7 +10,8 @@ import torch
 from bases import language_model, write_meta
 from torch import nn
 
-from job.model.architecture import TransformerConfig, read_architecture
+from job.model.architecture import TransformerConfig
+from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.parameters import count_parameters
 from job.model.transformer import PackedLayout

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 from fake_nvml import FakeNvml, without_nvml
 
-from job.telemetry import nvml as module
-from job.telemetry.notes import Notes
-from job.telemetry.nvml import BOARD_CALLS, MEMORY_CALLS, Call, NvmlDevice, NvmlReader
+from job.memory import nvml as module
+from job.memory.notes import Notes
+from job.memory.nvml import BOARD_CALLS, MEMORY_CALLS, Call, NvmlDevice, NvmlReader
 
 GB = 10**9
 A, B = "11111111-2222-3333-4444-555555555555", "99999999-8888-7777-6666-555555555555"
@@ -77,7 +77,7 @@ def every(calls: Sequence[Call]) -> list[Call]:
 
 def test_bindings_find_it_by_name(nvml: FakeNvml) -> None:
     nvml.says(ONE_GPU, MEMORY)
-    code = f"from job.telemetry.nvml import NvmlDevice; print(NvmlDevice({A!r}).memory())"
+    code = f"from job.memory.nvml import NvmlDevice; print(NvmlDevice({A!r}).memory())"
     environment = os.environ | {"LD_LIBRARY_PATH": str(nvml.library.parent)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

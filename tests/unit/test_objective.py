@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from job.config import Loss, ObjectiveConfig, Target
+from job.common.schema import Loss, ObjectiveConfig, Target
 from job.data.packing import Batch
-from job.learning.objective import Objective, lambda_return
 from job.model.transformer import PackedLayout
+from job.training.objective import Objective, lambda_return
 
 
 def _batch(lengths: list[int], rewards: list[float], pairs: list[list[int]] | None = None) -> Batch:

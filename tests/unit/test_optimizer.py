@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from job.config import TrainingConfig, ValueHeadConfig
-from job.learning.optimizer import build_optimizer, schedule, set_learning_rate
+from job.common.schema import TrainingConfig, ValueHeadConfig
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
+from job.training.optimizer import build_optimizer, schedule, set_learning_rate
 
 CONFIG = TransformerConfig(dim=16, n_layers=4, n_heads=2, vocab_size=9, multiple_of=8)
 

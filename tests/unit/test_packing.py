@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from job.config import ArithmeticConfig, DataConfig
+from job.common.schema import ArithmeticConfig, DataConfig
 from job.data.arithmetic import ALPHABET
 from job.data.packing import (
     Batch,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from job.common.errors import InputError
 from job.model.architecture import RopeScaling, TransformerConfig
 from job.model.critic import Critic, parameter_report, unfreeze_last_blocks
 from job.model.parameters import (
@@ -20,7 +21,6 @@ from job.model.parameters import (
     count_parameters,
     select_trainable,
 )
-from job.outcome import InputError
 
 SMALL = TransformerConfig(dim=64, n_layers=6, n_heads=8, vocab_size=96, multiple_of=8)
 ARCHITECTURES = {

@@ -12,8 +12,10 @@ import pytest
 import yaml
 from fake_slurm import options, profile, submission, submitted, write_inputs
 
-from job.config import CriticConfig, differences, load_config, to_dict
-from job.outcome import InputError
+from job.common.config import load_config
+from job.common.errors import InputError
+from job.common.nested import differences, to_dict
+from job.common.schema import CriticConfig
 from slurm.cluster import load_profile
 from slurm.plan import Plan, describe, inputs, make_plan, write_config
 from slurm.record import Record

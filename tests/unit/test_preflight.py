@@ -14,8 +14,9 @@ from launch import running
 from micro_job import write_job
 
 from job import preflight
-from job.config import CriticConfig, load_config
-from job.outcome import Exit
+from job.common.config import load_config
+from job.common.errors import Exit
+from job.common.schema import CriticConfig
 from job.preflight import Finding
 
 GOOD, UNFIT, WRONG = Exit.FINISHED, Exit.UNFIT_NODE, Exit.BAD_INPUT

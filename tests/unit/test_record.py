@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from job.outcome import InputError
+from job.common.errors import InputError
 from slurm.record import Attempt, Outcome, Record, newest_attempt
 
 

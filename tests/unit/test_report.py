@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 import yaml
 
-from job.outcome import InputError, run_command
-from job.report import main, verdict, write_report
-from job.telemetry.plots import Curves, draw_memory, draw_plots, write_plots
+from job.common.errors import InputError, run_command
+from job.report import main
+from job.run.plots import Curves, draw_memory, draw_plots, write_plots
+from job.run.report_page import verdict, write_report
 
 pytestmark = pytest.mark.slow
 
@@ -244,7 +245,7 @@ def report(*runs: Path, out: Path | None = None) -> Page:
 
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("job.report.draw_plots", lambda runs: {})
+    monkeypatch.setattr("job.run.report_page.draw_plots", lambda runs: {})
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -636,7 +637,7 @@ def mirror_that_fails_on(name: str, seen: list[str]) -> ModuleType:
             raise RuntimeError("server is down")
         return "12 metrics sent"
 
-    module = ModuleType("job.telemetry.mirror")
+    module = ModuleType("job.run.mlflow_sync")
     module.sync_run = sync_run  # type: ignore[attr-defined]
     return module
 
@@ -649,7 +650,7 @@ def test_sync_goes_on_after_a_failure_and_exits_1(
 ) -> None:
     seen: list[str] = []
     runs = three_runs(tmp_path)
-    monkeypatch.setitem(sys.modules, "job.telemetry.mirror", mirror_that_fails_on("probe", seen))
+    monkeypatch.setitem(sys.modules, "job.run.mlflow_sync", mirror_that_fails_on("probe", seen))
     assert run_main(monkeypatch, "--sync", *runs) == 1
     assert seen == ["probe", "critic", "broken"]
     out, err = capsys.readouterr()
@@ -662,7 +663,7 @@ def test_nothing_is_synchronised_unasked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_plots: None
 ) -> None:
     seen: list[str] = []
-    monkeypatch.setitem(sys.modules, "job.telemetry.mirror", mirror_that_fails_on("critic", seen))
+    monkeypatch.setitem(sys.modules, "job.run.mlflow_sync", mirror_that_fails_on("critic", seen))
     assert run_main(monkeypatch, write_run(tmp_path / "critic", steps=5)) == 0
     assert seen == []
 

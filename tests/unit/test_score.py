@@ -20,12 +20,12 @@ from micro_critic import MicroCritics, write_rows
 from micro_job import MicroRun
 
 import job.score
-from job.config import EMBEDDED
+from job.common.errors import InputError
+from job.common.schema import EMBEDDED
 from job.data.tokenizer import load_tokenizer
-from job.durability.trained import TrainedCritic
 from job.model.transformer import PackedLayout
-from job.outcome import InputError
-from job.score import score
+from job.run.trained import TrainedCritic
+from job.training.scoring import score
 
 pytestmark = pytest.mark.slow
 
@@ -223,7 +223,8 @@ def many(tmp_path: Path) -> Path:
 
 def _command(run: MicroRun, data: Path, out: str) -> list[str]:
     script = (
-        "import job.score; job.score.MICRO_BATCHES = 1; job.score.run_and_leave(job.score.main)"
+        "import job.training.scoring as s, job.score; s.MICRO_BATCHES = 1; "
+        "job.score.run_and_leave(job.score.main)"
     )
     return ["-c", script, "--critic", str(run.path), "--data", str(data), "--out", out]
 
@@ -240,8 +241,7 @@ def test_a_scoring_that_was_ended_goes_on_where_it_was(
     command = _command(run, many, "values.parquet")
     if number == signal.SIGTERM:
         command[1] = (
-            "from job.durability.preemption import install_handlers; install_handlers(); "
-            + command[1]
+            "from job.common.signals import install_handlers; install_handlers(); " + command[1]
         )
     with running(command, world, tmp_path) as ranks:
         ranks.wait_until(lambda: _parts(out) >= 3, "three parts")

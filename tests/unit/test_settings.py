@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from job.config import AUTO, CriticConfig, Loss, ShardingStrategy
+from job.common.errors import InputError
+from job.common.schema import AUTO, CriticConfig, Loss, ShardingStrategy
 from job.memory.fit import fit
 from job.memory.footprint import Setting
 from job.memory.settings import setting_of
 from job.memory.shapes import SHAPES
-from job.outcome import InputError
 
 SEVEN_B = SHAPES["7b"]
 A100_40GB, A100_80GB = 42_300_000_000, 85_000_000_000

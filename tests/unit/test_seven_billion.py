@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from job.config import CriticConfig, load_config
+from job.common.config import load_config
+from job.common.schema import CriticConfig
 from job.memory.footprint import footprint
 from job.memory.settings import setting_of
 from job.memory.shapes import SHAPES
-from job.memory.simulation import simulate
+from job.training.simulation import simulate
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "critic"
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from job.config import FsdpConfig, ShardingStrategy
+from job.common.schema import FsdpConfig, ShardingStrategy
 from job.memory.footprint import COMPONENTS, Moment, Setting, footprint
 from job.memory.shapes import SHAPES
-from job.memory.simulation import simulate
 from job.model.architecture import TransformerConfig
+from job.training.simulation import simulate
 
 pytestmark = pytest.mark.slow
 

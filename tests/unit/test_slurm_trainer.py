@@ -17,7 +17,7 @@ from slurm.trainer import Trainer, describe, last_lines, rank_environment, threa
 
 STOPS_WHEN_ASKED = """
 import sys, time
-from job.durability import preemption
+from job.common import signals as preemption
 preemption.install_handlers()
 while preemption.reason() is None:
     time.sleep(0.01)

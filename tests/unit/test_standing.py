@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fake_slurm import FakeSlurm, submitted, write_inputs
 
-from job.outcome import InputError
+from job.common.errors import InputError
 from slurm.record import Attempt, Record
 from slurm.scheduler import Job
 from slurm.status import SILENT_SECONDS, combine, log_file, newest_values, runs_of, standing

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from fake_slurm import SEVEN_B, STARTS, FakeSlurm, submitted, write_inputs
 
-from job.outcome import run_command
+from job.common.errors import run_command
 from slurm.record import Attempt, Record
 from slurm.submission import PROJECT
 

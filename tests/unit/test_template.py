@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from job.config import CHAT, CriticConfig, load_config
+from job.common.config import load_config
+from job.common.errors import InputError
+from job.common.schema import CHAT, CriticConfig
 from job.data.examples import BadRow, Example
 from job.data.template import Template, TemplateError, load_template, render_rows
 from job.data.tokenizer import Tokenizer, load_tokenizer, write_bpe_tokenizer
-from job.outcome import InputError
 
 CHAT_ML = """\
 {% for message in messages %}

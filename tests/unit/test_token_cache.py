@@ -17,7 +17,9 @@ import pytest
 import tokenizers
 import torch
 
-from job.config import ArithmeticConfig, BadRows, DataConfig, Overlong, PretrainDataConfig
+from job.common.errors import InputError
+from job.common.files import atomic_folder, write_atomic
+from job.common.schema import ArithmeticConfig, BadRows, DataConfig, Overlong, PretrainDataConfig
 from job.data.arithmetic import ALPHABET, Chain, chains
 from job.data.packing import Packer, single_units
 from job.data.token_cache import (
@@ -32,8 +34,6 @@ from job.data.tokenizer import (
     write_bpe_tokenizer,
     write_character_tokenizer,
 )
-from job.durability.files import atomic_folder, write_atomic
-from job.outcome import InputError
 
 pytestmark = pytest.mark.slow
 
@@ -562,10 +562,10 @@ def test_a_cache_folder_that_cannot_be_written_is_an_input_error_that_names_it(
 BUILD = """
 import sys, time
 from pathlib import Path
-from job.config import ArithmeticConfig, DataConfig
+from job.common.schema import ArithmeticConfig, DataConfig
 from job.data.token_cache import load_split
 from job.data.tokenizer import load_tokenizer
-from job.outcome import run_command
+from job.common.errors import run_command
 folder, examples = Path(sys.argv[1]), int(sys.argv[2])
 tokenizer = load_tokenizer(folder / "tokenizer")
 config = DataConfig("embedded", "embedded", cache_dir=str(folder / "cache"))

@@ -23,6 +23,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from job.common.errors import InputError
 from job.data.arithmetic import ALPHABET, chains
 from job.data.tiktoken import N_RANKS, _letters
 from job.data.tokenizer import (
@@ -33,7 +34,6 @@ from job.data.tokenizer import (
     write_bpe_tokenizer,
     write_character_tokenizer,
 )
-from job.outcome import InputError
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "seven", "plus", "three", "equals", "ten", "and"]
 BLANKS_AND_SIGNS = [" ", "  ", "\n", "\t", ".", "=", "12", "345", "\x00"]

@@ -11,11 +11,12 @@ import torch
 from micro_job import write_job
 from safetensors.torch import load_file
 
+from job.common.config import load_config
+from job.common.errors import InputError
+from job.common.schema import CriticConfig
 from job.compare import compare, steps_to_half, summarise
-from job.config import CriticConfig, load_config
-from job.durability.run_directory import RunDirectory
-from job.outcome import InputError
-from job.train import train
+from job.run.directory import RunDirectory
+from job.training.attempt import train
 
 CHANGES = (
     "run.name=n${training.num_unfrozen_layers}",
@@ -164,7 +165,7 @@ def test_a_report_that_fails_does_not_undo_a_training(
     def fail(runs: object) -> Path:
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr("job.train.write_report", fail)
+    monkeypatch.setattr("job.training.attempt.write_report", fail)
     assert _train().status()["state"] == "finished"
     assert "finished, without a report: no ink" in caplog.text
 

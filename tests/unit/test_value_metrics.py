@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from job.telemetry.value_metrics import ValueMetrics
+from job.run.value_metrics import ValueMetrics
 
 COUNTS = {"tokens", "sequences", "pairwise_pairs"}
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from job.outcome import Exit
+from job.common.errors import Exit
 from slurm.record import Outcome
 from slurm.verdict import Action, Budget, decide, exit_status, first_cause
 

@@ -12,15 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from job.config import DistributedConfig, FsdpConfig
-from job.learning.sharding import shard
-from job.learning.world import World, joined_world
-from job.model.architecture import RopeScaling, TransformerConfig, read_architecture
+from job.common.errors import InputError
+from job.common.schema import DistributedConfig, FsdpConfig
+from job.distributed.fsdp import shard
+from job.distributed.world import World, joined_world
+from job.model.architecture import RopeScaling, TransformerConfig
+from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.shards import whole
 from job.model.transformer import PackedLayout, Transformer, Trunk, rope_frequencies
 from job.model.weights import load_trunk, save_transformer
-from job.outcome import InputError
 
 TINY = TransformerConfig(dim=16, n_layers=4, n_heads=4, vocab_size=11, multiple_of=8)
 ARCHITECTURES = {

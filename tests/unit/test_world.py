@@ -15,12 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from job.config import DistributedConfig
-from job.durability import lifeline
-from job.durability.lifeline import Caller, Failure, Lifeline, Listener
-from job.learning import rendezvous
-from job.learning.world import World, joined_world
-from job.outcome import Exit, InputError, Stopped, UnfitNode
+from job.common.errors import Exit, InputError, Stopped, UnfitNode
+from job.common.schema import DistributedConfig
+from job.distributed import failure as lifeline
+from job.distributed import rendezvous
+from job.distributed.failure import Caller, Failure, Lifeline, Listener
+from job.distributed.world import World, joined_world
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SRUN = {

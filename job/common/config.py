@@ -1,0 +1,212 @@
+"""The configuration: merge of schema, file and overrides, and validation. Free of torch.
+
+Every wrong key, type or value is an InputError that names the key and its source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import enum
+import functools
+import reprlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from job.common.errors import InputError, listing, short
+from job.common.possible_values import impossible_values
+
+Schema = TypeVar("Schema")
+_Layers = Sequence[tuple[str, DictConfig]]  # each with its source
+
+
+def load_config(schema: type[Schema], file: str | Path, overrides: Sequence[str] = ()) -> Schema:
+    """Merge schema defaults, YAML file and `key=value` overrides, and check every value.
+
+    Raises:
+        InputError: the file cannot be read; a key is unknown, has no value, or a value has the
+            wrong type or an impossible size. Keys, sources and the nearest valid keys are named.
+    """
+    layers = [(str(file), _read_yaml(Path(file))), *map(_parse_override, overrides)]
+    return _checked(schema, file, layers)
+
+
+def _checked(schema: type[Schema], file: str | Path, layers: _Layers) -> Schema:
+    config = _merged(schema, file, layers)
+    problems = list(impossible_values(config))
+    if problems:
+        raise InputError(f"{file}: impossible configuration" + listing(problems))
+    return config
+
+
+def merge_config(schema: type[Schema], file: str | Path, overrides: Sequence[str] = ()) -> Schema:
+    """Merge schema defaults, YAML file and overrides into an object of any dataclass.
+
+    Raises:
+        InputError: the file cannot be read; a key is unknown, has no value or the wrong type.
+    """
+    layers = [(str(file), _read_yaml(Path(file))), *map(_parse_override, overrides)]
+    return _merged(schema, file, layers)
+
+
+def _merged(schema: type[Schema], file: str | Path, layers: _Layers) -> Schema:
+    for source, layer in layers:
+        _check_keys(schema, layer, source)
+    return cast(Schema, _to_object(_merge(schema, layers), file))
+
+
+def load_stored_config(
+    schema: type[Schema], file: str | Path, overrides: Sequence[str] = ()
+) -> Schema:
+    """`load_config` for a file that a run has left, perhaps one of an earlier version."""
+    stored = OmegaConf.to_container(_read_yaml(Path(file)))
+    before = OmegaConf.create(completed(cast(dict[str, Any], stored), schema))
+    return _checked(schema, file, [(str(file), before), *map(_parse_override, overrides)])
+
+
+def completed(stored: dict[str, Any], schema: type) -> dict[str, Any]:
+    """A stored configuration in which each key that it lacks means what was done without it."""
+    sections = sections_of(schema)
+    whole = dict(stored)
+    for f in dataclasses.fields(schema):
+        if f.name in sections:
+            whole[f.name] = completed(stored.get(f.name) or {}, sections[f.name])
+        elif f.name not in stored:
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            value = f.metadata.get("before", default)
+            whole[f.name] = value.name if isinstance(value, enum.Enum) else value
+    return whole
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}\n{self.format_usage()}see {self.prog} --help")
+
+
+def command_line(
+    description: str, command: str | None = None, *, of_a_critic: bool = False
+) -> argparse.ArgumentParser:
+    """The options that all commands with a configuration share, or all with a trained critic."""
+    parser = _Parser(
+        prog=f"python -m job.{command or Path(sys.argv[0]).stem}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if of_a_critic:
+        about = "a run, one of its checkpoints, or a delta"
+        parser.add_argument("--critic", required=True, type=Path, metavar="PATH", help=about)
+        parser.add_argument("--base", metavar="DIR", help="default: as the run was configured")
+    else:
+        parser.add_argument("--config", required=True, metavar="FILE", help="a YAML configuration")
+    parser.add_argument(
+        "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="may repeat"
+    )
+    return parser
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InputError(f"{path}: cannot read the configuration: {reason}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise InputError(f"{path}: {_first_line(error)}") from None
+    if not isinstance(loaded, DictConfig):
+        raise InputError(f"{path}: a configuration is a mapping of keys to values")
+    return loaded
+
+
+def _parse_override(text: str) -> tuple[str, DictConfig]:
+    source = f"--override {short(text)}"
+    key, equals, _ = text.partition("=")
+    if not equals or not key or any(not part for part in key.split(".")):
+        raise InputError(f"{source}: write it as key=value, with dots between key parts")
+    try:
+        return source, OmegaConf.from_dotlist([text])
+    except (OmegaConfBaseException, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"{source}: {_first_line(error)}") from None
+
+
+def _check_keys(schema: type, layer: DictConfig, source: str) -> None:
+    plain = cast(dict[str, Any], OmegaConf.to_container(layer))
+    unknown = list(_unknown_keys(plain, schema))
+    if unknown:
+        raise InputError(f"{source}: {len(unknown)} key(s) do not fit" + listing(unknown))
+
+
+def _merge(schema: type, layers: _Layers) -> DictConfig:
+    """All layers at once, which takes as long as one; each by itself only to say which is wrong."""
+    try:
+        return cast(DictConfig, OmegaConf.merge(_defaults(schema), *(one for _, one in layers)))
+    except OmegaConfBaseException:
+        for end, (source, _) in enumerate(layers, 1):
+            try:
+                OmegaConf.merge(_defaults(schema), *(one for _, one in layers[:end]))
+            except OmegaConfBaseException as error:
+                where = f"{error.full_key}: " if error.full_key else ""
+                raise InputError(f"{source}: {where}{_first_line(error)}") from None
+        raise
+
+
+@functools.cache
+def _defaults(schema: type) -> DictConfig:
+    """A schema's own values; a merge copies them before it changes any."""
+    return OmegaConf.structured(schema)
+
+
+def _unknown_keys(tree: dict[Any, Any], schema: type, prefix: str = "") -> Iterator[str]:
+    """One line per key of `tree` that the schema lacks, or that is a section on one side only."""
+    sections = sections_of(schema)
+    types = {f.name: f.type for f in dataclasses.fields(schema)}
+    valid = list(types)
+    for key, value in tree.items():
+        if key not in valid:
+            near = difflib.get_close_matches(str(key), valid, 3, 0.5)
+            hint = f"nearest: {', '.join(near)}; " if near else ""
+            yield f"{prefix}{key}: unknown key ({hint}valid here: {', '.join(valid)})"
+        elif key in sections and isinstance(value, dict):
+            yield from _unknown_keys(value, sections[key], f"{prefix}{key}.")
+        elif key in sections:
+            inside = ", ".join(f.name for f in dataclasses.fields(sections[key]))
+            yield f"{prefix}{key}: a section with {inside}; not {reprlib.repr(value)}"
+        elif isinstance(value, dict) and not str(types[key]).startswith(("Any", "dict")):
+            yield f"{prefix}{key}: a single value, not the section {reprlib.repr(value)}"
+        elif types[key] == "bool" and type(value) in (int, float):  # else 2 would be true
+            yield f"{prefix}{key}: true or false, not {value}"
+
+
+def sections_of(schema: type) -> dict[str, type]:
+    return {
+        f.name: cast(type, f.default_factory)
+        for f in dataclasses.fields(schema)
+        if dataclasses.is_dataclass(f.default_factory)
+    }
+
+
+def _to_object(merged: DictConfig, file: str | Path) -> object:
+    try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise InputError(
+                f"{file}: no value for {', '.join(missing)}; "
+                f"give one in the file or with --override {missing[0]}=VALUE"
+            )
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise InputError(f"{file}: {where}{_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    """The essence of a library's message; YAML keeps it apart from where it stood."""
+    return short((getattr(error, "problem", None) or str(error)).partition("\n")[0])

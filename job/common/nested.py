@@ -1,0 +1,32 @@
+"""Configurations as plain nested dictionaries: flattened, compared. Free of torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain nested dicts, enums by name."""
+    return dataclasses.asdict(config, dict_factory=_by_name)
+
+
+def _by_name(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {k: v.name if isinstance(v, enum.Enum) else v for k, v in items}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line per key that differs between two nested configurations."""
+    a, b = flatten(old), flatten(new)
+    keys = [key for key in sorted(a | b) if a.get(key, "absent") != b.get(key, "absent")]
+    return [f"{key}: {a.get(key, 'absent')} -> {b.get(key, 'absent')}" for key in keys]

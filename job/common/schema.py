@@ -1,0 +1,257 @@
+"""Every key of the configurations, with its type and default. Free of torch.
+
+A key whose default is not what the code did before the key existed says that in its metadata:
+`field(default=True, metadata={"before": False})`. Configurations that were stored then mean that.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+EMBEDDED = "embedded"  # as data source: the chains of job.data.arithmetic
+AUTO = "auto"
+CHAT = "chat"  # as data.template: the tokenizer's chat template
+
+
+class BadRows(enum.Enum):
+    error = "error"
+    skip = "skip"
+
+
+class Overlong(enum.Enum):
+    error = "error"
+    skip = "skip"
+    truncate_prompt = "truncate_prompt"
+
+
+class Target(enum.Enum):
+    monte_carlo = "monte_carlo"
+    lambda_return = "lambda_return"
+
+
+class Loss(enum.Enum):
+    mse = "mse"
+    huber = "huber"
+    bce = "bce"
+    pairwise = "pairwise"
+
+
+class ShardingStrategy(enum.Enum):
+    FULL_SHARD = "FULL_SHARD"
+    SHARD_GRAD_OP = "SHARD_GRAD_OP"
+    HYBRID_SHARD = "HYBRID_SHARD"
+    NO_SHARD = "NO_SHARD"
+    REPLICATE_FROZEN = "REPLICATE_FROZEN"
+
+
+@dataclass
+class RunConfig:
+    name: str = MISSING
+    dir: str = MISSING
+
+
+@dataclass
+class ModelConfig:
+    path: str = MISSING  # folder of a language model, in Meta's layout or Hugging Face's
+    init_from: str | None = None  # a run, checkpoint or delta whose trained weights to begin with
+    recipe: str | None = None  # pre-training config that makes the trunk where path is missing
+
+
+@dataclass
+class TokenizerConfig:
+    path: str | None = None  # file or folder; default: beside the trunk
+
+
+@dataclass
+class ArithmeticConfig:
+    """Parameters of the embedded data."""
+
+    train_examples: int = 100_000
+    validation_examples: int = 2_000
+    attempts: int = 4  # solutions per problem
+    min_steps: int = 2
+    max_steps: int = 4
+    error_probability: float = 0.15
+    seed: int = 0
+
+
+@dataclass
+class DataConfig:
+    train: str = MISSING  # file, or `embedded`
+    validation: str = MISSING
+    fields: Any = None  # {prompt: NAME, ...} or the preset `alpaca`
+    template: str | None = None  # `chat`, a chat template, or a text with {prompt} and {response}
+    max_length: int = 2048  # tokens of prompt and response together
+    overlong: Overlong = Overlong.error
+    bad_rows: BadRows = BadRows.error
+    cache_dir: str = "runs/cache"
+    arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
+
+
+@dataclass
+class ValueHeadConfig:
+    bias: bool = True  # sequence classification in transformers knows none
+    bias_init: float | None = None  # default: what the loss makes of the mean reward
+    learning_rate: float | None = None  # default: training.learning_rate
+
+
+@dataclass
+class TrainingConfig:
+    num_unfrozen_layers: int = 4
+    max_steps: int = 1000
+    batch_size: int = 16  # sequences per optimizer step, over all GPUs
+    micro_batch_tokens: int | str = 8192  # per GPU; auto: the most that its memory takes
+    learning_rate: float = 1e-5
+    lr_decay_factor: float = 1.0
+    min_lr_ratio: float = 0.1
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    max_grad_norm: float = 1.0
+    max_bad_steps: int = 5  # in a row, with a loss or gradient that is not finite
+    seed: int = 0
+    threads: int | None = None  # CPU threads of one process; default: torch's own choice
+    deterministic: bool = False  # on a GPU: the same bits each time, more slowly
+    value_head: ValueHeadConfig = field(default_factory=ValueHeadConfig)
+
+    @property
+    def token_budget(self) -> int:
+        """`micro_batch_tokens`, once `auto` has been replaced by what it stands for."""
+        assert isinstance(self.micro_batch_tokens, int), "auto is not yet resolved"
+        return self.micro_batch_tokens
+
+
+@dataclass
+class ObjectiveConfig:
+    target: Target = Target.monte_carlo
+    loss: Loss = Loss.mse
+    gamma: float = 1.0
+    lambda_start: float = 1.0
+    lambda_end: float = 0.95
+    lambda_steps: int = 1000
+    huber_delta: float = 0.5
+
+
+@dataclass
+class EvaluationConfig:
+    every_steps: int = 100
+    max_sequences: int | None = None  # the first so many of the validation set
+    alarm_evaluations: int = 3  # constant predictions in a row before the alarm
+
+
+@dataclass
+class LoggingConfig:
+    every_steps: int = 10
+
+
+@dataclass
+class FsdpConfig:
+    sharding_strategy: ShardingStrategy = ShardingStrategy.FULL_SHARD
+    mixed_precision: bool = True  # bf16 compute on fp32 masters
+    cpu_offload: bool = False
+    activation_checkpointing: bool = False
+
+
+@dataclass
+class DistributedConfig:
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    start_timeout_seconds: int = 300  # for all processes to meet
+    timeout_seconds: int = 600  # of a step or an evaluation's batch; then the job ends
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept besides the newest."""
+
+    every_steps: int = 200
+    keep_last: int = 2
+    keep_every: int | None = None  # steps that are multiples of this
+    keep_best: str | None = None  # by this metric of evaluations, validation/value/mse for instance
+
+
+@dataclass
+class MlflowConfig:
+    enabled: bool = True
+    tracking_uri: str | None = None  # default: MLFLOW_TRACKING_URI, else a database beside the runs
+    experiment: str = "critic"
+
+
+@dataclass
+class ReportConfig:
+    enabled: bool = True  # draw the page when the training is finished
+
+
+@dataclass
+class CriticConfig:
+    """What `job.train` takes."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+
+@dataclass
+class ArchitectureConfig:
+    """The trunk that `job.pretrain` makes, in the terms of params.json."""
+
+    dim: int = 128
+    n_layers: int = 5
+    n_heads: int = 4
+    n_kv_heads: int | None = None
+    multiple_of: int = 32
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    n_future_tokens: int = 2
+
+
+@dataclass
+class PretrainDataConfig:
+    train: str = MISSING  # JSONL with prompt and response, or `embedded`
+    fields: Any = None
+    max_length: int = 2048
+    cache_dir: str = "runs/cache"
+    vocab_size: int = 8192  # of the byte-level BPE tokenizer that is trained first
+    arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
+
+
+@dataclass
+class PretrainTrainingConfig:
+    max_steps: int = 400
+    batch_size: int = 64
+    micro_batch_tokens: int = 8192
+    learning_rate: float = 2e-3
+    min_lr_ratio: float = 0.05
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    threads: int | None = None
+
+
+@dataclass
+class PretrainConfig:
+    """What `job.pretrain` takes."""
+
+    out: str = MISSING
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    data: PretrainDataConfig = field(default_factory=PretrainDataConfig)
+    training: PretrainTrainingConfig = field(default_factory=PretrainTrainingConfig)
+
+
+def is_chat_template(template: str) -> bool:
+    """Whether a data.template is written in Jinja, for a list of messages."""
+    return "{{" in template or "{%" in template

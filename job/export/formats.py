@@ -1,0 +1,135 @@
+"""A trained critic written in one of the forms that others load."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from job.common.errors import Ending, InputError
+from job.common.files import atomic_folder
+from job.common.progress import progress
+from job.common.signals import stop_if_asked
+from job.data.tokenizer import Tokenizer, load_tokenizer
+from job.data.tokenizer_files import copy_tokenizer, write_settings
+from job.export.model_card import DELTA, META, SEQUENCES, TOKENS, bias_note, model_card
+from job.export.one_label import Task, one_label_config
+from job.export.whole_critic import (
+    Spill,
+    WholeCritic,
+    save_tensors,
+    write_hugging_face,
+    write_meta,
+)
+from job.run.checkpoint_store import FACTS
+from job.run.manifest import FileSum, Manifest
+from job.run.trained import TENSORS, TrainedCritic
+
+HEAD = "value_head.safetensors"
+_log = logging.getLogger("job.export")
+
+
+def export(trained: TrainedCritic, form: str, out: Path) -> None:
+    """Write a critic to a new folder, which appears when it is whole.
+
+    Raises:
+        InputError: the base or the tokenizer is another one, or the folder is there already.
+        Ending: it cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: there already; choose another --out, or remove it")
+    trained.check()
+    source = trained.config.tokenizer.path or trained.config.model.path
+    tokenizer = load_tokenizer(source)
+    trained.check_tokenizer(tokenizer.fingerprint)
+    try:
+        with atomic_folder(out) as folder:
+            copy_tokenizer(source, folder)
+            WRITERS[form](trained, tokenizer, folder)
+            card = model_card(trained, form)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Ending(f"{out}: cannot be written: {reason}") from None
+    _log.info("%s: %s", out, form)
+    if form == SEQUENCES and (note := bias_note(trained)):
+        _log.warning("%s", note)
+
+
+def _write_tokens(trained: TrainedCritic, tokenizer: Tokenizer, folder: Path) -> None:
+    def named(head: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # transformers gives this head a bias whether it is stored or not
+        bias = head.get("bias", head["weight"].new_zeros(1))
+        return {"score.weight": head["weight"], "score.bias": bias}
+
+    _write_hugging_face(trained, tokenizer, folder, "TokenClassification", named)
+
+
+def _write_sequences(trained: TrainedCritic, tokenizer: Tokenizer, folder: Path) -> None:
+    def named(head: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"score.weight": head["weight"]}
+
+    _write_hugging_face(trained, tokenizer, folder, "SequenceClassification", named)
+
+
+def _write_hugging_face(
+    trained: TrainedCritic,
+    tokenizer: Tokenizer,
+    folder: Path,
+    task: Task,
+    named: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+) -> None:
+    config = trained.config
+    described = one_label_config(
+        config.model.path, trained.architecture, task, config.data.max_length
+    )
+    described |= write_settings(tokenizer, folder)
+    with _whole(trained) as critic:
+        write_hugging_face(critic, described, named(critic.head()), folder)
+
+
+def _write_meta(trained: TrainedCritic, tokenizer: Tokenizer, folder: Path) -> None:
+    with _whole(trained) as critic:
+        write_meta(critic, folder)
+        save_tensors(critic.head(), folder / HEAD)
+
+
+@contextmanager
+def _whole(trained: TrainedCritic) -> Iterator[WholeCritic]:
+    """The critic's tensors, and a progress bar over those of its trunk."""
+    base, done = trained.config.model.path, itertools.count(1)
+    with progress("exporting") as advance:
+
+        def at_boundary(name: str) -> None:
+            stop_if_asked()
+            advance(next(done), name)
+
+        yield WholeCritic(base, trained.architecture, trained.weights, at_boundary)
+
+
+def _write_delta(trained: TrainedCritic, tokenizer: Tokenizer, folder: Path) -> None:
+    weights = trained.weights
+    with Spill(folder / ".spill") as spill:
+        tensors = {name: spill(weights.read(name)) for name in weights.shapes}
+        save_tensors(tensors, folder / TENSORS)
+    shutil.copyfile(trained.folder / "config.yaml", folder / "config.yaml")
+    identity = trained.facts["identity"] | {"tokenizer": tokenizer.fingerprint}
+    facts = json.dumps(trained.facts | {"identity": identity}, indent=2)
+    (folder / FACTS).write_text(facts, encoding="utf-8")
+    sums = {name: FileSum.of(folder / name) for name in (TENSORS, "config.yaml", FACTS)}
+    Manifest(trained.facts["step"], trained.facts["attempt"], sums).write(folder)
+
+
+WRITERS: dict[str, Callable[[TrainedCritic, Tokenizer, Path], None]] = {
+    TOKENS: _write_tokens,
+    SEQUENCES: _write_sequences,
+    META: _write_meta,
+    DELTA: _write_delta,
+}

@@ -1,0 +1,136 @@
+"""The README.md of an exported critic: what it is, how to use it, how good it is, its origin."""
+
+from __future__ import annotations
+
+import yaml
+
+from job.common.nested import to_dict
+from job.common.schema import Loss
+from job.common.version import commit
+from job.run.trained import TrainedCritic
+
+TOKENS, SEQUENCES = "token-classification", "sequence-classification"
+META, DELTA = "meta", "delta"
+_EVALUATION = "validation/value/"
+_SHOWN = (
+    "mse",
+    "mse_constant",
+    "r2",
+    "std_prediction",
+    "ece",
+    "last_token_auc",
+    "length_auc",
+    "pairwise_accuracy",
+    "tokens",
+    "sequences",
+)
+_USE = {
+    TOKENS: """
+    AutoModelForTokenClassification.from_pretrained(FOLDER)
+
+`logits[..., 0]` are the outputs, one for each token. Nothing is dropped before the head in
+training mode (`classifier_dropout` 0). The default loss of transformers is 0 with one label: bring
+your own.""",
+    SEQUENCES: """
+    AutoModelForSequenceClassification.from_pretrained(FOLDER)
+
+`logits[:, 0]` is the output at the last token that is no padding.""",
+    META: """
+`consolidated.pth` and `params.json` are the trunk, without a language-model head;
+`value_head.safetensors` holds `weight` and, if the head has one, `bias`. An output is
+`weight @ norm(h) + bias`, where `h` leaves the last block.""",
+    DELTA: """
+    python -m job.score --critic FOLDER --base BASE --data FILE --out values.parquet
+    python -m job.export --critic FOLDER --base BASE --format token-classification --out DIR
+
+These are the trained parameters alone: they belong to one base, which is known by its
+fingerprint.""",
+}
+
+
+def model_card(trained: TrainedCritic, form: str) -> str:
+    """The card's text, in Markdown."""
+    parts = [
+        _head(form),
+        "# A critic\n\nIt values each token of a response: the reward that is to be expected once "
+        "the response is complete.",
+        f"## Use\n{_USE[form]}",
+        _meaning(trained, form),
+        _tokens(trained),
+        f"## Quality\n\n{_quality(trained)}",
+        f"## Origin\n\n{_origin(trained)}",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def bias_note(trained: TrainedCritic) -> str:
+    """What becomes of the head's bias where transformers has none; empty if there is none."""
+    if "value_head.bias" not in trained.weights.shapes:
+        return ""
+    bias = trained.weights.read("value_head.bias").item()
+    return (
+        f"This head has no bias, and the critic's is {bias:.6g}: add it to each output. Train with "
+        "training.value_head.bias=false for a critic without."
+    )
+
+
+def _head(form: str) -> str:
+    facts = {TOKENS: {"library_name": "transformers"}, SEQUENCES: {"library_name": "transformers"}}
+    described = facts.get(form, {}) | {"tags": ["critic", "value-model"]}
+    return f"---\n{yaml.safe_dump(described)}---"
+
+
+def _meaning(trained: TrainedCritic, form: str) -> str:
+    """What an output is."""
+    loss = trained.config.objective.loss
+    if loss is Loss.bce:
+        text = "Outputs are logits: a value is `sigmoid(output)`."
+    elif loss is Loss.pairwise:
+        text = "Outputs rank responses to one prompt: only their differences mean anything."
+    else:
+        text = "Outputs are values, in units of the reward."
+    gamma = trained.config.objective.gamma
+    if gamma != 1:
+        text += f" The reward is discounted by {gamma} a token."
+    note = bias_note(trained) if form == SEQUENCES else ""
+    return f"{text} {note}".strip()
+
+
+def _tokens(trained: TrainedCritic) -> str:
+    data = trained.config.data
+    text = (
+        "It reads begin token, prompt, response and end token, as far as the tokenizer has them, "
+        f"in at most {data.max_length} tokens; its last value stands at the end token."
+    )
+    return text if data.template is None else f"{text} Texts go through `data.template` first."
+
+
+def _quality(trained: TrainedCritic) -> str:
+    figures = trained.facts["evaluation"]
+    rows = [
+        f"| {n} | {figures[_EVALUATION + n]:.4g} |" for n in _SHOWN if _EVALUATION + n in figures
+    ]
+    if not rows:
+        return "No evaluation was made at this step."
+    head = "On the validation data, over all response tokens:\n\n| | |\n|---|---|\n"
+    return head + "\n".join(rows)
+
+
+def _origin(trained: TrainedCritic) -> str:
+    config, facts = trained.config, trained.facts
+    n = trained.num_unfrozen_layers
+    blocks = len(trained.on_meta().trunk.layers)
+    rows = {
+        "base": config.model.path,
+        "fingerprint of the base": facts["identity"]["base"],
+        "trained": f"N = {n} of {blocks} blocks"
+        + {0: ": the value head alone"}.get(n, ", the final norm and the value head"),
+        "steps": f"{facts['step']} of {config.training.batch_size} sequences",
+        "training data": config.data.train,
+        "validation data": config.data.validation,
+        "objective": ", ".join(f"{k} {v}" for k, v in to_dict(config)["objective"].items()),
+        "run": config.run.name,
+        "commit of the training": facts.get("commit") or "unknown",
+        "commit of the export": commit() or "unknown",
+    }
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -1,0 +1,300 @@
+"""Memory of a rank while it trains, by phase: the device's, this process's and the allocator's.
+
+On a GPU the allocator says its own peaks, exactly, and NVML is read by threads: memory at full
+rate, everything else once a second. Without a GPU it is the memory of the process, by the same
+names. The thread that trains waits for none of these threads, and none holds a lock during a call:
+a call that hangs costs its figures and nothing else.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from job.memory.allocator import CudaAllocator
+from job.memory.gauges import Gauges
+from job.memory.ledger import MemoryLedger
+from job.memory.notes import Notes
+from job.memory.nvml import BOARD_CALLS, MEMORY_CALLS, PROCESS, NvmlReader
+from job.memory.pace import Pace
+from job.memory.process_memory import ProcessMemory
+
+PHASES = ("load", "shard", "cache", "forward", "backward", "optimizer", "save", "evaluate")
+OTHER = "other"  # what lies between
+
+_START_SECONDS = 5.0  # how long the beginning waits for NVML's first answer
+_GLANCE_SECONDS = 0.05  # during that, between two looks whether NVML has given up
+_STOP_SECONDS = 1.0
+_BOARD_SECONDS = 1.0
+_WATCH_SECONDS = 0.25
+# Of the training's time, what changes of phase may cost: after a beginning in which all are exact,
+# stretches of them are. In between the peaks of all phases together still are.
+_CHANGE_SHARE, _CHANGE_SECONDS, _STRETCH_SECONDS = 0.002, 0.05, 0.01
+_LATE_ROUNDS = 4  # without NVML's memory, until the allocator is sampled alone
+_TELEMETRY = {
+    "device_used": "memory/device_used_bytes",
+    "process": "memory/process_bytes",
+    "allocated": "memory/allocated_peak_bytes",
+    "reserved": "memory/reserved_peak_bytes",
+    "inactive": "memory/inactive_peak_bytes",
+}
+
+Figures = dict[str, float]
+
+
+class _Source(Protocol):
+    """What knows the memory of this process without a driver that may hang."""
+
+    def describe(self) -> dict[str, Any]: ...
+    def now(self) -> Figures: ...
+    def take_peaks(self) -> Figures: ...
+    def close(self) -> None: ...
+
+
+class Recorder:
+    """Records one rank's memory from start() to stop(), or as a context.
+
+    One thread starts and stops it, changes phases, and asks for telemetry and the summary.
+    """
+
+    def __init__(self, device: torch.device, hertz: float = 25.0) -> None:
+        self._on_gpu, self._period = device.type == "cuda", 1 / hertz
+        self._notes = Notes()
+        self._source: _Source = (
+            CudaAllocator(device) if self._on_gpu else ProcessMemory(self._notes)
+        )
+        self._description = self._source.describe()
+        self._ledger = MemoryLedger((*PHASES, OTHER), self._period)
+        self._gauges = Gauges()
+        self._device, self._baseline = Figures(), Figures()  # NVML's last figures; those at start
+        self._place = (OTHER, 0)  # the phase, and how many changes there were
+        self._change_seconds = self._cpu_seconds = 0.0
+        self._counts, self._counted = True, 0  # whether changes are counted, and how many were
+        self._whole = True  # whether the present phase has had the peaks to itself
+        self._process_known, self._foreign = False, False
+        self._answered, self._ended = threading.Event(), threading.Event()
+        self._began = self._answered_at = time.monotonic()
+        self._stopped_at: float | None = None
+        self._readers = self._nvml_readers() if self._on_gpu else []
+        self._sampler = threading.Thread(target=self._run, name="memory", daemon=True)
+
+    def _nvml_readers(self) -> list[NvmlReader]:
+        uuid, lost = self._description["uuid"], threading.Event()
+        groups = (
+            (MEMORY_CALLS, self._period, self._sample_device),
+            (BOARD_CALLS, _BOARD_SECONDS, lambda read: self._gauges.add(read())),
+        )
+        return [
+            NvmlReader(uuid, calls, seconds, self._notes, lost, take)
+            for calls, seconds, take in groups
+        ]
+
+    def start(self) -> None:
+        """Begin; on a GPU wait a little for NVML's first figures, the baseline."""
+        self._began = self._answered_at = time.monotonic()
+        self._source.take_peaks()
+        for reader in self._readers:
+            reader.start()
+        until = self._began + _START_SECONDS
+        while any(r.thread.is_alive() for r in self._readers[:1]) and time.monotonic() < until:
+            if self._answered.wait(_GLANCE_SECONDS):
+                break
+        else:
+            self._sample()
+        self._baseline = self._ledger.peak()
+        self._sampler.start()
+
+    def stop(self) -> None:
+        """End, within a second or so whatever NVML does."""
+        if self._stopped_at is not None:
+            return
+        self._count_peaks()
+        self._stopped_at = time.monotonic()
+        self._ended.set()
+        for reader in self._readers:
+            reader.note_hang()
+            reader.end()
+        for thread in (self._sampler, *(reader.thread for reader in self._readers)):
+            thread.join(max(0.0, self._stopped_at + _STOP_SECONDS - time.monotonic()))
+        if not self._sampler.is_alive():
+            self._source.close()
+
+    def __enter__(self) -> Recorder:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # Phases
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count memory under one of PHASES during the body; of nested ones the inner counts."""
+        assert name in PHASES, name
+        outer, _ = self._place
+        self._change(name)
+        try:
+            yield
+        finally:
+            self._change(outer)
+
+    def _change(self, phase: str) -> None:
+        if self._may_count():
+            began = time.perf_counter()
+            self._count_peaks()
+            self._counted += 1
+            self._change_seconds += time.perf_counter() - began
+        else:
+            self._whole = False
+        self._place = (phase, self._place[1] + 1)
+
+    def _may_count(self) -> bool:
+        """Whether there is time to count peaks at this change; for stretches there is or not."""
+        left = _CHANGE_SECONDS + _CHANGE_SHARE * (time.monotonic() - self._began)
+        left -= self._change_seconds
+        self._counts = left > (0 if self._counts else _STRETCH_SECONDS)
+        return self._counts
+
+    def _count_peaks(self) -> None:
+        """Count the peaks since the last time: for the present phase, if it had them to itself."""
+        if self._stopped_at is not None:
+            return
+        try:
+            peaks = self._source.take_peaks()
+        except Exception as error:  # it must not end a training
+            self._notes.add("memory peaks", f"{type(error).__name__}: {error}")
+            return
+        self._ledger.exact(self._place[0] if self._whole else None, peaks)
+        self._whole = True
+
+    # Samples, in threads
+
+    def _run(self) -> None:
+        """Sample what NVML does not, and watch over its threads."""
+        pace = Pace(self._period)
+        alone = self._is_alone()
+        while not (pace.wait(self._ended) if alone else self._ended.wait(_WATCH_SECONDS)):
+            alone = self._is_alone()
+            if alone:
+                self._sample()
+            for reader in self._readers:
+                reader.note_hang()
+            self._cpu_seconds = time.thread_time()
+
+    def _is_alone(self) -> bool:
+        late = time.monotonic() - self._answered_at > _LATE_ROUNDS * self._period
+        return late or not self._readers
+
+    def _sample(self, read: Callable[[], Figures] | None = None) -> None:
+        """Take one sample: what the process knows, and what `read` gives of the device."""
+        place = self._place
+        figures = self._source.now()
+        if read is not None:
+            figures |= self._plausible(read(), figures)
+        now = time.monotonic() - self._began
+        self._ledger.sample(now, place[0], figures, sure=place == self._place)
+
+    def _sample_device(self, read: Callable[[], Figures]) -> None:
+        self._sample(read)
+        self._answered_at = time.monotonic()
+        if not self._answered.is_set():
+            self._answered.set()
+
+    def _plausible(self, figures: Figures, own: Figures) -> Figures:
+        """NVML's figures, without a process's share that cannot be this one's.
+
+        In a container NVML may say pids as they are outside, where another process may have
+        this one's.
+        """
+        self._device = self._device | figures
+        reserved, process = own.get("reserved", 0), figures.get("process")
+        if process is None:
+            if reserved and "processes" in figures:
+                self._notes.add(PROCESS.name, "does not name this process: a container's pid?")
+            return figures
+        if process < min(reserved, self._source.now().get("reserved", 0)):
+            self._foreign = True
+            self._ledger.forget("process")
+            self._baseline.pop("process", None)
+            self._notes.add(PROCESS.name, "gives another process's memory under this one's pid")
+        if self._foreign:
+            return {name: value for name, value in figures.items() if name != "process"}
+        if not self._process_known:
+            self._process_known = True
+            self._notes.settle(PROCESS.name)
+        return figures
+
+    # Results
+
+    def telemetry(self) -> dict[str, float]:
+        """Peaks of memory (bytes) and state of the GPU since the last call; what is known."""
+        self._count_peaks()
+        memory = {_TELEMETRY[name]: value for name, value in self._ledger.take_window().items()}
+        return memory | {f"gpu/{name}": v for name, v in self._gauges.take_window().items()}
+
+    def now(self) -> dict[str, float]:
+        """Bytes at this moment, and the device's as NVML said them last."""
+        return {**self._device, **self._source.now()}
+
+    def peak_bytes(self) -> float:
+        """Most so far: the allocator's on a GPU, the process's memory on a CPU."""
+        self._count_peaks()
+        return self._ledger.peak().get("allocated" if self._on_gpu else "process", 0.0)
+
+    def summary(self) -> dict[str, Any]:
+        """Everything about this rank, for memory.json; sizes are in bytes, times in seconds."""
+        self._count_peaks()
+        return {
+            "backend": self._backend(),
+            **self._description,
+            **self._nvml_description(),
+            "process_figure": self._process_figure(),
+            "baseline": self._baseline,
+            "peak": self._ledger.peak(),
+            "peaks": self._ledger.peaks(),
+            "gpu": self._gauges.summary(),
+            "notes": self._notes.rows(),
+            "sampling": self._sampling(),
+            "series": self._ledger.series(),
+        }
+
+    def _backend(self) -> str:
+        if not self._on_gpu:
+            return "process"
+        return "nvml" if "device_used" in self._device else "allocator"
+
+    def _process_figure(self) -> str:
+        """Where the process's share comes from."""
+        if not self._on_gpu:
+            return "pss"
+        return "nvml" if self._process_known and not self._foreign else "none"
+
+    def _nvml_description(self) -> dict[str, Any]:
+        """Name, UUID and size as NVML says them: of a MIG slice it is the slice's."""
+        found: dict[str, Any] = {"mig": False}
+        for reader in self._readers[:1]:
+            found |= reader.description
+        sizes = {"total": "total_bytes", "driver_reserved": "driver_reserved_bytes"}
+        return found | {key: self._device[n] for n, key in sizes.items() if n in self._device}
+
+    def _sampling(self) -> dict[str, float]:
+        """What the recording itself has cost, as CPU time; a phase's change is the training's."""
+        end = time.monotonic() if self._stopped_at is None else self._stopped_at
+        seconds = end - self._began
+        cpu = self._cpu_seconds + sum(reader.cpu_seconds for reader in self._readers)
+        return {
+            "seconds": seconds,
+            "samples": self._ledger.samples,
+            "hertz": self._ledger.samples / seconds,
+            "cpu_seconds": cpu,
+            "phase_changes": self._place[1],
+            "phase_changes_counted": self._counted,
+            "phase_change_seconds": self._change_seconds,
+            "share_of_a_core": (cpu + self._change_seconds) / seconds,
+        }

@@ -1,0 +1,128 @@
+"""A run's committed checkpoints on disk: which there are, which count, which are kept."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from job.common.errors import InputError, listing
+from job.common.nested import differences
+from job.common.schema import CheckpointConfig
+from job.run.fence import Fence
+from job.run.manifest import MANIFEST, DamagedError, Manifest
+from job.run.value_metrics import metric_names
+
+FACTS = "facts.json"
+_LOWER_IS_BETTER = ("mse", "ece")
+_log = logging.getLogger(__name__)
+
+
+def committed(run: Path) -> list[Path]:
+    """The committed checkpoints of a run, oldest first, without those that came too late."""
+    fence = Fence(run / "attempts", 0)
+    return [folder for folder in folders(run / "checkpoints") if _counts(folder, fence)]
+
+
+def folders(checkpoints: Path) -> list[Path]:
+    """All that were committed, in time or not, oldest first."""
+    return sorted(path for path in checkpoints.glob("step-*") if path.is_dir())
+
+
+def _counts(folder: Path, fence: Fence) -> bool:
+    try:
+        manifest = Manifest.read(folder)
+    except DamagedError:
+        return True  # reading it will tell
+    return fence.counts(manifest.attempt, manifest.step)
+
+
+def retained(folders: Sequence[Path], config: CheckpointConfig) -> list[Path]:
+    """Which of a run's checkpoints to keep, the newest always among them."""
+    kept = set(folders[-config.keep_last :])
+    if config.keep_every is not None:
+        kept |= {path for path in folders if _step(path) % config.keep_every == 0}
+    if config.keep_best is not None:
+        kept |= set(best(folders, config.keep_best))
+    return [path for path in folders if path in kept]
+
+
+def best(folders: Sequence[Path], metric: str) -> list[Path]:
+    """The checkpoint with the best value of an evaluation's metric; none if none has one."""
+    values = {path: _evaluation(path).get(metric) for path in folders}
+    known = {path: value for path, value in values.items() if value is not None}
+    choose = min if metric.endswith(_LOWER_IS_BETTER) else max
+    return [choose(known, key=known.__getitem__)] if known else []
+
+
+def _evaluation(folder: Path) -> dict[str, Any]:
+    """The figures of a checkpoint's evaluation; none if they can no longer be read."""
+    try:
+        return dict(read_facts(folder)["evaluation"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def check_metric(metric: str | None) -> None:
+    """Raise InputError if no evaluation will ever give this metric."""
+    known = [f"validation/value/{name}" for name in metric_names()]
+    if metric is not None and metric not in known:
+        near = difflib.get_close_matches(metric, known, 3, 0) or known
+        raise InputError(f"checkpoint.keep_best: no metric {metric}; nearest: {', '.join(near)}")
+
+
+def newest_intact(source: Path) -> Path:
+    """The newest good checkpoint of a run, or `source` itself if it is a good one.
+
+    Raises:
+        InputError: there is none.
+    """
+    one = (source / MANIFEST).exists()
+    for folder in reversed([source] if one else committed(source)):
+        try:
+            Manifest.read(folder).verify(folder)
+        except DamagedError as defect:
+            _log.error("damaged checkpoint: %s", defect)
+            continue
+        return folder
+    raise InputError(f"{source}: no intact checkpoint here; name a run or a checkpoint's folder")
+
+
+def refuse_other(folder: Path, identity: dict[str, Any]) -> None:
+    """Raise InputError, with both values, unless a checkpoint agrees with `identity`."""
+    stored = read_facts(folder)["identity"]
+    changed = differences({name: stored.get(name) for name in identity}, identity)
+    if changed:
+        raise InputError(
+            f"{folder}: a checkpoint of something else (there -> here); choose another run.dir, "
+            "or begin a new run from its weights with --init-from" + listing(changed)
+        )
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
+    return facts
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a damaged checkpoint a name under which it is not used but can be looked at."""
+    aside = folder.with_name(f"damaged-{folder.name}")
+    number = 2
+    while aside.exists():
+        aside, number = folder.with_name(f"damaged-{folder.name}.{number}"), number + 1
+    return folder.rename(aside)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint so that no half of it can be taken for a whole."""
+    hidden = folder.with_name(f".removed-{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    shutil.rmtree(folder.rename(hidden))

@@ -1,0 +1,210 @@
+"""A run directory: the single truth of a run.
+
+config.yaml       the resolved configuration
+status.json       state, step, and what a reader must know at once
+metrics.jsonl     deterministic figures, one object a line, `step` first
+telemetry.jsonl   time, speed and memory, one object a line
+attempts/         one folder an attempt: where it went on, logs of its ranks, stack traces
+checkpoints/      see job.training.checkpoint
+stop              made by you: save and stop
+bad_steps.json    steps that are passed over since their loss was not finite
+parameters.json   the parameter report
+memory.json       memory predicted before the first step, and measured in all phases
+reliability.json  calibration and value by position at the last evaluation
+critic.safetensors  the trained parameters
+bad_rows.*.jsonl  rows left out
+train.log, plots/, report.html
+mlflow.json       what MLflow has been sent (mlflow.lock and mlflow.log belong to it)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from job.common.config import completed
+from job.common.errors import InputError, Stopped, listing
+from job.common.files import write_atomic
+from job.common.nested import differences
+from job.common.schema import CriticConfig
+from job.run.fence import Fence
+
+_log = logging.getLogger(__name__)
+
+# May differ between two attempts of one run: length, cadence of logs and checkpoints, devices,
+# sharding, and paths to the same content (base and data are compared by content). They change the
+# arithmetic by rounding at most; a new length also changes the schedule from there on.
+MAY_CHANGE = (
+    "run.",
+    "training.max_steps",
+    "training.max_bad_steps",
+    "training.micro_batch_tokens",
+    "training.threads",
+    "training.deterministic",
+    "logging.",
+    "checkpoint.",
+    "distributed.start_timeout_seconds",
+    "distributed.timeout_seconds",
+    "distributed.fsdp.sharding_strategy",
+    "distributed.fsdp.cpu_offload",
+    "distributed.fsdp.activation_checkpointing",
+    "model.path",
+    "model.recipe",
+    "tokenizer.path",
+    "data.train",
+    "data.validation",
+    "data.cache_dir",
+    "mlflow.",
+    "report.",
+)
+
+
+class RunDirectory:
+    """Paths and small files of one run; where `writes` is false, writing does nothing."""
+
+    def __init__(self, path: str | Path, *, is_main: bool = True) -> None:
+        self.path = Path(path)
+        self._is_main = is_main
+        self.fence: Fence | None = None
+        self._status: dict[str, Any] | None = None  # as this process has set it
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is rank 0 of the newest attempt."""
+        return self._is_main and not (self.fence is not None and self.fence.superseded())
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def claim(self, config: dict[str, Any]) -> None:
+        """Make the directory and store the configuration, or check it against the stored one.
+
+        Raises:
+            InputError: the directory cannot be written, or holds another configuration.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.file("config.yaml").exists():
+                self._refuse_other(config)
+            elif self.file("metrics.jsonl").exists() or self.file("plots").exists():
+                raise InputError(f"run.dir: {self.path} holds files that no run here has written")
+            write_atomic(self.file("config.yaml"), yaml.safe_dump(config, sort_keys=False))
+        except OSError as error:
+            raise InputError(f"run.dir: cannot write {self.path}: {error.strerror}") from None
+
+    def is_finished(self, max_steps: int) -> bool:
+        """Whether the run has come to its end; a longer one goes on from there."""
+        status = self.status()
+        return status.get("state") == "finished" and status.get("step", 0) >= max_steps
+
+    def _refuse_other(self, config: dict[str, Any]) -> None:
+        changed = [
+            line for line in differences(self.config(), config) if not line.startswith(MAY_CHANGE)
+        ]
+        if changed:
+            raise InputError(
+                f"{self.path}: this run directory holds a different configuration "
+                "(stored -> asked for); choose another run.dir or run.name" + listing(changed)
+            )
+
+    def config(self) -> dict[str, Any]:
+        """The stored configuration; keys that it lacks mean what was done before they existed.
+
+        Raises:
+            InputError: there is none.
+        """
+        try:
+            stored = yaml.safe_load(self.file("config.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            stored = None
+        if not isinstance(stored, dict):
+            raise InputError(f"{self.path}: not a run directory: no readable config.yaml")
+        return completed(stored, CriticConfig)
+
+    def status(self) -> dict[str, Any]:
+        """The stored status; empty before the first one.
+
+        Raises:
+            InputError: status.json is damaged.
+        """
+        file = self.file("status.json")
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError):
+            stored = None
+        if not isinstance(stored, dict):
+            raise InputError(f"{file}: damaged; remove it to let the run start over")
+        return stored
+
+    def set_status(self, **changes: Any) -> None:
+        """Change some entries of status.json, leaving the rest."""
+        if self.writes:
+            known = self.status() if self._status is None else self._status
+            self._status = known | {"updated": time.time()} | changes
+            self.write_json("status.json", self._status)
+
+    @contextmanager
+    def recorded(self, **changes: Any) -> Iterator[None]:
+        """Record that the run is running, and if the body raises, that and how it ended."""
+        self.set_status(state="running", error=None, **changes)
+        try:
+            yield
+        except BaseException as error:
+            # what fails after the end undoes nothing
+            if self._status is None or self._status.get("state") != "finished":
+                self.set_status(**_ending(error))
+            raise
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Replace a JSON file; a file system that refuses is reported and ends nothing."""
+        if not self.writes:
+            return
+        try:
+            self._replace(name, json.dumps(content, indent=2) + "\n")
+        except OSError as error:
+            _log.error("cannot write %s: %s; going on", self.file(name), error.strerror)
+
+    def _replace(self, name: str, text: str) -> None:
+        replace = write_atomic if self.fence is None else self.fence.replace
+        replace(self.file(name), text)
+
+    def records(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        """The complete lines of metrics.jsonl or telemetry.jsonl; a torn last line is left out."""
+        try:
+            text = self.file(name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return []
+        try:
+            return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
+        except ValueError:
+            raise InputError(f"{self.file(name)}: damaged") from None
+
+    def keep_lines(self, last: int) -> None:
+        """Let metrics.jsonl and telemetry.jsonl end with step `last`: what follows is done again.
+
+        Both become new files, so that an attempt that was superseded and does not know it yet
+        writes into the old ones, which are gone.
+        """
+        if not self.writes:
+            return
+        for name in ("metrics.jsonl", "telemetry.jsonl"):
+            kept = [record for record in self.records(name) if record["step"] <= last]
+            self._replace(name, "".join(json.dumps(record) + "\n" for record in kept))
+        missing = last - len(self.records())
+        if missing:
+            _log.error("%s lacks %d of %d steps", self.file("metrics.jsonl"), missing, last)
+
+
+def _ending(error: BaseException) -> dict[str, Any]:
+    if isinstance(error, Stopped):
+        return {"state": "stopped", "error": None, "reason": str(error)}
+    return {"state": "failed", "error": f"{type(error).__name__}: {error}"}

@@ -1,0 +1,111 @@
+"""Only the newest attempt of a run may write.
+
+An attempt is a folder `attempts/NNNN` of the run directory. Making it is how an attempt takes its
+number: mkdir is atomic, on NFS too, so that of two copies started at once each gets its own. The
+one with the higher number goes on, the other sees that and leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from job.common.errors import Superseded
+from job.common.files import write_atomic
+
+_RECORD = "attempt.json"
+
+
+class Fence:
+    """One attempt of a run."""
+
+    def __init__(self, attempts: Path, number: int) -> None:
+        self._attempts, self.number = attempts, number
+
+    @classmethod
+    def take(cls, run: Path) -> Fence:
+        """Start the next attempt of a run; all earlier ones are superseded from here on."""
+        attempts = run / "attempts"
+        attempts.mkdir(exist_ok=True)
+        while True:
+            number = max(_numbers(attempts), default=0) + 1
+            try:
+                cls(attempts, number).folder.mkdir()
+            except FileExistsError:  # another copy was faster
+                continue
+            _remove_scratch(run, number)
+            return cls(attempts, number)
+
+    @property
+    def folder(self) -> Path:
+        """This attempt's own files: logs of its ranks, stack traces."""
+        return self._attempts / f"{self.number:04}"
+
+    def superseded(self) -> bool:
+        # a listing, since an NFS client may remember for long that one name was not there
+        return max(_numbers(self._attempts), default=0) > self.number
+
+    def replace(self, file: Path, text: str) -> None:
+        """Replace a file of the run whole; a newer attempt's file is left as it is.
+
+        A process can be asleep at any point of this. If that is before the look at the attempts, it
+        sees the newer one; if it is after, the newer one has removed what was to be renamed.
+        """
+        try:
+            write_atomic(file, text, f"attempt-{self.number:04}.", lambda: not self.superseded())
+        except FileNotFoundError:
+            if not self.superseded():
+                raise
+
+    def ending(self) -> Superseded:
+        return Superseded(f"attempt {self.number}: a newer attempt of this run has taken over")
+
+    def record(self, world_size: int, resumed_step: int) -> None:
+        """Note from which step this attempt goes on: later steps of earlier ones do not count."""
+        facts = {
+            "attempt": self.number,
+            "resumed_step": resumed_step,
+            "world_size": world_size,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "time": time.time(),
+        }
+        write_atomic(self.folder / _RECORD, json.dumps(facts, indent=2) + "\n")
+
+    def counts(self, attempt: int, step: int) -> bool:
+        """Whether what `attempt` committed at `step` is part of the run.
+
+        It is not if a later attempt went on from an earlier step: then it came too late.
+        """
+        return all(
+            step <= _resumed_step(self._attempts / f"{later:04}")
+            for later in _numbers(self._attempts)
+            if later > attempt
+        )
+
+
+def _numbers(attempts: Path) -> list[int]:
+    try:
+        return [int(entry.name) for entry in attempts.glob("*") if entry.name.isdigit()]
+    except OSError:  # a file system that is away for a moment tells nothing
+        return []
+
+
+def _remove_scratch(run: Path, number: int) -> None:
+    """Remove what attempts before this one were about to put in place of a file of the run."""
+    for earlier in _numbers(run / "attempts"):
+        if earlier < number:
+            for scratch in run.glob(f".*.attempt-{earlier:04}.*"):
+                scratch.unlink(missing_ok=True)
+
+
+def _resumed_step(attempt: Path) -> float:
+    """Where an attempt went on; infinity if it ended before that, having committed nothing."""
+    try:
+        return float(json.loads((attempt / _RECORD).read_text())["resumed_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return float("inf")

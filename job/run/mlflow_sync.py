@@ -1,0 +1,688 @@
+"""MLflow as a copy of a run directory.
+
+The run directory is the truth; MLflow receives what its files hold, and `mlflow.json` there says
+what was sent. The trainer starts this module as a process of its own that follows the directory,
+so that no server, however slow, slows training or stops it:
+
+    python -m job.run.mlflow_sync RUN_DIR
+
+A directory is one run in MLflow for ever. A resumed training takes its files back to a checkpoint
+and writes the steps after it again; of those, what MLflow has already stays as the superseded
+attempt wrote it, equal up to rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import posixpath
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from fcntl import LOCK_EX, flock
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from job.common.errors import InputError
+from job.common.files import write_atomic
+from job.common.nested import flatten
+from job.run.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+SYNC_SECONDS = 5.0
+ARTIFACT_SECONDS = 60.0  # train.log grows all the time and is sent whole
+BACK_OFF_SECONDS = 30.0  # longest pause during an outage
+DEADLINE_SECONDS = 30.0  # for what is left when the trainer is done
+
+_METRICS_PER_CALL = 1000  # MLflow's limits
+_PARAMS_PER_CALL = 100
+_PARAM_LENGTH = 6000
+_NAME_LENGTH = 250
+_TAG_LENGTH = 5000
+_ARTIFACTS = (
+    "config.yaml",
+    "parameters.json",
+    "memory.json",
+    "reliability.json",
+    "report.html",
+    "train.log",
+)
+_TERMINATED = {"finished": "FINISHED", "failed": "FAILED"}
+# The states in which nothing is written. MLflow's SCHEDULED, "to run at a later time", is what a
+# stopped run is: it will be resumed, so it has no end, and RUNNING would say that it holds a GPU.
+_AT_REST = _TERMINATED | {"stopped": "SCHEDULED"}
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_SETTINGS = {
+    # MLflow's own defaults let one call to a silent server last a quarter of an hour.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    # One, because a server may close an idle connection just as it is used again.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # no calls to the outside from a cluster
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+_log = logging.getLogger("job.run.mlflow_sync")
+
+_Record = dict[str, Any]
+_TimeOf = Callable[[_Record], float | None]
+
+
+def tracking_uri(config: dict[str, Any]) -> str:
+    """Where a run is mirrored: configuration, then environment, then a database beside the runs."""
+    beside = Path(config["run"]["dir"]).absolute().parent.resolve() / "mlflow.db"
+    configured = config["mlflow"]["tracking_uri"] or os.environ.get("MLFLOW_TRACKING_URI")
+    return configured or f"sqlite:///{beside}"
+
+
+def live_mirror_allowed(uri: str) -> bool:
+    """False for a local database in a cluster job: several nodes must never write one file."""
+    in_job = "SLURM_PROCID" in os.environ or "SLURM_JOB_ID" in os.environ
+    local = uri.startswith(("sqlite", "file:")) or ("://" not in uri and uri != "databricks")
+    return not (in_job and local)
+
+
+@dataclass(frozen=True)
+class SyncResult:
+    """What one sync sent, and where to.
+
+    Attributes:
+        state: the run's state in status.json.
+        metrics: values of metrics.jsonl and telemetry.jsonl.
+        waiting: lines of metrics.jsonl that wait for a telemetry line to take their time from.
+    """
+
+    tracking_uri: str
+    run_id: str
+    state: str
+    params: int
+    metrics: int
+    artifacts: int
+    waiting: int
+
+
+def sync_run(run_dir: Path) -> SyncResult:
+    """Send everything that MLflow lacks of a run.
+
+    Raises:
+        InputError: there is no run in the directory.
+        mlflow.exceptions.MlflowException: MLflow did not take it; what it took is noted.
+    """
+    return _sync(run_dir, artifacts=True)
+
+
+def _sync(run_dir: Path, artifacts: bool) -> SyncResult:
+    directory = RunDirectory(run_dir)
+    uri = _tracking_uri_of(directory)
+    with _exclusive(directory.file("mlflow.lock")), _database_lock(uri):
+        return _Syncer(directory, uri, _connect(uri)).sync(artifacts)
+
+
+def _tracking_uri_of(directory: RunDirectory) -> str:
+    config = directory.config()
+    known = _Sent.stored_uri(directory.file("mlflow.json"))
+    named = config["mlflow"]["tracking_uri"] or os.environ.get("MLFLOW_TRACKING_URI")
+    if named is None and known.startswith("http"):
+        return known  # a later shell may lack the environment that named the server
+    # Where it is, not where it was made: it may have been moved, or its path be a relative one.
+    return tracking_uri(config | {"run": {"dir": directory.path}})
+
+
+def _connect(uri: str) -> MlflowClient:
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+@contextmanager
+def _exclusive(lock: Path) -> Iterator[None]:
+    """Hold a lock file; the system releases it whichever way the process ends."""
+    with lock.open("a") as file:
+        flock(file, LOCK_EX)
+        yield
+
+
+def _database_lock(uri: str) -> AbstractContextManager[None]:
+    database = _database_file(uri)
+    if database is None:
+        return nullcontext()
+    database.parent.mkdir(parents=True, exist_ok=True)
+    return _exclusive(database.with_name(f"{database.name}.lock"))
+
+
+def _database_file(uri: str) -> Path | None:
+    match = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", uri)
+    return Path(match[1]).absolute() if match else None
+
+
+@dataclass
+class _Sent:
+    """mlflow.json: what MLflow has of this run."""
+
+    tracking_uri: str
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    run_id: str | None = None
+    # The last line sent of each file: where it begins, and its step. No step means that MLflow must
+    # be asked what it has: a batch got no answer, or the note is of a time before steps were noted.
+    offsets: dict[str, int] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+    artifacts: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path, uri: str) -> _Sent:
+        """What was sent to `uri`: nothing where the file is missing or about another place."""
+        try:
+            sent = cls(**json.loads(path.read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return cls(uri)
+        return sent if sent.tracking_uri == uri else cls(uri)
+
+    @classmethod
+    def stored_uri(cls, path: Path) -> str:
+        """Where the run was sent last; empty if nowhere yet."""
+        try:
+            return cls(**json.loads(path.read_text())).tracking_uri
+        except (FileNotFoundError, ValueError, TypeError):
+            return ""
+
+
+class _Syncer:
+    """One sync of one run; the caller holds the locks."""
+
+    def __init__(self, directory: RunDirectory, uri: str, client: MlflowClient) -> None:
+        self._directory = directory
+        self._config = directory.config()
+        self._uri = uri
+        self._client = client
+        # Read before every other file: `finished` then promises that those are complete.
+        self._status = directory.status()
+        self._state = str(self._status.get("state", "running"))
+        self._sent = _Sent.load(directory.file("mlflow.json"), uri)
+        self._histories: dict[str, set[int]] = {}
+        self._values = 0
+
+    def sync(self, artifacts: bool) -> SyncResult:
+        run = self._open()
+        params = self._send_params(run)
+        waiting = self._send_metrics()
+        try:
+            files = self._send_artifacts() if artifacts else 0
+        finally:  # storage for artifacts may be missing where the rest works
+            self._send_status(run)
+        run_id = run.info.run_id
+        return SyncResult(self._uri, run_id, self._state, params, self._values, files, waiting)
+
+    def _note(self) -> None:
+        content = json.dumps(dataclasses.asdict(self._sent), indent=2)
+        write_atomic(self._directory.file("mlflow.json"), content + "\n")
+
+    def _open(self) -> Run:
+        """The run in MLflow, made where there is none."""
+        known = self._known()
+        if known is None and self._sent.run_id:
+            self._sent = _Sent(self._uri)
+        return known or self._create()
+
+    def _known(self) -> Run | None:
+        from mlflow.exceptions import MlflowException
+
+        if self._sent.run_id is None:
+            return None
+        try:
+            return self._client.get_run(self._sent.run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+
+    def _create(self) -> Run:
+        # The token is noted before the run is made, and finds it where the answer got lost.
+        self._note()
+        experiment = self._experiment()
+        if not self._made(experiment):
+            self._make(experiment)
+        run, *repeated = self._made(experiment)  # HTTP retries may have made two
+        for extra in repeated:
+            self._client.delete_run(extra.info.run_id)
+        self._sent.run_id = run.info.run_id
+        self._note()
+        return run
+
+    def _made(self, experiment: str) -> list[Run]:
+        return list(
+            self._client.search_runs([experiment], f"tags.mirror_token = '{self._sent.token}'")
+        )
+
+    def _make(self, experiment: str) -> None:
+        first = next(self._telemetry(), {"time": time.time()})
+        path = str(self._directory.path.absolute())
+        tags = {"run_directory": path, "mirror_token": self._sent.token}
+        name = self._config["run"]["name"]
+        self._client.create_run(experiment, _milliseconds(first["time"]), tags, name)
+
+    def _experiment(self) -> str:
+        from mlflow.exceptions import MlflowException
+
+        name = self._config["mlflow"]["experiment"]
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return self._client.create_experiment(name, _artifact_location(self._uri))
+            except MlflowException:
+                experiment = self._client.get_experiment_by_name(name)
+                if experiment is None:
+                    raise  # otherwise another run made it in the meantime
+        return str(experiment.experiment_id)
+
+    def _send_params(self, run: Run) -> int:
+        from mlflow.entities import Param
+
+        wanted = flatten(self._config) | self._parameters()
+        # A parameter cannot change in MLflow, while e.g. data.cache_dir may between two attempts.
+        params = [
+            Param(_metric_name(key), str(value)[:_PARAM_LENGTH])
+            for key, value in wanted.items()
+            if _metric_name(key) not in run.data.params
+        ]
+        for i in range(0, len(params), _PARAMS_PER_CALL):
+            chunk = params[i : i + _PARAMS_PER_CALL]
+            self._client.log_batch(run.info.run_id, params=chunk, synchronous=True)
+        return len(params)
+
+    def _parameters(self) -> dict[str, Any]:
+        try:
+            report = json.loads(self._directory.file("parameters.json").read_text())
+        except FileNotFoundError:
+            return {}
+        return {key: value for key, value in report.items() if not isinstance(value, dict | list)}
+
+    def _telemetry(self) -> Iterator[_Record]:
+        return (line.record for line in _read_lines(self._directory.file("telemetry.jsonl")))
+
+    def _send_metrics(self) -> int:
+        """Send both files; return how many lines of metrics.jsonl have no time yet."""
+        self._send_lines("telemetry.jsonl", "telemetry/", lambda record: record["time"])
+        return self._send_lines("metrics.jsonl", "", lambda r: self._clock.time(r["step"]))
+
+    @cached_property
+    def _clock(self) -> _Clock:
+        return _Clock(self._telemetry(), self._status if self._state in _AT_REST else None)
+
+    def _send_lines(self, name: str, prefix: str, time_of: _TimeOf) -> int:
+        batch: list[Metric] = []
+        waiting = 0
+        last = None
+        for line in self._unsent(name, prefix):
+            seconds = time_of(line.record)
+            if seconds is None or waiting:
+                waiting += 1
+                continue
+            metrics = _metrics(line.record, prefix, seconds)
+            if last and len(batch) + len(metrics) > _METRICS_PER_CALL:
+                self._send_batch(name, batch, last)
+                batch = []
+            batch += metrics
+            last = line
+        if last:
+            self._send_batch(name, batch, last)
+        return waiting
+
+    def _unsent(self, name: str, prefix: str) -> Iterator[_Line]:
+        step = self._sent.steps.get(name)
+        if step is not None:
+            return _read_lines(self._directory.file(name), self._sent.offsets[name], step)
+        lines = _read_lines(self._directory.file(name))
+        return (line for line in lines if not self._arrived(line.record, prefix))
+
+    def _arrived(self, record: _Record, prefix: str) -> bool:
+        """Whether MLflow has a line: its last value, because a long line goes in parts."""
+        values = _values(record, prefix)
+        return not values or record["step"] in self._history(next(reversed(values)))
+
+    def _history(self, metric: str) -> set[int]:
+        """The steps of which MLflow has the metric."""
+        if metric not in self._histories:
+            assert self._sent.run_id
+            points = self._client.get_metric_history(self._sent.run_id, metric)
+            self._histories[metric] = {point.step for point in points}
+        return self._histories[metric]
+
+    def _send_batch(self, name: str, batch: list[Metric], last: _Line) -> None:
+        assert self._sent.run_id
+        # Unsure until the answer: MLflow drops a repeated value only if its time is the same too,
+        # and a resumed training gives these steps other times.
+        self._sent.steps.pop(name, None)
+        self._note()
+        for i in range(0, len(batch), _METRICS_PER_CALL):
+            chunk = batch[i : i + _METRICS_PER_CALL]
+            self._client.log_batch(self._sent.run_id, metrics=chunk, synchronous=True)
+        self._sent.offsets[name] = last.offset
+        self._sent.steps[name] = last.record["step"]
+        self._note()
+        self._values += len(batch)
+
+    def _send_artifacts(self) -> int:
+        root = self._directory.path
+        plots = [str(path.relative_to(root)) for path in sorted(root.glob("plots/*.png"))]
+        changed = [
+            name
+            for name in (*_ARTIFACTS, *plots)
+            if (root / name).is_file() and _digest(root / name) != self._sent.artifacts.get(name)
+        ]
+        for name in changed:
+            self._send_artifact(name)
+        return len(changed)
+
+    def _send_artifact(self, name: str) -> None:
+        assert self._sent.run_id
+        with tempfile.TemporaryDirectory() as scratch:
+            # A log that grows while it is uploaded would break the request.
+            snapshot = Path(shutil.copy(self._directory.file(name), scratch))
+            folder = posixpath.dirname(name) or None
+            self._client.log_artifact(self._sent.run_id, str(snapshot), folder)
+            self._sent.artifacts[name] = _digest(snapshot)
+        self._note()
+
+    def _send_status(self, run: Run) -> None:
+        from mlflow.entities import RunTag
+
+        entries = {"state": self._state} | {k: self._status.get(k) for k in ("alarm", "error")}
+        texts = {key: str(value or "")[:_TAG_LENGTH] for key, value in entries.items()}
+        tags = [RunTag(k, v) for k, v in texts.items() if v != run.data.tags.get(k, "")]
+        if tags:
+            self._client.log_batch(run.info.run_id, tags=tags, synchronous=True)
+        wanted = _AT_REST.get(self._state, "RUNNING")
+        if wanted == run.info.status:
+            return
+        if self._state in _TERMINATED:
+            ended = self._status.get("updated", time.time())
+            self._client.set_terminated(run.info.run_id, wanted, _milliseconds(ended))
+        else:
+            self._client.update_run(run.info.run_id, wanted)
+
+
+class _Clock:
+    """The time of a step: that of the first telemetry line with at least that step."""
+
+    def __init__(self, telemetry: Iterable[_Record], ended: _Record | None) -> None:
+        """`ended` is the status of a run that is at rest, None while it goes on."""
+        self._steps: list[int] = []
+        self._times: list[float] = []
+        for record in telemetry:
+            self._steps.append(record["step"])
+            self._times.append(record["time"])
+        self._beyond: float | None = None
+        if ended is not None:
+            self._beyond = self._times[-1] if self._times else ended.get("updated", 0.0)
+
+    def time(self, step: int) -> float | None:
+        """Unix seconds; None where no telemetry line is that far yet."""
+        i = bisect_left(self._steps, step)
+        return self._times[i] if i < len(self._steps) else self._beyond
+
+
+class _Line(NamedTuple):
+    offset: int  # of its first byte
+    record: _Record
+
+
+def _read_lines(path: Path, offset: int = 0, step: int = -1) -> Iterator[_Line]:
+    """The complete lines beyond a step, in the order of steps, of which each has one line.
+
+    The line of `step` began at `offset`. If it does no more, the file has been replaced, however
+    long it is by now, and is read from its start.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(offset)
+        if _parsed(file.readline()).get("step") != step:
+            offset = 0
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return  # still being written
+            record = _parsed(line)
+            if record and record["step"] > step:
+                step = record["step"]
+                yield _Line(offset, record)
+            offset += len(line)
+
+
+def _parsed(line: bytes) -> _Record:
+    """Empty for a part of a line: torn by a crash, or cut off by an offset of another file."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(1000 * seconds)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _metrics(record: _Record, prefix: str, seconds: float) -> list[Metric]:
+    from mlflow.entities import Metric
+
+    return [
+        Metric(name, value, _milliseconds(seconds), record["step"])
+        for name, value in _values(record, prefix).items()
+    ]
+
+
+def _values(record: _Record, prefix: str) -> dict[str, float]:
+    """The numbers of a line under their names in MLflow."""
+    return {
+        _metric_name(prefix + key): float(value)
+        for key, value in record.items()
+        if key not in ("step", "time") and _is_number(value)
+    }
+
+
+def _metric_name(name: str) -> str:
+    """The nearest name that MLflow takes: it reads names as paths."""
+    parts = re.sub(r"[^\w.\- :/]", "_", name).split("/")
+    return "/".join(part for part in parts if part not in ("", ".", ".."))[:_NAME_LENGTH] or "_"
+
+
+def _artifact_location(uri: str) -> str | None:
+    """Beside a local database, which by itself would take the current folder; a server knows."""
+    database = _database_file(uri)
+    return (database.parent / "mlartifacts").as_uri() if database else None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _SystemMetrics:
+    """CPU, memory and GPU of this machine by MLflow's monitor.
+
+    The monitor's own thread is not started: it ends at the first call that fails.
+    """
+
+    def __init__(self) -> None:
+        self._monitor: Any = None
+        self._run_id: str | None = None
+        self._due = 0.0
+
+    def publish(self, result: SyncResult) -> None:
+        """Take a sample for the run and send it, unless the last one is recent."""
+        if time.monotonic() < self._due:
+            return
+        if self._run_id != result.run_id:
+            self._run_id = result.run_id
+            self._monitor = self._start(result)
+        if self._monitor is not None:
+            self._due = time.monotonic() + self._monitor.sampling_interval
+            self._monitor.collect_metrics()
+            with _database_lock(result.tracking_uri):
+                self._monitor.publish_metrics(self._monitor.aggregate_metrics())
+
+    def _start(self, result: SyncResult) -> Any:
+        try:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            monitor: Any = SystemMetricsMonitor
+            return monitor(result.run_id, resume_logging=True, tracking_uri=result.tracking_uri)
+        except Exception as error:
+            _log.warning("no system metrics: %s", _first_line(error))
+            return None
+
+
+class _Follower:
+    """Syncs a run directory until told that it is closing, and once more then."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.closing = threading.Event()
+        self.all_sent = False
+        self._run_dir = run_dir
+        self._system = _SystemMetrics()
+        self._artifacts_due = 0.0
+        self._down = False
+
+    def run(self) -> None:
+        pause = SYNC_SECONDS
+        last = False
+        while not last:
+            last = self.closing.is_set()
+            ok = self._attempt(last)
+            self.all_sent = ok and last
+            pause = SYNC_SECONDS if ok else min(2 * pause, BACK_OFF_SECONDS)
+            self.closing.wait(pause)
+
+    def _attempt(self, last: bool) -> bool:
+        """Sync; an outage is logged when it begins and when it ends."""
+        try:
+            self._sync(last)
+        except Exception as error:
+            if not self._down:
+                _log.warning("the run goes on, MLflow gets it later: %s", _first_line(error))
+            self._down = True
+            return False
+        if self._down:
+            _log.info("MLflow takes the run again")
+        self._down = False
+        return True
+
+    def _sync(self, last: bool) -> None:
+        uri = _tracking_uri_of(RunDirectory(self._run_dir))
+        if not live_mirror_allowed(uri):
+            raise InputError(f"{uri}: not from a cluster job; use python -m job.report --sync RUN")
+        artifacts = last or time.monotonic() >= self._artifacts_due
+        result = _sync(self._run_dir, artifacts)
+        if artifacts:
+            self._artifacts_due = time.monotonic() + ARTIFACT_SECONDS
+        if result.state not in _AT_REST and not last:
+            self._system.publish(result)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def follow(run_dir: Path, deadline: float = DEADLINE_SECONDS) -> int:
+    """Mirror a run until something, or its end, comes on stdin; return the exit code.
+
+    The last sync may hang, in a thread that does not end with this function: end the process
+    with os._exit. The code is 0 if MLflow has everything, else 1.
+    """
+    for number in _SIGNALS:  # srun sends them to every process of a step
+        signal.signal(number, signal.SIG_IGN)
+    _log_to(run_dir / "mlflow.log")
+    follower = _Follower(run_dir)
+    worker = threading.Thread(target=follower.run, daemon=True)
+    worker.start()
+    sys.stdin.buffer.read(1)
+    follower.closing.set()
+    worker.join(deadline)
+    if worker.is_alive():
+        _log.warning("not everything was sent within %.0f s", deadline)
+    return 0 if follower.all_sent else 1
+
+
+def _log_to(path: Path) -> None:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    _log.addHandler(handler)
+    _log.setLevel(logging.INFO)
+    _log.propagate = False
+
+
+class Mirror:
+    """The process that mirrors a run while it trains. No method raises."""
+
+    def __init__(self, process: subprocess.Popen[bytes] | None) -> None:
+        self.process = process  # None where it could not be started
+
+    @classmethod
+    def start(cls, run_dir: Path) -> Mirror:
+        """Start the process. It ends when closed, or when the caller's process does."""
+        command = [sys.executable, "-m", "job.run.mlflow_sync", str(Path(run_dir).absolute())]
+        # The child inherits the mask and so is safe until it ignores these signals itself.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            with Path(run_dir, "mlflow.log").open("ab") as log:
+                process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+                )
+        except Exception as error:
+            _log.warning("no live mirror in MLflow: %s", error)
+            return cls(None)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return cls(process)
+
+    def close(self, timeout: float) -> bool:
+        """Let the process send what is left and end, for so many seconds; whether all was sent."""
+        if self.process is None:
+            return False
+        if self.process.returncode is None:
+            self._end(self.process, timeout)
+        return self.process.returncode == 0
+
+    def _end(self, process: subprocess.Popen[bytes], timeout: float) -> None:
+        try:
+            # Not the end of the pipe alone: a forked worker of the trainer may hold it open.
+            process.communicate(b"\n", timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            with suppress(subprocess.TimeoutExpired):  # stuck in a file system
+                process.wait(1)
+        except Exception as error:
+            _log.warning("the live mirror in MLflow: %s", error)
+
+
+def main() -> None:
+    os.nice(5)
+    os._exit(follow(Path(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,577 @@
+"""Plots of one run, or of several runs laid over one another. Free of matplotlib until they draw.
+
+loss               training loss, raw and smoothed
+value_mse          validation error between the best constant and the optimal predictor
+value_std          spread of the predictions beside that of the labels
+value_r2           explained variance
+achievable_share   explained variance as a share of what can be explained
+reliability        observed reward by predicted value
+value_by_position  prediction and reward along the response
+optimizer          learning rate and gradient norm
+speed              tokens per second and memory
+memory             memory over time and its peaks, by phase
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job.run.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+VALIDATION = "validation/value/"
+_TRAINING = "value/"
+_GB = 1e9
+_DPI = 144
+# Okabe and Ito's colours, told apart with any colour vision; without yellow, too pale on white.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = "osD^vP"
+_DASHES = ("-", "--", ":")
+_GREY = "#6b6b6b"
+_MOST_COLUMNS = 150  # of memory over time: more would blur
+_PHASE_COLOURS = {
+    "load": "#56B4E9",
+    "shard": "#E69F00",
+    "cache": "#CC79A7",
+    "forward": "#0072B2",
+    "backward": "#D55E00",
+    "optimizer": "#009E73",
+    "save": "#7B4B2A",
+    "evaluate": "#882255",
+    "other": "#9a9a9a",
+}
+_STYLE: dict[Any, Any] = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "figure.constrained_layout.h_pad": 0.08,
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "text.parse_math": False,  # a run may have dollar signs in its name
+}
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What is plotted of a run."""
+
+    name: str
+    metrics: list[dict[str, Any]]
+    telemetry: list[dict[str, Any]]
+    reliability: dict[str, Any]
+    memory: dict[str, Any]
+
+    @classmethod
+    def read(cls, run: Path, name: str) -> Curves:
+        """Read a run directory; files that are not there yet leave their part empty."""
+        directory = RunDirectory(run)
+        files = (directory.file(name) for name in ("reliability.json", "memory.json"))
+        return cls(
+            name,
+            directory.records("metrics.jsonl"),
+            directory.records("telemetry.jsonl"),
+            *(json.loads(file.read_text()) if file.exists() else {} for file in files),
+        )
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and values of a metric or telemetry entry, where it is a finite number."""
+        points = [
+            (record["step"], record[key])
+            for record in self.metrics + self.telemetry
+            if _is_number(record.get(key))
+        ]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def fullest_rank(self) -> tuple[int, dict[str, Any]] | None:
+        """The rank whose memory rose highest, and what was recorded of it."""
+        ranks = [r for r in enumerate(self.memory.get("ranks", [])) if r[1]["series"]["seconds"]]
+        return max(ranks, key=lambda r: r[1]["peak"].get(_main_figure(r[1]), 0), default=None)
+
+    def validation(self) -> tuple[int | None, dict[str, float]]:
+        """Step and metrics, without their prefix, of the last evaluation.
+
+        Where mse_optimal is known, r2_optimal, the optimal predictor's R², is added.
+        """
+        for record in reversed(self.metrics):
+            found = {
+                key.removeprefix(VALIDATION): value
+                for key, value in record.items()
+                if key.startswith(VALIDATION) and _is_number(value)
+            }
+            if found:
+                return record["step"], found | _r2_optimal(found)
+        return None, {}
+
+
+def run_names(runs: Sequence[Path]) -> list[str]:
+    """A different name for each run: the configured one, or the path where two share theirs."""
+    names = [_configured_name(run) or run.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+
+
+def run_colour(index: int) -> str:
+    """The colour of the run at this place of a comparison."""
+    return _COLOURS[index % len(_COLOURS)]
+
+
+def write_plots(runs: Sequence[Path], folder: Path) -> list[Path]:
+    """Draw the runs into PNG files of `folder`; a plot without any data is left out."""
+    curves = [Curves.read(run, name) for run, name in zip(runs, run_names(runs), strict=True)]
+    return save_plots(draw_plots(curves), folder)
+
+
+def save_plots(plots: Mapping[str, bytes], folder: Path) -> list[Path]:
+    """Write what draw_plots returned as NAME.png into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png" for name in plots]
+    for path, image in zip(paths, plots.values(), strict=True):
+        path.write_bytes(image)
+    return paths
+
+
+def draw_plots(runs: Sequence[Curves]) -> dict[str, bytes]:
+    """PNG images by plot name, in reading order; a plot without any data is left out."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(_STYLE):
+        figures = {name: draw(runs) for name, draw in _PLOTS.items()}
+        return {
+            name: _png(figure)
+            for name, figure in figures.items()
+            if any(axes.has_data() for axes in figure.axes)
+        }
+
+
+def draw_loss(runs: Sequence[Curves]) -> Figure:
+    """Training loss, every step and smoothed."""
+    figure, (axes,) = _panels("Training loss: every step and smoothed")
+    _draw_smoothed(axes, runs, "train/loss")
+    axes.set(xlabel="optimizer step", ylabel="loss")
+    return figure
+
+
+def draw_mse(runs: Sequence[Curves]) -> Figure:
+    """Validation MSE between that of the best constant and that of the optimal predictor."""
+    figure, (axes,) = _panels("Validation error: below the best constant, towards the optimum")
+    _draw_evaluations(axes, runs, "mse")
+    _draw_levels(axes, runs, "mse_constant", "best constant", "--")
+    _draw_levels(axes, runs, "mse_optimal", "optimal predictor", ":")
+    axes.set(xlabel="optimizer step", ylabel="MSE (squared reward)")
+    return figure
+
+
+def draw_std(runs: Sequence[Curves]) -> Figure:
+    """Spread of the predictions beside the spread of labels and optimal values."""
+    figure, (axes,) = _panels("Spread of the predictions: near 0 the critic is a constant")
+    _draw_evaluations(axes, runs, "std_prediction")
+    _draw_levels(axes, runs, "std_target", "labels", "--")
+    _draw_levels(axes, runs, "std_optimal", "optimal predictor", ":")
+    axes.set(xlabel="optimizer step", ylabel="standard deviation (reward)")
+    _start_at_zero(axes)
+    return figure
+
+
+def draw_r2(runs: Sequence[Curves]) -> Figure:
+    """Explained variance of the validation labels."""
+    figure, (axes,) = _panels("Explained variance on validation: 0 is a constant, 1 is perfect")
+    _draw_evaluations(axes, runs, "r2")
+    if axes.has_data():
+        _draw_level(axes, 0.0, "best constant", "--")
+    _draw_levels(axes, runs, "r2_optimal", "optimal predictor", ":")
+    axes.set(xlabel="optimizer step", ylabel="R²")
+    return figure
+
+
+def draw_achievable_share(runs: Sequence[Curves]) -> Figure:
+    """Explained variance as a share of what the optimal predictor explains."""
+    figure, (axes,) = _panels("Explained share of the achievable variance")
+    _draw_evaluations(axes, runs, "achievable_share")
+    if axes.has_data():
+        _draw_level(axes, 0.0, "best constant", "--")
+        _draw_level(axes, 1.0, "optimal predictor", ":")
+    axes.set(xlabel="optimizer step", ylabel="share of the achievable variance")
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    return figure
+
+
+def draw_reliability(runs: Sequence[Curves]) -> Figure:
+    """Observed reward by predicted value, above the share of tokens in each bin."""
+    figure, (curve, counts) = _panels("Calibration: observed reward by predicted value", (3, 1))
+    for run, style in _styled(runs, "critic"):
+        _plot(curve, *_pairs(run, "bin_mean_prediction", "bin_mean_label"), style)
+        bins = run.reliability.get("bin_count", [])
+        if any(bins):
+            edges = [k / len(bins) for k in range(len(bins) + 1)]
+            counts.stairs(_shares(bins), edges, color=style["color"], fill=len(runs) == 1)
+    if curve.has_data():
+        curve.plot([0, 1], [0, 1], color=_GREY, linestyle="--", label="perfectly calibrated")
+    curve.set(ylabel="mean observed reward", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    counts.set(xlabel="predicted value (reward)", ylabel="tokens")
+    counts.yaxis.set_major_formatter("{x:.0%}")
+    return figure
+
+
+def draw_value_by_position(runs: Sequence[Curves]) -> Figure:
+    """Mean prediction and mean label along the response."""
+    figure, (axes,) = _panels("Mean value along the response: predictions and labels")
+    for run, style in _styled(runs, "predictions"):
+        _draw_positions(axes, run, "position_mean_prediction", style)
+    labels = {"color": _GREY, "linestyle": "--", "marker": ".", "label": "labels"}
+    for run in runs:
+        _draw_positions(axes, run, "position_mean_label", labels)
+    axes.set(xlabel="position in the response", ylabel="mean value (reward)", xlim=(0, 1))
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    return figure
+
+
+def draw_optimizer(runs: Sequence[Curves]) -> Figure:
+    """Learning rate above the gradient norm."""
+    figure, (rate, norm) = _panels("Learning rate and gradient norm before clipping", (1, 1))
+    for run, style in _styled(runs):
+        _plot(rate, *run.series("train/learning_rate"), style)
+    _draw_smoothed(norm, runs, "train/grad_norm")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    rate.set(ylabel="learning rate")
+    norm.set(xlabel="optimizer step", ylabel="gradient norm")
+    _start_at_zero(rate, norm)
+    return figure
+
+
+def draw_speed(runs: Sequence[Curves]) -> Figure:
+    """Tokens per second above memory."""
+    figure, (speed, memory) = _panels("Throughput and peak memory", (1, 1))
+    for run, style in _styled(runs):
+        _plot(speed, *run.series("tokens_per_second"), style)
+        steps, sizes = run.series("memory_bytes")
+        _plot(memory, steps, [size / _GB for size in sizes], style)
+    speed.yaxis.set_major_formatter("{x:,.0f}")
+    speed.set(ylabel="tokens/s")
+    memory.set(xlabel="optimizer step", ylabel="peak memory (GB)")
+    _start_at_zero(speed, memory)
+    return figure
+
+
+def draw_memory(runs: Sequence[Curves]) -> Figure:
+    """Memory of the fullest rank over time, above its peaks; both by phase for a single run."""
+    title = "Peak memory of a rank over time"
+    if len(runs) == 1 and (fullest := runs[0].fullest_rank()) is not None:
+        return _draw_phases(runs[0], *fullest)
+    figure, (axes,) = _panels(title)
+    for run, style in _styled(runs):
+        if (fullest := run.fullest_rank()) is not None:
+            series = fullest[1]["series"]
+            sizes = _sizes(series[_main_figure(fullest[1])])
+            _plot(axes, series["seconds"], sizes, style | {"drawstyle": "steps-post"})
+    axes.set(xlabel="seconds", ylabel="memory (GB)")
+    _start_at_zero(axes)
+    return figure
+
+
+_PLOTS: dict[str, Callable[[Sequence[Curves]], Figure]] = {
+    "loss": draw_loss,
+    "value_mse": draw_mse,
+    "value_std": draw_std,
+    "value_r2": draw_r2,
+    "achievable_share": draw_achievable_share,
+    "reliability": draw_reliability,
+    "value_by_position": draw_value_by_position,
+    "optimizer": draw_optimizer,
+    "speed": draw_speed,
+    "memory": draw_memory,
+}
+
+
+def _configured_name(run: Path) -> str | None:
+    directory = RunDirectory(run)
+    if not directory.file("config.yaml").exists():
+        return None
+    name: str | None = directory.config().get("run", {}).get("name")
+    return name
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _r2_optimal(metrics: dict[str, float]) -> dict[str, float]:
+    constant = metrics.get("mse_constant", 0.0)
+    if not constant or "mse_optimal" not in metrics:
+        return {}
+    return {"r2_optimal": 1 - metrics["mse_optimal"] / constant}
+
+
+def _panels(title: str, heights: Sequence[int] = (1,)) -> tuple[Figure, list[Axes]]:
+    """A figure with one panel per height, stacked, sharing the x axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    grid = figure.subplots(
+        len(heights), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    panels: list[Axes] = list(grid[:, 0])
+    panels[0].set_title(title)
+    return figure, panels
+
+
+def _png(figure: Figure) -> bytes:
+    _draw_legend(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _draw_legend(figure: Figure) -> None:
+    """One legend for all panels, below them, in as many columns as its texts leave room for."""
+    lines = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
+    shown = {name: line for name, line in lines.items() if not name.startswith("_")}
+    if shown:
+        columns = 96 // (6 + max(map(len, shown)))
+        figure.legend(
+            list(shown.values()),
+            list(shown),
+            loc="outside lower center",
+            ncols=min(max(columns, 1), 4),
+        )
+
+
+def _styled(
+    runs: Sequence[Curves], alone: str = "_unnamed"
+) -> Iterator[tuple[Curves, dict[str, Any]]]:
+    """Each run with its line style; a single one is labelled `alone` instead of by its name."""
+    for i, run in enumerate(runs):
+        # Matplotlib hides labels that begin with an underscore.
+        name = f" {run.name}" if run.name.startswith("_") else run.name
+        yield (
+            run,
+            {
+                "color": run_colour(i),
+                "linestyle": _DASHES[i // len(_COLOURS) % len(_DASHES)],
+                "marker": _MARKERS[i % len(_MARKERS)],
+                "label": name if len(runs) > 1 else alone,
+            },
+        )
+
+
+def _plot(axes: Axes, x: Sequence[float], y: Sequence[float], style: Mapping[str, Any]) -> None:
+    """Draw a line with a marker here and there; without points draw nothing."""
+    if x:
+        axes.plot(x, y, markevery=max(1, len(x) // 20), **style)
+
+
+def _start_at_zero(*panels: Axes) -> None:
+    for axes in panels:
+        if axes.has_data():
+            axes.set_ylim(0, 1.08 * axes.dataLim.ymax or 1)
+
+
+def _draw_smoothed(axes: Axes, runs: Sequence[Curves], key: str) -> None:
+    raw: dict[str, Any] = {"alpha": 0.25, "linewidth": 0.8}
+    if len(runs) == 1:
+        raw["label"] = "every step"
+    for run, style in _styled(runs, "smoothed"):
+        steps, values = run.series(key)
+        _plot(axes, steps, values, {"color": style["color"], **raw})
+        _plot(axes, steps, _smooth(values), style)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Means over a window of a twentieth of the points, cut off at both ends."""
+    reach, count = len(values) // 40, len(values)
+    sums = [0.0, *accumulate(values)]
+    windows = [(max(i - reach, 0), min(i + reach + 1, count)) for i in range(count)]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in windows]
+
+
+def _draw_evaluations(axes: Axes, runs: Sequence[Curves], metric: str) -> None:
+    """A validation metric; for a single run also its training windows, where it has them."""
+    for run, style in _styled(runs, "validation"):
+        _plot(axes, *run.series(VALIDATION + metric), style)
+        if len(runs) == 1:
+            light = {"color": _COLOURS[5], "linewidth": 0.8, "label": "training windows"}
+            _plot(axes, *run.series(_TRAINING + metric), light)
+
+
+def _draw_levels(
+    axes: Axes, runs: Sequence[Curves], metric: str, label: str, linestyle: str
+) -> None:
+    """Horizontal lines at a metric of the last evaluations, one where all runs agree."""
+    finals = [run.validation()[1] for run in runs]
+    for level in sorted({round(final[metric], 6) for final in finals if metric in final}):
+        _draw_level(axes, level, label, linestyle)
+
+
+def _draw_level(axes: Axes, level: float, label: str, linestyle: str) -> None:
+    axes.axhline(level, color=_GREY, linestyle=linestyle, linewidth=1.2, label=label)
+    axes.autoscale_view(scalex=False)  # a margin even where the line lies just within the view
+
+
+def _pairs(run: Curves, x: str, y: str) -> tuple[list[float], list[float]]:
+    """Two lists of reliability.json, without the places where either is empty."""
+    both = zip(run.reliability.get(x, []), run.reliability.get(y, []), strict=True)
+    points = [(a, b) for a, b in both if a is not None and b is not None]
+    return [a for a, _ in points], [b for _, b in points]
+
+
+def _shares(counts: Sequence[float]) -> list[float]:
+    return [count / sum(counts) for count in counts]
+
+
+def _draw_positions(axes: Axes, run: Curves, key: str, style: dict[str, Any]) -> None:
+    values = run.reliability.get(key, [])
+    points = [((k + 0.5) / len(values), v) for k, v in enumerate(values) if v is not None]
+    _plot(axes, [x for x, _ in points], [y for _, y in points], style)
+
+
+def _main_figure(rank: Mapping[str, Any]) -> str:
+    """What the phases are told by: the allocator's memory, or a process's without a GPU."""
+    return "process" if rank["backend"] == "process" else "allocated"
+
+
+def _sizes(values: Sequence[float | None]) -> list[float]:
+    """Bytes in GB, with gaps where nothing is known."""
+    return [math.nan if value is None else value / _GB for value in values]
+
+
+def _draw_phases(run: Curves, number: int, rank: Mapping[str, Any]) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    phases = [phase for phase in _PHASE_COLOURS if phase in rank["peaks"]]
+    course, peaks = figure.subplots(2, gridspec_kw={"height_ratios": (3, 0.4 + 0.28 * len(phases))})
+    ranks = len(run.memory["ranks"])
+    where = f"fullest of {ranks} ranks ({number})" if ranks > 1 else rank["device"]
+    course.set_title(f"Memory over time, by phase: {where}")
+    _draw_course(course, rank)
+    predicted = (run.memory.get("predicted") or {}).get("peak_bytes")
+    if predicted is not None:
+        predicted += rank.get("before", {}).get("process", 0)  # a process has more than tensors
+        _draw_level(course, predicted / _GB, "predicted peak", "--")
+    course.set_ylim(0, 1.08 * course.dataLim.ymax)
+    _draw_peaks(peaks, rank, phases)
+    return figure
+
+
+def draw_stacks(title: str, bars: Mapping[str, Mapping[str, float]]) -> bytes:
+    """A PNG of bars in GB, each stacked from the same named parts (bytes)."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.subplots()
+        below = [0.0] * len(bars)
+        for index, part in enumerate(next(iter(bars.values()))):
+            sizes = [bar[part] / _GB for bar in bars.values()]
+            axes.bar(list(bars), sizes, bottom=below, color=run_colour(index), label=part)
+            below = [low + size for low, size in zip(below, sizes, strict=True)]
+        axes.set(title=title, ylabel="GB")
+        axes.legend()
+        return _png(figure)
+
+
+def _draw_course(axes: Axes, rank: Mapping[str, Any]) -> None:
+    """The main figure filled in its phases' colours, and in grey what is stacked upon it.
+
+    A short course has a column a point. In the columns of a long one several phases lie upon one
+    another in the order of their peaks, each from where the one below ends to its own.
+    """
+    series, main = rank["series"], _main_figure(rank)
+    unit, scale = _time_unit(series["seconds"][-1])
+    edges = _column_edges([seconds / scale for seconds in series["seconds"]])
+    places = [bisect_right(edges, seconds / scale) - 1 for seconds in series["seconds"]]
+    bands, top = _bands(places, series["phase"], _sizes(series[main]), len(edges) - 1)
+    for phase, (lower, upper) in bands.items():
+        colour = _PHASE_COLOURS[phase]
+        axes.stairs(upper, edges, baseline=lower, fill=True, color=colour, alpha=0.75, lw=0)
+    for name, label, shade, dashes in (
+        ("reserved", "reserved by the allocator", 0.16, "-"),
+        ("device_used", "in use on the device (NVML)", 0.08, ":"),
+    ):
+        known = _highest(places, _sizes(series[name]), len(edges) - 1)
+        if any(map(math.isfinite, known)):
+            axes.stairs(known, edges, baseline=top, fill=True, color="black", alpha=shade, lw=0)
+            style: dict[str, Any] = {"color": "black", "lw": 0.9, "linestyle": dashes}
+            axes.plot(edges[:-1], known, drawstyle="steps-post", label=label, **style)
+            top = known
+    axes.set(xlabel=unit, ylabel="memory (GB)", xlim=(0, edges[-1]))
+
+
+def _column_edges(times: Sequence[float]) -> list[float]:
+    end = times[-1] + (times[-1] - times[-2] if len(times) > 1 else 1.0)
+    if len(times) <= _MOST_COLUMNS:
+        return [*times, end]
+    return [end * k / _MOST_COLUMNS for k in range(_MOST_COLUMNS + 1)]
+
+
+def _highest(places: Sequence[int], sizes: Sequence[float], columns: int) -> list[float]:
+    """The largest size in each column; NaN where there is none."""
+    highest = [math.nan] * columns
+    for place, size in zip(places, sizes, strict=True):
+        if math.isfinite(size) and not size <= highest[place]:  # also where there was none yet
+            highest[place] = size
+    return highest
+
+
+def _bands(
+    places: Sequence[int], phases: Sequence[str], sizes: Sequence[float], columns: int
+) -> tuple[dict[str, tuple[list[float], list[float]]], list[float]]:
+    """Lower and upper ends of each phase's band by column, and the top of them all."""
+    peaks = {}
+    for phase in (phase for phase in _PHASE_COLOURS if phase in phases):
+        own = [s if p == phase else math.nan for s, p in zip(sizes, phases, strict=True)]
+        peaks[phase] = _highest(places, own, columns)
+    bands = {phase: ([math.nan] * columns, upper) for phase, upper in peaks.items()}
+    for k in range(columns):
+        below = 0.0
+        there = [(upper[k], phase) for phase, upper in peaks.items() if math.isfinite(upper[k])]
+        for size, phase in sorted(there):
+            bands[phase][0][k], below = below, size
+    return bands, _highest(places, sizes, columns)
+
+
+def _time_unit(seconds: float) -> tuple[str, float]:
+    for unit, scale in (("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 4 * scale:
+            return unit, scale
+    return "seconds", 1.0
+
+
+def _draw_peaks(axes: Axes, rank: Mapping[str, Any], phases: Sequence[str]) -> None:
+    """A bar a phase: the peak of the main figure, and beyond it what was reserved."""
+    main = _main_figure(rank)
+    for place, phase in enumerate(phases):
+        peaks = rank["peaks"][phase]
+        size, reserved = peaks.get(main, 0) / _GB, peaks.get("reserved", 0) / _GB
+        if reserved:
+            axes.barh(place, reserved, color="black", alpha=0.16, height=0.7)
+        axes.barh(place, size, color=_PHASE_COLOURS[phase], alpha=0.75, height=0.7)
+        axes.annotate(
+            f"{size:.2f}",
+            (max(size, reserved), place),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+        )
+    axes.set_yticks(range(len(phases)), phases)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.1)
+    name = "memory of the process (PSS)" if main == "process" else "allocated"
+    axes.set_xlabel(f"peak by phase: {name} (GB)")

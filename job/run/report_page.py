@@ -1,0 +1,512 @@
+"""The page on one run, or a comparison of several: HTML that needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from job.common.errors import InputError
+from job.common.files import write_atomic
+from job.common.nested import flatten
+from job.run.alarm import is_constant
+from job.run.directory import RunDirectory
+from job.run.plots import Curves, draw_plots, run_colour, run_names, save_plots
+
+_PAGE = "report.html"
+_FILES = ("config.yaml", "status.json", "metrics.jsonl", "parameters.json", "train.log")
+_LOG_LINES = 40
+_NONE = "\N{EN DASH}"
+
+
+def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the page and return its path.
+
+    Args:
+        runs: run directories; two or more make a comparison.
+        out: the page. Default: report.html in the one run, together with the plots as files, or
+            in the closest folder that holds all of several runs.
+
+    Raises:
+        InputError: a path is no run directory, a file in it is damaged, or the page cannot be
+            written.
+    """
+    read = [_Run.read(path, name) for path, name in zip(runs, _names(runs), strict=True)]
+    plots = draw_plots([run.curves for run in read])
+    path = out or _default_page(runs)
+    try:
+        write_atomic(path, _page(read, plots))
+        if out is None and len(runs) == 1:
+            save_plots(plots, runs[0] / "plots")
+    except OSError as error:
+        raise InputError(f"{path}: cannot write the report: {error.strerror}") from None
+    return path
+
+
+def verdict(metrics: Mapping[str, float]) -> str:
+    """One line in plain language on an evaluation's metrics, named without their prefix."""
+    if not metrics:
+        return "no evaluation yet"
+    if "r2" not in metrics:
+        return "cannot be judged: all validation labels are equal"
+    r2, std = metrics["r2"], metrics["std_prediction"]
+    if is_constant(metrics):
+        return f"predicts almost a constant (std {std:.2f}, R² {r2:z.2f})"
+    if r2 <= 0:
+        return f"is no better than a constant, though it varies (std {std:.2f}, R² {r2:z.2f})"
+    if "achievable_share" in metrics:
+        share = metrics["achievable_share"]
+        return f"explains {100 * share:z.0f} % of the achievable variance (R² {r2:z.2f})"
+    return f"explains {100 * r2:.0f} % of the variance (R² {r2:z.2f})"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run directory holds; whatever is missing there is empty."""
+
+    path: Path
+    curves: Curves
+    config: dict[str, Any]
+    status: dict[str, Any]
+    parameters: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path, name: str) -> _Run:
+        directory = RunDirectory(path)
+        try:
+            return cls(
+                path,
+                Curves.read(path, name),
+                _if_there(directory.file("config.yaml"), lambda _: directory.config()),
+                directory.status(),
+                _if_there(directory.file("parameters.json"), lambda f: json.loads(f.read_text())),
+            )
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}: a file of this run is damaged: {error}") from None
+
+    @property
+    def name(self) -> str:
+        return self.curves.name
+
+    @property
+    def final(self) -> dict[str, float]:
+        return self.curves.validation()[1]
+
+    @property
+    def state(self) -> str:
+        return str(self.status.get("state", "not started"))
+
+    @property
+    def failed(self) -> bool:
+        return self.state == "failed" or bool(self.status.get("error"))
+
+    @property
+    def unfrozen(self) -> object:
+        configured = self.config.get("training", {}).get("num_unfrozen_layers", _NONE)
+        return self.parameters.get("model_num_unfrozen_layers", configured)
+
+    def log_tail(self) -> list[str]:
+        file = self.path / "train.log"
+        if not file.exists():
+            return []
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            return list(deque(stream, _LOG_LINES))
+
+
+def _if_there(file: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    return read(file) if file.exists() else {}
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    for run in runs:
+        if not any((run / name).exists() for name in _FILES):
+            reason = "is no run directory" if run.is_dir() else "does not exist"
+            raise InputError(f"{run}: {reason}; give a folder that job.train has written (run.dir)")
+    return run_names(runs)
+
+
+def _default_page(runs: Sequence[Path]) -> Path:
+    if len(runs) == 1:
+        return runs[0] / _PAGE
+    return Path(os.path.commonpath([run.resolve().parent for run in runs])) / _PAGE
+
+
+# --- HTML ------------------------------------------------------------------------------------
+
+
+class _Html(str):
+    """Text that is HTML already; any other text is escaped where it enters the page."""
+
+
+def _html(content: object) -> _Html:
+    return content if isinstance(content, _Html) else _Html(html.escape(str(content)))
+
+
+def _tag(name: str, *children: object, **attributes: object) -> _Html:
+    """An element; an attribute's trailing underscore is dropped, so that `class_` can be said."""
+    said = "".join(f' {key.rstrip("_")}="{_html(value)}"' for key, value in attributes.items())
+    return _Html(f"<{name}{said}>{_join(children)}</{name}>")
+
+
+def _join(parts: Iterable[object]) -> _Html:
+    return _Html("".join(map(_html, parts)))
+
+
+def _section(title: str, *children: object) -> _Html:
+    return _tag("section", _tag("h2", title), *children)
+
+
+def _fold(title: object, text: str, **attributes: object) -> _Html:
+    return _tag("details", _tag("summary", title), _tag("pre", text), **attributes)
+
+
+def _table(head: Sequence[object], rows: Iterable[Sequence[object]], kind: str = "") -> _Html:
+    """A table of numbers, or of what `kind` says; its first column names the rows."""
+    body = [
+        _tag("tr", _tag("th", first, scope="row"), *(_tag("td", cell) for cell in rest))
+        for first, *rest in rows
+    ]
+    top = _tag("tr", *(_tag("th", cell, scope="col") for cell in head))
+    table = _tag("table", _tag("thead", top), _tag("tbody", *body), class_=kind)
+    return _tag("div", table, class_="wide")
+
+
+def _page(runs: Sequence[_Run], plots: Mapping[str, bytes]) -> str:
+    several = len(runs) > 1
+    title = f"Comparison of {len(runs)} runs" if several else runs[0].name
+    body = _join(
+        [
+            _tag("h1", title),
+            *(_headline(i, run, several) for i, run in enumerate(runs)),
+            *(_failure(run, several) for run in runs if run.failed),
+            _validation(runs),
+            _plots(plots),
+            _parameters(runs),
+            _configuration(runs),
+            _tag("footer", "written ", _moment(time.time()), " by python -m job.report"),
+        ]
+    )
+    head = _Html(
+        '<meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"{_tag('title', title)}<style>{_CSS}</style>"
+    )
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
+
+
+# --- headline --------------------------------------------------------------------------------
+
+
+def _headline(index: int, run: _Run, several: bool) -> _Html:
+    """Verdict, state and size of a run, and its alarm."""
+    facts = [_tag("span", fact) for fact in _facts(run)]
+    state = _tag("span", run.state, class_="state bad" if run.failed else "state")
+    parts = [
+        _tag("p", verdict(run.final), class_="verdict"),
+        _tag("p", state, *facts, class_="facts"),
+    ]
+    if several:
+        parts.insert(0, _tag("h3", _swatch(index), run.name))
+    for key, title in (("alarm", "Alarm: "), ("checkpoint_error", "Not saved: ")):
+        if text := run.status.get(key):
+            parts.append(_tag("p", _tag("strong", title), text, class_="alarm", role="alert"))
+    return _tag("section", *parts, class_="run")
+
+
+def _swatch(index: int) -> _Html:
+    return _tag("i", style=f"background:{run_colour(index)}", class_="swatch")
+
+
+def _facts(run: _Run) -> Iterator[str]:
+    layers = run.parameters.get("model_num_layers")
+    yield f"N = {run.unfrozen} unfrozen blocks" + (f" of {layers}" if layers else "")
+    if "step" in run.status:
+        yield f"step {run.status['step']:,} of {run.status.get('max_steps', 0):,}"
+    if run.status.get("attempt", 1) > 1:
+        yield f"attempt {run.status['attempt']}"
+    if "checkpoint" in run.status:
+        yield f"checkpoint of step {run.status['checkpoint']:,}"
+    if "model_trainable_params" in run.parameters:
+        yield f"{run.parameters['model_trainable_params']:,} trainable parameters"
+    speeds = sorted(run.curves.series("tokens_per_second")[1])
+    if speeds:
+        yield f"{speeds[len(speeds) // 2]:,.0f} tokens/s"
+    memory = run.curves.series("memory_bytes")[1]
+    if memory:
+        yield f"{_bytes(max(memory))} peak memory"
+    if "updated" in run.status:
+        yield f"updated {_moment(run.status['updated'])}"
+
+
+def _failure(run: _Run, several: bool) -> _Html:
+    lines = run.log_tail()
+    error = run.status.get("error") or "no error was recorded"
+    opened = {} if several else {"open": ""}
+    log = _fold(f"last {len(lines)} log lines", "".join(lines), **opened)
+    return _section(
+        f"Failed: {run.name}",
+        _tag("p", error, class_="alarm"),
+        log if lines else _tag("p", "There is no train.log."),
+    )
+
+
+# --- validation ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Metric:
+    key: str
+    label: str
+    format: str
+    meaning: str
+
+    def show(self, metrics: Mapping[str, float]) -> str:
+        if self.key not in metrics:
+            return _NONE
+        return self.format.format(metrics[self.key]).replace("%", " %")
+
+
+_METRICS = (
+    _Metric("mse", "MSE", "{:z.4f}", "mean squared error over all response tokens"),
+    _Metric("r2", "R²", "{:z.3f}", "explained share of the labels' variance"),
+    _Metric("achievable_share", "achievable share", "{:z.1%}", "of what the optimum explains"),
+    _Metric("std_prediction", "std", "{:z.3f}", "spread of the predictions; near 0 is a constant"),
+    _Metric("mean_prediction", "mean", "{:z.3f}", "mean prediction"),
+    _Metric("ece", "ECE", "{:z.3f}", "expected calibration error; 0 is calibrated"),
+    _Metric("last_token_mse", "last-token MSE", "{:z.4f}", "squared error at the last token"),
+    _Metric("last_token_auc", "last-token AUC", "{:z.3f}", "ranks right above wrong; chance 0.5"),
+    _Metric("pairwise_accuracy", "pairwise accuracy", "{:z.1%}", "orders answers to one problem"),
+    _Metric(
+        "length_correlation", "length correlation", "{:z.3f}", "of prediction and response length"
+    ),
+    _Metric("length_auc", "length AUC", "{:z.3f}", "what ranking by shortness alone would reach"),
+)
+
+
+def _validation(runs: Sequence[_Run]) -> _Html:
+    """Final metrics beside those of the best constant and of the optimal predictor."""
+    judged = [(i, run) for i, run in enumerate(runs) if run.final]
+    if not judged:
+        return _section("Validation", _tag("p", "There is no evaluation yet."))
+    references = list(_references([run for _, run in judged]))
+    if len(runs) == 1:
+        table = _single_table(runs[0], references)
+    else:
+        table = _comparison_table(judged, references)
+    return _section("Validation", table, *(_tag("p", note) for note in _notes(runs)))
+
+
+def _single_table(run: _Run, references: Sequence[tuple[str, dict[str, float]]]) -> _Html:
+    """One row per metric."""
+    columns = [run.final, *(metrics for _, metrics in references)]
+    head = ["metric", "this run", *(name for name, _ in references), "meaning"]
+    return _table(
+        head,
+        (
+            [metric.label, *(metric.show(column) for column in columns), metric.meaning]
+            for metric in _METRICS
+            if metric.key in run.final
+        ),
+        "explained",
+    )
+
+
+def _comparison_table(
+    judged: Sequence[tuple[int, _Run]], references: Sequence[tuple[str, dict[str, float]]]
+) -> _Html:
+    """One row per run."""
+    shown = [metric for metric in _METRICS if any(metric.key in run.final for _, run in judged)]
+    rows: list[list[object]] = []
+    for i, run in judged:
+        name, step = _join([_swatch(i), run.name]), run.curves.validation()[0]
+        rows.append([name, run.unfrozen, f"{step:,}", *(m.show(run.final) for m in shown)])
+    for reference, metrics in references:
+        rows.append([reference, _NONE, _NONE, *(m.show(metrics) for m in shown)])
+    head = ["run", "N", "step", *(_tag("span", m.label, title=m.meaning) for m in shown)]
+    return _table(head, rows)
+
+
+def _references(runs: Sequence[_Run]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Best constant and optimal predictor, once per distinct set of validation labels."""
+    distinct = {_labels(run): run for run in reversed(runs)}
+    for run in reversed(distinct.values()):
+        of = f" for {run.name}" if len(distinct) > 1 else ""
+        yield f"best constant{of}", _best_constant(run.final)
+        if "mse_optimal" in run.final:
+            yield f"optimal predictor{of}", _optimal_predictor(run.final)
+
+
+def _labels(run: _Run) -> tuple[float, ...]:
+    """What tells validation sets apart, up to rounding."""
+    keys = ("mean_target", "mse_constant", "mse_optimal")
+    return tuple(round(run.final.get(key, -1.0), 6) for key in keys)
+
+
+def _best_constant(final: Mapping[str, float]) -> dict[str, float]:
+    known = {"r2": 0.0, "std_prediction": 0.0, "ece": 0.0}
+    known |= {"last_token_auc": 0.5, "pairwise_accuracy": 0.5, "achievable_share": 0.0}
+    same = {"mse": "mse_constant", "mean_prediction": "mean_target"}
+    return known | {key: final[name] for key, name in same.items() if name in final}
+
+
+def _optimal_predictor(final: Mapping[str, float]) -> dict[str, float]:
+    same = {"mse": "mse_optimal", "std_prediction": "std_optimal", "r2": "r2_optimal"}
+    return {"achievable_share": 1.0} | {
+        key: final[name] for key, name in same.items() if name in final
+    }
+
+
+def _notes(runs: Sequence[_Run]) -> Iterator[str]:
+    judged = [run for run in runs if run.final]
+    if len({_labels(run) for run in judged}) > 1:
+        yield "The runs were validated on different labels: compare R², not MSE."
+    else:
+        final, step = judged[0].final, judged[0].curves.validation()[0]
+        at = f"At step {step:,}. " if len(runs) == 1 else ""
+        if "std_target" in final:
+            yield f"{at}Labels: mean {final['mean_target']:.3f}, std {final['std_target']:.3f}."
+    for run in runs:
+        if not run.final:
+            yield f"{run.name}: no evaluation yet."
+
+
+# --- plots, parameters, configuration --------------------------------------------------------
+
+
+def _plots(plots: Mapping[str, bytes]) -> _Html:
+    if not plots:
+        return _section("Curves", _tag("p", "There is nothing to plot yet."))
+    images = [
+        _tag("img", src=f"data:image/png;base64,{base64.b64encode(png).decode()}", alt=name)
+        for name, png in plots.items()
+    ]
+    return _section("Curves", _tag("div", *images, class_="plots"))
+
+
+def _parameters(runs: Sequence[_Run]) -> _Html:
+    parts: list[_Html] = []
+    for i, run in enumerate(runs):
+        if len(runs) > 1:
+            parts.append(_tag("h3", _swatch(i), run.name))
+        components = run.parameters.get("components")
+        missing = _tag("p", "There is no parameter report yet.")
+        parts.append(_component_table(components) if components else missing)
+    return _section("Parameters", *parts)
+
+
+def _component_table(components: Sequence[Mapping[str, Any]]) -> _Html:
+    counts = ("total", "trainable", "weight_bytes", "gradient_bytes", "optimizer_bytes")
+    sums = {key: sum(part[key] for part in components) for key in counts}
+    head = ["component", "parameters", "trainable", "share", "weights", "gradients", "optimizer"]
+    return _table(
+        [*head, "together"],
+        [
+            _component_row(str(part["name"]).replace("_", " "), part)
+            for part in [*components, {"name": "total", **sums}]
+        ],
+        "sum",
+    )
+
+
+def _component_row(name: str, part: Mapping[str, Any]) -> list[str]:
+    sizes = [part[key] for key in ("weight_bytes", "gradient_bytes", "optimizer_bytes")]
+    share = part["trainable"] / max(part["total"], 1)
+    return [
+        name,
+        f"{part['total']:,}",
+        f"{part['trainable']:,}",
+        f"{100 * share:.2f} %",
+        *map(_bytes, [*sizes, sum(sizes)]),
+    ]
+
+
+def _configuration(runs: Sequence[_Run]) -> _Html:
+    full = [
+        _fold(f"full configuration of {run.name}", _yaml(run.config)) for run in runs if run.config
+    ]
+    return _section(
+        "Configuration",
+        *([_differing_keys(runs)] * (len(runs) > 1)),
+        *(full or [_tag("p", "There is no config.yaml.")]),
+    )
+
+
+def _differing_keys(runs: Sequence[_Run]) -> _Html:
+    flat = [flatten(run.config) for run in runs]
+    keys = list(dict.fromkeys(key for config in flat for key in config))
+    rows = [(key, *(config.get(key, _NONE) for config in flat)) for key in keys]
+    differing = [row for row in rows if any(value != row[1] for value in row[2:])]
+    if not differing:
+        return _tag("p", "The configurations are equal.")
+    return _table(["differing key", *(run.name for run in runs)], differing, "texts")
+
+
+def _yaml(config: dict[str, Any]) -> str:
+    text: str = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _bytes(count: float) -> str:
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+_CSS = """
+:root { --ink: #1c1c1c; --paper: #fff; --faint: #6b6b6b; --line: #ddd; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e6e6; --paper: #16181b; --faint: #a0a0a0; --line: #3a3d42; --bad: #ff8a80; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 76rem; margin: 2rem auto; padding: 0 1.5rem; }
+h1, h2, h3 { line-height: 1.2; overflow-wrap: anywhere; }
+h1 { margin-bottom: .5rem; }
+h2 { margin: 2.5rem 0 .75rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line); }
+h3 { margin: 1.25rem 0 .25rem; font-size: 1rem; }
+p { margin: .4rem 0; }
+footer { margin: 3rem 0 1rem; color: var(--faint); }
+.verdict { font-size: 1.25rem; }
+.run h3 + .verdict { font-size: 1.05rem; }
+.facts span { display: inline-block; margin-right: 1.25rem; color: var(--faint); }
+.facts .state { padding: .1rem .6rem; border: 1px solid; border-radius: 1rem; color: var(--ink); }
+.facts .bad { color: var(--bad); font-weight: 600; }
+.alarm { padding: .6rem .9rem; border: 2px solid var(--bad); border-radius: .4rem;
+  color: var(--bad); overflow-wrap: anywhere; }
+.swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em;
+  border-radius: .2em; print-color-adjust: exact; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem 1.1rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; }
+th:first-child, .texts *, .explained :last-child { text-align: left; }
+thead th { color: var(--faint); font-weight: 500; vertical-align: bottom; }
+tbody th { min-width: 8.5rem; font-weight: 500; }
+.sum tr:last-child > * { font-weight: 600; }
+.plots { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); }
+img { width: 100%; background: #fff; border: 1px solid var(--line); border-radius: .4rem; }
+pre { overflow-x: auto; padding: .75rem; border: 1px solid var(--line); border-radius: .4rem;
+  font-size: .85rem; }
+summary { cursor: pointer; }
+@media print {
+  :root { --ink: #000; --paper: #fff; --faint: #444; --line: #bbb; --bad: #b3261e; }
+  body { margin: 0; max-width: none; font-size: 11px; }
+  img, tr, .run { break-inside: avoid; }
+  .plots { grid-template-columns: 1fr 1fr; }
+  pre { white-space: pre-wrap; }
+}
+"""

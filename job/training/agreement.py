@@ -1,0 +1,54 @@
+"""What all ranks agree on between two steps or batches: stopping, and counts of the step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from job.common.errors import NoProgress, Stopped
+from job.common.signals import STOP_FILE, reason
+from job.distributed.watchdog import Watchdog
+from job.distributed.world import World
+from job.run.fence import Fence
+
+
+class Boundary:
+    """The points between two steps or batches, where all ranks agree on stopping.
+
+    Under `watchdog` they must not be more than `seconds` apart.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        fence: Fence,
+        run: Path,
+        seconds: float,
+        tell: Callable[[NoProgress], None] = lambda error: None,
+    ) -> None:
+        self._world, self._fence = world, fence
+        self._stop_file = run / STOP_FILE
+        stacks = fence.folder / f"stacks.rank-{world.rank:05}.txt"
+        self.watchdog = Watchdog(seconds, stacks, tell)
+
+    def agree(self, tokens: float = 0.0) -> float:
+        """The sum of all ranks' `tokens`, which carries the flags along through host memory.
+
+        Raises:
+            Superseded: a newer attempt has begun.
+            Stopped: some rank was asked to stop.
+        """
+        self.watchdog.beat()
+        newer = self._world.is_main and self._fence.superseded()
+        total, stops, newer_ones = self._world.sum([tokens, self._why() is not None, newer])
+        if newer_ones:
+            raise self._fence.ending().everywhere()
+        if stops:
+            raise Stopped(f"stopped by {self._why() or 'another rank'}").everywhere()
+        return total
+
+    def _why(self) -> str | None:
+        if self._world.is_main and os.path.exists(self._stop_file):  # noqa: PTH110 - never raises
+            return f"the file {self._stop_file}"
+        return reason()

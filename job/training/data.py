@@ -1,0 +1,104 @@
+"""Training and validation data of a critic: found or tokenised, checked, ready to be packed."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+from dataclasses import dataclass
+
+from job.common.errors import InputError
+from job.common.schema import EMBEDDED, CriticConfig, Loss
+from job.data.examples import check_readable
+from job.data.packing import Indices, Packer, balanced_pairs, single_units
+from job.data.token_cache import TokenizedSet, count_shared_problems, load_split
+from job.data.tokenizer import load_tokenizer
+from job.distributed.world import World
+from job.model.architecture_file import read_architecture
+from job.run.directory import RunDirectory
+
+_log = logging.getLogger("job.train")
+
+
+@dataclass(frozen=True)
+class CriticData:
+    """Training and validation sets, ready to be packed."""
+
+    train: Packer
+    validation: Packer
+    mean_reward: float
+    tokenizer: str  # its fingerprint
+
+
+def check_sources(config: CriticConfig) -> None:
+    """Raise InputError where a data file cannot be read; before everything that takes time."""
+    for path in (config.data.train, config.data.validation):
+        if path != EMBEDDED:
+            check_readable(path)
+
+
+def load_critic_data(config: CriticConfig, run: RunDirectory, world: World) -> CriticData:
+    """Tokenise (or find) both sets and check them against each other and the model.
+
+    Raises:
+        InputError: bad rows, unreadable files, or tokens that the model does not have.
+    """
+    architecture = read_architecture(config.model.path)
+    tokenizer = load_tokenizer(config.tokenizer.path or config.model.path)
+    sets = {}
+    for split in ("train", "validation"):
+        found = sets[split] = load_split(config.data, split, tokenizer)
+        _keep_bad_rows(found, run, split)
+        check_tokens(found, architecture.vocab_size)
+    train, validation = sets["train"], sets["validation"]
+    if shared := count_shared_problems(train, validation):
+        _log.warning("%d problem(s) are in both training and validation data", shared)
+    _log.info(
+        "%d training and %d validation sequences, mean reward %.3f and %.3f",
+        *(len(train), len(validation), train.rewards.mean(), validation.rewards.mean()),
+    )
+    kept = single_units(min(len(validation), config.evaluation.max_sequences or len(validation)))
+    pack = functools.partial(
+        Packer,
+        dim=architecture.dim,
+        budget=config.training.token_budget,
+        device=world.device,
+        rank=world.rank,
+        world=world.size,
+    )
+    return CriticData(
+        pack(train, _training_units(config, train)),
+        pack(validation, kept),
+        float(train.rewards.mean()),
+        tokenizer.fingerprint,
+    )
+
+
+def check_tokens(found: TokenizedSet, vocab_size: int) -> None:
+    """Raise InputError unless the model has every token of a set."""
+    if found.tokens.max() >= vocab_size:
+        raise InputError(
+            f"tokenizer.path: token {found.tokens.max()} does not exist in the model "
+            f"(vocabulary of {vocab_size}); tokenizer and model do not match"
+        )
+
+
+def _training_units(config: CriticConfig, train: TokenizedSet) -> Indices:
+    if config.objective.loss is not Loss.pairwise:
+        return single_units(len(train))
+    pairs = balanced_pairs(train.rewards, train.problems, train.response_lengths)
+    if not len(pairs):
+        raise InputError(
+            f"{config.data.train}: no two solutions of one problem with different rewards; "
+            "the pairwise loss needs some (is problem_id right?)"
+        )
+    _log.info("%d length-balanced pairs", len(pairs))
+    return pairs
+
+
+def _keep_bad_rows(found: TokenizedSet, run: RunDirectory, split: str) -> None:
+    if found.n_skipped:
+        listed = run.file(f"bad_rows.{split}.jsonl")
+        if run.writes:
+            shutil.copyfile(found.folder / "bad_rows.jsonl", listed)
+        _log.warning("%s data: %d row(s) left out, listed in %s", split, found.n_skipped, listed)

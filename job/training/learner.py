@@ -1,0 +1,177 @@
+"""One optimizer step and one evaluation of a critic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from job.common.errors import InputError
+from job.common.progress import Advance
+from job.common.schema import TrainingConfig
+from job.data.packing import Batch, Packer
+from job.distributed.world import World
+from job.model.critic import Critic
+from job.model.shards import own, whole
+from job.run.value_metrics import ValueMetrics
+from job.training.objective import Objective
+from job.training.optimizer import build_optimizer, set_learning_rate
+
+ADVICE = "Lower training.learning_rate"
+Phase = Callable[[str], AbstractContextManager[object]]  # marks what memory is used for
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did: loss before it, global gradient norm, learning rate."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class Learner:
+    """A critic with its objective and optimizer; `phase` is told what is being done."""
+
+    def __init__(
+        self,
+        critic: Critic,
+        objective: Objective,
+        config: TrainingConfig,
+        world: World,
+        phase: Phase = nullcontext,
+    ) -> None:
+        self.critic, self.objective, self.config, self.world = critic, objective, config, world
+        self._phase = phase
+        self.optimizer = build_optimizer(critic, config)
+        self.trainable = [p for p in critic.parameters() if p.requires_grad]
+        self._ids = {id(p) for p in self.trainable}
+        self._checked_gradients = False
+
+    def count(self, batches: Sequence[Batch]) -> float:
+        """What this rank adds to the count that a step's loss is divided by."""
+        return sum(self.objective.count(batch) for batch in batches)
+
+    def step(
+        self, step: int, batches: Sequence[Batch], count: float, metrics: ValueMetrics
+    ) -> StepResult:
+        """Optimizer step `step` (from 0) on this rank's micro-batches.
+
+        The loss is a sum over the response tokens of all ranks divided by their global `count`;
+        FSDP averages gradients over ranks, hence the factor. Predictions go into `metrics`.
+        If the loss or the gradient norm is not finite on some rank, nothing is changed anywhere.
+        """
+        rate = set_learning_rate(self.optimizer, self.config, step)
+        losses, outputs = [], []
+        for batch in batches:
+            with self._phase("forward"):
+                output = self.outputs(batch)
+                loss = self.objective.loss_sum(output, batch, step) / count
+            with self._phase("backward"):
+                (loss * self.world.size).backward()
+            losses.append(loss.detach())
+            outputs.append(output.detach())
+        self._check_gradients()
+        with self._phase("optimizer"):
+            norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.config.max_grad_norm)
+            (total,) = self.world.sum([math.fsum(loss.item() for loss in losses)])
+            result = StepResult(total, whole(norm).item(), rate)
+            if result.is_finite:
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+        if not result.is_finite:
+            return result
+        for batch, output in zip(batches, outputs, strict=True):
+            self._record(metrics, output, batch)
+        return result
+
+    @torch.no_grad()
+    def evaluate(self, packer: Packer, advance: Advance) -> ValueMetrics:
+        """Metrics over every unit of a packer's data, from all ranks.
+
+        Raises:
+            InputError: a prediction is not finite.
+        """
+        metrics = ValueMetrics()
+        plan = packer.everything
+        try:
+            for done, units in enumerate(plan, 1):
+                batch = packer.assemble(units)
+                outputs = self.outputs(batch)
+                if not outputs.isfinite().all():
+                    raise InputError(f"evaluation: predictions are not finite. {ADVICE}")
+                self._record(metrics, outputs, batch)
+                advance(done, f"of {len(plan)} evaluation batches")
+        finally:
+            self._reshard()
+        return self.merged(metrics)
+
+    def is_whole(self) -> bool:
+        """Whether every trainable weight is finite, on every rank."""
+        damaged = any(not own(p).isfinite().all() for p in self.trainable)
+        return not self.world.sum([damaged])[0]
+
+    def _reshard(self) -> None:
+        """Give up gathered weights, which without a backward pass nothing else would do."""
+        if isinstance(self.critic, FSDPModule):
+            for module in self.critic.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+    def merged(self, metrics: ValueMetrics) -> ValueMetrics:
+        """The metrics of all ranks together."""
+        whole = ValueMetrics()
+        for part in self.world.gather(metrics):
+            whole.merge(part)
+        return whole
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """Head outputs at the batch's response tokens, float32 [n]."""
+        return self.critic(batch.tokens, batch.layout, batch.responses)
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """AdamW's moments of a trainable parameter, sharded as it is; zeros before the first step.
+
+        torch's own optimizer state dictionaries would add the settings of each group, which the
+        configuration holds already.
+        """
+        assert id(parameter) in self._ids, "a gathered parameter is none of the optimizer's"
+        state = self.optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+
+    def set_updates(self, n: int) -> None:
+        """Tell the optimizer how many updates it has made, for its bias correction."""
+        for state in self.optimizer.state.values():
+            state["step"].fill_(n)
+
+    def _record(self, metrics: ValueMetrics, outputs: Tensor, batch: Batch) -> None:
+        metrics.add(
+            self.objective.values(outputs).cpu().numpy(),
+            self.objective.labels(batch).cpu().numpy(),
+            batch.response_lengths.cpu().numpy(),
+            batch.rewards.cpu().numpy(),
+            batch.problems,
+            batch.optimal if self.objective.config.gamma == 1 else None,  # it is undiscounted
+        )
+
+    def _check_gradients(self) -> None:
+        """After the first backward: a gradient for each trainable parameter, none for others."""
+        if self._checked_gradients:
+            return
+        self._checked_gradients = True
+        for name, parameter in self.critic.named_parameters():
+            has = parameter.grad is not None
+            assert has == parameter.requires_grad, f"{name}: gradient {has}"

@@ -1,0 +1,259 @@
+"""The training loop: steps, evaluations, checkpoints, and what happens when steps go wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from job.common.errors import InputError, Stopped, Superseded
+from job.common.progress import progress
+from job.common.schema import CriticConfig
+from job.memory.recorder import Recorder
+from job.run.directory import RunDirectory
+from job.run.metrics_log import Tracker, Window
+from job.run.value_metrics import ValueMetrics
+from job.training.agreement import Boundary
+from job.training.checkpoint import Checkpoints, SaveError
+from job.training.data import CriticData
+from job.training.learner import ADVICE, Learner, StepResult
+from job.training.state import TrainingState
+
+LAST_SAVE_PAUSES = (1, 10, 60)  # seconds between attempts to save the end of a training
+_BAD_STEPS = "bad_steps.json"
+_log = logging.getLogger("job.train")
+
+
+class Training:
+    """One attempt at a training: from `state` to its last step."""
+
+    def __init__(
+        self,
+        config: CriticConfig,
+        learner: Learner,
+        data: CriticData,
+        state: TrainingState,
+        tracker: Tracker,
+        run: RunDirectory,
+        checkpoints: Checkpoints,
+        boundary: Boundary,
+        recorder: Recorder,
+    ) -> None:
+        self.config, self.learner, self.data, self.state = config, learner, data, state
+        self.tracker, self.checkpoints, self.boundary = tracker, checkpoints, boundary
+        self.recorder = recorder
+        self._run, self._world = run, learner.world
+        self._evaluated: dict[str, float] = {}  # the evaluation of the current step
+        self._note = ""
+        self._passed_over: list[int] = self._world.main_decides(self._recorded_bad_steps)
+        checkpoints.logs_written = tracker.flush
+
+    def run(self) -> None:
+        """Train to the last step and save it.
+
+        Raises:
+            Stopped: asked to stop; the last complete step is saved.
+            SaveError: the last state cannot be saved.
+            InputError: too many steps in a row were not finite.
+        """
+        try:
+            last = self.config.training.max_steps
+            with self.boundary.watchdog.watching(), progress("training", last) as advance:
+                if self.state.unfinished is not None:
+                    self._finish_step()
+                while self.state.step < last:
+                    self._step()
+                    advance(self.state.step, self._note)
+        except Stopped:
+            self._save_now()
+            raise
+        except Superseded:
+            self.checkpoints.wait()  # it takes back what it has begun to write
+            raise
+        self._save_the_end()
+
+    def _step(self) -> None:
+        state, training = self.state, self.config.training
+        step = state.step + 1
+        if step in self._passed_over:
+            result = _PASSED_OVER
+        else:
+            began = time.monotonic()
+            batches = self.data.train.step(step - 1, training.batch_size, training.seed)
+            count = self.boundary.agree(self.learner.count(batches))
+            result = self.learner.step(step - 1, batches, count, state.window.metrics)
+            state.window.add(batches, time.monotonic() - began)
+        state.step = step
+        if not self._count(result):
+            self._go_back(result)
+            return
+        metrics = _step_metrics(result, state)
+        last = training.max_steps
+        if step % self.config.logging.every_steps == 0 or step == last:
+            metrics |= self._window_metrics()
+        state.unfinished = metrics
+        self._finish_step()
+
+    def _finish_step(self) -> None:
+        """Evaluate where it is due, write the step's metrics, save where it is due."""
+        state, metrics = self.state, self.state.unfinished
+        assert metrics is not None
+        due = state.step % self.config.evaluation.every_steps == 0
+        self._evaluated = {}
+        if (due or state.step == self.config.training.max_steps) and not state.bad_steps:
+            self._evaluated = self._evaluate()
+        self.tracker.metrics(state.step, metrics | self._evaluated)
+        state.unfinished = None
+        with self.recorder.phase("save"):
+            self.checkpoints.save_if_due(self.learner, state, self._evaluated)
+
+    def _window_metrics(self) -> dict[str, float]:
+        """Metrics since the last log line; a new window begins."""
+        state = self.state
+        figures = self.learner.merged(state.window.metrics).compute()
+        speed = state.window.telemetry(self._world)
+        memory = {"memory_bytes": self.recorder.peak_bytes(), **self.recorder.telemetry()}
+        self.tracker.telemetry(state.step, speed | memory)
+        self._run.set_status(step=state.step)
+        state.window = Window()
+        self._note = _note(figures, speed)
+        return _prefixed("value/", figures)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Evaluate, store the curves, and sound the alarm where it is due."""
+        with self.recorder.phase("evaluate"), progress("evaluating") as advance:
+
+            def at_boundary(done: int, note: str) -> None:
+                self.boundary.agree()
+                advance(done, note)
+
+            evaluated = self.learner.evaluate(self.data.validation, at_boundary)
+        figures = evaluated.compute()
+        self._run.write_json("reliability.json", _curves(evaluated))
+        if self._world.is_main:
+            _log.info("step %d  %s", self.state.step, _summary(figures))
+        if not self.learner.objective.ranks_only:
+            self._sound_alarm(figures)
+        return _prefixed("validation/value/", figures)
+
+    def _sound_alarm(self, figures: Mapping[str, float]) -> None:
+        n = self.config.training.num_unfrozen_layers
+        text = self.state.alarm.check(self.state.step, figures, n)
+        if text is not None:
+            _log.warning("%s", text)
+            self._run.set_status(alarm=text)
+
+    def _save_the_end(self) -> None:
+        for pause in LAST_SAVE_PAUSES:
+            try:
+                self._save_now()
+                return
+            except SaveError:
+                _log.error("trying again in %d s", pause)
+                time.sleep(pause)
+        self._save_now()
+
+    def _save_now(self) -> None:
+        with self.recorder.phase("save"):
+            self.checkpoints.save_now(self.learner, self.state, self._evaluated)
+
+    # Steps that are not finite
+
+    def _count(self, result: StepResult) -> bool:
+        """Count bad steps; False when there were too many in a row."""
+        if result.is_finite:
+            self.state.bad_steps = 0
+            return True
+        self.state.skipped_steps += 1
+        if result is not _PASSED_OVER:
+            self.state.bad_steps += 1
+            if self._world.is_main:
+                _log.warning("step %d is skipped: %s", self.state.step, _describe(result))
+        if self.state.bad_steps >= self.config.training.max_bad_steps:
+            return False
+        if self.state.bad_steps and self.state.step == self.config.training.max_steps:
+            if not self.learner.is_whole():  # no later step would tell
+                return False
+            self.state.bad_steps = 0
+        return True
+
+    def _go_back(self, result: StepResult) -> None:
+        """Restore the last checkpoint, once, and pass over the steps that were bad since.
+
+        Weights that were damaged in memory are whole again; data that was bad is left out.
+        """
+        bad = self.state.bad_steps
+        self.checkpoints.wait()
+        again = bool(self._passed_over) or not self.checkpoints.newest
+        folder = None if again else self._world.main_decides(self.checkpoints.newest_good)
+        if folder is None:
+            before = "also after going back to a checkpoint; " if self._passed_over else ""
+            raise InputError(
+                f"step {self.state.step}: {_describe(result)}, in {bad} step(s) in a row; {before}"
+                f"the weights were left as before them. {ADVICE}"
+            ).everywhere()
+        self._passed_over = list(range(self.state.step - bad + 1, self.state.step + 1))
+        self._run.write_json(_BAD_STEPS, self._passed_over)
+        self.boundary.watchdog.beat()
+        restored = self.state = self.checkpoints.restore(folder, self.learner)
+        self.tracker.rewind(restored.recorded_step)
+        _log.error("%d bad steps in a row: went back to step %d", bad, restored.step)
+        if restored.unfinished is not None:
+            self._finish_step()
+
+    def _recorded_bad_steps(self) -> list[int]:
+        file = self._run.file(_BAD_STEPS)
+        steps: list[int] = json.loads(file.read_text()) if file.exists() else []
+        return steps
+
+
+_PASSED_OVER = StepResult(math.nan, math.nan, math.nan)
+
+
+def _step_metrics(result: StepResult, state: TrainingState) -> dict[str, float]:
+    metrics = {
+        "train/loss": result.loss,
+        "train/grad_norm": result.grad_norm,
+        "train/learning_rate": result.learning_rate,
+    }
+    if not result.is_finite:
+        metrics["train/skipped_steps"] = float(state.skipped_steps)
+    return metrics
+
+
+def _describe(result: StepResult) -> str:
+    return f"loss {result.loss}, gradient norm {result.grad_norm}"
+
+
+def _note(figures: Mapping[str, float], speed: Mapping[str, float]) -> str:
+    r2 = f"{figures['r2']:.3f}" if "r2" in figures else "-"
+    return f"R2 {r2}  {speed.get('tokens_per_second', 0):,.0f} tokens/s"
+
+
+def _prefixed(prefix: str, figures: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}{name}": value for name, value in figures.items()}
+
+
+def _summary(figures: Mapping[str, float]) -> str:
+    shown = ("mse", "mse_constant", "mse_optimal", "r2", "std_prediction", "achievable_share")
+    return "  ".join(f"{name} {figures[name]:.4f}" for name in shown if name in figures)
+
+
+def _curves(metrics: ValueMetrics) -> dict[str, list[float | None]]:
+    """Calibration and value by position as JSON, with null where nothing was seen."""
+    curves = metrics.reliability()
+    columns = {
+        "bin_mean_prediction": curves.by_prediction.mean_prediction,
+        "bin_mean_label": curves.by_prediction.mean_label,
+        "bin_count": curves.by_prediction.count,
+        "position_mean_prediction": curves.by_position.mean_prediction,
+        "position_mean_label": curves.by_position.mean_label,
+    }
+    return {
+        name: [float(v) if np.isfinite(v) else None for v in column]
+        for name, column in columns.items()
+    }

@@ -1,0 +1,171 @@
+"""A run's memory: what was predicted before its first step, and what its ranks then took."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from job.common.schema import AUTO, CriticConfig
+from job.distributed.world import World
+from job.memory.fit import prediction
+from job.memory.footprint import Setting
+from job.memory.recorder import Recorder
+from job.memory.settings import setting_of
+from job.memory.validation import CPU_TOLERANCE, GPU_TOLERANCE
+from job.model.architecture import TransformerConfig
+from job.model.architecture_file import read_architecture
+from job.run.directory import RunDirectory
+from job.training.data import CriticData
+
+FILE = "memory.json"
+# What code, threads and freed memory that is kept may differ by, in a process without a GPU.
+_PROCESS_BYTES = 100e6
+_STEPS_LOOKED_AT = 200
+_HOST_SHARE = 0.5  # of the host's memory, for the processes of a job without GPUs
+_log = logging.getLogger(__name__)
+
+
+def choose_micro_batch(config: CriticConfig, run: RunDirectory, world: World) -> None:
+    """Replace `training.micro_batch_tokens: auto` by the most that every rank's memory takes.
+
+    A run that goes on keeps what it has begun with, unless that does not fit any more.
+
+    Raises:
+        InputError: on every rank, if nothing fits.
+    """
+    if config.training.micro_batch_tokens != AUTO:
+        return
+    capacity = min(world.gather(_capacity(world)))
+
+    def choose() -> int:
+        setting = _setting(config, read_architecture(config.model.path), world, capacity)
+        before = run.status().get("micro_batch_tokens", setting.evaluation_tokens)
+        return min(setting.evaluation_tokens, before)
+
+    tokens = world.main_decides(choose)
+    config.training.micro_batch_tokens = tokens
+    run.set_status(micro_batch_tokens=tokens)
+    if world.is_main:
+        _log.info("training.micro_batch_tokens: %d, by the memory of %s", tokens, world.device)
+
+
+def _capacity(world: World) -> int:
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_properties(world.device).total_memory
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(memory * _HOST_SHARE / world.local_size)
+
+
+def _setting(
+    config: CriticConfig, architecture: TransformerConfig, world: World, capacity: int = 0
+) -> Setting:
+    return setting_of(
+        config,
+        architecture,
+        world_size=world.size,
+        per_node=world.local_size,
+        capacity=capacity,
+        cuda=world.device.type == "cuda",
+    )
+
+
+def heaviest(config: CriticConfig, data: CriticData, world: World) -> Setting:
+    """What memory depends on, with the largest micro-batches that the data makes.
+
+    Every rank must take part.
+    """
+    architecture = read_architecture(config.model.path)
+    setting = _setting(config, architecture, world)
+    plans = [
+        data.train.plan(step, config.training.batch_size, config.training.seed)
+        for step in range(min(config.training.max_steps, _STEPS_LOOKED_AT))
+    ]
+    sizes = [data.train.size(units) for plan in plans for units in plan]
+    evaluated = max(data.validation.size(units)[0] for units in data.validation.everything)
+    accumulates = any(len(plan) > 1 for plan in plans)
+    gathered = world.gather((max(sizes), evaluated, accumulates))
+    (tokens, responses) = max(size for size, _, _ in gathered)
+    return replace(
+        setting,
+        micro_batch_tokens=tokens,
+        response_tokens=responses,
+        accumulates=any(a for _, _, a in gathered),
+        evaluation_tokens=max(e for _, e, _ in gathered),
+        sequence_tokens=int(data.train.data.lengths.mean()),
+    )
+
+
+class MemoryAccount:
+    """Predicts before the critic is loaded, and compares when the training has ended.
+
+    Every rank must take part in both.
+    """
+
+    def __init__(
+        self,
+        config: CriticConfig,
+        data: CriticData,
+        run: RunDirectory,
+        world: World,
+        recorder: Recorder,
+    ) -> None:
+        self._run, self._world, self._recorder = run, world, recorder
+        self._setting = heaviest(config, data, world)
+        self._before = recorder.now()
+        self._predicted = prediction(self._setting)
+        run.write_json(FILE, {"predicted": self._predicted})
+        if world.is_main:
+            _log.info(
+                "memory: %.3f GB predicted at the peak (%s), and %.1f GB outside the allocator",
+                self._predicted["peak_bytes"] / 1e9,
+                self._predicted["peak_moment"],
+                self._predicted["outside_bytes"] / 1e9,
+            )
+
+    def close(self) -> dict[str, float]:
+        """Write what was measured beside the prediction; both, for tracking."""
+        summary = self._recorder.summary() | {"before": self._before}
+        ranks = self._world.gather(summary)
+        self._run.write_json(FILE, {"predicted": self._predicted, "ranks": ranks})
+        predicted = float(self._predicted["peak_bytes"])
+        measured = max((measured_peak(rank) or 0.0 for rank in ranks), default=0.0)
+        if measured <= 0:  # not known, or a process that took what it had freed before
+            return {"memory/predicted_peak": predicted}
+        if self._world.is_main:
+            _compare(predicted, measured, on_gpu=self._setting.cuda)
+        return {
+            "memory/predicted_peak": predicted,
+            "memory/measured_peak": measured,
+            "memory/error": predicted / measured - 1,
+        }
+
+
+def measured_peak(rank: Mapping[str, Any]) -> float | None:
+    """Bytes of a rank's peak that the prediction speaks of.
+
+    On a GPU what the allocator gave; on a CPU what the process grew by since the critic came.
+    """
+    peak = rank["peak"]
+    if rank["backend"] == "process":
+        return float(peak["process"] - rank["before"]["process"])
+    return peak.get("allocated")
+
+
+def _compare(predicted: float, measured: float, *, on_gpu: bool) -> None:
+    text = f"{predicted / 1e9:.3f} GB predicted, {measured / 1e9:.3f} GB measured at the peak"
+    if within(predicted, measured, on_gpu=on_gpu):
+        _log.info("memory: %s", text)
+    else:
+        _log.warning("memory: %s: they part; see %s and docs/memory.md", text, FILE)
+
+
+def within(predicted: float, measured: float, *, on_gpu: bool) -> bool:
+    """Whether prediction and measurement agree within the backend's tolerance."""
+    if on_gpu:
+        return abs(predicted - measured) <= GPU_TOLERANCE * measured
+    return abs(predicted - measured) <= CPU_TOLERANCE * measured + _PROCESS_BYTES

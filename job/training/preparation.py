@@ -1,0 +1,59 @@
+"""What comes before the first step: inputs that are there, a critic in its shards, torch set up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from job.common.schema import CriticConfig
+from job.distributed.fsdp import shard
+from job.distributed.world import World
+from job.model.architecture_file import read_architecture
+from job.model.critic import Critic, unfreeze_last_blocks
+from job.model.weights import check_trunk, load_trunk
+from job.training.data import CriticData, check_sources
+from job.training.objective import Objective
+from job.training.pretraining import ensure_trunk
+
+
+def prepare_inputs(config: CriticConfig) -> None:
+    """See that data and trunk are there, or make the trunk, if it is to be made here."""
+    check_sources(config)
+    if config.model.recipe is not None:
+        ensure_trunk(Path(config.model.path), config.model.recipe)
+    check_trunk(config.model.path, config.data.max_length)
+
+
+def load_critic(
+    config: CriticConfig, data: CriticData, world: World, at_boundary: Callable[[], object]
+) -> Critic:
+    """The critic in shards, the last N blocks trainable, its trunk loaded and head initialised.
+
+    `at_boundary` is called after each tensor, and may raise to end it.
+    """
+    with torch.device("meta"):
+        critic = Critic(
+            read_architecture(config.model.path), head_bias=config.training.value_head.bias
+        )
+    unfreeze_last_blocks(critic, config.training.num_unfrozen_layers)
+    if config.distributed.fsdp.activation_checkpointing:
+        critic.trunk.recompute_trainable_blocks()
+    shard(critic, config.distributed.fsdp, world)
+    load_trunk(critic.trunk, config.model.path, at_boundary)
+    bias = config.training.value_head.bias_init
+    if bias is None:
+        bias = Objective(config.objective).initial_bias(data.mean_reward)
+    critic.initialise_head(bias, config.training.seed)
+    return critic
+
+
+def set_up_torch(config: CriticConfig) -> None:
+    """Threads and determinism of this process."""
+    if config.training.threads is not None:
+        torch.set_num_threads(config.training.threads)
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)

@@ -1,0 +1,217 @@
+"""A trained critic values every token of every response in a file."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from job.common.errors import InputError, Stopped
+from job.common.progress import only_warnings, progress
+from job.common.schema import AUTO, EMBEDDED, CriticConfig, DistributedConfig
+from job.common.signals import reason
+from job.data.examples import check_readable
+from job.data.packing import Batch, Packer, assemble, single_units
+from job.data.token_cache import TokenizedSet, load_to_score
+from job.data.tokenizer import load_tokenizer
+from job.data.values_file import Values, ValuesFile
+from job.distributed.fsdp import shard
+from job.distributed.world import World, joined_world
+from job.model.critic import Critic
+from job.model.weights import load_trunk
+from job.run.manifest import MANIFEST
+from job.run.trained import TrainedCritic, load_weights
+from job.run.value_metrics import ValueMetrics
+from job.training.data import check_tokens
+from job.training.objective import Objective
+
+MICRO_BATCHES = 16  # of each rank, between two parts that are committed
+_AUTO_TOKENS = 8192  # of a micro-batch
+_log = logging.getLogger("job.score")
+
+
+def score(find: Callable[[], TrainedCritic], source: str, out: Path) -> None:
+    """Score a data file as one of the job's processes.
+
+    Args:
+        find: finds the critic; called on rank 0 alone.
+
+    Raises:
+        InputError: something in the input is wrong; nothing is scored yet.
+        Stopped: asked to stop; what is scored so far is kept.
+    """
+    with joined_world(DistributedConfig()) as world:
+        if not world.is_main:
+            only_warnings()
+        trained = world.main_decides(functools.partial(_found, find, source))
+        if trained.config.training.threads is not None:
+            torch.set_num_threads(trained.config.training.threads)
+        data = world.main_first(lambda: _load_data(trained, source))
+        with ExitStack() as stack:
+            file = ValuesFile(out, data, _plan(trained, data))
+            start = world.main_decides(lambda: stack.enter_context(file.claimed()))
+            if start < len(data):
+                _Scorer(trained, data, world).score(file, start)
+            if world.is_main:
+                _finish(file, trained, data)
+
+
+def _found(find: Callable[[], TrainedCritic], source: str) -> TrainedCritic:
+    if source != EMBEDDED:
+        check_readable(source)
+    trained = find()
+    trained.check()
+    return trained
+
+
+def _load_data(trained: TrainedCritic, source: str) -> TokenizedSet:
+    config = trained.config
+    tokenizer = load_tokenizer(config.tokenizer.path or config.model.path)
+    trained.check_tokenizer(tokenizer.fingerprint)
+    data = load_to_score(config.data, source, tokenizer)
+    check_tokens(data, trained.architecture.vocab_size)
+    if data.n_skipped:
+        _log.warning("%s: %d row(s) left out; they have no values", source, data.n_skipped)
+    return data
+
+
+def _plan(trained: TrainedCritic, data: TokenizedSet) -> dict[str, Any]:
+    """What the values depend on; the rest changes them by rounding at most."""
+    manifest = (trained.folder / MANIFEST).read_bytes()
+    return {
+        "step": trained.facts["step"],
+        "critic": hashlib.sha256(manifest).hexdigest(),
+        "data": data.folder.name,
+        "mixed_precision": trained.config.distributed.fsdp.mixed_precision,
+    }
+
+
+def _budget(config: CriticConfig) -> int:
+    """Tokens of a micro-batch; where the training chose by its memory, a moderate number."""
+    if config.training.micro_batch_tokens == AUTO:
+        return max(_AUTO_TOKENS, config.data.max_length)
+    return config.training.token_budget
+
+
+class _Scorer:
+    """A critic on its GPUs, and the data that it values."""
+
+    def __init__(self, trained: TrainedCritic, data: TokenizedSet, world: World) -> None:
+        self._data, self._world = data, world
+        self._objective = Objective(trained.config.objective)
+        self._critic = _place(trained, world)
+        self._packer = Packer(
+            data,
+            single_units(len(data)),
+            dim=trained.architecture.dim,
+            budget=_budget(trained.config),
+            device=world.device,
+            rank=world.rank,
+            world=world.size,
+        )
+
+    def score(self, file: ValuesFile, start: int) -> None:
+        """Value the sequences from `start` on, a part at a time."""
+        n = len(self._data)
+        with progress("scoring", n) as advance:
+            while start < n:
+                _stop_together(self._world)
+                chosen = np.arange(start, self._end_of_part(start))
+
+                def advanced(done: int, first: int = start) -> None:
+                    advance(first + done, "sequences")
+
+                values = self._values(chosen, advanced)
+                self._world.main_decides(functools.partial(file.add, start, values))
+                start += len(chosen)
+
+    def _end_of_part(self, start: int) -> int:
+        tokens = MICRO_BATCHES * self._packer.budget * self._world.size
+        offsets = self._data.offsets
+        stop = int(np.searchsorted(offsets, offsets[start] + tokens, "right")) - 1
+        return max(stop, start + 1)
+
+    @torch.no_grad()
+    def _values(self, chosen: np.ndarray[Any, Any], advance: Callable[[int], None]) -> list[Values]:
+        """Values of the chosen sequences, from all ranks, in order."""
+        own: dict[int, Values] = {}
+        for units in self._packer.split(chosen):
+            batch = self._packer.assemble(units)
+            parts = self._value(batch).split(batch.response_lengths.tolist())
+            own |= {int(u): part.numpy() for u, part in zip(units, parts, strict=True)}
+            advance(min(len(own) * self._world.size, len(chosen)))
+        found = {u: part for one in self._world.gather(own) for u, part in one.items()}
+        return [found[int(u)] for u in chosen]
+
+    def _value(self, batch: Batch) -> torch.Tensor:
+        outputs = self._critic(batch.tokens, batch.layout, batch.responses)
+        if not outputs.isfinite().all():
+            raise InputError("values are not finite: the critic is damaged, or bf16 too coarse")
+        return self._objective.values(outputs).cpu()
+
+
+def _place(trained: TrainedCritic, world: World) -> Critic:
+    """The critic in shards, its base and its trained parameters loaded."""
+    critic = trained.on_meta()
+    shard(critic, trained.config.distributed.fsdp, world)
+    load_trunk(critic.trunk, trained.config.model.path, lambda: _stop_together(world))
+    load_weights(critic, trained.folder, world)
+    return critic
+
+
+def _stop_together(world: World) -> None:
+    """Raise Stopped on every rank if one was asked to stop."""
+    why = reason()
+    if world.sum([why is not None])[0]:
+        raise Stopped(f"stopped by {why or 'another rank'}; what is scored is kept").everywhere()
+
+
+def _finish(file: ValuesFile, trained: TrainedCritic, data: TokenizedSet) -> None:
+    if file.path.exists():
+        _log.info("%s is finished already", file.path)
+    else:
+        file.finish()
+    objective = Objective(trained.config.objective)
+    metrics = measure(file, data, objective).compute()
+    if metrics["sequences"]:
+        _show(metrics, objective)
+    _log.info("values of %d sequences: %s", len(data), file.path)
+
+
+def measure(file: ValuesFile, data: TokenizedSet, objective: Objective) -> ValueMetrics:
+    """How well a finished file's values predict the rewards, over the sequences that have one."""
+    metrics, start = ValueMetrics(), 0
+    for values in file.values():
+        rows = np.arange(start, start + len(values))
+        start += len(values)
+        labelled = rows[~np.isnan(data.rewards[rows])]
+        if not len(labelled):
+            continue
+        batch = assemble(data, labelled, None, torch.device("cpu"))
+        metrics.add(
+            np.concatenate([values[row - rows[0]] for row in labelled]),
+            objective.labels(batch).numpy(),
+            batch.response_lengths.numpy(),
+            batch.rewards.numpy(),
+            batch.problems,
+            batch.optimal if objective.config.gamma == 1 else None,  # it is undiscounted
+        )
+    return metrics
+
+
+def _show(metrics: dict[str, float], objective: Objective) -> None:
+    title = "outputs rank solutions of one problem: their scale means nothing"
+    table = Table("metric", "", title=title if objective.ranks_only else None)
+    for name, value in metrics.items():
+        whole = float(value).is_integer() and abs(value) >= 1
+        table.add_row(name, f"{value:,.0f}" if whole else f"{value:.4f}")
+    Console().print(table)

@@ -1,0 +1,117 @@
+"""Files that were written before the modules had their rooms (commit 94a3acc) still mean the same.
+
+tests/fixtures/first_layout.tar.xz holds a micro trunk, three runs on it (one finished at step 20,
+two as a kill at step 13 leaves them, on one rank and on two), a delta, an export and the token
+cache, as that commit left them.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from job.common.config import completed, load_config
+from job.common.errors import InputError
+from job.common.schema import CriticConfig
+from job.export.formats import export
+from job.run.directory import RunDirectory
+from job.run.report_page import write_report
+from job.run.trained import TrainedCritic
+from job.training.attempt import train
+
+ARCHIVE = Path(__file__).parents[1] / "fixtures/first_layout.tar.xz"
+# Another CPU rounds otherwise, and ten steps carry that on.
+LOSS = {"rel": 1e-3}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _go_on(name: str, *overrides: str) -> RunDirectory:
+    config = load_config(CriticConfig, "critic.yaml", [f"run.name={name}", *overrides])
+    train(config)
+    return RunDirectory(config.run.dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stopped", "two_ranks"])
+def test_a_run_goes_on_from_its_checkpoint_as_one_that_was_never_interrupted(
+    name: str, folder: Path
+) -> None:
+    run = _go_on(name)
+    assert json.loads((run.path / "attempts/0002/attempt.json").read_text())["resumed_step"] == 10
+    losses = [record["train/loss"] for record in run.records()]
+    undisturbed = [record["train/loss"] for record in RunDirectory("runs/finished").records()]
+    assert losses == pytest.approx(undisturbed, **LOSS)
+    assert run.status()["state"] == "finished"
+
+
+def test_a_finished_run_is_left_as_it_is(folder: Path) -> None:
+    before = (folder / "runs/finished/metrics.jsonl").read_bytes()
+    run = _go_on("finished")
+    assert (run.path / "metrics.jsonl").read_bytes() == before
+    assert not (run.path / "attempts/0002").exists()
+
+
+def test_its_configuration_means_what_it_meant(folder: Path) -> None:
+    stored = RunDirectory("runs/finished").config()
+    assert stored["report"] == {"enabled": True}  # there was no such key: a page was drawn
+    assert stored["training"]["num_unfrozen_layers"] == 1
+
+
+def test_other_values_of_its_keys_are_differences(folder: Path) -> None:
+    other = ["training.learning_rate=0.002", "training.max_steps=30"]
+    with pytest.raises(InputError, match=r"training\.learning_rate: 0\.001 -> 0\.002"):
+        _go_on("finished", *other)
+
+
+def test_a_key_whose_default_changed_things_is_completed_with_what_was_done_before() -> None:
+    from dataclasses import dataclass, field
+
+    @dataclass
+    class Section:
+        old: int = 3
+        new: bool = field(default=True, metadata={"before": False})
+
+    @dataclass
+    class Whole:
+        section: Section = field(default_factory=Section)
+
+    assert completed({"section": {"old": 5}}, Whole) == {"section": {"old": 5, "new": False}}
+    assert completed({}, Whole) == {"section": {"old": 3, "new": False}}
+    assert completed({"section": {"new": True, "gone": 1}}, Whole) == {
+        "section": {"old": 3, "new": True, "gone": 1}
+    }
+
+
+@pytest.mark.parametrize("source", ["runs/finished", "delta"])
+def test_its_critics_are_exported_with_the_same_weights(source: str, folder: Path) -> None:
+    export(TrainedCritic.find(Path(source)), "token-classification", Path("again"))
+    then, now = load_file("hf/model.safetensors"), load_file("again/model.safetensors")
+    assert then.keys() == now.keys()
+    assert all(torch.equal(then[name], now[name]) for name in then)
+    assert json.loads(Path("again/config.json").read_text()) == json.loads(
+        Path("hf/config.json").read_text()
+    )
+
+
+@pytest.mark.slow
+def test_its_weights_begin_a_new_run(folder: Path) -> None:
+    run = _go_on("new", "model.init_from=delta", "training.max_steps=1")
+    assert run.records()[0]["train/loss"] < 0.25
+
+
+@pytest.mark.slow
+def test_its_runs_are_reported(folder: Path) -> None:
+    page = write_report([Path("runs/finished"), Path("runs/stopped")])
+    assert "step 20 of 20" in page.read_text()
