@@ -34,7 +34,7 @@ from common import command_line, table, write_record
 from job.common.progress import progress, set_up_logging
 from job.common.schema import FsdpConfig, ShardingStrategy
 from job.memory.footprint import COMPONENTS, Moment, Setting, footprint
-from job.memory.shapes import SHAPES
+from job.memory.settings import SHAPES
 from job.training.simulation import simulate
 
 UNFROZEN, GPUS = (0, 1, 4, 8, 32), (1, 2, 4, 8, 64)
