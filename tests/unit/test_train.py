@@ -16,7 +16,7 @@ from job.common.errors import InputError
 from job.common.schema import CriticConfig
 from job.compare import compare, steps_to_half, summarise
 from job.run.directory import RunDirectory
-from job.training.attempt import train
+from job.training.trainer import train
 
 CHANGES = (
     "run.name=n${training.num_unfrozen_layers}",
@@ -165,7 +165,7 @@ def test_a_report_that_fails_does_not_undo_a_training(
     def fail(runs: object) -> Path:
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr("job.training.attempt.write_report", fail)
+    monkeypatch.setattr("job.training.trainer.write_report", fail)
     assert _train().status()["state"] == "finished"
     assert "finished, without a report: no ink" in caplog.text
 
