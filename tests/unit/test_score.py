@@ -19,12 +19,12 @@ from launch import PYTHONPATH, run_ranks, running
 from micro_critic import MicroCritics, write_rows
 from micro_job import MicroRun
 
-import job.score
 from job.common.errors import InputError
 from job.common.schema import EMBEDDED
 from job.data.tokenizer import load_tokenizer
 from job.model.transformer import PackedLayout
 from job.run.trained import TrainedCritic
+from job.training import scoring
 from job.training.scoring import score
 
 pytestmark = pytest.mark.slow
@@ -175,7 +175,7 @@ def test_the_table_counts_the_rows_that_have_a_label(
 def test_rows_left_out_keep_their_place(
     run: MicroRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job.score, "MICRO_BATCHES", 1)
+    monkeypatch.setattr(scoring, "MICRO_BATCHES", 1)
     bad = {"prompt": "1+1?", "response": " ", "reward": 0}
     rows = [
         bad,
