@@ -27,6 +27,12 @@ HANG_SECONDS = 5.0  # a call that takes longer is noted; the first one may initi
 RETRY_SECONDS = 1.0  # after an error that may pass
 _FRESH_SECONDS = 10.0  # how long a gauge stands for a window in which it was not read
 _HIGHEST = ("temperature_celsius", "ecc_uncorrected_errors")  # of other gauges the mean
+# errors after which no call will answer any more, and those after which the same call may
+_LOST = ("GPU_IS_LOST", "RESET_REQUIRED", "UNINITIALIZED", "DRIVER_NOT_LOADED")
+_PASSING = (
+    *("TIMEOUT", "IRQ_ISSUE", "INSUFFICIENT_SIZE", "IN_USE", "MEMORY", "NO_DATA"),
+    *("INSUFFICIENT_RESOURCES", "NOT_READY", "UNKNOWN"),
+)
 _ALL_LINKS = 0xFFFFFFFF
 _NVLINK_TX, _NVLINK_RX = 138, 139  # NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX and _RX, in KiB
 _VALUE_FIELDS = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
@@ -368,52 +374,28 @@ class NvmlReader:
             self._notes.settle(name)
 
     def _fail(self, call: Call, error: Exception) -> None:
-        if is_lost(error):
+        if _is_among(error, _LOST):
             if not self._lost.is_set():
                 self._lost.set()
                 self._notes.add(call.name, _problem(error))
             return
         self._notes.add(call.name, _problem(error))
         self._failing.add(call.name)
-        if is_lasting(error):
-            del self._due[call]
-        else:
+        if _is_among(error, _PASSING):
             self._due[call] = time.monotonic() + RETRY_SECONDS
+        else:
+            del self._due[call]
 
 
 def _problem(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def is_lost(error: Exception) -> bool:
-    """Whether no call will answer any more."""
+def _is_among(error: Exception, names: Sequence[str]) -> bool:
     import pynvml
 
-    gone = (
-        pynvml.NVML_ERROR_GPU_IS_LOST,
-        pynvml.NVML_ERROR_RESET_REQUIRED,
-        pynvml.NVML_ERROR_UNINITIALIZED,
-        pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
-    )
-    return isinstance(error, pynvml.NVMLError) and error.value in gone
-
-
-def is_lasting(error: Exception) -> bool:
-    """Whether the same call will fail again, as far as NVML says."""
-    import pynvml
-
-    passing = (
-        pynvml.NVML_ERROR_TIMEOUT,
-        pynvml.NVML_ERROR_IRQ_ISSUE,
-        pynvml.NVML_ERROR_INSUFFICIENT_SIZE,
-        pynvml.NVML_ERROR_IN_USE,
-        pynvml.NVML_ERROR_MEMORY,
-        pynvml.NVML_ERROR_NO_DATA,
-        pynvml.NVML_ERROR_INSUFFICIENT_RESOURCES,
-        pynvml.NVML_ERROR_NOT_READY,
-        pynvml.NVML_ERROR_UNKNOWN,
-    )
-    return not (isinstance(error, pynvml.NVMLError) and error.value in passing)
+    codes = [getattr(pynvml, f"NVML_ERROR_{name}") for name in names]
+    return isinstance(error, pynvml.NVMLError) and error.value in codes
 
 
 class Gauges:
