@@ -66,6 +66,7 @@ def unfreeze_last_blocks(critic: Critic, n: int) -> None:
     trunk, n_blocks = critic.trunk, len(critic.trunk.layers)
     chosen = select_trainable(n, n_blocks)
     critic.num_unfrozen_layers = n
+    # by index, never by name: "layers.3" is a part of "layers.31" too
     critic.requires_grad_(False)
     critic.value_head.requires_grad_(True)
     trunk.layers[n_blocks - chosen.blocks :].requires_grad_(True)
