@@ -115,7 +115,7 @@ class Training:
         memory = {"memory_bytes": self.recorder.peak_bytes(), **self.recorder.telemetry()}
         self.tracker.telemetry(state.step, speed | memory)
         self._run.set_status(step=state.step)
-        state.window = Window()  # a new one: a snapshot that is being saved has the old one
+        state.window = Window()
         self._note = _note(figures, speed)
         return _prefixed("value/", figures)
 
