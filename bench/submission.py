@@ -44,7 +44,7 @@ def prepare(folder: Path) -> None:
         file.chmod(0o755)
     (folder / "trunk").mkdir()
     (folder / "trunk" / "params.json").write_text(json.dumps(_SEVEN_B))
-    (folder / "data.jsonl").touch()
+    (folder / "data.jsonl").write_text("{}\n")
 
 
 def seconds(command: Sequence[str], folder: Path) -> float:

@@ -81,7 +81,7 @@ def write_inputs(folder: Path, architecture: dict[str, Any] | None = None) -> li
     trunk.mkdir()
     (trunk / "params.json").write_text(json.dumps(architecture or SMALL))
     for name in ("train", "val"):
-        (folder / f"{name}.jsonl").write_text("")
+        (folder / f"{name}.jsonl").write_text("{}\n")
     files = {"data.train": "train.jsonl", "data.validation": "val.jsonl"}
     return [f"model.path={trunk}", *(f"{key}={folder / name}" for key, name in files.items())]
 
