@@ -45,6 +45,8 @@ class Check:
 
 def check(plan: Plan) -> Iterator[Check]:
     """Every finding; those that hold for all runs of a sweep come once."""
+    if plan.site.file is not None:
+        yield Check("site", "ok", str(plan.site.file))
     for run in plan.runs[:1]:
         yield from _inputs(plan, run)
     partition = _partition(plan)
@@ -59,7 +61,11 @@ def _inputs(plan: Plan, run: Run) -> Iterator[Check]:
     named = inputs(run.config)
     if plan.submission.image is not None:
         named.append(("image", Path(plan.submission.image)))
-    missing = [text for key, path in named if (text := unreadable(key, path))]
+    missing = [
+        f"{plan.site.source(key, path)}{text}"
+        for key, path in named
+        if (text := _unreadable(key, path))
+    ]
     for text in missing:
         yield Check("files", "error", text)
     if not missing:
@@ -74,7 +80,7 @@ def _inputs(plan: Plan, run: Run) -> Iterator[Check]:
         yield _image(plan.submission.image)
 
 
-def unreadable(key: str, path: Path) -> str | None:
+def _unreadable(key: str, path: Path) -> str | None:
     """What keeps a file or folder from being what a configuration's key names."""
     if key not in ("data.train", "data.validation"):
         return None if os.access(path, os.R_OK) else f"{key}: cannot read {path}"

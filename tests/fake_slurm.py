@@ -89,7 +89,7 @@ def write_inputs(folder: Path, architecture: dict[str, Any] | None = None) -> li
 def options(**given: Any) -> Namespace:
     """What submit.py's command line gives, all of it left out but this."""
     names = ("gpus", "nodes", "unfreeze", "config", "cluster", "name", "time", "image", "resume")
-    left_out = dict.fromkeys((*names, "after")) | {"override": []}
+    left_out = dict.fromkeys((*names, "site", "after")) | {"override": []}
     assert given.keys() <= left_out.keys()
     return Namespace(**left_out | given)
 
