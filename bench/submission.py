@@ -50,6 +50,7 @@ def prepare(folder: Path) -> None:
 def seconds(command: Sequence[str], folder: Path) -> float:
     """Wall time of a command, which must end well."""
     environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    environment |= {"CRITIC_SITE": "", "XDG_CONFIG_HOME": str(folder)}  # no site of this user's
     began = time.perf_counter()
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     took = time.perf_counter() - began
