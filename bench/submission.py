@@ -44,12 +44,13 @@ def prepare(folder: Path) -> None:
         file.chmod(0o755)
     (folder / "trunk").mkdir()
     (folder / "trunk" / "params.json").write_text(json.dumps(_SEVEN_B))
-    (folder / "data.jsonl").touch()
+    (folder / "data.jsonl").write_text("{}\n")
 
 
 def seconds(command: Sequence[str], folder: Path) -> float:
     """Wall time of a command, which must end well."""
     environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    environment |= {"CRITIC_SITE": "", "XDG_CONFIG_HOME": str(folder)}  # no site of this user's
     began = time.perf_counter()
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     took = time.perf_counter() - began

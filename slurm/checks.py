@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from job.common.data_file import check_readable
 from job.common.errors import InputError
 from job.common.schema import CriticConfig
 from job.memory.fit import Fit, fit
@@ -44,6 +45,8 @@ class Check:
 
 def check(plan: Plan) -> Iterator[Check]:
     """Every finding; those that hold for all runs of a sweep come once."""
+    if plan.site.file is not None:
+        yield Check("site", "ok", str(plan.site.file))
     for run in plan.runs[:1]:
         yield from _inputs(plan, run)
     partition = _partition(plan)
@@ -58,7 +61,11 @@ def _inputs(plan: Plan, run: Run) -> Iterator[Check]:
     named = inputs(run.config)
     if plan.submission.image is not None:
         named.append(("image", Path(plan.submission.image)))
-    missing = [f"{key}: cannot read {path}" for key, path in named if not os.access(path, os.R_OK)]
+    missing = [
+        f"{plan.site.source(key, path)}{text}"
+        for key, path in named
+        if (text := _unreadable(key, path))
+    ]
     for text in missing:
         yield Check("files", "error", text)
     if not missing:
@@ -71,6 +78,17 @@ def _inputs(plan: Plan, run: Run) -> Iterator[Check]:
     yield _caches(run)
     if plan.submission.image is not None and not missing:
         yield _image(plan.submission.image)
+
+
+def _unreadable(key: str, path: Path) -> str | None:
+    """What keeps a file or folder from being what a configuration's key names."""
+    if key not in ("data.train", "data.validation"):
+        return None if os.access(path, os.R_OK) else f"{key}: cannot read {path}"
+    try:
+        check_readable(path)
+    except InputError as error:
+        return f"{key}: {error}"
+    return None
 
 
 def _image(image: str) -> Check:

@@ -49,8 +49,8 @@ class ClusterProfile:
     preflight: bool = True  # look at nodes, GPUs and links before each attempt, some seconds
 
 
-def load_profile(name: str) -> ClusterProfile:
-    """The profile in configs/cluster/NAME.yaml, or in a file of one's own.
+def load_profile(name: str, source: str = "--cluster") -> ClusterProfile:
+    """The profile in configs/cluster/NAME.yaml, or in a file of one's own; `source` names it.
 
     Raises:
         InputError: there is none, or it is wrong; what there is is listed.
@@ -59,7 +59,7 @@ def load_profile(name: str) -> ClusterProfile:
     file = own if own.suffix == ".yaml" else PROFILES / f"{name}.yaml"
     if not file.exists():
         there = ", ".join(sorted(path.stem for path in PROFILES.glob("*.yaml")))
-        raise InputError(f"--cluster {name}: no file {file}; there are {there}")
+        raise InputError(f"{source} {name}: no file {file}; there are {there}")
     profile = merge_config(ClusterProfile, file)
     if problems := list(_impossible(profile)):
         raise InputError(f"{file}: impossible profile" + listing(problems))

@@ -11,12 +11,13 @@ from typing import Any
 
 import yaml
 
-from job.common.config import load_config
+from job.common.config import NoValueError, load_config
 from job.common.errors import InputError
 from job.common.nested import to_dict
 from job.common.schema import EMBEDDED, CriticConfig
-from slurm.cluster import load_profile
+from slurm.cluster import ClusterProfile, load_profile
 from slurm.record import Record
+from slurm.site import Site, advice, can_give, find_site
 from slurm.submission import PROJECT, Submission, load
 
 CONFIGS = PROJECT / "configs" / "critic"
@@ -38,6 +39,7 @@ class Plan:
     submission: Submission
     runs: list[Run]
     resumes: bool
+    site: Site
 
     @property
     def folder(self) -> Path:
@@ -69,10 +71,10 @@ def make_plan(options: argparse.Namespace) -> Plan:
     gpus, nodes = _asked(options.gpus, 1), _asked(options.nodes, 1)
     standard = CONFIGS / f"critic_{'1' if gpus * nodes == 1 else '4'}gpu.yaml"
     file = Path(options.config or standard)
-    runs = _planned_runs(file, options)
+    site = find_site(options.site)
+    runs = _planned_runs(file, options, site)
     folder = runs[0].folder if len(runs) == 1 else runs[0].folder.parent
-    cluster = options.cluster or STANDARD_CLUSTER
-    profile = load_profile(cluster)
+    cluster, profile = _cluster(options.cluster, site)
     asked = {"time": options.time} if options.time else {}
     submission = Submission(
         cluster=cluster,
@@ -82,29 +84,35 @@ def make_plan(options: argparse.Namespace) -> Plan:
         name=folder.name,
         folder=str(folder / "slurm"),
         cwd=str(Path.cwd()),
-        image=_image(options.image, profile.image),
+        image=_image(options.image or site.values.image, profile.image),
         binds=_binds(runs, profile.binds),
         after=_after(options.after),
     )
-    return Plan(_checked(submission), runs, resumes=False)
+    return Plan(_checked(submission), runs, resumes=False, site=site)
 
 
-def _planned_runs(file: Path, options: argparse.Namespace) -> list[Run]:
+def _cluster(asked: str | None, site: Site) -> tuple[str, ClusterProfile]:
+    """The profile's name, and what it says."""
+    if asked is None and site.values.cluster is not None:
+        return site.values.cluster, load_profile(site.values.cluster, f"{site.file}: cluster")
+    name = asked or STANDARD_CLUSTER
+    return name, load_profile(name)
+
+
+def _planned_runs(file: Path, options: argparse.Namespace, site: Site) -> list[Run]:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     unfreeze: list[int | None] = options.unfreeze or [None]
     if len(set(unfreeze)) < len(unfreeze):
         raise InputError(f"--unfreeze {' '.join(map(str, unfreeze))}: one run for each value")
-    if len(unfreeze) == 1:
-        return [_planned_run(file, options, unfreeze[0], stamp)]
-    return [_planned_run(file, options, n, stamp, sweep=options.name or "sweep") for n in unfreeze]
+    sweep = None if len(unfreeze) == 1 else options.name or "sweep"
+    configs = [_config(file, options, site, n) for n in unfreeze]
+    return [_planned_run(config, options, stamp, sweep) for config in configs]
 
 
 def _planned_run(
-    file: Path, options: argparse.Namespace, n: int | None, stamp: str, sweep: str | None = None
+    config: CriticConfig, options: argparse.Namespace, stamp: str, sweep: str | None
 ) -> Run:
     """A run with a name of its own, unless its directory is named by hand."""
-    asked = [*options.override, *([] if n is None else [f"training.num_unfrozen_layers={n}"])]
-    config = load_config(CriticConfig, file, asked)
     by_hand = any(override.startswith("run.dir=") for override in options.override)
     if by_hand and sweep is not None:
         raise InputError("--override run.dir=...: a sweep's runs need one each; use --name")
@@ -112,10 +120,21 @@ def _planned_run(
         return Run(Path(config.run.dir).absolute(), _with_whole_paths(config))
     parent, name = Path(config.run.dir).absolute().parent, options.name or config.run.name
     folder = _unused(parent / f"{sweep or name}-{stamp}")
+    n = config.training.num_unfrozen_layers
     run = folder / f"n{n}" if sweep else folder
     config.run.name = f"{folder.name}-n{n}" if sweep else folder.name
     config.run.dir = str(run)
     return Run(run, _with_whole_paths(config))
+
+
+def _config(file: Path, options: argparse.Namespace, site: Site, n: int | None) -> CriticConfig:
+    asked = [*options.override, *([] if n is None else [f"training.num_unfrozen_layers={n}"])]
+    try:
+        return load_config(CriticConfig, file, asked, site.fill if site.file else None)
+    except NoValueError as error:
+        if can_give(error.keys):
+            raise InputError(f"{error}\n{advice(options.site)}") from None
+        raise
 
 
 def _with_whole_paths(config: CriticConfig) -> CriticConfig:
@@ -135,7 +154,8 @@ def _unused(folder: Path) -> Path:
 def _plan_to_resume(options: argparse.Namespace) -> Plan:
     """The same run again, with the same resources unless others are asked for."""
     record = Record.of(Path(options.resume).absolute())
-    refused = [f"--{name}" for name in ("config", "name", "unfreeze") if getattr(options, name)]
+    own = ("config", "name", "unfreeze", "site")
+    refused = [f"--{name}" for name in own if getattr(options, name)]
     if refused:
         raise InputError(f"--resume goes on with the run's own configuration, not {refused[0]}")
     before = load(record)
@@ -156,7 +176,7 @@ def _plan_to_resume(options: argparse.Namespace) -> Plan:
         binds=_binds([run], profile["binds"]),
         after=_after(options.after),
     )
-    return Plan(_checked(submission), [run], resumes=True)
+    return Plan(_checked(submission), [run], resumes=True, site=Site())
 
 
 def _asked(number: int | None, default: int) -> int:
@@ -238,6 +258,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     return {
         "run": str(plan.folder),
         "runs": [str(run.folder) for run in plan.runs],
+        "site": None if plan.site.file is None else str(plan.site.file),
         "cluster": submission.cluster,
         "nodes": submission.nodes,
         "gpus_per_node": submission.gpus,

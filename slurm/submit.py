@@ -1,5 +1,7 @@
 """Submit the training of a critic to Slurm, and look after it.
 
+    python slurm/submit.py init                      once: your trunk, data, cluster and image
+    python slurm/submit.py --gpus 4 --unfreeze 4
     python slurm/submit.py --gpus 4 --unfreeze 4 --override model.path=TRUNK \\
         data.train=train.jsonl data.validation=val.jsonl
     python slurm/submit.py --gpus 1 --unfreeze 0 1 2 4 --name depth     a sweep: one job array
@@ -41,6 +43,7 @@ from job.memory.fit import as_dict, component_table, footprint_columns, verdicts
 from job.memory.footprint import Setting, footprint
 from slurm import scheduler
 from slurm.checks import Check, check, memory_setting
+from slurm.init import add_options, set_up
 from slurm.plan import Plan, Run, describe, make_plan, write_config
 from slurm.record import Record
 from slurm.status import log_file, runs_of, standing
@@ -50,6 +53,8 @@ from slurm.watch import page, watch
 
 FOLLOW_SECONDS = 2.0
 A100_40GB, A100_80GB = 42_300_000_000, 85_000_000_000  # bytes that their drivers give
+_INIT = """Set your site up, once: what all your runs share, below what each configuration says
+itself. On a terminal it asks for what no option gives."""
 _STYLES = {"ok": "green", "warning": "yellow", "error": "red", "not checked": "dim"}
 _console = Console(stderr=True)
 
@@ -61,7 +66,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"status": _status, "logs": _logs, "cancel": _cancel}
+    commands = {"init": _init, "status": _status, "logs": _logs, "cancel": _cancel}
     if given and given[0] in commands:
         commands[given[0]](given[1:])
     else:
@@ -78,10 +83,11 @@ def _options(given: Sequence[str]) -> argparse.Namespace:
     add("--unfreeze", type=int, nargs="+", metavar="N", help="blocks to train; several: a sweep")
     add("--config", metavar="FILE", help="default: critic_1gpu.yaml, or critic_4gpu.yaml for more")
     add("--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
-    add("--cluster", metavar="NAME", help="a profile in configs/cluster, or a file (a100-80gb)")
+    add("--site", metavar="FILE", help="what `submit.py init` has written (your own)")
+    add("--cluster", metavar="NAME", help="a profile in configs/cluster, or a file (the site's)")
     add("--name", help="of the run; time is added to it")
     add("--time", metavar="LIMIT", help="of one attempt, as sbatch reads it (the profile's)")
-    add("--image", metavar="FILE", help="critic.sif, or none (the profile's)")
+    add("--image", metavar="FILE", help="critic.sif, or none (the site's, or the profile's)")
     add("--resume", metavar="RUN", help="submit a run again, to go on where it stands")
     add("--after", metavar="JOB", help="start when this job (or run) has ended well")
     add("--dry-run", action="store_true", help="check and show everything, submit nothing")
@@ -116,7 +122,7 @@ def _submit(options: argparse.Namespace) -> None:
     if not options.json:
         here = f"submit.py status {plan.folder} --watch"
         text = f"submitted: job {', '.join(result['job_ids'])}\n{here}"
-        _console.print(text, markup=False, highlight=False, soft_wrap=True)
+        _say(text)
     if options.watch:
         watch([run.folder for run in plan.runs], _console)
 
@@ -142,7 +148,7 @@ def _show_memory(plan: Plan, memory: Sequence[Setting]) -> None:
         title = f"memory of each of {plan.world_size} GPU(s), N={n}, {tokens:,} tokens"
         _console.print(component_table(title, footprint_columns(footprint(setting))))
         for line in verdicts(setting, _capacities(plan)):
-            _console.print(line, markup=False, highlight=False, soft_wrap=True)
+            _say(line)
 
 
 def _refuse_active(run: Run) -> None:
@@ -156,10 +162,11 @@ def _show(result: dict[str, Any], checks: Sequence[Check]) -> None:
     title = Text(result["run"])
     table = Table(title=title, title_justify="left", show_header=False, box=None)
     for one in checks:
-        table.add_row(one.name, Text(one.state, _STYLES[one.state]), Text(one.text))
+        state, text = Text(one.state, _STYLES[one.state]), Text(one.text, overflow="fold")
+        table.add_row(one.name, state, text)
     _console.print(table)
     if "script" in result:
-        _console.print(f"\n{result['script']}", markup=False, highlight=False, soft_wrap=True)
+        _say(f"\n{result['script']}")
 
 
 def _print_json(result: dict[str, Any], wanted: bool) -> None:
@@ -198,6 +205,25 @@ def _prepare(plan: Plan, run: Run) -> None:
     record.cancelled.unlink(missing_ok=True)
     record.start_status(state="pending", submitted=time.time())
     record.add_event("submitted")
+
+
+def _init(given: Sequence[str]) -> None:
+    parser = _Parser(prog="submit.py init", description=_INIT)
+    add_options(parser)
+    on_terminal = sys.stdin is not None and sys.stdin.isatty()
+    try:
+        set_up(parser.parse_args(given), _ask if on_terminal else None, _say)
+    except (EOFError, KeyboardInterrupt):  # of a person at a question
+        raise InputError("left before the end") from None
+
+
+def _ask(question: str) -> str:
+    print(question, end="", file=sys.stderr, flush=True)
+    return input().strip()
+
+
+def _say(text: str) -> None:
+    _console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _run_options(name: str, given: Sequence[str]) -> argparse.Namespace:

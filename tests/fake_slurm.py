@@ -81,7 +81,7 @@ def write_inputs(folder: Path, architecture: dict[str, Any] | None = None) -> li
     trunk.mkdir()
     (trunk / "params.json").write_text(json.dumps(architecture or SMALL))
     for name in ("train", "val"):
-        (folder / f"{name}.jsonl").write_text("")
+        (folder / f"{name}.jsonl").write_text("{}\n")
     files = {"data.train": "train.jsonl", "data.validation": "val.jsonl"}
     return [f"model.path={trunk}", *(f"{key}={folder / name}" for key, name in files.items())]
 
@@ -89,7 +89,7 @@ def write_inputs(folder: Path, architecture: dict[str, Any] | None = None) -> li
 def options(**given: Any) -> Namespace:
     """What submit.py's command line gives, all of it left out but this."""
     names = ("gpus", "nodes", "unfreeze", "config", "cluster", "name", "time", "image", "resume")
-    left_out = dict.fromkeys((*names, "after")) | {"override": []}
+    left_out = dict.fromkeys((*names, "site", "after")) | {"override": []}
     assert given.keys() <= left_out.keys()
     return Namespace(**left_out | given)
 

@@ -12,7 +12,7 @@ import enum
 import functools
 import reprlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -24,18 +24,41 @@ from job.common.errors import InputError, listing, short
 from job.common.possible_values import impossible_values
 
 Schema = TypeVar("Schema")
+_Tree = dict[str, Any]
 _Layers = Sequence[tuple[str, DictConfig]]  # each with its source
 
 
-def load_config(schema: type[Schema], file: str | Path, overrides: Sequence[str] = ()) -> Schema:
+class NoValueError(InputError):
+    """Keys that must have a value and have none."""
+
+    def __init__(self, file: str | Path, keys: Sequence[str]) -> None:
+        self.keys = keys
+        super().__init__(
+            f"{file}: no value for {', '.join(keys)}; "
+            f"give one in the file or with --override {keys[0]}=VALUE"
+        )
+
+
+def load_config(
+    schema: type[Schema],
+    file: str | Path,
+    overrides: Sequence[str] = (),
+    fill: Callable[[_Tree], _Tree] | None = None,
+) -> Schema:
     """Merge schema defaults, YAML file and `key=value` overrides, and check every value.
 
+    Args:
+        fill: gives what the file says with the gaps in it filled; overrides go before that too.
+
     Raises:
-        InputError: the file cannot be read; a key is unknown, has no value, or a value has the
-            wrong type or an impossible size. Keys, sources and the nearest valid keys are named.
+        InputError: the file cannot be read; a key is unknown, has no value (NoValueError), or a
+            value has the wrong type or an impossible size. Keys, sources and the nearest valid keys
+            are named.
     """
-    layers = [(str(file), _read_yaml(Path(file))), *map(_parse_override, overrides)]
-    return _checked(schema, file, layers)
+    layer = _read_yaml(Path(file))
+    if fill is not None:
+        layer = OmegaConf.create(fill(cast(_Tree, OmegaConf.to_container(layer))))
+    return _checked(schema, file, [(str(file), layer), *map(_parse_override, overrides)])
 
 
 def _checked(schema: type[Schema], file: str | Path, layers: _Layers) -> Schema:
@@ -198,10 +221,7 @@ def _to_object(merged: DictConfig, file: str | Path) -> object:
     try:
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
-            raise InputError(
-                f"{file}: no value for {', '.join(missing)}; "
-                f"give one in the file or with --override {missing[0]}=VALUE"
-            )
+            raise NoValueError(file, missing)
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""

@@ -6,6 +6,8 @@ import dataclasses
 import enum
 from typing import Any
 
+from omegaconf import MISSING
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain nested dicts, enums by name."""
@@ -14,6 +16,22 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def _by_name(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return {k: v.name if isinstance(v, enum.Enum) else v for k, v in items}
+
+
+def filled(tree: dict[str, Any], below: dict[str, Any]) -> dict[str, Any]:
+    """`tree`, and where it says nothing (no key, null or `???`) what stands in `below`."""
+    whole = dict(below)
+    for key, value in tree.items():
+        under = below.get(key)
+        if isinstance(value, dict) and isinstance(under, dict):
+            whole[key] = filled(value, under)
+        elif key not in below or not is_unset(value):
+            whole[key] = value
+    return whole
+
+
+def is_unset(value: Any) -> bool:
+    return value is None or value == MISSING
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

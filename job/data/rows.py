@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
+from job.common.data_file import check_readable
 from job.common.errors import InputError
 
 ALPACA_FIELDS = {"prompt": "instruction", "response": "output", "reward": "is_correct"}
 Rewards = bool | Literal["optional"]  # whether rows must carry one
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".ndjson", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,6 @@ def read_rows(
             yield line, parse(raw() if callable(raw) else raw)
         except _RowError as error:
             yield line, BadRow(str(path), line, str(error))
-
-
-def check_readable(path: str | Path) -> None:
-    """Raise InputError unless `path` is a readable file of a kind that `read_rows` knows."""
-    path = Path(path)
-    if not path.name.endswith(_SUFFIXES):
-        raise InputError(f"{path}: unknown kind of data file; known: {', '.join(_SUFFIXES)}")
-    try:
-        with path.open("rb") as stream:
-            if not stream.read(1):
-                raise InputError(f"{path}: the file is empty")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the data: {error.strerror}") from None
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | Callable[[], dict[str, Any]]]]:

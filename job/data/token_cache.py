@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from job.common.data_file import check_readable
 from job.common.errors import InputError, listing
 from job.common.files import atomic_folder
 from job.common.progress import progress
@@ -30,7 +31,7 @@ from job.common.schema import (
 )
 from job.common.signals import stop_if_asked
 from job.data import arithmetic
-from job.data.rows import BadRow, Rewards, Row, check_readable, read_rows
+from job.data.rows import BadRow, Rewards, Row, read_rows
 from job.data.template import Template, load_template, render_rows
 from job.data.tokenizer import Encoded, Tokenizer
 

@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from job.common.data_file import check_readable
 from job.common.errors import InputError, Stopped
 from job.common.progress import only_warnings, progress
 from job.common.schema import AUTO, EMBEDDED, CriticConfig, DistributedConfig
 from job.common.signals import reason
 from job.data.packing import Batch, Packer, assemble, single_units
-from job.data.rows import check_readable
 from job.data.token_cache import TokenizedSet, load_to_score
 from job.data.tokenizer import load_tokenizer
 from job.data.values_file import Values, ValuesFile

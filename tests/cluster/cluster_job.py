@@ -21,6 +21,8 @@ from omegaconf import OmegaConf
 
 SUBMIT = Path(__file__).parents[2] / "slurm" / "submit.py"
 LOCALHOST = SUBMIT.parents[1] / "configs" / "cluster" / "localhost.yaml"
+# The site file of who runs the tests is none of theirs.
+NO_SITE = {"CRITIC_SITE": "", "XDG_CONFIG_HOME": "/nowhere"}
 _POLL_SECONDS = 0.1
 
 
@@ -28,7 +30,8 @@ def submit(
     lab: Lab, *arguments: str, cwd: Path, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Call submit.py in the environment of a login node, or in another one."""
-    env = os.environ | lab.environment if environment is None else dict(environment)
+    ours = os.environ | lab.environment | NO_SITE
+    env = ours if environment is None else dict(environment)
     command = [sys.executable, str(SUBMIT), *arguments]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
 

@@ -145,11 +145,23 @@ def test_of_a_sweep_one_run_is_preempted_and_all_finish(job: ClusterJob, alone: 
 # Where it is submitted from
 
 
-def test_cron_can_submit(job: ClusterJob, alone: MicroRun) -> None:
+def test_cron_can_submit_with_a_site_file(job: ClusterJob, alone: MicroRun) -> None:
     ours = Path(job.lab.environment["SLURM_CONF"])
     if not DEFAULT_CONF.is_symlink() or DEFAULT_CONF.readlink() != ours:
         pytest.skip(f"{DEFAULT_CONF} is not this lab's: another lab runs, or a Slurm of its own")
-    run = job.submit("--gpus", "1", environment=CRON)
+    site = job.folder / "site.yaml"
+    data = {"train": "embedded", "validation": "embedded"}
+    trunk = {"path": str(job.folder / "trunk")}
+    OmegaConf.save({"model": trunk, "data": data, "cluster": job.profile()}, site)
+    gaps = OmegaConf.load(job.folder / "critic.yaml")
+    gaps.model.path = gaps.data.train = gaps.data.validation = "???"
+    OmegaConf.save(gaps, job.folder / "gaps.yaml")
+    asked = ("--gpus", "1", "--config", "gaps.yaml", "--json", "--override", *job.micro.settings)
+    named = CRON | {"CRITIC_SITE": str(site)}
+    done = submit(job.lab, *asked, cwd=job.folder, environment=named)
+    assert done.returncode == 0, done.stderr + done.stdout
+    run = Submitted(job.lab, Path(json.loads(done.stdout)["run"]))
+    site.unlink()
     done = submit(job.lab, "status", str(run.path), cwd=job.folder, environment=CRON)
     assert done.returncode == 0, done.stderr
     run.wait_for("finished")

@@ -22,6 +22,15 @@ def bench() -> Iterator[Callable[[str], ModuleType]]:
         yield importlib.import_module
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The site file of who runs the tests is none of theirs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        patch.delenv("CRITIC_SITE", raising=False)
+        yield
+
+
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     """A machine where no Slurm is installed, until a test lets a client speak."""

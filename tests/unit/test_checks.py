@@ -57,10 +57,24 @@ def test_missing_files_are_named_by_key_and_path(plan: Planner, tmp_path: Path) 
     one = plan("data.train=nowhere.jsonl", image="critic.sif")
     texts = [found.text for found in check(one) if found.name == "files"]
     assert texts == [
-        f"data.train: cannot read {tmp_path}/nowhere.jsonl",
+        f"data.train: {tmp_path}/nowhere.jsonl: cannot read the data: No such file or directory",
         f"image: cannot read {tmp_path}/critic.sif",
     ]
     assert {found.state for found in check(one) if found.name == "files"} == {"error"}
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("data.csv", "unknown kind of data file; known: .jsonl, "), ("none.jsonl", "file is empty")],
+)
+def test_data_that_no_training_would_read_is_an_error(
+    plan: Planner, tmp_path: Path, name: str, why: str
+) -> None:
+    (tmp_path / name).touch()
+    found = _named(plan(f"data.validation={name}"), "files")
+    assert found.state == "error"
+    assert found.text.startswith(f"data.validation: {tmp_path}/{name}: ")
+    assert why in found.text
 
 
 def test_embedded_data_need_no_file(plan: Planner, tmp_path: Path) -> None:

@@ -365,6 +365,7 @@ def test_a_sweep_in_figures(plan: Planner) -> None:
     assert describe(sweep) == {
         "run": str(sweep.folder),
         "runs": [str(run.folder) for run in sweep.runs],
+        "site": None,
         "cluster": "a100-80gb",
         "nodes": 2,
         "gpus_per_node": 2,

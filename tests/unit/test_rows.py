@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from job.common.data_file import check_readable
 from job.common.errors import InputError
-from job.data.rows import ALPACA_FIELDS, BadRow, Row, check_readable, read_rows
+from job.data.rows import ALPACA_FIELDS, BadRow, Row, read_rows
 
 RawRow = dict[str, Any]
 HALF = "half of a surrogate pair"
