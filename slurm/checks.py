@@ -20,10 +20,10 @@ from job.memory.settings import setting_of
 from job.model.architecture import TransformerConfig
 from job.model.architecture_file import check_window, read_architecture
 from job.model.parameters import ParameterCounts, checkpoint_bytes, count_parameters
+from job.run.reader import StoredRun
 from slurm import scheduler
 from slurm.plan import Plan, Run, inputs
 from slurm.scheduler import ControllerAway, Partition, Refused
-from slurm.status import newest_values
 from slurm.submission import PROJECT, script
 
 # Folders that each machine has for itself, almost everywhere.
@@ -233,7 +233,7 @@ def _step_seconds(plan: Plan, run: Run, counts: ParameterCounts) -> tuple[float,
     (Kaplan et al., 2020, Scaling Laws for Neural Language Models, section 2.1).
     """
     if plan.resumes:
-        measured = newest_values(run.folder / "telemetry.jsonl").get("seconds_per_step")
+        measured = StoredRun(run.folder).newest_values("telemetry.jsonl").get("seconds_per_step")
         if measured is not None:
             return float(measured), "measured"
     tokens = run.config.training.batch_size * run.config.data.max_length

@@ -35,12 +35,12 @@ from dataclasses import dataclass, field
 from fcntl import LOCK_EX, flock
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from job.common.errors import InputError
 from job.common.files import write_atomic
 from job.common.nested import flatten
-from job.run.directory import RunDirectory
+from job.run.reader import Line, Record, StoredRun
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -82,8 +82,7 @@ _SETTINGS = {
 }
 _log = logging.getLogger("job.run.mlflow_sync")
 
-_Record = dict[str, Any]
-_TimeOf = Callable[[_Record], float | None]
+_TimeOf = Callable[[Record], float | None]
 
 
 def tracking_uri(config: dict[str, Any]) -> str:
@@ -130,20 +129,20 @@ def sync_run(run_dir: Path) -> SyncResult:
 
 
 def _sync(run_dir: Path, artifacts: bool) -> SyncResult:
-    directory = RunDirectory(run_dir)
-    uri = _tracking_uri_of(directory)
-    with _exclusive(directory.file("mlflow.lock")), _database_lock(uri):
-        return _Syncer(directory, uri, _connect(uri)).sync(artifacts)
+    stored = StoredRun(run_dir)
+    uri = _tracking_uri_of(stored)
+    with _exclusive(stored.file("mlflow.lock")), _database_lock(uri):
+        return _Syncer(stored, uri, _connect(uri)).sync(artifacts)
 
 
-def _tracking_uri_of(directory: RunDirectory) -> str:
-    config = directory.config()
-    known = _Sent.stored_uri(directory.file("mlflow.json"))
+def _tracking_uri_of(stored: StoredRun) -> str:
+    config = stored.config()
+    known = _Sent.stored_uri(stored.file("mlflow.json"))
     named = config["mlflow"]["tracking_uri"] or os.environ.get("MLFLOW_TRACKING_URI")
     if named is None and known.startswith("http"):
         return known  # a later shell may lack the environment that named the server
     # Where it is, not where it was made: it may have been moved, or its path be a relative one.
-    return tracking_uri(config | {"run": {"dir": directory.path}})
+    return tracking_uri(config | {"run": {"dir": stored.path}})
 
 
 def _connect(uri: str) -> MlflowClient:
@@ -209,15 +208,15 @@ class _Sent:
 class _Syncer:
     """One sync of one run; the caller holds the locks."""
 
-    def __init__(self, directory: RunDirectory, uri: str, client: MlflowClient) -> None:
-        self._directory = directory
-        self._config = directory.config()
+    def __init__(self, stored: StoredRun, uri: str, client: MlflowClient) -> None:
+        self._stored = stored
+        self._config = stored.config()
         self._uri = uri
         self._client = client
         # Read before every other file: `finished` then promises that those are complete.
-        self._status = directory.status()
+        self._status = stored.status()
         self._state = str(self._status.get("state", "running"))
-        self._sent = _Sent.load(directory.file("mlflow.json"), uri)
+        self._sent = _Sent.load(stored.file("mlflow.json"), uri)
         self._histories: dict[str, set[int]] = {}
         self._values = 0
 
@@ -234,7 +233,7 @@ class _Syncer:
 
     def _note(self) -> None:
         content = json.dumps(dataclasses.asdict(self._sent), indent=2)
-        write_atomic(self._directory.file("mlflow.json"), content + "\n")
+        write_atomic(self._stored.file("mlflow.json"), content + "\n")
 
     def _open(self) -> Run:
         """The run in MLflow, made where there is none."""
@@ -275,7 +274,7 @@ class _Syncer:
 
     def _make(self, experiment: str) -> None:
         first = next(self._telemetry(), {"time": time.time()})
-        path = str(self._directory.path.absolute())
+        path = str(self._stored.path.absolute())
         tags = {"run_directory": path, "mirror_token": self._sent.token}
         name = self._config["run"]["name"]
         self._client.create_run(experiment, _milliseconds(first["time"]), tags, name)
@@ -310,14 +309,11 @@ class _Syncer:
         return len(params)
 
     def _parameters(self) -> dict[str, Any]:
-        try:
-            report = json.loads(self._directory.file("parameters.json").read_text())
-        except FileNotFoundError:
-            return {}
+        report = self._stored.parameters()
         return {key: value for key, value in report.items() if not isinstance(value, dict | list)}
 
-    def _telemetry(self) -> Iterator[_Record]:
-        return (line.record for line in _read_lines(self._directory.file("telemetry.jsonl")))
+    def _telemetry(self) -> Iterator[Record]:
+        return (line.record for line in self._stored.lines("telemetry.jsonl"))
 
     def _send_metrics(self) -> int:
         """Send both files; return how many lines of metrics.jsonl have no time yet."""
@@ -347,14 +343,14 @@ class _Syncer:
             self._send_batch(name, batch, last)
         return waiting
 
-    def _unsent(self, name: str, prefix: str) -> Iterator[_Line]:
+    def _unsent(self, name: str, prefix: str) -> Iterator[Line]:
         step = self._sent.steps.get(name)
         if step is not None:
-            return _read_lines(self._directory.file(name), self._sent.offsets[name], step)
-        lines = _read_lines(self._directory.file(name))
+            return self._stored.lines(name, self._sent.offsets[name], step)
+        lines = self._stored.lines(name)
         return (line for line in lines if not self._arrived(line.record, prefix))
 
-    def _arrived(self, record: _Record, prefix: str) -> bool:
+    def _arrived(self, record: Record, prefix: str) -> bool:
         """Whether MLflow has a line: its last value, because a long line goes in parts."""
         values = _values(record, prefix)
         return not values or record["step"] in self._history(next(reversed(values)))
@@ -367,7 +363,7 @@ class _Syncer:
             self._histories[metric] = {point.step for point in points}
         return self._histories[metric]
 
-    def _send_batch(self, name: str, batch: list[Metric], last: _Line) -> None:
+    def _send_batch(self, name: str, batch: list[Metric], last: Line) -> None:
         assert self._sent.run_id
         # Unsure until the answer: MLflow drops a repeated value only if its time is the same too,
         # and a resumed training gives these steps other times.
@@ -382,7 +378,7 @@ class _Syncer:
         self._values += len(batch)
 
     def _send_artifacts(self) -> int:
-        root = self._directory.path
+        root = self._stored.path
         plots = [str(path.relative_to(root)) for path in sorted(root.glob("plots/*.png"))]
         changed = [
             name
@@ -397,7 +393,7 @@ class _Syncer:
         assert self._sent.run_id
         with tempfile.TemporaryDirectory() as scratch:
             # A log that grows while it is uploaded would break the request.
-            snapshot = Path(shutil.copy(self._directory.file(name), scratch))
+            snapshot = Path(shutil.copy(self._stored.file(name), scratch))
             folder = posixpath.dirname(name) or None
             self._client.log_artifact(self._sent.run_id, str(snapshot), folder)
             self._sent.artifacts[name] = _digest(snapshot)
@@ -424,7 +420,7 @@ class _Syncer:
 class _Clock:
     """The time of a step: that of the first telemetry line with at least that step."""
 
-    def __init__(self, telemetry: Iterable[_Record], ended: _Record | None) -> None:
+    def __init__(self, telemetry: Iterable[Record], ended: Record | None) -> None:
         """`ended` is the status of a run that is at rest, None while it goes on."""
         self._steps: list[int] = []
         self._times: list[float] = []
@@ -441,43 +437,6 @@ class _Clock:
         return self._times[i] if i < len(self._steps) else self._beyond
 
 
-class _Line(NamedTuple):
-    offset: int  # of its first byte
-    record: _Record
-
-
-def _read_lines(path: Path, offset: int = 0, step: int = -1) -> Iterator[_Line]:
-    """The complete lines beyond a step, in the order of steps, of which each has one line.
-
-    The line of `step` began at `offset`. If it does no more, the file has been replaced, however
-    long it is by now, and is read from its start.
-    """
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        file.seek(offset)
-        if _parsed(file.readline()).get("step") != step:
-            offset = 0
-        file.seek(offset)
-        for line in file:
-            if not line.endswith(b"\n"):
-                return  # still being written
-            record = _parsed(line)
-            if record and record["step"] > step:
-                step = record["step"]
-                yield _Line(offset, record)
-            offset += len(line)
-
-
-def _parsed(line: bytes) -> _Record:
-    """Empty for a part of a line: torn by a crash, or cut off by an offset of another file."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
 def _milliseconds(seconds: float) -> int:
     return round(1000 * seconds)
 
@@ -486,7 +445,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _metrics(record: _Record, prefix: str, seconds: float) -> list[Metric]:
+def _metrics(record: Record, prefix: str, seconds: float) -> list[Metric]:
     from mlflow.entities import Metric
 
     return [
@@ -495,7 +454,7 @@ def _metrics(record: _Record, prefix: str, seconds: float) -> list[Metric]:
     ]
 
 
-def _values(record: _Record, prefix: str) -> dict[str, float]:
+def _values(record: Record, prefix: str) -> dict[str, float]:
     """The numbers of a line under their names in MLflow."""
     return {
         _metric_name(prefix + key): float(value)
@@ -592,7 +551,7 @@ class _Follower:
         return True
 
     def _sync(self, last: bool) -> None:
-        uri = _tracking_uri_of(RunDirectory(self._run_dir))
+        uri = _tracking_uri_of(StoredRun(self._run_dir))
         if not live_mirror_allowed(uri):
             raise InputError(f"{uri}: not from a cluster job; use python -m job.report --sync RUN")
         artifacts = last or time.monotonic() >= self._artifacts_due

@@ -15,22 +15,19 @@ memory             memory over time and its peaks, by phase
 from __future__ import annotations
 
 import io
-import json
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.run.directory import RunDirectory
+from job.run.reader import VALIDATION, Snapshot, snapshots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-VALIDATION = "validation/value/"
 _TRAINING = "value/"
 _GB = 1e9
 _DPI = 144
@@ -68,64 +65,6 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Curves:
-    """What is plotted of a run."""
-
-    name: str
-    metrics: list[dict[str, Any]]
-    telemetry: list[dict[str, Any]]
-    reliability: dict[str, Any]
-    memory: dict[str, Any]
-
-    @classmethod
-    def read(cls, run: Path, name: str) -> Curves:
-        """Read a run directory; files that are not there yet leave their part empty."""
-        directory = RunDirectory(run)
-        files = (directory.file(name) for name in ("reliability.json", "memory.json"))
-        return cls(
-            name,
-            directory.records("metrics.jsonl"),
-            directory.records("telemetry.jsonl"),
-            *(json.loads(file.read_text()) if file.exists() else {} for file in files),
-        )
-
-    def series(self, key: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a metric or telemetry entry, where it is a finite number."""
-        points = [
-            (record["step"], record[key])
-            for record in self.metrics + self.telemetry
-            if _is_number(record.get(key))
-        ]
-        return [step for step, _ in points], [value for _, value in points]
-
-    def fullest_rank(self) -> tuple[int, dict[str, Any]] | None:
-        """The rank whose memory rose highest, and what was recorded of it."""
-        ranks = [r for r in enumerate(self.memory.get("ranks", [])) if r[1]["series"]["seconds"]]
-        return max(ranks, key=lambda r: r[1]["peak"].get(_main_figure(r[1]), 0), default=None)
-
-    def validation(self) -> tuple[int | None, dict[str, float]]:
-        """Step and metrics, without their prefix, of the last evaluation.
-
-        Where mse_optimal is known, r2_optimal, the optimal predictor's R², is added.
-        """
-        for record in reversed(self.metrics):
-            found = {
-                key.removeprefix(VALIDATION): value
-                for key, value in record.items()
-                if key.startswith(VALIDATION) and _is_number(value)
-            }
-            if found:
-                return record["step"], found | _r2_optimal(found)
-        return None, {}
-
-
-def run_names(runs: Sequence[Path]) -> list[str]:
-    """A different name for each run: the configured one, or the path where two share theirs."""
-    names = [_configured_name(run) or run.resolve().name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run) for run in runs]
-
-
 def run_colour(index: int) -> str:
     """The colour of the run at this place of a comparison."""
     return _COLOURS[index % len(_COLOURS)]
@@ -133,8 +72,7 @@ def run_colour(index: int) -> str:
 
 def write_plots(runs: Sequence[Path], folder: Path) -> list[Path]:
     """Draw the runs into PNG files of `folder`; a plot without any data is left out."""
-    curves = [Curves.read(run, name) for run, name in zip(runs, run_names(runs), strict=True)]
-    return save_plots(draw_plots(curves), folder)
+    return save_plots(draw_plots(snapshots(runs)), folder)
 
 
 def save_plots(plots: Mapping[str, bytes], folder: Path) -> list[Path]:
@@ -146,7 +84,7 @@ def save_plots(plots: Mapping[str, bytes], folder: Path) -> list[Path]:
     return paths
 
 
-def draw_plots(runs: Sequence[Curves]) -> dict[str, bytes]:
+def draw_plots(runs: Sequence[Snapshot]) -> dict[str, bytes]:
     """PNG images by plot name, in reading order; a plot without any data is left out."""
     import matplotlib as mpl
 
@@ -159,7 +97,7 @@ def draw_plots(runs: Sequence[Curves]) -> dict[str, bytes]:
         }
 
 
-def draw_loss(runs: Sequence[Curves]) -> Figure:
+def draw_loss(runs: Sequence[Snapshot]) -> Figure:
     """Training loss, every step and smoothed."""
     figure, (axes,) = _panels("Training loss: every step and smoothed")
     _draw_smoothed(axes, runs, "train/loss")
@@ -167,7 +105,7 @@ def draw_loss(runs: Sequence[Curves]) -> Figure:
     return figure
 
 
-def draw_mse(runs: Sequence[Curves]) -> Figure:
+def draw_mse(runs: Sequence[Snapshot]) -> Figure:
     """Validation MSE between that of the best constant and that of the optimal predictor."""
     figure, (axes,) = _panels("Validation error: below the best constant, towards the optimum")
     _draw_evaluations(axes, runs, "mse")
@@ -177,7 +115,7 @@ def draw_mse(runs: Sequence[Curves]) -> Figure:
     return figure
 
 
-def draw_std(runs: Sequence[Curves]) -> Figure:
+def draw_std(runs: Sequence[Snapshot]) -> Figure:
     """Spread of the predictions beside the spread of labels and optimal values."""
     figure, (axes,) = _panels("Spread of the predictions: near 0 the critic is a constant")
     _draw_evaluations(axes, runs, "std_prediction")
@@ -188,7 +126,7 @@ def draw_std(runs: Sequence[Curves]) -> Figure:
     return figure
 
 
-def draw_r2(runs: Sequence[Curves]) -> Figure:
+def draw_r2(runs: Sequence[Snapshot]) -> Figure:
     """Explained variance of the validation labels."""
     figure, (axes,) = _panels("Explained variance on validation: 0 is a constant, 1 is perfect")
     _draw_evaluations(axes, runs, "r2")
@@ -199,7 +137,7 @@ def draw_r2(runs: Sequence[Curves]) -> Figure:
     return figure
 
 
-def draw_achievable_share(runs: Sequence[Curves]) -> Figure:
+def draw_achievable_share(runs: Sequence[Snapshot]) -> Figure:
     """Explained variance as a share of what the optimal predictor explains."""
     figure, (axes,) = _panels("Explained share of the achievable variance")
     _draw_evaluations(axes, runs, "achievable_share")
@@ -211,7 +149,7 @@ def draw_achievable_share(runs: Sequence[Curves]) -> Figure:
     return figure
 
 
-def draw_reliability(runs: Sequence[Curves]) -> Figure:
+def draw_reliability(runs: Sequence[Snapshot]) -> Figure:
     """Observed reward by predicted value, above the share of tokens in each bin."""
     figure, (curve, counts) = _panels("Calibration: observed reward by predicted value", (3, 1))
     for run, style in _styled(runs, "critic"):
@@ -228,7 +166,7 @@ def draw_reliability(runs: Sequence[Curves]) -> Figure:
     return figure
 
 
-def draw_value_by_position(runs: Sequence[Curves]) -> Figure:
+def draw_value_by_position(runs: Sequence[Snapshot]) -> Figure:
     """Mean prediction and mean label along the response."""
     figure, (axes,) = _panels("Mean value along the response: predictions and labels")
     for run, style in _styled(runs, "predictions"):
@@ -241,7 +179,7 @@ def draw_value_by_position(runs: Sequence[Curves]) -> Figure:
     return figure
 
 
-def draw_optimizer(runs: Sequence[Curves]) -> Figure:
+def draw_optimizer(runs: Sequence[Snapshot]) -> Figure:
     """Learning rate above the gradient norm."""
     figure, (rate, norm) = _panels("Learning rate and gradient norm before clipping", (1, 1))
     for run, style in _styled(runs):
@@ -254,7 +192,7 @@ def draw_optimizer(runs: Sequence[Curves]) -> Figure:
     return figure
 
 
-def draw_speed(runs: Sequence[Curves]) -> Figure:
+def draw_speed(runs: Sequence[Snapshot]) -> Figure:
     """Tokens per second above memory."""
     figure, (speed, memory) = _panels("Throughput and peak memory", (1, 1))
     for run, style in _styled(runs):
@@ -268,14 +206,14 @@ def draw_speed(runs: Sequence[Curves]) -> Figure:
     return figure
 
 
-def draw_memory(runs: Sequence[Curves]) -> Figure:
+def draw_memory(runs: Sequence[Snapshot]) -> Figure:
     """Memory of the fullest rank over time, above its peaks; both by phase for a single run."""
     title = "Peak memory of a rank over time"
-    if len(runs) == 1 and (fullest := runs[0].fullest_rank()) is not None:
+    if len(runs) == 1 and (fullest := _fullest_rank(runs[0])) is not None:
         return _draw_phases(runs[0], *fullest)
     figure, (axes,) = _panels(title)
     for run, style in _styled(runs):
-        if (fullest := run.fullest_rank()) is not None:
+        if (fullest := _fullest_rank(run)) is not None:
             series = fullest[1]["series"]
             sizes = _sizes(series[_main_figure(fullest[1])])
             _plot(axes, series["seconds"], sizes, style | {"drawstyle": "steps-post"})
@@ -284,7 +222,7 @@ def draw_memory(runs: Sequence[Curves]) -> Figure:
     return figure
 
 
-_PLOTS: dict[str, Callable[[Sequence[Curves]], Figure]] = {
+_PLOTS: dict[str, Callable[[Sequence[Snapshot]], Figure]] = {
     "loss": draw_loss,
     "value_mse": draw_mse,
     "value_std": draw_std,
@@ -296,25 +234,6 @@ _PLOTS: dict[str, Callable[[Sequence[Curves]], Figure]] = {
     "speed": draw_speed,
     "memory": draw_memory,
 }
-
-
-def _configured_name(run: Path) -> str | None:
-    directory = RunDirectory(run)
-    if not directory.file("config.yaml").exists():
-        return None
-    name: str | None = directory.config().get("run", {}).get("name")
-    return name
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _r2_optimal(metrics: dict[str, float]) -> dict[str, float]:
-    constant = metrics.get("mse_constant", 0.0)
-    if not constant or "mse_optimal" not in metrics:
-        return {}
-    return {"r2_optimal": 1 - metrics["mse_optimal"] / constant}
 
 
 def _panels(title: str, heights: Sequence[int] = (1,)) -> tuple[Figure, list[Axes]]:
@@ -352,8 +271,8 @@ def _draw_legend(figure: Figure) -> None:
 
 
 def _styled(
-    runs: Sequence[Curves], alone: str = "_unnamed"
-) -> Iterator[tuple[Curves, dict[str, Any]]]:
+    runs: Sequence[Snapshot], alone: str = "_unnamed"
+) -> Iterator[tuple[Snapshot, dict[str, Any]]]:
     """Each run with its line style; a single one is labelled `alone` instead of by its name."""
     for i, run in enumerate(runs):
         # Matplotlib hides labels that begin with an underscore.
@@ -381,7 +300,7 @@ def _start_at_zero(*panels: Axes) -> None:
             axes.set_ylim(0, 1.08 * axes.dataLim.ymax or 1)
 
 
-def _draw_smoothed(axes: Axes, runs: Sequence[Curves], key: str) -> None:
+def _draw_smoothed(axes: Axes, runs: Sequence[Snapshot], key: str) -> None:
     raw: dict[str, Any] = {"alpha": 0.25, "linewidth": 0.8}
     if len(runs) == 1:
         raw["label"] = "every step"
@@ -399,7 +318,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [(sums[end] - sums[start]) / (end - start) for start, end in windows]
 
 
-def _draw_evaluations(axes: Axes, runs: Sequence[Curves], metric: str) -> None:
+def _draw_evaluations(axes: Axes, runs: Sequence[Snapshot], metric: str) -> None:
     """A validation metric; for a single run also its training windows, where it has them."""
     for run, style in _styled(runs, "validation"):
         _plot(axes, *run.series(VALIDATION + metric), style)
@@ -409,7 +328,7 @@ def _draw_evaluations(axes: Axes, runs: Sequence[Curves], metric: str) -> None:
 
 
 def _draw_levels(
-    axes: Axes, runs: Sequence[Curves], metric: str, label: str, linestyle: str
+    axes: Axes, runs: Sequence[Snapshot], metric: str, label: str, linestyle: str
 ) -> None:
     """Horizontal lines at a metric of the last evaluations, one where all runs agree."""
     finals = [run.validation()[1] for run in runs]
@@ -422,7 +341,7 @@ def _draw_level(axes: Axes, level: float, label: str, linestyle: str) -> None:
     axes.autoscale_view(scalex=False)  # a margin even where the line lies just within the view
 
 
-def _pairs(run: Curves, x: str, y: str) -> tuple[list[float], list[float]]:
+def _pairs(run: Snapshot, x: str, y: str) -> tuple[list[float], list[float]]:
     """Two lists of reliability.json, without the places where either is empty."""
     both = zip(run.reliability.get(x, []), run.reliability.get(y, []), strict=True)
     points = [(a, b) for a, b in both if a is not None and b is not None]
@@ -433,10 +352,16 @@ def _shares(counts: Sequence[float]) -> list[float]:
     return [count / sum(counts) for count in counts]
 
 
-def _draw_positions(axes: Axes, run: Curves, key: str, style: dict[str, Any]) -> None:
+def _draw_positions(axes: Axes, run: Snapshot, key: str, style: dict[str, Any]) -> None:
     values = run.reliability.get(key, [])
     points = [((k + 0.5) / len(values), v) for k, v in enumerate(values) if v is not None]
     _plot(axes, [x for x, _ in points], [y for _, y in points], style)
+
+
+def _fullest_rank(run: Snapshot) -> tuple[int, dict[str, Any]] | None:
+    """The rank whose memory rose highest, and what was recorded of it."""
+    ranks = [r for r in enumerate(run.memory.get("ranks", [])) if r[1]["series"]["seconds"]]
+    return max(ranks, key=lambda r: r[1]["peak"].get(_main_figure(r[1]), 0), default=None)
 
 
 def _main_figure(rank: Mapping[str, Any]) -> str:
@@ -449,7 +374,7 @@ def _sizes(values: Sequence[float | None]) -> list[float]:
     return [math.nan if value is None else value / _GB for value in values]
 
 
-def _draw_phases(run: Curves, number: int, rank: Mapping[str, Any]) -> Figure:
+def _draw_phases(run: Snapshot, number: int, rank: Mapping[str, Any]) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
