@@ -87,7 +87,7 @@ class RunDirectory(StoredRun):
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if self.file("config.yaml").exists():
+            if self.has_config:
                 self._refuse_other(config)
             elif self.file("metrics.jsonl").exists() or self.file("plots").exists():
                 raise InputError(f"run.dir: {self.path} holds files that no run here has written")

@@ -296,7 +296,7 @@ class _Syncer:
     def _send_params(self, run: Run) -> int:
         from mlflow.entities import Param
 
-        wanted = flatten(self._config) | self._parameters()
+        wanted = flatten(self._stored.stored_config()) | self._parameters()
         # A parameter cannot change in MLflow, while e.g. data.cache_dir may between two attempts.
         params = [
             Param(_metric_name(key), str(value)[:_PARAM_LENGTH])

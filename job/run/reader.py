@@ -43,8 +43,20 @@ class StoredRun:
     def file(self, name: str) -> Path:
         return self.path / name
 
+    @property
+    def has_config(self) -> bool:
+        return self.file("config.yaml").exists()
+
     def config(self) -> dict[str, Any]:
-        """The stored configuration; keys that it lacks mean what was done before they existed.
+        """The configuration; keys that the stored one lacks mean what was done without them.
+
+        Raises:
+            InputError: there is none.
+        """
+        return completed(self.stored_config(), CriticConfig)
+
+    def stored_config(self) -> dict[str, Any]:
+        """The configuration as config.yaml has it, for people to look at.
 
         Raises:
             InputError: there is none.
@@ -55,11 +67,7 @@ class StoredRun:
             stored = None
         if not isinstance(stored, dict):
             raise InputError(f"{self.path}: not a run directory: no readable config.yaml")
-        return completed(stored, CriticConfig)
-
-    def config_if_there(self) -> dict[str, Any]:
-        """The stored configuration; empty before there is one."""
-        return self.config() if self.file("config.yaml").exists() else {}
+        return stored
 
     def status(self) -> dict[str, Any]:
         """The stored status; empty before the first one.
@@ -164,7 +172,7 @@ class Snapshot:
             return cls(
                 stored,
                 name,
-                stored.config_if_there(),
+                stored.stored_config() if stored.has_config else {},
                 stored.status(),
                 stored.parameters(),
                 stored.reliability(),
@@ -228,7 +236,9 @@ def last_lines(file: Path, count: int = 20) -> list[str]:
 
 
 def _configured_name(run: Path) -> str | None:
-    name: str | None = StoredRun(run).config_if_there().get("run", {}).get("name")
+    stored = StoredRun(run)
+    config = stored.stored_config() if stored.has_config else {}
+    name: str | None = config.get("run", {}).get("name")
     return name
 
 
