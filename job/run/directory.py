@@ -29,9 +29,9 @@ from typing import Any
 
 import yaml
 
-from job.common.errors import InputError, Stopped, listing
+from job.common.errors import InputError, Stopped
 from job.common.files import write_atomic
-from job.common.nested import differences
+from job.common.nested import refuse_differences
 from job.run.fence import Fence
 from job.run.reader import StoredRun
 
@@ -101,14 +101,11 @@ class RunDirectory(StoredRun):
         return status.get("state") == "finished" and status.get("step", 0) >= max_steps
 
     def _refuse_other(self, config: dict[str, Any]) -> None:
-        changed = [
-            line for line in differences(self.config(), config) if not line.startswith(MAY_CHANGE)
-        ]
-        if changed:
-            raise InputError(
-                f"{self.path}: this run directory holds a different configuration "
-                "(stored -> asked for); choose another run.dir or run.name" + listing(changed)
-            )
+        problem = (
+            f"{self.path}: this run directory holds a different configuration "
+            "(stored -> asked for); choose another run.dir or run.name"
+        )
+        refuse_differences(self.config(), config, problem, MAY_CHANGE)
 
     def set_status(self, **changes: Any) -> None:
         """Change some entries of status.json, leaving the rest."""

@@ -37,7 +37,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.common.errors import InputError
+from job.common.errors import InputError, first_line
 from job.common.files import write_atomic
 from job.common.nested import flatten
 from job.run.reader import Line, Record, StoredRun
@@ -511,7 +511,7 @@ class _SystemMetrics:
             monitor: Any = SystemMetricsMonitor
             return monitor(result.run_id, resume_logging=True, tracking_uri=result.tracking_uri)
         except Exception as error:
-            _log.warning("no system metrics: %s", _first_line(error))
+            _log.warning("no system metrics: %s", first_line(error))
             return None
 
 
@@ -542,7 +542,7 @@ class _Follower:
             self._sync(last)
         except Exception as error:
             if not self._down:
-                _log.warning("the run goes on, MLflow gets it later: %s", _first_line(error))
+                _log.warning("the run goes on, MLflow gets it later: %s", first_line(error))
             self._down = True
             return False
         if self._down:
@@ -560,10 +560,6 @@ class _Follower:
             self._artifacts_due = time.monotonic() + ARTIFACT_SECONDS
         if result.state not in _AT_REST and not last:
             self._system.publish(result)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def follow(run_dir: Path, deadline: float = DEADLINE_SECONDS) -> int:
