@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from job.common.errors import InputError
+from job.common.places import free_bytes, read_problem
 from job.common.schema import CriticConfig
 from job.memory.fit import Fit, fit
 from job.memory.footprint import Setting
@@ -58,7 +57,7 @@ def _inputs(plan: Plan, run: Run) -> Iterator[Check]:
     named = inputs(run.config)
     if plan.submission.image is not None:
         named.append(("image", Path(plan.submission.image)))
-    missing = [f"{key}: cannot read {path}" for key, path in named if not os.access(path, os.R_OK)]
+    missing = [f"{key}: {text}" for key, path in named if (text := read_problem(path))]
     for text in missing:
         yield Check("files", "error", text)
     if not missing:
@@ -102,7 +101,7 @@ def _caches(run: Run) -> Check:
     data = [path for key, path in inputs(run.config) if key.startswith("data.")]
     needed = 2 * sum(path.stat().st_size for path in data if path.exists())
     folder = Path(run.config.data.cache_dir).absolute()
-    free = shutil.disk_usage(_existing(folder)).free
+    free = free_bytes(folder)
     text = f"{free / 1e9:,.0f} GB free at {folder}, at most {needed / 1e9:.1f} GB needed"
     return Check("disk for caches", "ok" if free > needed else "error", text)
 
@@ -185,15 +184,11 @@ def _disk(run: Run, counts: ParameterCounts) -> Check:
     checkpoint = run.config.checkpoint
     kept = checkpoint.keep_last + 1 + (checkpoint.keep_best is not None)
     needed = kept * checkpoint_bytes(counts)
-    free = shutil.disk_usage(_existing(run.folder)).free
+    free = free_bytes(run.folder)
     one = checkpoint_bytes(counts) / 1e9
     text = f"{free / 1e9:,.0f} GB free at {run.folder.parent}; {kept} checkpoints of {one:.1f} GB"
     state: Literal["ok", "error"] = "ok" if free > needed else "error"
     return Check(f"disk N={run.config.training.num_unfrozen_layers}", state, text)
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def _interruptions(
