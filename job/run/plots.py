@@ -14,14 +14,24 @@ memory             memory over time and its peaks, by phase
 
 from __future__ import annotations
 
-import io
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from job.run.figure import (
+    GREY,
+    draw_level,
+    draw_line,
+    look,
+    panels,
+    png,
+    run_colour,
+    start_at_zero,
+    styled,
+)
 from job.run.reader import VALIDATION, Snapshot, snapshots
 
 if TYPE_CHECKING:
@@ -30,12 +40,6 @@ if TYPE_CHECKING:
 
 _TRAINING = "value/"
 _GB = 1e9
-_DPI = 144
-# Okabe and Ito's colours, told apart with any colour vision; without yellow, too pale on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = "osD^vP"
-_DASHES = ("-", "--", ":")
-_GREY = "#6b6b6b"
 _MOST_COLUMNS = 150  # of memory over time: more would blur
 _PHASE_COLOURS = {
     "load": "#56B4E9",
@@ -48,26 +52,6 @@ _PHASE_COLOURS = {
     "evaluate": "#882255",
     "other": "#9a9a9a",
 }
-_STYLE: dict[Any, Any] = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "figure.constrained_layout.h_pad": 0.08,
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4,
-    "text.parse_math": False,  # a run may have dollar signs in its name
-}
-
-
-def run_colour(index: int) -> str:
-    """The colour of the run at this place of a comparison."""
-    return _COLOURS[index % len(_COLOURS)]
 
 
 def write_plots(runs: Sequence[Path], folder: Path) -> list[Path]:
@@ -86,12 +70,10 @@ def save_plots(plots: Mapping[str, bytes], folder: Path) -> list[Path]:
 
 def draw_plots(runs: Sequence[Snapshot]) -> dict[str, bytes]:
     """PNG images by plot name, in reading order; a plot without any data is left out."""
-    import matplotlib as mpl
-
-    with mpl.rc_context(_STYLE):
+    with look():
         figures = {name: draw(runs) for name, draw in _PLOTS.items()}
         return {
-            name: _png(figure)
+            name: png(figure)
             for name, figure in figures.items()
             if any(axes.has_data() for axes in figure.axes)
         }
@@ -99,7 +81,7 @@ def draw_plots(runs: Sequence[Snapshot]) -> dict[str, bytes]:
 
 def draw_loss(runs: Sequence[Snapshot]) -> Figure:
     """Training loss, every step and smoothed."""
-    figure, (axes,) = _panels("Training loss: every step and smoothed")
+    figure, (axes,) = panels("Training loss: every step and smoothed")
     _draw_smoothed(axes, runs, "train/loss")
     axes.set(xlabel="optimizer step", ylabel="loss")
     return figure
@@ -107,7 +89,7 @@ def draw_loss(runs: Sequence[Snapshot]) -> Figure:
 
 def draw_mse(runs: Sequence[Snapshot]) -> Figure:
     """Validation MSE between that of the best constant and that of the optimal predictor."""
-    figure, (axes,) = _panels("Validation error: below the best constant, towards the optimum")
+    figure, (axes,) = panels("Validation error: below the best constant, towards the optimum")
     _draw_evaluations(axes, runs, "mse")
     _draw_levels(axes, runs, "mse_constant", "best constant", "--")
     _draw_levels(axes, runs, "mse_optimal", "optimal predictor", ":")
@@ -117,21 +99,21 @@ def draw_mse(runs: Sequence[Snapshot]) -> Figure:
 
 def draw_std(runs: Sequence[Snapshot]) -> Figure:
     """Spread of the predictions beside the spread of labels and optimal values."""
-    figure, (axes,) = _panels("Spread of the predictions: near 0 the critic is a constant")
+    figure, (axes,) = panels("Spread of the predictions: near 0 the critic is a constant")
     _draw_evaluations(axes, runs, "std_prediction")
     _draw_levels(axes, runs, "std_target", "labels", "--")
     _draw_levels(axes, runs, "std_optimal", "optimal predictor", ":")
     axes.set(xlabel="optimizer step", ylabel="standard deviation (reward)")
-    _start_at_zero(axes)
+    start_at_zero(axes)
     return figure
 
 
 def draw_r2(runs: Sequence[Snapshot]) -> Figure:
     """Explained variance of the validation labels."""
-    figure, (axes,) = _panels("Explained variance on validation: 0 is a constant, 1 is perfect")
+    figure, (axes,) = panels("Explained variance on validation: 0 is a constant, 1 is perfect")
     _draw_evaluations(axes, runs, "r2")
     if axes.has_data():
-        _draw_level(axes, 0.0, "best constant", "--")
+        draw_level(axes, 0.0, "best constant", "--")
     _draw_levels(axes, runs, "r2_optimal", "optimal predictor", ":")
     axes.set(xlabel="optimizer step", ylabel="R²")
     return figure
@@ -139,11 +121,11 @@ def draw_r2(runs: Sequence[Snapshot]) -> Figure:
 
 def draw_achievable_share(runs: Sequence[Snapshot]) -> Figure:
     """Explained variance as a share of what the optimal predictor explains."""
-    figure, (axes,) = _panels("Explained share of the achievable variance")
+    figure, (axes,) = panels("Explained share of the achievable variance")
     _draw_evaluations(axes, runs, "achievable_share")
     if axes.has_data():
-        _draw_level(axes, 0.0, "best constant", "--")
-        _draw_level(axes, 1.0, "optimal predictor", ":")
+        draw_level(axes, 0.0, "best constant", "--")
+        draw_level(axes, 1.0, "optimal predictor", ":")
     axes.set(xlabel="optimizer step", ylabel="share of the achievable variance")
     axes.yaxis.set_major_formatter("{x:.0%}")
     return figure
@@ -151,15 +133,15 @@ def draw_achievable_share(runs: Sequence[Snapshot]) -> Figure:
 
 def draw_reliability(runs: Sequence[Snapshot]) -> Figure:
     """Observed reward by predicted value, above the share of tokens in each bin."""
-    figure, (curve, counts) = _panels("Calibration: observed reward by predicted value", (3, 1))
-    for run, style in _styled(runs, "critic"):
-        _plot(curve, *_pairs(run, "bin_mean_prediction", "bin_mean_label"), style)
+    figure, (curve, counts) = panels("Calibration: observed reward by predicted value", (3, 1))
+    for run, style in styled(runs, "critic"):
+        draw_line(curve, *_pairs(run, "bin_mean_prediction", "bin_mean_label"), style)
         bins = run.reliability.get("bin_count", [])
         if any(bins):
             edges = [k / len(bins) for k in range(len(bins) + 1)]
             counts.stairs(_shares(bins), edges, color=style["color"], fill=len(runs) == 1)
     if curve.has_data():
-        curve.plot([0, 1], [0, 1], color=_GREY, linestyle="--", label="perfectly calibrated")
+        curve.plot([0, 1], [0, 1], color=GREY, linestyle="--", label="perfectly calibrated")
     curve.set(ylabel="mean observed reward", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     counts.set(xlabel="predicted value (reward)", ylabel="tokens")
     counts.yaxis.set_major_formatter("{x:.0%}")
@@ -168,10 +150,10 @@ def draw_reliability(runs: Sequence[Snapshot]) -> Figure:
 
 def draw_value_by_position(runs: Sequence[Snapshot]) -> Figure:
     """Mean prediction and mean label along the response."""
-    figure, (axes,) = _panels("Mean value along the response: predictions and labels")
-    for run, style in _styled(runs, "predictions"):
+    figure, (axes,) = panels("Mean value along the response: predictions and labels")
+    for run, style in styled(runs, "predictions"):
         _draw_positions(axes, run, "position_mean_prediction", style)
-    labels = {"color": _GREY, "linestyle": "--", "marker": ".", "label": "labels"}
+    labels = {"color": GREY, "linestyle": "--", "marker": ".", "label": "labels"}
     for run in runs:
         _draw_positions(axes, run, "position_mean_label", labels)
     axes.set(xlabel="position in the response", ylabel="mean value (reward)", xlim=(0, 1))
@@ -181,28 +163,28 @@ def draw_value_by_position(runs: Sequence[Snapshot]) -> Figure:
 
 def draw_optimizer(runs: Sequence[Snapshot]) -> Figure:
     """Learning rate above the gradient norm."""
-    figure, (rate, norm) = _panels("Learning rate and gradient norm before clipping", (1, 1))
-    for run, style in _styled(runs):
-        _plot(rate, *run.series("train/learning_rate"), style)
+    figure, (rate, norm) = panels("Learning rate and gradient norm before clipping", (1, 1))
+    for run, style in styled(runs):
+        draw_line(rate, *run.series("train/learning_rate"), style)
     _draw_smoothed(norm, runs, "train/grad_norm")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     rate.set(ylabel="learning rate")
     norm.set(xlabel="optimizer step", ylabel="gradient norm")
-    _start_at_zero(rate, norm)
+    start_at_zero(rate, norm)
     return figure
 
 
 def draw_speed(runs: Sequence[Snapshot]) -> Figure:
     """Tokens per second above memory."""
-    figure, (speed, memory) = _panels("Throughput and peak memory", (1, 1))
-    for run, style in _styled(runs):
-        _plot(speed, *run.series("tokens_per_second"), style)
+    figure, (speed, memory) = panels("Throughput and peak memory", (1, 1))
+    for run, style in styled(runs):
+        draw_line(speed, *run.series("tokens_per_second"), style)
         steps, sizes = run.series("memory_bytes")
-        _plot(memory, steps, [size / _GB for size in sizes], style)
+        draw_line(memory, steps, [size / _GB for size in sizes], style)
     speed.yaxis.set_major_formatter("{x:,.0f}")
     speed.set(ylabel="tokens/s")
     memory.set(xlabel="optimizer step", ylabel="peak memory (GB)")
-    _start_at_zero(speed, memory)
+    start_at_zero(speed, memory)
     return figure
 
 
@@ -211,14 +193,14 @@ def draw_memory(runs: Sequence[Snapshot]) -> Figure:
     title = "Peak memory of a rank over time"
     if len(runs) == 1 and (fullest := _fullest_rank(runs[0])) is not None:
         return _draw_phases(runs[0], *fullest)
-    figure, (axes,) = _panels(title)
-    for run, style in _styled(runs):
+    figure, (axes,) = panels(title)
+    for run, style in styled(runs):
         if (fullest := _fullest_rank(run)) is not None:
             series = fullest[1]["series"]
             sizes = _sizes(series[_main_figure(fullest[1])])
-            _plot(axes, series["seconds"], sizes, style | {"drawstyle": "steps-post"})
+            draw_line(axes, series["seconds"], sizes, style | {"drawstyle": "steps-post"})
     axes.set(xlabel="seconds", ylabel="memory (GB)")
-    _start_at_zero(axes)
+    start_at_zero(axes)
     return figure
 
 
@@ -236,78 +218,14 @@ _PLOTS: dict[str, Callable[[Sequence[Snapshot]], Figure]] = {
 }
 
 
-def _panels(title: str, heights: Sequence[int] = (1,)) -> tuple[Figure, list[Axes]]:
-    """A figure with one panel per height, stacked, sharing the x axis."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    grid = figure.subplots(
-        len(heights), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
-    )
-    panels: list[Axes] = list(grid[:, 0])
-    panels[0].set_title(title)
-    return figure, panels
-
-
-def _png(figure: Figure) -> bytes:
-    _draw_legend(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _draw_legend(figure: Figure) -> None:
-    """One legend for all panels, below them, in as many columns as its texts leave room for."""
-    lines = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
-    shown = {name: line for name, line in lines.items() if not name.startswith("_")}
-    if shown:
-        columns = 96 // (6 + max(map(len, shown)))
-        figure.legend(
-            list(shown.values()),
-            list(shown),
-            loc="outside lower center",
-            ncols=min(max(columns, 1), 4),
-        )
-
-
-def _styled(
-    runs: Sequence[Snapshot], alone: str = "_unnamed"
-) -> Iterator[tuple[Snapshot, dict[str, Any]]]:
-    """Each run with its line style; a single one is labelled `alone` instead of by its name."""
-    for i, run in enumerate(runs):
-        # Matplotlib hides labels that begin with an underscore.
-        name = f" {run.name}" if run.name.startswith("_") else run.name
-        yield (
-            run,
-            {
-                "color": run_colour(i),
-                "linestyle": _DASHES[i // len(_COLOURS) % len(_DASHES)],
-                "marker": _MARKERS[i % len(_MARKERS)],
-                "label": name if len(runs) > 1 else alone,
-            },
-        )
-
-
-def _plot(axes: Axes, x: Sequence[float], y: Sequence[float], style: Mapping[str, Any]) -> None:
-    """Draw a line with a marker here and there; without points draw nothing."""
-    if x:
-        axes.plot(x, y, markevery=max(1, len(x) // 20), **style)
-
-
-def _start_at_zero(*panels: Axes) -> None:
-    for axes in panels:
-        if axes.has_data():
-            axes.set_ylim(0, 1.08 * axes.dataLim.ymax or 1)
-
-
 def _draw_smoothed(axes: Axes, runs: Sequence[Snapshot], key: str) -> None:
     raw: dict[str, Any] = {"alpha": 0.25, "linewidth": 0.8}
     if len(runs) == 1:
         raw["label"] = "every step"
-    for run, style in _styled(runs, "smoothed"):
+    for run, style in styled(runs, "smoothed"):
         steps, values = run.series(key)
-        _plot(axes, steps, values, {"color": style["color"], **raw})
-        _plot(axes, steps, _smooth(values), style)
+        draw_line(axes, steps, values, {"color": style["color"], **raw})
+        draw_line(axes, steps, _smooth(values), style)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
@@ -320,11 +238,11 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 def _draw_evaluations(axes: Axes, runs: Sequence[Snapshot], metric: str) -> None:
     """A validation metric; for a single run also its training windows, where it has them."""
-    for run, style in _styled(runs, "validation"):
-        _plot(axes, *run.series(VALIDATION + metric), style)
+    for run, style in styled(runs, "validation"):
+        draw_line(axes, *run.series(VALIDATION + metric), style)
         if len(runs) == 1:
-            light = {"color": _COLOURS[5], "linewidth": 0.8, "label": "training windows"}
-            _plot(axes, *run.series(_TRAINING + metric), light)
+            light = {"color": run_colour(5), "linewidth": 0.8, "label": "training windows"}
+            draw_line(axes, *run.series(_TRAINING + metric), light)
 
 
 def _draw_levels(
@@ -333,12 +251,7 @@ def _draw_levels(
     """Horizontal lines at a metric of the last evaluations, one where all runs agree."""
     finals = [run.validation()[1] for run in runs]
     for level in sorted({round(final[metric], 6) for final in finals if metric in final}):
-        _draw_level(axes, level, label, linestyle)
-
-
-def _draw_level(axes: Axes, level: float, label: str, linestyle: str) -> None:
-    axes.axhline(level, color=_GREY, linestyle=linestyle, linewidth=1.2, label=label)
-    axes.autoscale_view(scalex=False)  # a margin even where the line lies just within the view
+        draw_level(axes, level, label, linestyle)
 
 
 def _pairs(run: Snapshot, x: str, y: str) -> tuple[list[float], list[float]]:
@@ -355,7 +268,7 @@ def _shares(counts: Sequence[float]) -> list[float]:
 def _draw_positions(axes: Axes, run: Snapshot, key: str, style: dict[str, Any]) -> None:
     values = run.reliability.get(key, [])
     points = [((k + 0.5) / len(values), v) for k, v in enumerate(values) if v is not None]
-    _plot(axes, [x for x, _ in points], [y for _, y in points], style)
+    draw_line(axes, [x for x, _ in points], [y for _, y in points], style)
 
 
 def _fullest_rank(run: Snapshot) -> tuple[int, dict[str, Any]] | None:
@@ -387,7 +300,7 @@ def _draw_phases(run: Snapshot, number: int, rank: Mapping[str, Any]) -> Figure:
     predicted = (run.memory.get("predicted") or {}).get("peak_bytes")
     if predicted is not None:
         predicted += rank.get("before", {}).get("process", 0)  # a process has more than tensors
-        _draw_level(course, predicted / _GB, "predicted peak", "--")
+        draw_level(course, predicted / _GB, "predicted peak", "--")
     course.set_ylim(0, 1.08 * course.dataLim.ymax)
     _draw_peaks(peaks, rank, phases)
     return figure
@@ -395,10 +308,9 @@ def _draw_phases(run: Snapshot, number: int, rank: Mapping[str, Any]) -> Figure:
 
 def draw_stacks(title: str, bars: Mapping[str, Mapping[str, float]]) -> bytes:
     """A PNG of bars in GB, each stacked from the same named parts (bytes)."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE):
+    with look():
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.subplots()
         below = [0.0] * len(bars)
@@ -408,7 +320,7 @@ def draw_stacks(title: str, bars: Mapping[str, Mapping[str, float]]) -> bytes:
             below = [low + size for low, size in zip(below, sizes, strict=True)]
         axes.set(title=title, ylabel="GB")
         axes.legend()
-        return _png(figure)
+        return png(figure)
 
 
 def _draw_course(axes: Axes, rank: Mapping[str, Any]) -> None:

@@ -17,7 +17,8 @@ from job.common.errors import InputError
 from job.common.files import write_atomic
 from job.common.nested import flatten
 from job.run.alarm import is_constant
-from job.run.plots import draw_plots, run_colour, save_plots
+from job.run.figure import run_colour
+from job.run.plots import draw_plots, save_plots
 from job.run.reader import Snapshot, snapshots
 
 _PAGE = "report.html"
