@@ -11,8 +11,9 @@ from __future__ import annotations
 from common import command_line, say, write_record
 
 from job.common.errors import run_command
-from job.compare import compare, summarise
-from job.run.directory import RunDirectory
+from job.compare import compare
+from job.run.comparison import summarise
+from job.run.reader import StoredRun
 
 CONFIG = "configs/critic/critic_gsm8k.yaml"
 UNFREEZE = (0, 2, 5)  # the trunk of configs/pretrain/gsm8k.yaml has five blocks
@@ -23,7 +24,7 @@ def main() -> None:
     seed = options.seed
     directory = f"run.dir=runs/gsm8k/seed{seed}/${{run.name}}"
     runs = compare(CONFIG, [f"training.seed={seed}", directory], UNFREEZE)
-    rows = [summarise(RunDirectory(run)) for run in runs]
+    rows = [summarise(StoredRun(run)) for run in runs]
     if options.out is None:
         say("not written; --out FILE.json keeps the record")
     else:

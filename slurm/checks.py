@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from typing import Literal
 
 from job.common.data_file import check_readable
 from job.common.errors import InputError
+from job.common.places import free_bytes, read_problem
 from job.common.schema import CriticConfig
 from job.memory.fit import Fit, fit
 from job.memory.footprint import Setting
@@ -21,10 +20,10 @@ from job.memory.settings import setting_of
 from job.model.architecture import TransformerConfig
 from job.model.architecture_file import check_window, read_architecture
 from job.model.parameters import ParameterCounts, checkpoint_bytes, count_parameters
+from job.run.reader import StoredRun
 from slurm import scheduler
 from slurm.plan import Plan, Run, inputs
 from slurm.scheduler import ControllerAway, Partition, Refused
-from slurm.status import newest_values
 from slurm.submission import PROJECT, script
 
 # Folders that each machine has for itself, almost everywhere.
@@ -83,7 +82,8 @@ def _inputs(plan: Plan, run: Run) -> Iterator[Check]:
 def _unreadable(key: str, path: Path) -> str | None:
     """What keeps a file or folder from being what a configuration's key names."""
     if key not in ("data.train", "data.validation"):
-        return None if os.access(path, os.R_OK) else f"{key}: cannot read {path}"
+        problem = read_problem(path)
+        return None if problem is None else f"{key}: {problem}"
     try:
         check_readable(path)
     except InputError as error:
@@ -120,7 +120,7 @@ def _caches(run: Run) -> Check:
     data = [path for key, path in inputs(run.config) if key.startswith("data.")]
     needed = 2 * sum(path.stat().st_size for path in data if path.exists())
     folder = Path(run.config.data.cache_dir).absolute()
-    free = shutil.disk_usage(_existing(folder)).free
+    free = free_bytes(folder)
     text = f"{free / 1e9:,.0f} GB free at {folder}, at most {needed / 1e9:.1f} GB needed"
     return Check("disk for caches", "ok" if free > needed else "error", text)
 
@@ -203,15 +203,11 @@ def _disk(run: Run, counts: ParameterCounts) -> Check:
     checkpoint = run.config.checkpoint
     kept = checkpoint.keep_last + 1 + (checkpoint.keep_best is not None)
     needed = kept * checkpoint_bytes(counts)
-    free = shutil.disk_usage(_existing(run.folder)).free
+    free = free_bytes(run.folder)
     one = checkpoint_bytes(counts) / 1e9
     text = f"{free / 1e9:,.0f} GB free at {run.folder.parent}; {kept} checkpoints of {one:.1f} GB"
     state: Literal["ok", "error"] = "ok" if free > needed else "error"
     return Check(f"disk N={run.config.training.num_unfrozen_layers}", state, text)
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def _interruptions(
@@ -251,7 +247,7 @@ def _step_seconds(plan: Plan, run: Run, counts: ParameterCounts) -> tuple[float,
     (Kaplan et al., 2020, Scaling Laws for Neural Language Models, section 2.1).
     """
     if plan.resumes:
-        measured = newest_values(run.folder / "telemetry.jsonl").get("seconds_per_step")
+        measured = StoredRun(run.folder).newest_values("telemetry.jsonl").get("seconds_per_step")
         if measured is not None:
             return float(measured), "measured"
     tokens = run.config.training.batch_size * run.config.data.max_length

@@ -35,7 +35,7 @@ class Leader:
         self._beaten, self._heard = 0.0, 0
         self._requeued = False  # the job is to run again, and Slurm knows
         self._code = 0  # of a job that runs again
-        self._first_checkpoint = self._record.newest_checkpoint()
+        self._first_checkpoint = self._record.stored.newest_checkpoint()
         self._fruitless = _fruitless_before(self._record, self._first_checkpoint)
 
     def begin(self) -> None:
@@ -144,7 +144,7 @@ class Leader:
         return wait_for(all_there, _OUTCOME_SECONDS) or self._attempt.outcomes()
 
     def _budget(self) -> Budget:
-        progress = self._record.newest_checkpoint() > self._first_checkpoint
+        progress = self._record.stored.newest_checkpoint() > self._first_checkpoint
         fruitless = 0 if progress else self._fruitless + 1
         return Budget(fruitless, self._submission.max_attempts)
 

@@ -21,8 +21,8 @@ from typing import Any
 
 from job.common.errors import InputError
 from job.common.files import write_atomic
+from job.run.reader import StoredRun
 
-_CHECKPOINT = re.compile(r"step-(\d{8})$")
 _ATTEMPT = re.compile(r"(\d+)-(\d+)$")
 
 
@@ -43,6 +43,7 @@ class Record:
 
     def __init__(self, run: Path | str) -> None:
         self.run = Path(run)
+        self.stored = StoredRun(run)  # what the trainer writes
         self.folder = self.run / "slurm"
         self.config = self.folder / "config.yaml"
         self.submission = self.folder / "submission.json"
@@ -105,12 +106,10 @@ class Record:
 
     def trainer_status(self) -> dict[str, Any]:
         """What the trainer says of the run; empty before it has begun."""
-        return _read(self.run / "status.json")
-
-    def newest_checkpoint(self) -> int:
-        """The last committed step; 0 without one."""
-        matches = (_CHECKPOINT.match(p.name) for p in (self.run / "checkpoints").glob("step-*"))
-        return max((int(match[1]) for match in matches if match), default=0)
+        try:
+            return self.stored.status()
+        except InputError:  # damaged, or on a file system that is away for a moment
+            return {}
 
 
 class Attempt:

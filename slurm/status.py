@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from job.common.errors import InputError
+from job.run.reader import last_lines
 from slurm import scheduler
 from slurm.record import Record, newest_attempt
 from slurm.scheduler import ControllerAway, Job
-from slurm.trainer import last_lines
 
 SILENT_SECONDS = 60.0  # without a heartbeat
 FINAL = ("finished", "failed", "stopped", "cancelled")
-_TAIL_BYTES = 100_000
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,8 @@ def standing(run: Path | str) -> Standing:
         state, reason = combine(status, job, away, time.time())
     if state == "lost" and record.cancelled.exists():
         state, reason = "cancelled", "cancelled by submit.py"
-    metrics, telemetry = (
-        newest_values(record.run / f"{n}.jsonl") for n in ("metrics", "telemetry")
-    )
+    stored = record.stored
+    metrics, telemetry = map(stored.newest_values, ("metrics.jsonl", "telemetry.jsonl"))
     memory = telemetry.get("memory_bytes")
     return Standing(
         run=str(record.run),
@@ -87,7 +84,7 @@ def standing(run: Path | str) -> Standing:
         expected_start=job.start if job and job.waits else None,
         step=int(metrics.get("step", trainer.get("step", 0))),
         max_steps=trainer.get("max_steps"),
-        checkpoint=record.newest_checkpoint(),
+        checkpoint=stored.newest_checkpoint(),
         loss=metrics.get("train/loss"),
         r2=metrics.get("value/r2"),
         memory_gb=None if memory is None else memory / 1e9,
@@ -164,21 +161,3 @@ def log_file(record: Record, rank: int = 0) -> Path | None:
 def log_tail(record: Record) -> list[str]:
     file = log_file(record)
     return last_lines(file)[-5:] if file is not None else []
-
-
-def newest_values(file: Path) -> dict[str, Any]:
-    """The newest value of each key in a file of JSON lines, looking at its end."""
-    try:
-        with file.open("rb") as stream:
-            stream.seek(max(0, file.stat().st_size - _TAIL_BYTES))
-            lines = stream.read().splitlines(True)
-    except OSError:
-        return {}
-    merged: dict[str, Any] = {}
-    for line in lines:
-        try:
-            values = json.loads(line)
-        except ValueError:  # cut off at the beginning, or being written
-            continue
-        merged |= values if isinstance(values, dict) else {}
-    return merged

@@ -16,7 +16,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from job.common.errors import InputError
+from job.common.errors import InputError, first_line
 from job.common.files import write_atomic
 from slurm.cluster import time_limit_seconds
 from slurm.record import Record
@@ -172,7 +172,7 @@ def submit(supervisors: Sequence[Callable[[], str]], submission: Submission) -> 
         try:
             return [job.job_id for job in executor.submit_array(supervisors)]
         except FailedSubmissionError as error:  # no id in what sbatch has said
-            raise Refused(str(error).partition("\n")[0]) from None
+            raise Refused(first_line(error)) from None
         except FailedJobError as error:
             text = _last_line(str(error))
             raise (ControllerAway if AWAY.search(text) else Refused)(text) from None

@@ -7,7 +7,6 @@ have ended, and decides by slurm/policy.py whether the job is requeued.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from submitit.helpers import DelayedSubmission
 
 from job.common.errors import Exit
+from job.common.places import SCRATCH_BYTES, free_bytes, read_problem, write_problem
 from slurm.leader import Leader
 from slurm.record import Outcome, Record
 from slurm.submission import Submission
@@ -24,7 +24,6 @@ from slurm.trainer import Trainer, rank_environment, threads
 
 _MEETING_SECONDS = 300.0  # for a task that starts early to wait for task 0
 _OTHERS_SECONDS = 2.0  # between two looks at the other tasks
-_SCRATCH_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -124,20 +123,14 @@ class _Watch:
 def unfitness(submission: Submission, config: str) -> str | None:
     """What this node lacks that other nodes may have."""
     for path in filter(None, [submission.cwd, config, submission.image]):
-        if not os.access(path, os.R_OK):
-            return f"cannot read {path}"
+        if problem := read_problem(path):
+            return problem
     return None if submission.scratch is None else _unfit_scratch(submission.scratch)
 
 
 def _unfit_scratch(name: str) -> str | None:
     scratch = Path(os.path.expandvars(name))
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(scratch).free
-    except OSError as error:
-        return f"scratch {scratch}: {error.strerror}"
-    if not os.access(scratch, os.W_OK):
-        return f"scratch {scratch} is not writable"
-    if free < _SCRATCH_BYTES:
-        return f"scratch {scratch}: {free / 1e9:.1f} GB free"
-    return None
+    if problem := write_problem(scratch):
+        return f"scratch {scratch}: {problem}"
+    free = free_bytes(scratch)
+    return f"scratch {scratch}: {free / 1e9:.1f} GB free" if free < SCRATCH_BYTES else None

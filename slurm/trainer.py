@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from job.common.errors import Exit
+from job.run.reader import last_lines
 from slurm.policy import exit_status
 from slurm.record import Outcome
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM)
-_LAST_LINES, _LAST_BYTES = 20, 20_000
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 _GPU_OUT_OF_MEMORY = re.compile(r"CUDA out of memory|OutOfMemoryError")
@@ -91,17 +91,6 @@ def describe(code: int, lines: Sequence[str], *, killed_for_memory: bool = False
         return f"the GPU's memory ran out: {_SMALLER}. {said}"
     meaning = _MEANINGS.get(code, "a crash")
     return f"{meaning} (exit code {code}): {said}"
-
-
-def last_lines(log: Path) -> list[str]:
-    """The end of what a trainer has written to its terminal."""
-    try:
-        with log.open("rb") as stream:
-            stream.seek(max(0, log.stat().st_size - _LAST_BYTES))
-            text = stream.read().decode("utf-8", errors="replace")
-    except OSError:
-        return []
-    return text.splitlines()[-_LAST_LINES:]
 
 
 def _out_of_memory_kills() -> int:

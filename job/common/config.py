@@ -20,7 +20,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from job.common.errors import InputError, listing, short
+from job.common.errors import InputError, first_line, listing, short
 from job.common.possible_values import impossible_values
 
 Schema = TypeVar("Schema")
@@ -144,7 +144,7 @@ def _read_yaml(path: Path) -> DictConfig:
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {error}") from None
     except (OmegaConfBaseException, RecursionError) as error:
-        raise InputError(f"{path}: {_first_line(error)}") from None
+        raise InputError(f"{path}: {_essence(error)}") from None
     if not isinstance(loaded, DictConfig):
         raise InputError(f"{path}: a configuration is a mapping of keys to values")
     return loaded
@@ -158,7 +158,7 @@ def _parse_override(text: str) -> tuple[str, DictConfig]:
     try:
         return source, OmegaConf.from_dotlist([text])
     except (OmegaConfBaseException, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"{source}: {_first_line(error)}") from None
+        raise InputError(f"{source}: {_essence(error)}") from None
 
 
 def _check_keys(schema: type, layer: DictConfig, source: str) -> None:
@@ -178,7 +178,7 @@ def _merge(schema: type, layers: _Layers) -> DictConfig:
                 OmegaConf.merge(_defaults(schema), *(one for _, one in layers[:end]))
             except OmegaConfBaseException as error:
                 where = f"{error.full_key}: " if error.full_key else ""
-                raise InputError(f"{source}: {where}{_first_line(error)}") from None
+                raise InputError(f"{source}: {where}{_essence(error)}") from None
         raise
 
 
@@ -225,9 +225,9 @@ def _to_object(merged: DictConfig, file: str | Path) -> object:
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
-        raise InputError(f"{file}: {where}{_first_line(error)}") from None
+        raise InputError(f"{file}: {where}{_essence(error)}") from None
 
 
-def _first_line(error: Exception) -> str:
-    """The essence of a library's message; YAML keeps it apart from where it stood."""
-    return short((getattr(error, "problem", None) or str(error)).partition("\n")[0])
+def _essence(error: Exception) -> str:
+    """A library's message; YAML keeps it apart from where it stood."""
+    return short(first_line(getattr(error, "problem", None) or error))

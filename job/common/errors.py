@@ -82,6 +82,13 @@ def short(text: str) -> str:
     return text if len(text) <= _WIDTH else f"{text[:_WIDTH]}..."
 
 
+def first_line(error: object, *, named: bool = False) -> str:
+    """An error in one line, after its class's name where `named` or where it says nothing else."""
+    name = type(error).__name__
+    text = f"{name}: {error}" if named else str(error)
+    return text.partition("\n")[0] or name
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's main; an Ending becomes its message on stderr and its exit code."""
     try:

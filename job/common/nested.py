@@ -8,6 +8,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from job.common.errors import InputError, listing
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain nested dicts, enums by name."""
@@ -48,3 +50,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     a, b = flatten(old), flatten(new)
     keys = [key for key in sorted(a | b) if a.get(key, "absent") != b.get(key, "absent")]
     return [f"{key}: {a.get(key, 'absent')} -> {b.get(key, 'absent')}" for key in keys]
+
+
+def refuse_differences(
+    old: dict[str, Any], new: dict[str, Any], problem: str, may_differ: tuple[str, ...] = ()
+) -> None:
+    """Raise InputError with one line per key that differs and does not begin as one that may."""
+    changed = [line for line in differences(old, new) if not line.startswith(may_differ)]
+    if changed:
+        raise InputError(problem + listing(changed))

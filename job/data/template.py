@@ -21,7 +21,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from job.common.errors import InputError
+from job.common.errors import InputError, first_line
 from job.common.schema import CHAT, is_chat_template
 from job.data.rows import BadRow, Row
 from job.data.tokenizer import Tokenizer, token_setting
@@ -88,7 +88,7 @@ class ChatTemplate(Template):
         except jinja2.TemplateSyntaxError as error:
             raise InputError(f"{source}: line {error.lineno}: {error.message}") from None
         except Exception as error:  # what a broken template raises is anybody's guess
-            raise InputError(f"{source}: {_essence(error)}") from None
+            raise InputError(f"{source}: {first_line(error)}") from None
 
     def render(self, prompt: str, response: str) -> tuple[str, str]:
         user = {"role": "user", "content": prompt}
@@ -121,7 +121,7 @@ class ChatTemplate(Template):
                 if length > _MAX_LENGTH:
                     _refuse(f"more than {_MAX_LENGTH} characters of text")
         except Exception as error:  # what a foreign template raises is anybody's guess
-            self._fail(_essence(error))
+            self._fail(first_line(error))
         return "".join(parts)
 
     def _fail(self, reason: str) -> NoReturn:
@@ -261,7 +261,3 @@ def _bounded_range() -> Callable[..., range]:
         return found
 
     return bounded
-
-
-def _essence(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__

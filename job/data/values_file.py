@@ -29,9 +29,9 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from job.common.errors import Ending, InputError, listing
+from job.common.errors import Ending, InputError
 from job.common.files import write_atomic
-from job.common.nested import differences
+from job.common.nested import refuse_differences
 from job.data.rows import BadRow
 from job.data.token_cache import TokenizedSet
 
@@ -88,11 +88,11 @@ class ValuesFile:
         return max((stop for _, stop in self._written()), default=0)
 
     def _refuse_other(self, place: Path, plan: dict[str, Any]) -> None:
-        if changed := differences(plan, self._plan):
-            raise InputError(
-                f"{place}: values of something else (there -> asked for); choose another --out, "
-                "or remove it" + listing(changed)
-            )
+        problem = (
+            f"{place}: values of something else (there -> asked for); choose another --out, "
+            "or remove it"
+        )
+        refuse_differences(plan, self._plan, problem)
 
     def add(self, start: int, values: Sequence[Values]) -> None:
         """Commit the values of the sequences from `start` on."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import IO
 
-from job.common.errors import Exit, NoProgress, exit_code
+from job.common.errors import Exit, NoProgress, exit_code, first_line
 from job.common.files import try_for
 
 GRACE_SECONDS = 1.0  # a cause and its consequences arrive within this
@@ -38,7 +38,7 @@ class Failure:
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:
-        text = f"{type(error).__name__}: {error}".partition("\n")[0]
+        text = first_line(error, named=True)
         return cls(rank, text, exit_code(error), consequence=_is_of_a_collective(error))
 
     def __str__(self) -> str:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from job.common.errors import Ending, InputError, listing
+from job.common.errors import Ending, InputError, first_line, listing
 from job.distributed.failure import Caller, Lifeline, Listener
 
 ADVICE = (
@@ -88,7 +88,7 @@ def meet(host: str, port: int, rank: int, size: int, patience: timedelta) -> Sto
     try:
         tcp = TCPStore(host, port, size, rank == 0, timeout=patience, wait_for_workers=False)
     except dist.DistNetworkError as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise Ending(
             f"rank {rank} ({_whereabouts(host)}) cannot meet the others at {host}:{port} within "
             f"{patience.total_seconds():.0f} s: {reason}. See MASTER_ADDR and MASTER_PORT. "

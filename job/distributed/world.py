@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 
-from job.common.errors import Ending, UnfitNode, listing
+from job.common.errors import Ending, UnfitNode, first_line, listing
 from job.common.schema import DistributedConfig
 from job.distributed.failure import Lifeline
 from job.distributed.rendezvous import (
@@ -164,7 +164,7 @@ def _join(config: DistributedConfig) -> World:
         # a group of its own: ranks other than 0 wait in a barrier for the group's time-out
         probe(dist.new_group(backend="gloo", timeout=patience), device, patience)
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         where = listing(places(store, size))  # while rank 0, which holds the store, is there
         lifeline.fail(error)  # ends it here if another rank is named
         raise Ending(f"rank {rank}: {reason}. {ADVICE}{where}") from error

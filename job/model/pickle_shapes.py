@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from job.common.errors import InputError
+from job.common.errors import InputError, first_line
 
 Stored = TypeVar("Stored")
 
@@ -36,7 +36,7 @@ def read_named(
             f"{file}: damaged, or holds more than tensors; code in a weight file is never run"
         ) from None
     except Exception as error:  # a damaged file can raise anything
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        reason = first_line(error, named=True)
         raise InputError(f"{file}: not a readable weight file: {reason}") from None
     if not isinstance(stored, dict) or not all(
         isinstance(k, str) and isinstance(v, kind) for k, v in stored.items()

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from job.common.errors import InputError, listing
-from job.common.nested import differences
+from job.common.errors import InputError
+from job.common.nested import refuse_differences
 from job.common.schema import CheckpointConfig
 from job.run.fence import Fence
 from job.run.manifest import MANIFEST, DamagedError, Manifest
@@ -95,12 +95,11 @@ def newest_intact(source: Path) -> Path:
 def refuse_other(folder: Path, identity: dict[str, Any]) -> None:
     """Raise InputError, with both values, unless a checkpoint agrees with `identity`."""
     stored = read_facts(folder)["identity"]
-    changed = differences({name: stored.get(name) for name in identity}, identity)
-    if changed:
-        raise InputError(
-            f"{folder}: a checkpoint of something else (there -> here); choose another run.dir, "
-            "or begin a new run from its weights with --init-from" + listing(changed)
-        )
+    problem = (
+        f"{folder}: a checkpoint of something else (there -> here); choose another run.dir, "
+        "or begin a new run from its weights with --init-from"
+    )
+    refuse_differences({name: stored.get(name) for name in identity}, identity, problem)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

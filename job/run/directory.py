@@ -29,12 +29,11 @@ from typing import Any
 
 import yaml
 
-from job.common.config import completed
-from job.common.errors import InputError, Stopped, listing
+from job.common.errors import InputError, Stopped
 from job.common.files import write_atomic
-from job.common.nested import differences
-from job.common.schema import CriticConfig
+from job.common.nested import refuse_differences
 from job.run.fence import Fence
+from job.run.reader import StoredRun
 
 _log = logging.getLogger(__name__)
 
@@ -66,11 +65,11 @@ MAY_CHANGE = (
 )
 
 
-class RunDirectory:
-    """Paths and small files of one run; where `writes` is false, writing does nothing."""
+class RunDirectory(StoredRun):
+    """A run that is written; where `writes` is false, writing does nothing."""
 
     def __init__(self, path: str | Path, *, is_main: bool = True) -> None:
-        self.path = Path(path)
+        super().__init__(path)
         self._is_main = is_main
         self.fence: Fence | None = None
         self._status: dict[str, Any] | None = None  # as this process has set it
@@ -80,9 +79,6 @@ class RunDirectory:
         """Whether this is rank 0 of the newest attempt."""
         return self._is_main and not (self.fence is not None and self.fence.superseded())
 
-    def file(self, name: str) -> Path:
-        return self.path / name
-
     def claim(self, config: dict[str, Any]) -> None:
         """Make the directory and store the configuration, or check it against the stored one.
 
@@ -91,7 +87,7 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if self.file("config.yaml").exists():
+            if self.has_config:
                 self._refuse_other(config)
             elif self.file("metrics.jsonl").exists() or self.file("plots").exists():
                 raise InputError(f"run.dir: {self.path} holds files that no run here has written")
@@ -105,45 +101,11 @@ class RunDirectory:
         return status.get("state") == "finished" and status.get("step", 0) >= max_steps
 
     def _refuse_other(self, config: dict[str, Any]) -> None:
-        changed = [
-            line for line in differences(self.config(), config) if not line.startswith(MAY_CHANGE)
-        ]
-        if changed:
-            raise InputError(
-                f"{self.path}: this run directory holds a different configuration "
-                "(stored -> asked for); choose another run.dir or run.name" + listing(changed)
-            )
-
-    def config(self) -> dict[str, Any]:
-        """The stored configuration; keys that it lacks mean what was done before they existed.
-
-        Raises:
-            InputError: there is none.
-        """
-        try:
-            stored = yaml.safe_load(self.file("config.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            stored = None
-        if not isinstance(stored, dict):
-            raise InputError(f"{self.path}: not a run directory: no readable config.yaml")
-        return completed(stored, CriticConfig)
-
-    def status(self) -> dict[str, Any]:
-        """The stored status; empty before the first one.
-
-        Raises:
-            InputError: status.json is damaged.
-        """
-        file = self.file("status.json")
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError):
-            stored = None
-        if not isinstance(stored, dict):
-            raise InputError(f"{file}: damaged; remove it to let the run start over")
-        return stored
+        problem = (
+            f"{self.path}: this run directory holds a different configuration "
+            "(stored -> asked for); choose another run.dir or run.name"
+        )
+        refuse_differences(self.config(), config, problem, MAY_CHANGE)
 
     def set_status(self, **changes: Any) -> None:
         """Change some entries of status.json, leaving the rest."""
@@ -176,17 +138,6 @@ class RunDirectory:
     def _replace(self, name: str, text: str) -> None:
         replace = write_atomic if self.fence is None else self.fence.replace
         replace(self.file(name), text)
-
-    def records(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-        """The complete lines of metrics.jsonl or telemetry.jsonl; a torn last line is left out."""
-        try:
-            text = self.file(name).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return []
-        try:
-            return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
-        except ValueError:
-            raise InputError(f"{self.file(name)}: damaged") from None
 
     def keep_lines(self, last: int) -> None:
         """Let metrics.jsonl and telemetry.jsonl end with step `last`: what follows is done again.

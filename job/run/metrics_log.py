@@ -15,7 +15,8 @@ from types import TracebackType
 from job.data.packing import Batch
 from job.distributed.world import World
 from job.run.directory import RunDirectory
-from job.run.mlflow_sync import Mirror, live_mirror_allowed, tracking_uri
+from job.run.mlflow_mirror import Mirror, live_mirror_allowed
+from job.run.mlflow_sync import tracking_uri
 from job.run.value_metrics import ValueMetrics
 
 CLOSE_SECONDS = 60.0  # how long the end of a run waits for MLflow

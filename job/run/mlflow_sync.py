@@ -1,14 +1,9 @@
 """MLflow as a copy of a run directory.
 
 The run directory is the truth; MLflow receives what its files hold, and `mlflow.json` there says
-what was sent. The trainer starts this module as a process of its own that follows the directory,
-so that no server, however slow, slows training or stops it:
-
-    python -m job.run.mlflow_sync RUN_DIR
-
-A directory is one run in MLflow for ever. A resumed training takes its files back to a checkpoint
-and writes the steps after it again; of those, what MLflow has already stays as the superseded
-attempt wrote it, equal up to rounding.
+what was sent. A directory is one run in MLflow for ever. A resumed training takes its files back
+to a checkpoint and writes the steps after it again; of those, what MLflow has already stays as the
+superseded attempt wrote it, equal up to rounding.
 """
 
 from __future__ import annotations
@@ -16,42 +11,31 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 import posixpath
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 import uuid
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fcntl import LOCK_EX, flock
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from job.common.errors import InputError
 from job.common.files import write_atomic
 from job.common.nested import flatten
-from job.run.directory import RunDirectory
+from job.run.reader import Line, Record, StoredRun
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
-
-SYNC_SECONDS = 5.0
-ARTIFACT_SECONDS = 60.0  # train.log grows all the time and is sent whole
-BACK_OFF_SECONDS = 30.0  # longest pause during an outage
-DEADLINE_SECONDS = 30.0  # for what is left when the trainer is done
 
 _METRICS_PER_CALL = 1000  # MLflow's limits
 _PARAMS_PER_CALL = 100
@@ -69,8 +53,7 @@ _ARTIFACTS = (
 _TERMINATED = {"finished": "FINISHED", "failed": "FAILED"}
 # The states in which nothing is written. MLflow's SCHEDULED, "to run at a later time", is what a
 # stopped run is: it will be resumed, so it has no end, and RUNNING would say that it holds a GPU.
-_AT_REST = _TERMINATED | {"stopped": "SCHEDULED"}
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+AT_REST = _TERMINATED | {"stopped": "SCHEDULED"}
 _SETTINGS = {
     # MLflow's own defaults let one call to a silent server last a quarter of an hour.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -80,10 +63,7 @@ _SETTINGS = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-_log = logging.getLogger("job.run.mlflow_sync")
-
-_Record = dict[str, Any]
-_TimeOf = Callable[[_Record], float | None]
+_TimeOf = Callable[[Record], float | None]
 
 
 def tracking_uri(config: dict[str, Any]) -> str:
@@ -91,13 +71,6 @@ def tracking_uri(config: dict[str, Any]) -> str:
     beside = Path(config["run"]["dir"]).absolute().parent.resolve() / "mlflow.db"
     configured = config["mlflow"]["tracking_uri"] or os.environ.get("MLFLOW_TRACKING_URI")
     return configured or f"sqlite:///{beside}"
-
-
-def live_mirror_allowed(uri: str) -> bool:
-    """False for a local database in a cluster job: several nodes must never write one file."""
-    in_job = "SLURM_PROCID" in os.environ or "SLURM_JOB_ID" in os.environ
-    local = uri.startswith(("sqlite", "file:")) or ("://" not in uri and uri != "databricks")
-    return not (in_job and local)
 
 
 @dataclass(frozen=True)
@@ -119,31 +92,28 @@ class SyncResult:
     waiting: int
 
 
-def sync_run(run_dir: Path) -> SyncResult:
+def sync_run(run_dir: Path, *, artifacts: bool = True) -> SyncResult:
     """Send everything that MLflow lacks of a run.
 
     Raises:
         InputError: there is no run in the directory.
         mlflow.exceptions.MlflowException: MLflow did not take it; what it took is noted.
     """
-    return _sync(run_dir, artifacts=True)
+    stored = StoredRun(run_dir)
+    uri = tracking_uri_of(stored)
+    with _exclusive(stored.file("mlflow.lock")), database_lock(uri):
+        return _Syncer(stored, uri, _connect(uri)).sync(artifacts)
 
 
-def _sync(run_dir: Path, artifacts: bool) -> SyncResult:
-    directory = RunDirectory(run_dir)
-    uri = _tracking_uri_of(directory)
-    with _exclusive(directory.file("mlflow.lock")), _database_lock(uri):
-        return _Syncer(directory, uri, _connect(uri)).sync(artifacts)
-
-
-def _tracking_uri_of(directory: RunDirectory) -> str:
-    config = directory.config()
-    known = _Sent.stored_uri(directory.file("mlflow.json"))
+def tracking_uri_of(stored: StoredRun) -> str:
+    """Where a run is mirrored: a server that has it already stays its own."""
+    config = stored.config()
+    known = _Sent.stored_uri(stored.file("mlflow.json"))
     named = config["mlflow"]["tracking_uri"] or os.environ.get("MLFLOW_TRACKING_URI")
     if named is None and known.startswith("http"):
         return known  # a later shell may lack the environment that named the server
     # Where it is, not where it was made: it may have been moved, or its path be a relative one.
-    return tracking_uri(config | {"run": {"dir": directory.path}})
+    return tracking_uri(config | {"run": {"dir": stored.path}})
 
 
 def _connect(uri: str) -> MlflowClient:
@@ -162,7 +132,8 @@ def _exclusive(lock: Path) -> Iterator[None]:
         yield
 
 
-def _database_lock(uri: str) -> AbstractContextManager[None]:
+def database_lock(uri: str) -> AbstractContextManager[None]:
+    """Held while a database file is written; nothing where a server is."""
     database = _database_file(uri)
     if database is None:
         return nullcontext()
@@ -209,15 +180,15 @@ class _Sent:
 class _Syncer:
     """One sync of one run; the caller holds the locks."""
 
-    def __init__(self, directory: RunDirectory, uri: str, client: MlflowClient) -> None:
-        self._directory = directory
-        self._config = directory.config()
+    def __init__(self, stored: StoredRun, uri: str, client: MlflowClient) -> None:
+        self._stored = stored
+        self._config = stored.config()
         self._uri = uri
         self._client = client
         # Read before every other file: `finished` then promises that those are complete.
-        self._status = directory.status()
+        self._status = stored.status()
         self._state = str(self._status.get("state", "running"))
-        self._sent = _Sent.load(directory.file("mlflow.json"), uri)
+        self._sent = _Sent.load(stored.file("mlflow.json"), uri)
         self._histories: dict[str, set[int]] = {}
         self._values = 0
 
@@ -234,7 +205,7 @@ class _Syncer:
 
     def _note(self) -> None:
         content = json.dumps(dataclasses.asdict(self._sent), indent=2)
-        write_atomic(self._directory.file("mlflow.json"), content + "\n")
+        write_atomic(self._stored.file("mlflow.json"), content + "\n")
 
     def _open(self) -> Run:
         """The run in MLflow, made where there is none."""
@@ -275,7 +246,7 @@ class _Syncer:
 
     def _make(self, experiment: str) -> None:
         first = next(self._telemetry(), {"time": time.time()})
-        path = str(self._directory.path.absolute())
+        path = str(self._stored.path.absolute())
         tags = {"run_directory": path, "mirror_token": self._sent.token}
         name = self._config["run"]["name"]
         self._client.create_run(experiment, _milliseconds(first["time"]), tags, name)
@@ -297,7 +268,7 @@ class _Syncer:
     def _send_params(self, run: Run) -> int:
         from mlflow.entities import Param
 
-        wanted = flatten(self._config) | self._parameters()
+        wanted = flatten(self._stored.stored_config()) | self._parameters()
         # A parameter cannot change in MLflow, while e.g. data.cache_dir may between two attempts.
         params = [
             Param(_metric_name(key), str(value)[:_PARAM_LENGTH])
@@ -310,14 +281,11 @@ class _Syncer:
         return len(params)
 
     def _parameters(self) -> dict[str, Any]:
-        try:
-            report = json.loads(self._directory.file("parameters.json").read_text())
-        except FileNotFoundError:
-            return {}
+        report = self._stored.parameters()
         return {key: value for key, value in report.items() if not isinstance(value, dict | list)}
 
-    def _telemetry(self) -> Iterator[_Record]:
-        return (line.record for line in _read_lines(self._directory.file("telemetry.jsonl")))
+    def _telemetry(self) -> Iterator[Record]:
+        return (line.record for line in self._stored.lines("telemetry.jsonl"))
 
     def _send_metrics(self) -> int:
         """Send both files; return how many lines of metrics.jsonl have no time yet."""
@@ -326,7 +294,7 @@ class _Syncer:
 
     @cached_property
     def _clock(self) -> _Clock:
-        return _Clock(self._telemetry(), self._status if self._state in _AT_REST else None)
+        return _Clock(self._telemetry(), self._status if self._state in AT_REST else None)
 
     def _send_lines(self, name: str, prefix: str, time_of: _TimeOf) -> int:
         batch: list[Metric] = []
@@ -347,14 +315,14 @@ class _Syncer:
             self._send_batch(name, batch, last)
         return waiting
 
-    def _unsent(self, name: str, prefix: str) -> Iterator[_Line]:
+    def _unsent(self, name: str, prefix: str) -> Iterator[Line]:
         step = self._sent.steps.get(name)
         if step is not None:
-            return _read_lines(self._directory.file(name), self._sent.offsets[name], step)
-        lines = _read_lines(self._directory.file(name))
+            return self._stored.lines(name, self._sent.offsets[name], step)
+        lines = self._stored.lines(name)
         return (line for line in lines if not self._arrived(line.record, prefix))
 
-    def _arrived(self, record: _Record, prefix: str) -> bool:
+    def _arrived(self, record: Record, prefix: str) -> bool:
         """Whether MLflow has a line: its last value, because a long line goes in parts."""
         values = _values(record, prefix)
         return not values or record["step"] in self._history(next(reversed(values)))
@@ -367,7 +335,7 @@ class _Syncer:
             self._histories[metric] = {point.step for point in points}
         return self._histories[metric]
 
-    def _send_batch(self, name: str, batch: list[Metric], last: _Line) -> None:
+    def _send_batch(self, name: str, batch: list[Metric], last: Line) -> None:
         assert self._sent.run_id
         # Unsure until the answer: MLflow drops a repeated value only if its time is the same too,
         # and a resumed training gives these steps other times.
@@ -382,7 +350,7 @@ class _Syncer:
         self._values += len(batch)
 
     def _send_artifacts(self) -> int:
-        root = self._directory.path
+        root = self._stored.path
         plots = [str(path.relative_to(root)) for path in sorted(root.glob("plots/*.png"))]
         changed = [
             name
@@ -397,7 +365,7 @@ class _Syncer:
         assert self._sent.run_id
         with tempfile.TemporaryDirectory() as scratch:
             # A log that grows while it is uploaded would break the request.
-            snapshot = Path(shutil.copy(self._directory.file(name), scratch))
+            snapshot = Path(shutil.copy(self._stored.file(name), scratch))
             folder = posixpath.dirname(name) or None
             self._client.log_artifact(self._sent.run_id, str(snapshot), folder)
             self._sent.artifacts[name] = _digest(snapshot)
@@ -411,7 +379,7 @@ class _Syncer:
         tags = [RunTag(k, v) for k, v in texts.items() if v != run.data.tags.get(k, "")]
         if tags:
             self._client.log_batch(run.info.run_id, tags=tags, synchronous=True)
-        wanted = _AT_REST.get(self._state, "RUNNING")
+        wanted = AT_REST.get(self._state, "RUNNING")
         if wanted == run.info.status:
             return
         if self._state in _TERMINATED:
@@ -424,7 +392,7 @@ class _Syncer:
 class _Clock:
     """The time of a step: that of the first telemetry line with at least that step."""
 
-    def __init__(self, telemetry: Iterable[_Record], ended: _Record | None) -> None:
+    def __init__(self, telemetry: Iterable[Record], ended: Record | None) -> None:
         """`ended` is the status of a run that is at rest, None while it goes on."""
         self._steps: list[int] = []
         self._times: list[float] = []
@@ -441,43 +409,6 @@ class _Clock:
         return self._times[i] if i < len(self._steps) else self._beyond
 
 
-class _Line(NamedTuple):
-    offset: int  # of its first byte
-    record: _Record
-
-
-def _read_lines(path: Path, offset: int = 0, step: int = -1) -> Iterator[_Line]:
-    """The complete lines beyond a step, in the order of steps, of which each has one line.
-
-    The line of `step` began at `offset`. If it does no more, the file has been replaced, however
-    long it is by now, and is read from its start.
-    """
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        file.seek(offset)
-        if _parsed(file.readline()).get("step") != step:
-            offset = 0
-        file.seek(offset)
-        for line in file:
-            if not line.endswith(b"\n"):
-                return  # still being written
-            record = _parsed(line)
-            if record and record["step"] > step:
-                step = record["step"]
-                yield _Line(offset, record)
-            offset += len(line)
-
-
-def _parsed(line: bytes) -> _Record:
-    """Empty for a part of a line: torn by a crash, or cut off by an offset of another file."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
 def _milliseconds(seconds: float) -> int:
     return round(1000 * seconds)
 
@@ -486,7 +417,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _metrics(record: _Record, prefix: str, seconds: float) -> list[Metric]:
+def _metrics(record: Record, prefix: str, seconds: float) -> list[Metric]:
     from mlflow.entities import Metric
 
     return [
@@ -495,7 +426,7 @@ def _metrics(record: _Record, prefix: str, seconds: float) -> list[Metric]:
     ]
 
 
-def _values(record: _Record, prefix: str) -> dict[str, float]:
+def _values(record: Record, prefix: str) -> dict[str, float]:
     """The numbers of a line under their names in MLflow."""
     return {
         _metric_name(prefix + key): float(value)
@@ -519,170 +450,3 @@ def _artifact_location(uri: str) -> str | None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class _SystemMetrics:
-    """CPU, memory and GPU of this machine by MLflow's monitor.
-
-    The monitor's own thread is not started: it ends at the first call that fails.
-    """
-
-    def __init__(self) -> None:
-        self._monitor: Any = None
-        self._run_id: str | None = None
-        self._due = 0.0
-
-    def publish(self, result: SyncResult) -> None:
-        """Take a sample for the run and send it, unless the last one is recent."""
-        if time.monotonic() < self._due:
-            return
-        if self._run_id != result.run_id:
-            self._run_id = result.run_id
-            self._monitor = self._start(result)
-        if self._monitor is not None:
-            self._due = time.monotonic() + self._monitor.sampling_interval
-            self._monitor.collect_metrics()
-            with _database_lock(result.tracking_uri):
-                self._monitor.publish_metrics(self._monitor.aggregate_metrics())
-
-    def _start(self, result: SyncResult) -> Any:
-        try:
-            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-            monitor: Any = SystemMetricsMonitor
-            return monitor(result.run_id, resume_logging=True, tracking_uri=result.tracking_uri)
-        except Exception as error:
-            _log.warning("no system metrics: %s", _first_line(error))
-            return None
-
-
-class _Follower:
-    """Syncs a run directory until told that it is closing, and once more then."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.closing = threading.Event()
-        self.all_sent = False
-        self._run_dir = run_dir
-        self._system = _SystemMetrics()
-        self._artifacts_due = 0.0
-        self._down = False
-
-    def run(self) -> None:
-        pause = SYNC_SECONDS
-        last = False
-        while not last:
-            last = self.closing.is_set()
-            ok = self._attempt(last)
-            self.all_sent = ok and last
-            pause = SYNC_SECONDS if ok else min(2 * pause, BACK_OFF_SECONDS)
-            self.closing.wait(pause)
-
-    def _attempt(self, last: bool) -> bool:
-        """Sync; an outage is logged when it begins and when it ends."""
-        try:
-            self._sync(last)
-        except Exception as error:
-            if not self._down:
-                _log.warning("the run goes on, MLflow gets it later: %s", _first_line(error))
-            self._down = True
-            return False
-        if self._down:
-            _log.info("MLflow takes the run again")
-        self._down = False
-        return True
-
-    def _sync(self, last: bool) -> None:
-        uri = _tracking_uri_of(RunDirectory(self._run_dir))
-        if not live_mirror_allowed(uri):
-            raise InputError(f"{uri}: not from a cluster job; use python -m job.report --sync RUN")
-        artifacts = last or time.monotonic() >= self._artifacts_due
-        result = _sync(self._run_dir, artifacts)
-        if artifacts:
-            self._artifacts_due = time.monotonic() + ARTIFACT_SECONDS
-        if result.state not in _AT_REST and not last:
-            self._system.publish(result)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def follow(run_dir: Path, deadline: float = DEADLINE_SECONDS) -> int:
-    """Mirror a run until something, or its end, comes on stdin; return the exit code.
-
-    The last sync may hang, in a thread that does not end with this function: end the process
-    with os._exit. The code is 0 if MLflow has everything, else 1.
-    """
-    for number in _SIGNALS:  # srun sends them to every process of a step
-        signal.signal(number, signal.SIG_IGN)
-    _log_to(run_dir / "mlflow.log")
-    follower = _Follower(run_dir)
-    worker = threading.Thread(target=follower.run, daemon=True)
-    worker.start()
-    sys.stdin.buffer.read(1)
-    follower.closing.set()
-    worker.join(deadline)
-    if worker.is_alive():
-        _log.warning("not everything was sent within %.0f s", deadline)
-    return 0 if follower.all_sent else 1
-
-
-def _log_to(path: Path) -> None:
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    _log.addHandler(handler)
-    _log.setLevel(logging.INFO)
-    _log.propagate = False
-
-
-class Mirror:
-    """The process that mirrors a run while it trains. No method raises."""
-
-    def __init__(self, process: subprocess.Popen[bytes] | None) -> None:
-        self.process = process  # None where it could not be started
-
-    @classmethod
-    def start(cls, run_dir: Path) -> Mirror:
-        """Start the process. It ends when closed, or when the caller's process does."""
-        command = [sys.executable, "-m", "job.run.mlflow_sync", str(Path(run_dir).absolute())]
-        # The child inherits the mask and so is safe until it ignores these signals itself.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        try:
-            with Path(run_dir, "mlflow.log").open("ab") as log:
-                process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
-                )
-        except Exception as error:
-            _log.warning("no live mirror in MLflow: %s", error)
-            return cls(None)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        return cls(process)
-
-    def close(self, timeout: float) -> bool:
-        """Let the process send what is left and end, for so many seconds; whether all was sent."""
-        if self.process is None:
-            return False
-        if self.process.returncode is None:
-            self._end(self.process, timeout)
-        return self.process.returncode == 0
-
-    def _end(self, process: subprocess.Popen[bytes], timeout: float) -> None:
-        try:
-            # Not the end of the pipe alone: a forked worker of the trainer may hold it open.
-            process.communicate(b"\n", timeout)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            with suppress(subprocess.TimeoutExpired):  # stuck in a file system
-                process.wait(1)
-        except Exception as error:
-            _log.warning("the live mirror in MLflow: %s", error)
-
-
-def main() -> None:
-    os.nice(5)
-    os._exit(follow(Path(sys.argv[1])))
-
-
-if __name__ == "__main__":
-    main()

@@ -14,31 +14,32 @@ memory             memory over time and its peaks, by phase
 
 from __future__ import annotations
 
-import io
-import json
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.run.directory import RunDirectory
+from job.run.figure import (
+    GREY,
+    draw_level,
+    draw_line,
+    look,
+    panels,
+    png,
+    run_colour,
+    start_at_zero,
+    styled,
+)
+from job.run.reader import VALIDATION, Snapshot, snapshots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-VALIDATION = "validation/value/"
 _TRAINING = "value/"
 _GB = 1e9
-_DPI = 144
-# Okabe and Ito's colours, told apart with any colour vision; without yellow, too pale on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = "osD^vP"
-_DASHES = ("-", "--", ":")
-_GREY = "#6b6b6b"
 _MOST_COLUMNS = 150  # of memory over time: more would blur
 _PHASE_COLOURS = {
     "load": "#56B4E9",
@@ -51,90 +52,11 @@ _PHASE_COLOURS = {
     "evaluate": "#882255",
     "other": "#9a9a9a",
 }
-_STYLE: dict[Any, Any] = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "figure.constrained_layout.h_pad": 0.08,
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4,
-    "text.parse_math": False,  # a run may have dollar signs in its name
-}
-
-
-@dataclass(frozen=True)
-class Curves:
-    """What is plotted of a run."""
-
-    name: str
-    metrics: list[dict[str, Any]]
-    telemetry: list[dict[str, Any]]
-    reliability: dict[str, Any]
-    memory: dict[str, Any]
-
-    @classmethod
-    def read(cls, run: Path, name: str) -> Curves:
-        """Read a run directory; files that are not there yet leave their part empty."""
-        directory = RunDirectory(run)
-        files = (directory.file(name) for name in ("reliability.json", "memory.json"))
-        return cls(
-            name,
-            directory.records("metrics.jsonl"),
-            directory.records("telemetry.jsonl"),
-            *(json.loads(file.read_text()) if file.exists() else {} for file in files),
-        )
-
-    def series(self, key: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a metric or telemetry entry, where it is a finite number."""
-        points = [
-            (record["step"], record[key])
-            for record in self.metrics + self.telemetry
-            if _is_number(record.get(key))
-        ]
-        return [step for step, _ in points], [value for _, value in points]
-
-    def fullest_rank(self) -> tuple[int, dict[str, Any]] | None:
-        """The rank whose memory rose highest, and what was recorded of it."""
-        ranks = [r for r in enumerate(self.memory.get("ranks", [])) if r[1]["series"]["seconds"]]
-        return max(ranks, key=lambda r: r[1]["peak"].get(_main_figure(r[1]), 0), default=None)
-
-    def validation(self) -> tuple[int | None, dict[str, float]]:
-        """Step and metrics, without their prefix, of the last evaluation.
-
-        Where mse_optimal is known, r2_optimal, the optimal predictor's R², is added.
-        """
-        for record in reversed(self.metrics):
-            found = {
-                key.removeprefix(VALIDATION): value
-                for key, value in record.items()
-                if key.startswith(VALIDATION) and _is_number(value)
-            }
-            if found:
-                return record["step"], found | _r2_optimal(found)
-        return None, {}
-
-
-def run_names(runs: Sequence[Path]) -> list[str]:
-    """A different name for each run: the configured one, or the path where two share theirs."""
-    names = [_configured_name(run) or run.resolve().name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run) for run in runs]
-
-
-def run_colour(index: int) -> str:
-    """The colour of the run at this place of a comparison."""
-    return _COLOURS[index % len(_COLOURS)]
 
 
 def write_plots(runs: Sequence[Path], folder: Path) -> list[Path]:
     """Draw the runs into PNG files of `folder`; a plot without any data is left out."""
-    curves = [Curves.read(run, name) for run, name in zip(runs, run_names(runs), strict=True)]
-    return save_plots(draw_plots(curves), folder)
+    return save_plots(draw_plots(snapshots(runs)), folder)
 
 
 def save_plots(plots: Mapping[str, bytes], folder: Path) -> list[Path]:
@@ -146,30 +68,28 @@ def save_plots(plots: Mapping[str, bytes], folder: Path) -> list[Path]:
     return paths
 
 
-def draw_plots(runs: Sequence[Curves]) -> dict[str, bytes]:
+def draw_plots(runs: Sequence[Snapshot]) -> dict[str, bytes]:
     """PNG images by plot name, in reading order; a plot without any data is left out."""
-    import matplotlib as mpl
-
-    with mpl.rc_context(_STYLE):
+    with look():
         figures = {name: draw(runs) for name, draw in _PLOTS.items()}
         return {
-            name: _png(figure)
+            name: png(figure)
             for name, figure in figures.items()
             if any(axes.has_data() for axes in figure.axes)
         }
 
 
-def draw_loss(runs: Sequence[Curves]) -> Figure:
+def draw_loss(runs: Sequence[Snapshot]) -> Figure:
     """Training loss, every step and smoothed."""
-    figure, (axes,) = _panels("Training loss: every step and smoothed")
+    figure, (axes,) = panels("Training loss: every step and smoothed")
     _draw_smoothed(axes, runs, "train/loss")
     axes.set(xlabel="optimizer step", ylabel="loss")
     return figure
 
 
-def draw_mse(runs: Sequence[Curves]) -> Figure:
+def draw_mse(runs: Sequence[Snapshot]) -> Figure:
     """Validation MSE between that of the best constant and that of the optimal predictor."""
-    figure, (axes,) = _panels("Validation error: below the best constant, towards the optimum")
+    figure, (axes,) = panels("Validation error: below the best constant, towards the optimum")
     _draw_evaluations(axes, runs, "mse")
     _draw_levels(axes, runs, "mse_constant", "best constant", "--")
     _draw_levels(axes, runs, "mse_optimal", "optimal predictor", ":")
@@ -177,63 +97,63 @@ def draw_mse(runs: Sequence[Curves]) -> Figure:
     return figure
 
 
-def draw_std(runs: Sequence[Curves]) -> Figure:
+def draw_std(runs: Sequence[Snapshot]) -> Figure:
     """Spread of the predictions beside the spread of labels and optimal values."""
-    figure, (axes,) = _panels("Spread of the predictions: near 0 the critic is a constant")
+    figure, (axes,) = panels("Spread of the predictions: near 0 the critic is a constant")
     _draw_evaluations(axes, runs, "std_prediction")
     _draw_levels(axes, runs, "std_target", "labels", "--")
     _draw_levels(axes, runs, "std_optimal", "optimal predictor", ":")
     axes.set(xlabel="optimizer step", ylabel="standard deviation (reward)")
-    _start_at_zero(axes)
+    start_at_zero(axes)
     return figure
 
 
-def draw_r2(runs: Sequence[Curves]) -> Figure:
+def draw_r2(runs: Sequence[Snapshot]) -> Figure:
     """Explained variance of the validation labels."""
-    figure, (axes,) = _panels("Explained variance on validation: 0 is a constant, 1 is perfect")
+    figure, (axes,) = panels("Explained variance on validation: 0 is a constant, 1 is perfect")
     _draw_evaluations(axes, runs, "r2")
     if axes.has_data():
-        _draw_level(axes, 0.0, "best constant", "--")
+        draw_level(axes, 0.0, "best constant", "--")
     _draw_levels(axes, runs, "r2_optimal", "optimal predictor", ":")
     axes.set(xlabel="optimizer step", ylabel="R²")
     return figure
 
 
-def draw_achievable_share(runs: Sequence[Curves]) -> Figure:
+def draw_achievable_share(runs: Sequence[Snapshot]) -> Figure:
     """Explained variance as a share of what the optimal predictor explains."""
-    figure, (axes,) = _panels("Explained share of the achievable variance")
+    figure, (axes,) = panels("Explained share of the achievable variance")
     _draw_evaluations(axes, runs, "achievable_share")
     if axes.has_data():
-        _draw_level(axes, 0.0, "best constant", "--")
-        _draw_level(axes, 1.0, "optimal predictor", ":")
+        draw_level(axes, 0.0, "best constant", "--")
+        draw_level(axes, 1.0, "optimal predictor", ":")
     axes.set(xlabel="optimizer step", ylabel="share of the achievable variance")
     axes.yaxis.set_major_formatter("{x:.0%}")
     return figure
 
 
-def draw_reliability(runs: Sequence[Curves]) -> Figure:
+def draw_reliability(runs: Sequence[Snapshot]) -> Figure:
     """Observed reward by predicted value, above the share of tokens in each bin."""
-    figure, (curve, counts) = _panels("Calibration: observed reward by predicted value", (3, 1))
-    for run, style in _styled(runs, "critic"):
-        _plot(curve, *_pairs(run, "bin_mean_prediction", "bin_mean_label"), style)
+    figure, (curve, counts) = panels("Calibration: observed reward by predicted value", (3, 1))
+    for run, style in styled(runs, "critic"):
+        draw_line(curve, *_pairs(run, "bin_mean_prediction", "bin_mean_label"), style)
         bins = run.reliability.get("bin_count", [])
         if any(bins):
             edges = [k / len(bins) for k in range(len(bins) + 1)]
             counts.stairs(_shares(bins), edges, color=style["color"], fill=len(runs) == 1)
     if curve.has_data():
-        curve.plot([0, 1], [0, 1], color=_GREY, linestyle="--", label="perfectly calibrated")
+        curve.plot([0, 1], [0, 1], color=GREY, linestyle="--", label="perfectly calibrated")
     curve.set(ylabel="mean observed reward", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     counts.set(xlabel="predicted value (reward)", ylabel="tokens")
     counts.yaxis.set_major_formatter("{x:.0%}")
     return figure
 
 
-def draw_value_by_position(runs: Sequence[Curves]) -> Figure:
+def draw_value_by_position(runs: Sequence[Snapshot]) -> Figure:
     """Mean prediction and mean label along the response."""
-    figure, (axes,) = _panels("Mean value along the response: predictions and labels")
-    for run, style in _styled(runs, "predictions"):
+    figure, (axes,) = panels("Mean value along the response: predictions and labels")
+    for run, style in styled(runs, "predictions"):
         _draw_positions(axes, run, "position_mean_prediction", style)
-    labels = {"color": _GREY, "linestyle": "--", "marker": ".", "label": "labels"}
+    labels = {"color": GREY, "linestyle": "--", "marker": ".", "label": "labels"}
     for run in runs:
         _draw_positions(axes, run, "position_mean_label", labels)
     axes.set(xlabel="position in the response", ylabel="mean value (reward)", xlim=(0, 1))
@@ -241,50 +161,50 @@ def draw_value_by_position(runs: Sequence[Curves]) -> Figure:
     return figure
 
 
-def draw_optimizer(runs: Sequence[Curves]) -> Figure:
+def draw_optimizer(runs: Sequence[Snapshot]) -> Figure:
     """Learning rate above the gradient norm."""
-    figure, (rate, norm) = _panels("Learning rate and gradient norm before clipping", (1, 1))
-    for run, style in _styled(runs):
-        _plot(rate, *run.series("train/learning_rate"), style)
+    figure, (rate, norm) = panels("Learning rate and gradient norm before clipping", (1, 1))
+    for run, style in styled(runs):
+        draw_line(rate, *run.series("train/learning_rate"), style)
     _draw_smoothed(norm, runs, "train/grad_norm")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     rate.set(ylabel="learning rate")
     norm.set(xlabel="optimizer step", ylabel="gradient norm")
-    _start_at_zero(rate, norm)
+    start_at_zero(rate, norm)
     return figure
 
 
-def draw_speed(runs: Sequence[Curves]) -> Figure:
+def draw_speed(runs: Sequence[Snapshot]) -> Figure:
     """Tokens per second above memory."""
-    figure, (speed, memory) = _panels("Throughput and peak memory", (1, 1))
-    for run, style in _styled(runs):
-        _plot(speed, *run.series("tokens_per_second"), style)
+    figure, (speed, memory) = panels("Throughput and peak memory", (1, 1))
+    for run, style in styled(runs):
+        draw_line(speed, *run.series("tokens_per_second"), style)
         steps, sizes = run.series("memory_bytes")
-        _plot(memory, steps, [size / _GB for size in sizes], style)
+        draw_line(memory, steps, [size / _GB for size in sizes], style)
     speed.yaxis.set_major_formatter("{x:,.0f}")
     speed.set(ylabel="tokens/s")
     memory.set(xlabel="optimizer step", ylabel="peak memory (GB)")
-    _start_at_zero(speed, memory)
+    start_at_zero(speed, memory)
     return figure
 
 
-def draw_memory(runs: Sequence[Curves]) -> Figure:
+def draw_memory(runs: Sequence[Snapshot]) -> Figure:
     """Memory of the fullest rank over time, above its peaks; both by phase for a single run."""
     title = "Peak memory of a rank over time"
-    if len(runs) == 1 and (fullest := runs[0].fullest_rank()) is not None:
+    if len(runs) == 1 and (fullest := _fullest_rank(runs[0])) is not None:
         return _draw_phases(runs[0], *fullest)
-    figure, (axes,) = _panels(title)
-    for run, style in _styled(runs):
-        if (fullest := run.fullest_rank()) is not None:
+    figure, (axes,) = panels(title)
+    for run, style in styled(runs):
+        if (fullest := _fullest_rank(run)) is not None:
             series = fullest[1]["series"]
             sizes = _sizes(series[_main_figure(fullest[1])])
-            _plot(axes, series["seconds"], sizes, style | {"drawstyle": "steps-post"})
+            draw_line(axes, series["seconds"], sizes, style | {"drawstyle": "steps-post"})
     axes.set(xlabel="seconds", ylabel="memory (GB)")
-    _start_at_zero(axes)
+    start_at_zero(axes)
     return figure
 
 
-_PLOTS: dict[str, Callable[[Sequence[Curves]], Figure]] = {
+_PLOTS: dict[str, Callable[[Sequence[Snapshot]], Figure]] = {
     "loss": draw_loss,
     "value_mse": draw_mse,
     "value_std": draw_std,
@@ -298,97 +218,14 @@ _PLOTS: dict[str, Callable[[Sequence[Curves]], Figure]] = {
 }
 
 
-def _configured_name(run: Path) -> str | None:
-    directory = RunDirectory(run)
-    if not directory.file("config.yaml").exists():
-        return None
-    name: str | None = directory.config().get("run", {}).get("name")
-    return name
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _r2_optimal(metrics: dict[str, float]) -> dict[str, float]:
-    constant = metrics.get("mse_constant", 0.0)
-    if not constant or "mse_optimal" not in metrics:
-        return {}
-    return {"r2_optimal": 1 - metrics["mse_optimal"] / constant}
-
-
-def _panels(title: str, heights: Sequence[int] = (1,)) -> tuple[Figure, list[Axes]]:
-    """A figure with one panel per height, stacked, sharing the x axis."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    grid = figure.subplots(
-        len(heights), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
-    )
-    panels: list[Axes] = list(grid[:, 0])
-    panels[0].set_title(title)
-    return figure, panels
-
-
-def _png(figure: Figure) -> bytes:
-    _draw_legend(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _draw_legend(figure: Figure) -> None:
-    """One legend for all panels, below them, in as many columns as its texts leave room for."""
-    lines = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
-    shown = {name: line for name, line in lines.items() if not name.startswith("_")}
-    if shown:
-        columns = 96 // (6 + max(map(len, shown)))
-        figure.legend(
-            list(shown.values()),
-            list(shown),
-            loc="outside lower center",
-            ncols=min(max(columns, 1), 4),
-        )
-
-
-def _styled(
-    runs: Sequence[Curves], alone: str = "_unnamed"
-) -> Iterator[tuple[Curves, dict[str, Any]]]:
-    """Each run with its line style; a single one is labelled `alone` instead of by its name."""
-    for i, run in enumerate(runs):
-        # Matplotlib hides labels that begin with an underscore.
-        name = f" {run.name}" if run.name.startswith("_") else run.name
-        yield (
-            run,
-            {
-                "color": run_colour(i),
-                "linestyle": _DASHES[i // len(_COLOURS) % len(_DASHES)],
-                "marker": _MARKERS[i % len(_MARKERS)],
-                "label": name if len(runs) > 1 else alone,
-            },
-        )
-
-
-def _plot(axes: Axes, x: Sequence[float], y: Sequence[float], style: Mapping[str, Any]) -> None:
-    """Draw a line with a marker here and there; without points draw nothing."""
-    if x:
-        axes.plot(x, y, markevery=max(1, len(x) // 20), **style)
-
-
-def _start_at_zero(*panels: Axes) -> None:
-    for axes in panels:
-        if axes.has_data():
-            axes.set_ylim(0, 1.08 * axes.dataLim.ymax or 1)
-
-
-def _draw_smoothed(axes: Axes, runs: Sequence[Curves], key: str) -> None:
+def _draw_smoothed(axes: Axes, runs: Sequence[Snapshot], key: str) -> None:
     raw: dict[str, Any] = {"alpha": 0.25, "linewidth": 0.8}
     if len(runs) == 1:
         raw["label"] = "every step"
-    for run, style in _styled(runs, "smoothed"):
+    for run, style in styled(runs, "smoothed"):
         steps, values = run.series(key)
-        _plot(axes, steps, values, {"color": style["color"], **raw})
-        _plot(axes, steps, _smooth(values), style)
+        draw_line(axes, steps, values, {"color": style["color"], **raw})
+        draw_line(axes, steps, _smooth(values), style)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
@@ -399,30 +236,25 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [(sums[end] - sums[start]) / (end - start) for start, end in windows]
 
 
-def _draw_evaluations(axes: Axes, runs: Sequence[Curves], metric: str) -> None:
+def _draw_evaluations(axes: Axes, runs: Sequence[Snapshot], metric: str) -> None:
     """A validation metric; for a single run also its training windows, where it has them."""
-    for run, style in _styled(runs, "validation"):
-        _plot(axes, *run.series(VALIDATION + metric), style)
+    for run, style in styled(runs, "validation"):
+        draw_line(axes, *run.series(VALIDATION + metric), style)
         if len(runs) == 1:
-            light = {"color": _COLOURS[5], "linewidth": 0.8, "label": "training windows"}
-            _plot(axes, *run.series(_TRAINING + metric), light)
+            light = {"color": run_colour(5), "linewidth": 0.8, "label": "training windows"}
+            draw_line(axes, *run.series(_TRAINING + metric), light)
 
 
 def _draw_levels(
-    axes: Axes, runs: Sequence[Curves], metric: str, label: str, linestyle: str
+    axes: Axes, runs: Sequence[Snapshot], metric: str, label: str, linestyle: str
 ) -> None:
     """Horizontal lines at a metric of the last evaluations, one where all runs agree."""
     finals = [run.validation()[1] for run in runs]
     for level in sorted({round(final[metric], 6) for final in finals if metric in final}):
-        _draw_level(axes, level, label, linestyle)
+        draw_level(axes, level, label, linestyle)
 
 
-def _draw_level(axes: Axes, level: float, label: str, linestyle: str) -> None:
-    axes.axhline(level, color=_GREY, linestyle=linestyle, linewidth=1.2, label=label)
-    axes.autoscale_view(scalex=False)  # a margin even where the line lies just within the view
-
-
-def _pairs(run: Curves, x: str, y: str) -> tuple[list[float], list[float]]:
+def _pairs(run: Snapshot, x: str, y: str) -> tuple[list[float], list[float]]:
     """Two lists of reliability.json, without the places where either is empty."""
     both = zip(run.reliability.get(x, []), run.reliability.get(y, []), strict=True)
     points = [(a, b) for a, b in both if a is not None and b is not None]
@@ -433,10 +265,16 @@ def _shares(counts: Sequence[float]) -> list[float]:
     return [count / sum(counts) for count in counts]
 
 
-def _draw_positions(axes: Axes, run: Curves, key: str, style: dict[str, Any]) -> None:
+def _draw_positions(axes: Axes, run: Snapshot, key: str, style: dict[str, Any]) -> None:
     values = run.reliability.get(key, [])
     points = [((k + 0.5) / len(values), v) for k, v in enumerate(values) if v is not None]
-    _plot(axes, [x for x, _ in points], [y for _, y in points], style)
+    draw_line(axes, [x for x, _ in points], [y for _, y in points], style)
+
+
+def _fullest_rank(run: Snapshot) -> tuple[int, dict[str, Any]] | None:
+    """The rank whose memory rose highest, and what was recorded of it."""
+    ranks = [r for r in enumerate(run.memory.get("ranks", [])) if r[1]["series"]["seconds"]]
+    return max(ranks, key=lambda r: r[1]["peak"].get(_main_figure(r[1]), 0), default=None)
 
 
 def _main_figure(rank: Mapping[str, Any]) -> str:
@@ -449,7 +287,7 @@ def _sizes(values: Sequence[float | None]) -> list[float]:
     return [math.nan if value is None else value / _GB for value in values]
 
 
-def _draw_phases(run: Curves, number: int, rank: Mapping[str, Any]) -> Figure:
+def _draw_phases(run: Snapshot, number: int, rank: Mapping[str, Any]) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
@@ -462,7 +300,7 @@ def _draw_phases(run: Curves, number: int, rank: Mapping[str, Any]) -> Figure:
     predicted = (run.memory.get("predicted") or {}).get("peak_bytes")
     if predicted is not None:
         predicted += rank.get("before", {}).get("process", 0)  # a process has more than tensors
-        _draw_level(course, predicted / _GB, "predicted peak", "--")
+        draw_level(course, predicted / _GB, "predicted peak", "--")
     course.set_ylim(0, 1.08 * course.dataLim.ymax)
     _draw_peaks(peaks, rank, phases)
     return figure
@@ -470,10 +308,9 @@ def _draw_phases(run: Curves, number: int, rank: Mapping[str, Any]) -> Figure:
 
 def draw_stacks(title: str, bars: Mapping[str, Mapping[str, float]]) -> bytes:
     """A PNG of bars in GB, each stacked from the same named parts (bytes)."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE):
+    with look():
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.subplots()
         below = [0.0] * len(bars)
@@ -483,7 +320,7 @@ def draw_stacks(title: str, bars: Mapping[str, Mapping[str, float]]) -> bytes:
             below = [low + size for low, size in zip(below, sizes, strict=True)]
         axes.set(title=title, ylabel="GB")
         axes.legend()
-        return _png(figure)
+        return png(figure)
 
 
 def _draw_course(axes: Axes, rank: Mapping[str, Any]) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,9 @@ from job.common.errors import InputError
 from job.common.files import write_atomic
 from job.common.nested import flatten
 from job.run.alarm import is_constant
-from job.run.directory import RunDirectory
-from job.run.plots import Curves, draw_plots, run_colour, run_names, save_plots
+from job.run.figure import run_colour
+from job.run.plots import draw_plots, save_plots
+from job.run.reader import Snapshot, snapshots
 
 _PAGE = "report.html"
 _FILES = ("config.yaml", "status.json", "metrics.jsonl", "parameters.json", "train.log")
@@ -40,8 +39,10 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
         InputError: a path is no run directory, a file in it is damaged, or the page cannot be
             written.
     """
-    read = [_Run.read(path, name) for path, name in zip(runs, _names(runs), strict=True)]
-    plots = draw_plots([run.curves for run in read])
+    for run in runs:
+        _refuse_other_folder(run)
+    read = snapshots(runs)
+    plots = draw_plots(read)
     path = out or _default_page(runs)
     try:
         write_atomic(path, _page(read, plots))
@@ -69,69 +70,15 @@ def verdict(metrics: Mapping[str, float]) -> str:
     return f"explains {100 * r2:.0f} % of the variance (R² {r2:z.2f})"
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What a run directory holds; whatever is missing there is empty."""
-
-    path: Path
-    curves: Curves
-    config: dict[str, Any]
-    status: dict[str, Any]
-    parameters: dict[str, Any]
-
-    @classmethod
-    def read(cls, path: Path, name: str) -> _Run:
-        directory = RunDirectory(path)
-        try:
-            return cls(
-                path,
-                Curves.read(path, name),
-                _if_there(directory.file("config.yaml"), lambda _: directory.config()),
-                directory.status(),
-                _if_there(directory.file("parameters.json"), lambda f: json.loads(f.read_text())),
-            )
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path}: a file of this run is damaged: {error}") from None
-
-    @property
-    def name(self) -> str:
-        return self.curves.name
-
-    @property
-    def final(self) -> dict[str, float]:
-        return self.curves.validation()[1]
-
-    @property
-    def state(self) -> str:
-        return str(self.status.get("state", "not started"))
-
-    @property
-    def failed(self) -> bool:
-        return self.state == "failed" or bool(self.status.get("error"))
-
-    @property
-    def unfrozen(self) -> object:
-        configured = self.config.get("training", {}).get("num_unfrozen_layers", _NONE)
-        return self.parameters.get("model_num_unfrozen_layers", configured)
-
-    def log_tail(self) -> list[str]:
-        file = self.path / "train.log"
-        if not file.exists():
-            return []
-        with file.open(encoding="utf-8", errors="replace") as stream:
-            return list(deque(stream, _LOG_LINES))
+def _refuse_other_folder(run: Path) -> None:
+    if not any((run / name).exists() for name in _FILES):
+        reason = "is no run directory" if run.is_dir() else "does not exist"
+        raise InputError(f"{run}: {reason}; give a folder that job.train has written (run.dir)")
 
 
-def _if_there(file: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    return read(file) if file.exists() else {}
-
-
-def _names(runs: Sequence[Path]) -> list[str]:
-    for run in runs:
-        if not any((run / name).exists() for name in _FILES):
-            reason = "is no run directory" if run.is_dir() else "does not exist"
-            raise InputError(f"{run}: {reason}; give a folder that job.train has written (run.dir)")
-    return run_names(runs)
+def _unfrozen(run: Snapshot) -> object:
+    configured = run.config.get("training", {}).get("num_unfrozen_layers", _NONE)
+    return run.parameters.get("model_num_unfrozen_layers", configured)
 
 
 def _default_page(runs: Sequence[Path]) -> Path:
@@ -180,7 +127,7 @@ def _table(head: Sequence[object], rows: Iterable[Sequence[object]], kind: str =
     return _tag("div", table, class_="wide")
 
 
-def _page(runs: Sequence[_Run], plots: Mapping[str, bytes]) -> str:
+def _page(runs: Sequence[Snapshot], plots: Mapping[str, bytes]) -> str:
     several = len(runs) > 1
     title = f"Comparison of {len(runs)} runs" if several else runs[0].name
     body = _join(
@@ -207,7 +154,7 @@ def _page(runs: Sequence[_Run], plots: Mapping[str, bytes]) -> str:
 # --- headline --------------------------------------------------------------------------------
 
 
-def _headline(index: int, run: _Run, several: bool) -> _Html:
+def _headline(index: int, run: Snapshot, several: bool) -> _Html:
     """Verdict, state and size of a run, and its alarm."""
     facts = [_tag("span", fact) for fact in _facts(run)]
     state = _tag("span", run.state, class_="state bad" if run.failed else "state")
@@ -227,9 +174,9 @@ def _swatch(index: int) -> _Html:
     return _tag("i", style=f"background:{run_colour(index)}", class_="swatch")
 
 
-def _facts(run: _Run) -> Iterator[str]:
+def _facts(run: Snapshot) -> Iterator[str]:
     layers = run.parameters.get("model_num_layers")
-    yield f"N = {run.unfrozen} unfrozen blocks" + (f" of {layers}" if layers else "")
+    yield f"N = {_unfrozen(run)} unfrozen blocks" + (f" of {layers}" if layers else "")
     if "step" in run.status:
         yield f"step {run.status['step']:,} of {run.status.get('max_steps', 0):,}"
     if run.status.get("attempt", 1) > 1:
@@ -238,21 +185,21 @@ def _facts(run: _Run) -> Iterator[str]:
         yield f"checkpoint of step {run.status['checkpoint']:,}"
     if "model_trainable_params" in run.parameters:
         yield f"{run.parameters['model_trainable_params']:,} trainable parameters"
-    speeds = sorted(run.curves.series("tokens_per_second")[1])
+    speeds = sorted(run.series("tokens_per_second")[1])
     if speeds:
         yield f"{speeds[len(speeds) // 2]:,.0f} tokens/s"
-    memory = run.curves.series("memory_bytes")[1]
+    memory = run.series("memory_bytes")[1]
     if memory:
         yield f"{_bytes(max(memory))} peak memory"
     if "updated" in run.status:
         yield f"updated {_moment(run.status['updated'])}"
 
 
-def _failure(run: _Run, several: bool) -> _Html:
-    lines = run.log_tail()
+def _failure(run: Snapshot, several: bool) -> _Html:
+    lines = run.stored.log_tail(_LOG_LINES)
     error = run.status.get("error") or "no error was recorded"
     opened = {} if several else {"open": ""}
-    log = _fold(f"last {len(lines)} log lines", "".join(lines), **opened)
+    log = _fold(f"last {len(lines)} log lines", "\n".join(lines), **opened)
     return _section(
         f"Failed: {run.name}",
         _tag("p", error, class_="alarm"),
@@ -293,7 +240,7 @@ _METRICS = (
 )
 
 
-def _validation(runs: Sequence[_Run]) -> _Html:
+def _validation(runs: Sequence[Snapshot]) -> _Html:
     """Final metrics beside those of the best constant and of the optimal predictor."""
     judged = [(i, run) for i, run in enumerate(runs) if run.final]
     if not judged:
@@ -306,7 +253,7 @@ def _validation(runs: Sequence[_Run]) -> _Html:
     return _section("Validation", table, *(_tag("p", note) for note in _notes(runs)))
 
 
-def _single_table(run: _Run, references: Sequence[tuple[str, dict[str, float]]]) -> _Html:
+def _single_table(run: Snapshot, references: Sequence[tuple[str, dict[str, float]]]) -> _Html:
     """One row per metric."""
     columns = [run.final, *(metrics for _, metrics in references)]
     head = ["metric", "this run", *(name for name, _ in references), "meaning"]
@@ -322,21 +269,21 @@ def _single_table(run: _Run, references: Sequence[tuple[str, dict[str, float]]])
 
 
 def _comparison_table(
-    judged: Sequence[tuple[int, _Run]], references: Sequence[tuple[str, dict[str, float]]]
+    judged: Sequence[tuple[int, Snapshot]], references: Sequence[tuple[str, dict[str, float]]]
 ) -> _Html:
     """One row per run."""
     shown = [metric for metric in _METRICS if any(metric.key in run.final for _, run in judged)]
     rows: list[list[object]] = []
     for i, run in judged:
-        name, step = _join([_swatch(i), run.name]), run.curves.validation()[0]
-        rows.append([name, run.unfrozen, f"{step:,}", *(m.show(run.final) for m in shown)])
+        name, step = _join([_swatch(i), run.name]), run.validation()[0]
+        rows.append([name, _unfrozen(run), f"{step:,}", *(m.show(run.final) for m in shown)])
     for reference, metrics in references:
         rows.append([reference, _NONE, _NONE, *(m.show(metrics) for m in shown)])
     head = ["run", "N", "step", *(_tag("span", m.label, title=m.meaning) for m in shown)]
     return _table(head, rows)
 
 
-def _references(runs: Sequence[_Run]) -> Iterator[tuple[str, dict[str, float]]]:
+def _references(runs: Sequence[Snapshot]) -> Iterator[tuple[str, dict[str, float]]]:
     """Best constant and optimal predictor, once per distinct set of validation labels."""
     distinct = {_labels(run): run for run in reversed(runs)}
     for run in reversed(distinct.values()):
@@ -346,7 +293,7 @@ def _references(runs: Sequence[_Run]) -> Iterator[tuple[str, dict[str, float]]]:
             yield f"optimal predictor{of}", _optimal_predictor(run.final)
 
 
-def _labels(run: _Run) -> tuple[float, ...]:
+def _labels(run: Snapshot) -> tuple[float, ...]:
     """What tells validation sets apart, up to rounding."""
     keys = ("mean_target", "mse_constant", "mse_optimal")
     return tuple(round(run.final.get(key, -1.0), 6) for key in keys)
@@ -366,12 +313,12 @@ def _optimal_predictor(final: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def _notes(runs: Sequence[_Run]) -> Iterator[str]:
+def _notes(runs: Sequence[Snapshot]) -> Iterator[str]:
     judged = [run for run in runs if run.final]
     if len({_labels(run) for run in judged}) > 1:
         yield "The runs were validated on different labels: compare R², not MSE."
     else:
-        final, step = judged[0].final, judged[0].curves.validation()[0]
+        step, final = judged[0].validation()
         at = f"At step {step:,}. " if len(runs) == 1 else ""
         if "std_target" in final:
             yield f"{at}Labels: mean {final['mean_target']:.3f}, std {final['std_target']:.3f}."
@@ -393,7 +340,7 @@ def _plots(plots: Mapping[str, bytes]) -> _Html:
     return _section("Curves", _tag("div", *images, class_="plots"))
 
 
-def _parameters(runs: Sequence[_Run]) -> _Html:
+def _parameters(runs: Sequence[Snapshot]) -> _Html:
     parts: list[_Html] = []
     for i, run in enumerate(runs):
         if len(runs) > 1:
@@ -430,7 +377,7 @@ def _component_row(name: str, part: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _configuration(runs: Sequence[_Run]) -> _Html:
+def _configuration(runs: Sequence[Snapshot]) -> _Html:
     full = [
         _fold(f"full configuration of {run.name}", _yaml(run.config)) for run in runs if run.config
     ]
@@ -441,7 +388,7 @@ def _configuration(runs: Sequence[_Run]) -> _Html:
     )
 
 
-def _differing_keys(runs: Sequence[_Run]) -> _Html:
+def _differing_keys(runs: Sequence[Snapshot]) -> _Html:
     flat = [flatten(run.config) for run in runs]
     keys = list(dict.fromkeys(key for config in flat for key in config))
     rows = [(key, *(config.get(key, _NONE) for config in flat)) for key in keys]

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from job.common.config import load_stored_config
 from job.common.errors import InputError, listing
-from job.common.nested import differences, to_dict
+from job.common.nested import refuse_differences, to_dict
 from job.common.schema import CriticConfig
 from job.distributed.world import World
 from job.model.architecture import TransformerConfig
@@ -143,13 +143,9 @@ class TrainedCritic:
         folder = newest_intact(source)
         file = folder / "config.yaml"
         config = load_stored_config(CriticConfig, file, overrides)
-        changed = differences(to_dict(load_stored_config(CriticConfig, file)), to_dict(config))
-        refused = [line for line in changed if not line.startswith(_MAY_BE_SET)]
-        if refused:
-            raise InputError(
-                f"{folder}: this belongs to the critic and cannot be set (there -> asked for)"
-                + listing(refused)
-            )
+        stored = load_stored_config(CriticConfig, file)
+        problem = f"{folder}: this belongs to the critic and cannot be set (there -> asked for)"
+        refuse_differences(to_dict(stored), to_dict(config), problem, _MAY_BE_SET)
         if trunk is not None:
             config.model.path = trunk
         return cls(folder, read_facts(folder), config)
@@ -215,11 +211,11 @@ class TrainedCritic:
             "base": fingerprint(trunk, self.config.data.cache_dir),
         }
         there = {name: self.facts["identity"][name] for name in here}
-        if changed := differences(there, here):
-            raise InputError(
-                f"{self.folder}: not trained on the trunk {trunk} (trained on -> there); "
-                "name the right one with --trunk" + listing(changed)
-            )
+        problem = (
+            f"{self.folder}: not trained on the trunk {trunk} (trained on -> there); "
+            "name the right one with --trunk"
+        )
+        refuse_differences(there, here, problem)
 
 
 def find_weights(source: Path, critic: nn.Module, identity: dict[str, Any]) -> Path:
@@ -232,13 +228,12 @@ def find_weights(source: Path, critic: nn.Module, identity: dict[str, Any]) -> P
     folder = newest_intact(source)
     stored = read_facts(folder)["identity"]
     names = ("architecture", "base")
-    changed = differences({n: stored.get(n) for n in names}, {n: identity[n] for n in names})
-    if changed:
-        raise InputError(f"{folder}: trained on another trunk (there -> here)" + listing(changed))
+    there, here = {n: stored.get(n) for n in names}, {n: identity[n] for n in names}
+    refuse_differences(there, here, f"{folder}: trained on another trunk (there -> here)")
     trained, trainable = open_weights(folder).shapes.keys(), _trainable(critic).keys()
     if (_BIAS in trained) != (_BIAS in trainable):
-        there, here = (str(_BIAS in names).lower() for names in (trained, trainable))
-        raise InputError(f"{folder}: training.value_head.bias: {there} -> {here} (there -> here)")
+        change = " -> ".join(str(_BIAS in names).lower() for names in (trained, trainable))
+        raise InputError(f"{folder}: training.value_head.bias: {change} (there -> here)")
     if frozen := sorted(trained - trainable):
         raise InputError(
             f"{folder} trained {len(frozen)} parameter(s) that would be frozen here; "

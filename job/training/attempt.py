@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from job.common.errors import InputError, NoProgress, Stopped, Superseded
+from job.common.errors import InputError, NoProgress, Stopped, Superseded, first_line
 from job.common.nested import to_dict
 from job.common.progress import log_file, only_warnings
 from job.common.schema import CriticConfig
@@ -105,7 +105,7 @@ def _failures_reported(world: World) -> Iterator[None]:
     except BaseException as error:
         world.report_failure(error)
         if not isinstance(error, Stopped | Superseded):
-            _log.error("%s: %s", type(error).__name__, str(error).partition("\n")[0])
+            _log.error("%s", first_line(error, named=True))
         raise
 
 

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from job.common.errors import Ending
+from job.common.errors import Ending, first_line
 from job.common.schema import CheckpointConfig
 from job.common.version import commit
 from job.distributed.world import World
@@ -364,9 +364,9 @@ def _cause(error: BaseException) -> str:
     """The first rank's error within torch.distributed.checkpoint's own."""
     failures = getattr(error, "failures", None)
     if not failures:
-        return f"{type(error).__name__}: {error}".partition("\n")[0]
+        return first_line(error, named=True)
     rank, (cause, _) = next(iter(failures.items()))
-    return f"rank {rank}: {cause}".partition("\n")[0]
+    return f"rank {rank}: {first_line(cause)}"
 
 
 def _in_background(work: Callable[[], Result]) -> Future[Result]:

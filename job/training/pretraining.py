@@ -16,9 +16,9 @@ import yaml
 from torch import Tensor, nn
 
 from job.common.config import completed, load_config
-from job.common.errors import InputError, listing
+from job.common.errors import InputError
 from job.common.files import atomic_folder
-from job.common.nested import differences, to_dict
+from job.common.nested import refuse_differences, to_dict
 from job.common.progress import progress
 from job.common.schema import EMBEDDED, PretrainConfig
 from job.common.signals import stop_if_asked
@@ -69,12 +69,11 @@ def make_trunk(config: PretrainConfig) -> None:
 
 def _check_same_recipe(config: PretrainConfig, folder: Path) -> None:
     stored = _dependences(completed(_stored_recipe(folder / RECIPE), PretrainConfig))
-    changed = differences(stored, _recipe(config))
-    if changed:
-        raise InputError(
-            f"{folder}: the trunk here was made by another recipe (there -> asked for); "
-            "remove the folder or choose another" + listing(changed)
-        )
+    problem = (
+        f"{folder}: the trunk here was made by another recipe (there -> asked for); "
+        "remove the folder or choose another"
+    )
+    refuse_differences(stored, _recipe(config), problem)
 
 
 def _stored_recipe(file: Path) -> dict[str, Any]:

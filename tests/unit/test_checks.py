@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from fake_slurm import SEVEN_B, STARTS, FakeSlurm, options, partition, profile, write_inputs
 
+from job.common import places
 from slurm import checks
 from slurm.checks import Check, check
 from slurm.plan import Plan, make_plan
@@ -42,7 +43,7 @@ def _named(plan: Plan, name: str) -> Check:
 
 
 def _free(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
 
 
 # Files

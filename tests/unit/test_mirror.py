@@ -27,8 +27,9 @@ from mlflow.entities import Run
 
 from job.common.errors import InputError
 from job.common.files import write_atomic
-from job.run import mlflow_sync as mirror
-from job.run.mlflow_sync import Mirror, live_mirror_allowed, sync_run, tracking_uri
+from job.run import mlflow_sync
+from job.run.mlflow_mirror import Mirror, live_mirror_allowed
+from job.run.mlflow_sync import sync_run, tracking_uri
 
 pytestmark = [
     pytest.mark.slow,
@@ -209,7 +210,7 @@ def test_local_stores_are_not_mirrored_to_from_a_cluster_job(
 
 
 def test_importing_the_module_loads_neither_mlflow_nor_torch() -> None:
-    code = "import sys, job.run.mlflow_sync; print({'mlflow', 'torch'} & set(sys.modules))"
+    code = "import sys, job.run.mlflow_mirror; print({'mlflow', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
@@ -364,7 +365,7 @@ def test_a_long_backlog_goes_in_batches(tmp_path: Path, database: str) -> None:
 def test_a_crash_between_sending_and_noting_duplicates_nothing(
     tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mirror, "_METRICS_PER_CALL", 2)
+    monkeypatch.setattr(mlflow_sync, "_METRICS_PER_CALL", 2)
     for crash in itertools.count():
         example = finished(tmp_path / f"crash{crash}", database, experiment=f"crash{crash}")
         if not _crashes_at(crash, example, monkeypatch):
@@ -385,7 +386,7 @@ def _crashes_at(number: int, example: Example, monkeypatch: pytest.MonkeyPatch) 
         write_atomic(path, text)
 
     with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-        patch.setattr(mirror, "write_atomic", write)
+        patch.setattr(mlflow_sync, "write_atomic", write)
         sync_run(example.path)
         return False
     return True
@@ -579,7 +580,7 @@ def test_a_resumed_run_repeats_nothing_whose_answer_was_lost(
 
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_batch", lose_the_answer)
-        patch.setattr(mirror, "_METRICS_PER_CALL", 2)
+        patch.setattr(mlflow_sync, "_METRICS_PER_CALL", 2)
         with pytest.raises(TimeoutError):
             sync_run(example.path)
     for last in (8, 12):
@@ -763,7 +764,7 @@ def test_a_run_on_a_server_goes_on_from_every_state(tmp_path: Path, server: int)
 def follow(example: Example, deadline: float) -> subprocess.Popen[bytes]:
     """The child process with another deadline than its own."""
     code = (
-        "import os, pathlib, sys; from job.run.mlflow_sync import follow\n"
+        "import os, pathlib, sys; from job.run.mlflow_mirror import follow\n"
         "os._exit(follow(pathlib.Path(sys.argv[1]), float(sys.argv[2])))"
     )
     command = [sys.executable, "-c", code, str(example.path), str(deadline)]
@@ -870,7 +871,7 @@ def test_a_killed_trainer_leaves_a_process_that_sends_the_rest_and_ends(
     example = Example(tmp_path / "killed", database)
     example.status("running")
     code = (
-        "import sys, time, pathlib; from job.run.mlflow_sync import Mirror\n"
+        "import sys, time, pathlib; from job.run.mlflow_mirror import Mirror\n"
         "print(Mirror.start(pathlib.Path(sys.argv[1])).process.pid, flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(example.path)]
@@ -915,7 +916,7 @@ def test_a_process_that_cannot_start_is_a_warning(
         monkeypatch.setattr(sys, "executable", "/no/python")
     live = Mirror.start(tmp_path / "none" if obstacle == "folder" else tmp_path)
     assert not live.close(timeout=1)
-    assert caplog.records[0].name == "job.run.mlflow_sync"
+    assert caplog.records[0].name == "job.run.mlflow_mirror"
     assert "no live mirror" in caplog.text
 
 

@@ -13,11 +13,13 @@ import torch
 from launch import running
 from micro_job import write_job
 
-from job import preflight
+from job.common import places
 from job.common.config import load_config
 from job.common.errors import Exit
 from job.common.schema import CriticConfig
-from job.preflight import Finding
+from job.distributed import links
+from job.training import fitness
+from job.training.fitness import Finding
 
 GOOD, UNFIT, WRONG = Exit.FINISHED, Exit.UNFIT_NODE, Exit.BAD_INPUT
 
@@ -32,7 +34,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CriticConfig:
 def _found(
     config: CriticConfig, *, gpus: int = 0, scratch: Path | None = None
 ) -> dict[str, Finding]:
-    return {one.name: one for one in preflight.of_this_node(config, gpus, scratch)}
+    return {one.name: one for one in fitness.of_this_node(config, gpus, scratch)}
 
 
 def test_a_node_without_fault_has_none(config: CriticConfig, tmp_path: Path) -> None:
@@ -98,7 +100,7 @@ def test_packages_of_the_home_directory(
     config: CriticConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = str(Path(torch.__file__).parents[1])
-    monkeypatch.setattr(preflight.site, "getusersitepackages", lambda: home)
+    monkeypatch.setattr(fitness.site, "getusersitepackages", lambda: home)
     found = _found(config)["packages"]
     assert found.fault is UNFIT
     assert "PYTHONNOUSERSITE" in found.advice
@@ -115,7 +117,7 @@ def test_a_scratch_folder_that_cannot_be_made(config: CriticConfig, tmp_path: Pa
 
 @pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="no /dev/full")
 def test_a_full_disk(config: CriticConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight.tempfile, "TemporaryFile", lambda dir: open("/dev/full", "wb"))  # noqa: SIM115, PTH123
+    monkeypatch.setattr(places.tempfile, "TemporaryFile", lambda dir: open("/dev/full", "wb"))  # noqa: SIM115, PTH123
     found = _found(config)["run.dir"]
     assert found.fault is UNFIT
     assert found.seen.endswith("No space left on device")
@@ -125,14 +127,14 @@ def test_little_space_in_scratch(
     config: CriticConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        preflight.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 1 << 29)
+        places.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 1 << 29)
     )
     assert _found(config, scratch=tmp_path)["scratch"].fault is UNFIT
 
 
 def test_little_shared_memory(config: CriticConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil._ntuple_diskusage(9, 9, 1 << 20)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda folder: usage)
     found = _found(config)["shared memory"]
     assert (found.fault, found.seen) == (UNFIT, "1 MB free in /dev/shm")
 
@@ -160,7 +162,7 @@ def test_weights_that_are_wrong_are_wrong_everywhere(config: CriticConfig, tmp_p
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
 def test_each_pair_meets_once_and_nobody_twice_in_a_round(size: int) -> None:
-    rounds = preflight._rounds(size)
+    rounds = links._rounds(size)
     met = [pair for pairs in rounds for pair in pairs]
     assert sorted(met) == [(i, j) for i in range(size) for j in range(i + 1, size)]
     for pairs in rounds:

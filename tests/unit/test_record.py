@@ -88,12 +88,12 @@ def test_an_event_that_is_still_being_written_does_not_count(record: Record) -> 
 
 
 def test_the_newest_checkpoint_among_other_names(record: Record) -> None:
-    assert record.newest_checkpoint() == 0
+    assert record.stored.newest_checkpoint() == 0
     folder = record.run / "checkpoints"
     names = ("step-00000002", "step-00000010", ".step-00000012.attempt-0002", "step-99", "step-x")
     for name in (*names, "damaged-step-00000014", "step-00000016.old"):
         (folder / name).mkdir(parents=True)
-    assert record.newest_checkpoint() == 10
+    assert record.stored.newest_checkpoint() == 10
 
 
 # Attempts

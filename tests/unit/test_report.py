@@ -21,7 +21,8 @@ import yaml
 
 from job.common.errors import InputError, run_command
 from job.report import main
-from job.run.plots import Curves, draw_memory, draw_plots, write_plots
+from job.run.plots import draw_memory, draw_plots, write_plots
+from job.run.reader import Snapshot
 from job.run.report_page import verdict, write_report
 
 pytestmark = pytest.mark.slow
@@ -684,7 +685,7 @@ def test_import_stays_light() -> None:
 @pytest.mark.parametrize("backend", ["nvml", "allocator", "process"])
 def test_memory_is_drawn_by_phase_from_what_there_is(tmp_path: Path, backend: str) -> None:
     write_json(tmp_path / "memory.json", memory(backend, ranks=2))
-    figure = draw_memory([Curves.read(tmp_path, "critic")])
+    figure = draw_memory([Snapshot.read(tmp_path, "critic")])
     course, peaks = figure.axes
     assert "fullest of 2 ranks" in course.get_title()
     lines = {line.get_label(): line for line in course.get_lines()}
@@ -707,9 +708,9 @@ def test_memory_of_several_runs_is_laid_over_one_another(tmp_path: Path) -> None
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         write_json(tmp_path / name / "memory.json", memory())
-        curves.append(Curves.read(tmp_path / name, name))
+        curves.append(Snapshot.read(tmp_path / name, name))
     (tmp_path / "c").mkdir()  # without a record
-    (axes,) = draw_memory([*curves, Curves.read(tmp_path / "c", "c")]).axes
+    (axes,) = draw_memory([*curves, Snapshot.read(tmp_path / "c", "c")]).axes
     assert [line.get_label() for line in axes.get_lines()] == ["a", "b"]
 
 
@@ -717,7 +718,7 @@ def test_an_empty_record_of_memory_draws_nothing(tmp_path: Path) -> None:
     empty = {"seconds": [], "phase": [], "allocated": []}
     rank = {"backend": "nvml", "device": "D", "peak": {}, "peaks": {}, "series": empty}
     write_json(tmp_path / "memory.json", {"ranks": [rank]})
-    assert draw_plots([Curves.read(tmp_path, "critic")]) == {}
+    assert draw_plots([Snapshot.read(tmp_path, "critic")]) == {}
 
 
 def test_phases_of_a_long_run_lie_upon_one_another(tmp_path: Path) -> None:
@@ -726,7 +727,7 @@ def test_phases_of_a_long_run_lie_upon_one_another(tmp_path: Path) -> None:
     for name, values in series.items():
         series[name] = [0.4 * i for i in range(9500)] if name == "seconds" else values[5:] * 100
     write_json(tmp_path / "memory.json", record)
-    course = draw_memory([Curves.read(tmp_path, "critic")]).axes[0]
+    course = draw_memory([Snapshot.read(tmp_path, "critic")]).axes[0]
     bands = [patch.get_data() for patch in course.patches[:3]]
     ends = {(float(min(b.baseline)), float(max(b.values))) for b in bands}
     assert ends == {(0, 20), (20, 23), (23, 26)}

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from job.run.reader import last_lines
 from slurm import trainer as trainer_module
 from slurm.record import Outcome
 from slurm.submission import PROJECT
-from slurm.trainer import Trainer, describe, last_lines, rank_environment, threads
+from slurm.trainer import Trainer, describe, rank_environment, threads
 
 STOPS_WHEN_ASKED = """
 import sys, time

@@ -10,9 +10,10 @@ import pytest
 from fake_slurm import FakeSlurm, submitted, write_inputs
 
 from job.common.errors import InputError
+from job.run.reader import StoredRun
 from slurm.record import Attempt, Record
 from slurm.scheduler import Job
-from slurm.status import SILENT_SECONDS, combine, log_file, newest_values, runs_of, standing
+from slurm.status import SILENT_SECONDS, combine, log_file, runs_of, standing
 
 NOW = 1_795_396_000.0
 RUNS: dict[str, Any] = {"state": "running", "heartbeat": NOW - 5}
@@ -124,7 +125,11 @@ def test_a_job_that_has_just_started_again_may_have_been_silent_before() -> None
 def test_the_newest_value_of_each_key(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "value/r2": 0.5}\n{"step": 2, "train/loss": 0.25}\n')
-    assert newest_values(file) == {"step": 2, "value/r2": 0.5, "train/loss": 0.25}
+    assert StoredRun(tmp_path).newest_values("metrics.jsonl") == {
+        "step": 2,
+        "value/r2": 0.5,
+        "train/loss": 0.25,
+    }
 
 
 @pytest.mark.parametrize(
@@ -134,18 +139,18 @@ def test_the_newest_value_of_each_key(tmp_path: Path) -> None:
 def test_torn_lines_do_not_count(tmp_path: Path, torn: str) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text(f'{{"step": 2}}\n{torn}')
-    assert newest_values(file) == {"step": 2}
+    assert StoredRun(tmp_path).newest_values("metrics.jsonl") == {"step": 2}
 
 
 def test_only_the_end_of_a_long_file_is_read(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"first": 1}), *(json.dumps({"step": k}) for k in range(20_000))]
     file.write_text("\n".join(lines) + "\n")
-    assert newest_values(file) == {"step": 19_999}
+    assert StoredRun(tmp_path).newest_values("metrics.jsonl") == {"step": 19_999}
 
 
 def test_without_a_file_there_are_no_values(tmp_path: Path) -> None:
-    assert newest_values(tmp_path / "none") == {}
+    assert StoredRun(tmp_path / "none").newest_values("metrics.jsonl") == {}
 
 
 # A run as a whole

@@ -198,7 +198,7 @@ def test_a_dry_run_shows_the_memory_of_each_gpu(submit: Submit, given: list[str]
 def test_the_memory_of_each_run_as_json(
     submit: Submit, given: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slurm.checks.shutil.disk_usage", lambda _: SimpleNamespace(free=1e12))
+    monkeypatch.setattr("job.common.places.shutil.disk_usage", lambda _: SimpleNamespace(free=1e12))
     asked = ("--gpus", "4", "--unfreeze", "4", "29")
     done = submit("--dry-run", "--json", *asked, "--override", *given)
     assert done.code == 0, done.err

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from job.common.config import load_config
 from job.common.errors import InputError
 from job.common.schema import CriticConfig
-from job.compare import compare, steps_to_half, summarise
+from job.compare import compare
+from job.run.comparison import steps_to_half, summarise
 from job.run.directory import RunDirectory
 from job.training.trainer import train
 

@@ -1,0 +1,38 @@
+"""Files and folders that a job is told of, as they are seen from here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+SCRATCH_BYTES = 1 << 30  # that caches need of a node's own folder
+_PROBE_BYTES = 1 << 20
+
+
+def read_problem(path: str | Path) -> str | None:
+    """What is wrong where a path cannot be read; None where it can."""
+    return None if os.access(path, os.R_OK) else f"cannot read {path}"
+
+
+def write_problem(folder: Path) -> str | None:
+    """Why a folder, made where it is missing, takes no file; None if it takes one.
+
+    A full disk or a quota shows only when something is written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def free_bytes(path: Path) -> int:
+    """Free space where a path is, or will be."""
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    return shutil.disk_usage(there).free

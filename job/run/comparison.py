@@ -1,0 +1,82 @@
+"""Runs of one critic side by side: what their last evaluations say, and a table of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from job.common.errors import InputError
+from job.run.reader import StoredRun
+
+_PREFIX = "validation/value/"
+_COLUMNS = (
+    "num_unfrozen_layers",
+    "mse",
+    "std",
+    "r2",
+    "achievable_share",
+    "steps_to_half",
+    "last_token_auc",
+)
+
+
+def summarise(run: StoredRun) -> dict[str, Any]:
+    """A finished run's last evaluation, and how fast it got there.
+
+    Raises:
+        InputError: the run has no evaluation.
+    """
+    evaluations = [r for r in run.records() if _PREFIX + "mse" in r]
+    if not evaluations:
+        raise InputError(
+            f"{run.path}: finished, but without an evaluation in metrics.jsonl; remove the folder"
+        )
+    last = {k.removeprefix(_PREFIX): v for k, v in evaluations[-1].items()}
+    return {
+        "num_unfrozen_layers": run.config()["training"]["num_unfrozen_layers"],
+        "mse": last["mse"],
+        "std": last["std_prediction"],
+        "r2": last.get("r2"),
+        "achievable_share": last.get("achievable_share"),
+        "mse_constant": last["mse_constant"],
+        "mse_optimal": last.get("mse_optimal"),
+        "std_optimal": last.get("std_optimal"),
+        "last_token_auc": last.get("last_token_auc"),
+        "length_auc": last.get("length_auc"),
+        "steps_to_half": steps_to_half(evaluations),
+        "seconds": run.status()["seconds"],
+    }
+
+
+def steps_to_half(evaluations: Sequence[dict[str, Any]]) -> int | None:
+    """The first evaluated step that explains half of the achievable variance."""
+    share = _PREFIX + "achievable_share"
+    reached = (int(r["step"]) for r in evaluations if r.get(share, 0.0) >= 0.5)
+    return next(reached, None)
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    table = Table(title="Validation: critics against the constant and the optimal predictor")
+    for name in ("blocks", "MSE", "std", "R2", "achievable", "half at", "AUC", "seconds"):
+        table.add_column(name, justify="right")
+    first = rows[0]
+    table.add_row(
+        "constant", f"{first['mse_constant']:.4f}", "0.0000", "0.0000", "", "", "0.5000", ""
+    )
+    for row in rows:
+        cells = [_cell(row[name]) for name in _COLUMNS]
+        table.add_row(*cells, f"{row['seconds']:.0f}")
+    if first["mse_optimal"] is not None:
+        r2 = 1 - first["mse_optimal"] / first["mse_constant"]
+        best = (first["mse_optimal"], first["std_optimal"], r2, 1.0)
+        table.add_row("optimal", *map(_cell, best), "", "", "")
+    Console().print(table)
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
