@@ -16,11 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from job.common.config import command_line, load_config
 from job.common.errors import InputError, run_and_leave
 from job.common.schema import CriticConfig
 from job.common.signals import SIGNALS
-from job.run.comparison import show, summarise
+from job.run.comparison import comparison_table, summarise
 from job.run.directory import RunDirectory
 from job.run.mlflow_sync import tracking_uri
 from job.run.report_page import write_report
@@ -43,7 +45,7 @@ def compare(config_file: str, overrides: Sequence[str], unfreeze: Sequence[int])
             _train(config_file, choice)
     rows = [summarise(run) for run in runs]
     RunDirectory(runs[0].path.parent).write_json("comparison.json", rows)
-    show(rows)
+    Console().print(comparison_table(rows))
     return [run.path for run in runs]
 
 

@@ -21,6 +21,7 @@ _SHOWN = (
     "last_token_auc",
     "length_auc",
     "pairwise_accuracy",
+    "pairwise_pairs",
     "tokens",
     "sequences",
 )

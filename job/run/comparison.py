@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from job.common.errors import InputError
@@ -58,10 +57,14 @@ def steps_to_half(evaluations: Sequence[dict[str, Any]]) -> int | None:
     return next(reached, None)
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    table = Table(title="Validation: critics against the constant and the optimal predictor")
-    for name in ("blocks", "MSE", "std", "R2", "achievable", "half at", "AUC", "seconds"):
-        table.add_column(name, justify="right")
+def comparison_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The runs between the constant and the optimal predictor, in 80 columns."""
+    table = Table(
+        title="Validation: critics against the constant and the optimal predictor",
+        caption="share: of the variance that the optimal predictor explains; half at: the step",
+    )
+    for name in ("blocks", "MSE", "std", "R2", "share", "half at", "AUC", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
     first = rows[0]
     table.add_row(
         "constant", f"{first['mse_constant']:.4f}", "0.0000", "0.0000", "", "", "0.5000", ""
@@ -73,7 +76,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         r2 = 1 - first["mse_optimal"] / first["mse_constant"]
         best = (first["mse_optimal"], first["std_optimal"], r2, 1.0)
         table.add_row("optimal", *map(_cell, best), "", "", "")
-    Console().print(table)
+    return table
 
 
 def _cell(value: float | None) -> str:

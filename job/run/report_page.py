@@ -216,11 +216,13 @@ class _Metric:
     label: str
     format: str
     meaning: str
+    count: str = ""  # the figure that says how many stand behind this one
 
     def show(self, metrics: Mapping[str, float]) -> str:
         if self.key not in metrics:
             return _NONE
-        return self.format.format(metrics[self.key]).replace("%", " %")
+        shown = self.format.format(metrics[self.key]).replace("%", " %")
+        return f"{shown} of {metrics[self.count]:,.0f}" if self.count in metrics else shown
 
 
 _METRICS = (
@@ -232,7 +234,13 @@ _METRICS = (
     _Metric("ece", "ECE", "{:z.3f}", "expected calibration error; 0 is calibrated"),
     _Metric("last_token_mse", "last-token MSE", "{:z.4f}", "squared error at the last token"),
     _Metric("last_token_auc", "last-token AUC", "{:z.3f}", "ranks right above wrong; chance 0.5"),
-    _Metric("pairwise_accuracy", "pairwise accuracy", "{:z.1%}", "orders answers to one problem"),
+    _Metric(
+        "pairwise_accuracy",
+        "pairwise accuracy",
+        "{:z.1%}",
+        "of so many pairs of answers to one problem",
+        count="pairwise_pairs",
+    ),
     _Metric(
         "length_correlation", "length correlation", "{:z.3f}", "of prediction and response length"
     ),

@@ -158,13 +158,17 @@ def measured_peak(rank: Mapping[str, Any]) -> float | None:
 def _compare(predicted: float, measured: float, *, on_gpu: bool) -> None:
     text = f"{predicted / 1e9:.3f} GB predicted, {measured / 1e9:.3f} GB measured at the peak"
     if within(predicted, measured, on_gpu=on_gpu):
-        _log.info("memory: %s", text)
+        margin = _tolerance(measured, on_gpu=on_gpu) / 1e9
+        _log.info("memory: as predicted, to the %.3f GB that count as equal: %s", margin, text)
     else:
         _log.warning("memory: %s: they part; see %s and docs/memory.md", text, FILE)
 
 
 def within(predicted: float, measured: float, *, on_gpu: bool) -> bool:
     """Whether prediction and measurement agree within the backend's tolerance."""
-    if on_gpu:
-        return abs(predicted - measured) <= GPU_TOLERANCE * measured
-    return abs(predicted - measured) <= CPU_TOLERANCE * measured + _PROCESS_BYTES
+    return abs(predicted - measured) <= _tolerance(measured, on_gpu=on_gpu)
+
+
+def _tolerance(measured: float, *, on_gpu: bool) -> float:
+    """Bytes that prediction and measurement may differ by."""
+    return GPU_TOLERANCE * measured if on_gpu else CPU_TOLERANCE * measured + _PROCESS_BYTES

@@ -1,4 +1,4 @@
-"""The main job as `make run` runs it: what unfreezing two blocks must reach, from nothing."""
+"""The main job, as `make run` runs it and shorter: what unfreezing two blocks must reach."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 LOCAL = "configs/critic/critic_local.yaml"
+RECIPE = "configs/pretrain/arithmetic.yaml"
+MEASURED = ROOT / "bench/results/main_job.json"
+MARGIN = 0.03  # for a CPU and a seed that are not among the measured ones
 
 pytestmark = pytest.mark.slow
 
@@ -34,21 +38,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def _compared(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a comparison in `folder` says of N=0 and N=2."""
+    probe, critic = json.loads((folder / "comparison.json").read_text())
+    assert (probe["num_unfrozen_layers"], critic["num_unfrozen_layers"]) == (0, 2)
+    return probe, critic
+
+
+@pytest.mark.all
 @pytest.mark.timeout(2400)  # ten minutes with one thread
 def test_two_unfrozen_blocks_explain_what_a_frozen_trunk_cannot(folder: Path) -> None:
     shown = _run(folder, "job.compare", "--config", LOCAL, "--unfreeze", "0", "2")
-    probe, critic = json.loads((folder / "runs/local/comparison.json").read_text())
-    assert (probe["num_unfrozen_layers"], critic["num_unfrozen_layers"]) == (0, 2)
-    assert critic["std"] > 0.2
-    assert critic["mse"] < 0.22
-    assert critic["achievable_share"] > 0.9
-    assert critic["steps_to_half"] <= 700
+    probe, critic = _compared(folder / "runs/local")
+    worst = json.loads(MEASURED.read_text())["summary"]["share"]["worst"]
+    assert critic["achievable_share"] > worst - MARGIN
     assert probe["std"] < critic["std_optimal"] / 2
     assert probe["achievable_share"] < 0.2
     assert str(folder / "runs/local/report.html") in shown
     assert "mlflow ui --backend-store-uri sqlite:///" in shown
     alarm = json.loads((folder / "runs/local/n0/status.json").read_text())["alarm"]
     assert "CONSTANT PREDICTOR" in alarm
+
+
+def test_half_the_training_reaches_half_of_what_is_achievable(folder: Path) -> None:
+    trunk = ("out=short/trunk", "training.max_steps=300")
+    _run(folder, "job.pretrain", "--config", RECIPE, "--override", *trunk)
+    settings = ("model.path=short/trunk", "run.dir=short/${run.name}", "training.max_steps=700")
+    without = ("model.recipe=null", "mlflow.enabled=false", "report.enabled=false")
+    options = ("--config", LOCAL, "--unfreeze", "0", "2", "--override", *settings, *without)
+    _run(folder, "job.compare", *options)
+    probe, critic = _compared(folder / "short")
+    assert critic["achievable_share"] > 0.5
+    assert critic["std"] > 0.2
+    assert probe["achievable_share"] < 0.2
+    assert probe["std"] < critic["std_optimal"] / 2
 
 
 def test_two_runs_on_one_machine_write_the_same_bits(folder: Path) -> None:

@@ -140,13 +140,16 @@ def test_each_backend_has_its_tolerance(sign: int) -> None:
 
 
 @pytest.mark.parametrize("parts", [False, True])
-def test_a_log_warns_only_where_prediction_and_measurement_part(
+def test_a_log_warns_where_prediction_and_measurement_part_and_else_calls_them_equal(
     config: CriticConfig,
     data: TokenizedSet,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
     parts: bool,
 ) -> None:
+    caplog.set_level("INFO", "job")
+
     def too_high(setting: Setting) -> Footprint:
         found = footprint(setting)
         moment = Moment("peak", found.peak.components | {"batch": 10**9})
@@ -165,6 +168,7 @@ def test_a_log_warns_only_where_prediction_and_measurement_part(
     assert (figures["memory/predicted_peak"] > 1e9) is parts
     log = (tmp_path / "train.log").read_text()
     assert ("WARNING" in log and "they part" in log) is parts
+    assert ("memory: as predicted" in log) is not parts
 
 
 @pytest.fixture(scope="module")

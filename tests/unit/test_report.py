@@ -149,6 +149,7 @@ def values(share: float) -> dict[str, float]:
         "last_token_mse": 0.0456,
         "last_token_auc": 0.5 + 0.4 * share,
         "pairwise_accuracy": 0.5 + 0.35 * share,
+        "pairwise_pairs": 1234.0,
         "length_correlation": -0.087,
         "length_auc": 0.55,
     }
@@ -291,7 +292,7 @@ def test_single_table_sets_the_run_beside_constant_and_optimum(
     assert rows["std"][:3] == ["0.373", "0.000", "0.387"]
     assert rows["mean"][:3] == ["0.610", "0.600", NONE]
     assert rows["last-token AUC"][:3] == ["0.871", "0.500", NONE]
-    assert rows["pairwise accuracy"][:3] == ["82.5 %", "50.0 %", NONE]
+    assert rows["pairwise accuracy"][:3] == ["82.5 % of 1,234", "50.0 %", NONE]
     assert rows["length correlation"][:3] == ["-0.087", NONE, NONE]
 
 
