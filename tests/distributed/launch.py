@@ -13,11 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from forks import PYTHONPATH, THREADS, Process, fork
 from micro_job import CHANGES, MicroRun, write_job
 
-TESTS = Path(__file__).parents[1]
-# This checkout, whichever is installed; a test file may be a command, and imports what tests share.
-PYTHONPATH = os.pathsep.join([str(TESTS.parent), str(TESTS)])
 _POLL_SECONDS = 0.001
 
 
@@ -31,7 +29,7 @@ def free_port() -> int:
 class Ranks:
     """The processes of one job, and the file that each writes its stderr to."""
 
-    processes: list[subprocess.Popen[bytes]]
+    processes: list[Process]
     logs: list[Path]
 
     def wait(self, seconds: float = 300) -> list[int]:
@@ -87,6 +85,23 @@ def _is_halted(pid: int) -> bool:
     return all(stat.rpartition(")")[2].split()[0] in "TZ" for stat in stats)
 
 
+def start_process(
+    command: Sequence[str],
+    cwd: Path,
+    environment: Mapping[str, str],
+    stdout: Path,
+    stderr: Path,
+    *,
+    forked: bool = True,
+) -> Process:
+    """Start a Python command: in a fork that has made the imports, or as a shell would."""
+    if forked:
+        return fork(command, cwd, environment, stdout, stderr)
+    with stdout.open("ab") as out, stderr.open("ab") as err:
+        words = [sys.executable, *command]
+        return subprocess.Popen(words, cwd=cwd, env=environment, stdout=out, stderr=err)
+
+
 def start_ranks(
     command: Sequence[str],
     world: int,
@@ -94,6 +109,7 @@ def start_ranks(
     *,
     per_node: int | None = None,
     environment: Mapping[str, str] | None = None,
+    forked: bool = True,
 ) -> Ranks:
     """Start a Python command on `world` ranks over gloo on loopback."""
     shared = {
@@ -102,7 +118,7 @@ def start_ranks(
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(per_node or world),
         "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": THREADS,
         "PYTHONPATH": PYTHONPATH,
     }
     folder = cwd / "logs"
@@ -110,17 +126,9 @@ def start_ranks(
     started = Ranks([], [])
     for rank in range(world):
         log = folder / f"{time.time_ns()}.rank-{rank}.log"
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                [sys.executable, *command],
-                cwd=cwd,
-                env=os.environ
-                | shared
-                | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                | dict(environment or {}),
-                stdout=stream,
-                stderr=stream,
-            )
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        env = os.environ | shared | own | dict(environment or {})
+        process = start_process(command, cwd, env, log, log, forked=forked)
         started.processes.append(process)
         started.logs.append(log)
     return started
@@ -134,9 +142,12 @@ def running(
     *,
     per_node: int | None = None,
     environment: Mapping[str, str] | None = None,
+    forked: bool = True,
 ) -> Iterator[Ranks]:
     """Ranks for the length of the body; what is left of them then is killed."""
-    ranks = start_ranks(command, world, cwd, per_node=per_node, environment=environment)
+    ranks = start_ranks(
+        command, world, cwd, per_node=per_node, environment=environment, forked=forked
+    )
     try:
         yield ranks
     finally:
@@ -178,11 +189,13 @@ class MicroJob:
         world: int = 2,
         options: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        forked: bool = True,
     ) -> Iterator[Ranks]:
         """An attempt at run `name`."""
         command = ["-m", "job.train", "--config", "critic.yaml", *options, "--override"]
         command += [f"run.name={name}", *self.settings, *settings]
-        with running(command, world, self.folder, environment=environment) as ranks:
+        started = running(command, world, self.folder, environment=environment, forked=forked)
+        with started as ranks:
             yield ranks
 
     def finish(self, name: str, *settings: str, world: int = 2) -> MicroRun:

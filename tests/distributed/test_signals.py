@@ -129,7 +129,8 @@ def test_a_signal_in_the_first_seconds_ends_every_rank(
     job: MicroJob, run: MicroRun, seconds: float
 ) -> None:
     before = run.lines
-    with job.start(run.path.name, "distributed.start_timeout_seconds=20") as ranks:
+    patience = "distributed.start_timeout_seconds=20"
+    with job.start(run.path.name, patience, forked=False) as ranks:
         time.sleep(seconds)
         ranks.signal(signal.SIGTERM)
         if seconds < 0.5:  # there may be no handler yet; where there is one, the launcher ends it
