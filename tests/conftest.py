@@ -12,11 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from budget import Budget
 from lab import Lab, LabImpossible
 from micro_critic import MicroCritics
 from xdist.scheduler import LoadFileScheduling
 
 SECONDS = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "fail where a part takes more CPU seconds than this file plans (tests/budget.json)"
+    parser.addoption("--budget", type=Path, metavar="FILE", help=what)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Budget(config.getoption("--budget")))
 
 
 @pytest.hookimpl(optionalhook=True)
