@@ -106,11 +106,10 @@ class Loop:
             world=world.size,
         )
         self._batches = packer.step(0, SEQUENCES, seed)
-        (self._count,) = world.sum([self.learner.count(self._batches)])
 
     def step(self) -> None:
         """What the product's loop does in a step at which no save is due."""
-        self.learner.step(0, self._batches, self._count, ValueMetrics())
+        self.learner.step(0, self._batches, ValueMetrics())
         self.state.step += 1
         self.save_if_due()
 

@@ -53,7 +53,7 @@ from job.memory.validation import MALLOC, Measured, markdown
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.parameters import count_parameters
-from job.model.shards import own
+from job.model.shards import local_shard
 from job.model.transformer import PackedLayout
 from job.run.alarm import ConstantPredictorAlarm
 from job.run.directory import RunDirectory
@@ -174,7 +174,7 @@ class _Training:
         torch.manual_seed(seed)
         with torch.no_grad():
             for name, parameter in critic.named_parameters():
-                local = own(parameter)
+                local = local_shard(parameter)
                 local.fill_(1.0) if "norm" in name else local.normal_(std=0.02)
         critic.initialise_head(0.5, seed)
         return critic
@@ -199,10 +199,9 @@ class _Training:
     def steps(self) -> list[float]:
         """Seconds of each measured step."""
         seconds = []
-        count = self.learner.count(self.batches)
         for step in range(WARM_UP + STEPS):
             began = time.perf_counter()
-            self.learner.step(step, self.batches, count, ValueMetrics())
+            self.learner.step(step, self.batches, ValueMetrics())
             self._wait()
             seconds.append(time.perf_counter() - began)
             self._note("update")

@@ -51,7 +51,7 @@ from job.distributed.world import World, joined_world
 from job.model.architecture import TransformerConfig
 from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.model.shards import own
+from job.model.shards import local_shard
 from job.model.transformer import Transformer
 from job.model.weights import load_trunk, save_hugging_face, save_transformer
 
@@ -85,11 +85,11 @@ def prepare(way: str, folder: Path, world: World) -> tuple[Callable[[], Any], in
         critic = Critic(read_architecture(folder))
     unfreeze_last_blocks(critic, 0)
     shard(critic, FsdpConfig(), world)
-    own_bytes = sum(own(p).nbytes for p in critic.trunk.parameters())
+    own_bytes = sum(local_shard(p).nbytes for p in critic.trunk.parameters())
     largest = max(p.numel() * p.element_size() for p in critic.trunk.parameters())
     if way.endswith(IN_PLACE):
         for parameter in critic.trunk.parameters():
-            own(parameter).zero_()
+            local_shard(parameter).zero_()
     return lambda: load_trunk(critic.trunk, folder), own_bytes, largest
 
 

@@ -64,7 +64,7 @@ class Loop:
             return nullcontext() if recorder is None else recorder.phase(name)
 
         learner = self._learner
-        count = learner.count(self._batches)
+        count = sum(learner.objective.count(batch) for batch in self._batches)
         for batch in self._batches:
             with phase("forward"):
                 loss = learner.objective.loss_sum(learner.outputs(batch), batch, 0) / count

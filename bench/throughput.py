@@ -158,8 +158,7 @@ class Packed(Contestant):
 
     def step(self, step: int) -> float:
         batches = self.packer.step(step, TRAINING.batch_size, self.seed)
-        count = self.learner.count(batches)
-        return self.learner.step(step, batches, count, ValueMetrics()).loss
+        return self.learner.step(step, batches, ValueMetrics()).loss
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Value every token of every response in a file, with a trained critic.
 
     python -m job.score --critic runs/critic --data solutions.jsonl --out values.parquet
-    torchrun --nproc_per_node 4 -m job.score --critic DELTA --base TRUNK --data FILE --out OUT
+    torchrun --nproc_per_node 4 -m job.score --critic DELTA --trunk TRUNK --data FILE --out OUT
 
 The critic is a run (its newest good checkpoint), a checkpoint or a delta; FILE has the format of
 training data, rewards optional. Where there are any, a table says how well the values predict
@@ -32,7 +32,7 @@ def main() -> None:
     options = parser.parse_args()
     set_up_logging()
     find = functools.partial(
-        TrainedCritic.find, options.critic, options.base, tuple(options.override)
+        TrainedCritic.find, options.critic, options.trunk, tuple(options.override)
     )
     score(find, options.data, options.out)
 

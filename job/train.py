@@ -19,7 +19,7 @@ from job.common.config import command_line, load_config
 from job.common.errors import run_and_leave
 from job.common.progress import set_up_logging
 from job.common.schema import CriticConfig
-from job.training.attempt import train
+from job.training.trainer import train
 
 
 def main() -> None:

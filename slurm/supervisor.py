@@ -1,7 +1,7 @@
 """What runs on the nodes, one task a GPU, outside the container: submitit calls a Supervisor.
 
 Each task starts its trainer, passes signals on and waits. Task 0 leads: it collects how all of them
-have ended, and decides by slurm/verdict.py whether the job comes back.
+have ended, and decides by slurm/policy.py whether the job is requeued.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 from submitit.helpers import DelayedSubmission
 
 from job.common.errors import Exit
-from slurm.lead import Lead
-from slurm.record import Attempt, Outcome, Record
+from slurm.leader import Leader
+from slurm.record import Outcome, Record
 from slurm.submission import Submission
-from slurm.task import POLL_SECONDS, Signals, Task, leave, say, wait_for
+from slurm.task import POLL_SECONDS, Post, leave, say, wait_for
 from slurm.trainer import Trainer, rank_environment, threads
 
 _MEETING_SECONDS = 300.0  # for a task that starts early to wait for task 0
@@ -35,108 +35,109 @@ class Supervisor:
     submission: Submission
 
     def __call__(self) -> str:
-        signals, task = Signals(), Task.here()
-        attempt = Attempt(Record(self.run), task.job, task.restart)
-        lead = Lead(self, self.submission, task, attempt, signals) if task.rank == 0 else None
-        if lead is not None:
-            lead.begin()
-        outcome = self._supervise(task, attempt, signals, lead)
-        say(f"rank {task.rank}: {outcome.reason}")
-        attempt.set_outcome(outcome)
-        if lead is None:
+        post = Post.taken(Record(self.run))
+        leader = Leader(self, self.submission, post) if post.task.rank == 0 else None
+        if leader is not None:
+            leader.begin()
+        outcome = _Watch(self.submission, post, leader).outcome()
+        say(f"rank {post.task.rank}: {outcome.reason}")
+        post.attempt.set_outcome(outcome)
+        if leader is None:
             leave(0)  # without a result: only task 0's counts
-        return lead.conclude()
+        return leader.conclude()
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit runs again if a signal comes between its handlers and ours."""
         return DelayedSubmission(self)
 
-    def _supervise(
-        self, task: Task, attempt: Attempt, signals: Signals, lead: Lead | None
-    ) -> Outcome:
+
+@dataclass(frozen=True)
+class _Watch:
+    """One task's watch over its trainer; task 0 leads."""
+
+    submission: Submission
+    post: Post
+    leader: Leader | None
+
+    def outcome(self) -> Outcome:
         """Run this task's trainer to its end."""
+        attempt = self.post.attempt
         meeting = wait_for(attempt.meeting, _MEETING_SECONDS)
         if meeting is None:
             problem = f"task 0 did not say where to meet: no file in {attempt.folder}"
-            return Outcome(task.rank, task.node, Exit.CRASHED, time.time(), problem, [])
+            return self._failed(Exit.CRASHED, problem)
         if "leave" in meeting:
             leave(0)
-        if unfit := self.unfitness():
-            return Outcome(task.rank, task.node, Exit.UNFIT_NODE, time.time(), unfit, [])
-        config, given = str(Record(self.run).config), self._environment(task, meeting)
-        outcome = None
+        config = str(attempt.record.config)
+        if unfit := unfitness(self.submission, config):
+            return self._failed(Exit.UNFIT_NODE, unfit)
+        given = self._environment(meeting)
         if self.submission.profile["preflight"]:
             # at an address of its own: who is faster must not meet those who still are there
             own = given | {"MASTER_PORT": meeting["PREFLIGHT_PORT"]}
-            command = self.submission.preflight_command(config, task.local_size)
-            outcome = self._run(command, own, task, attempt, signals, lead)
-        if outcome is None or outcome.code == Exit.FINISHED:
-            command = self.submission.command("train", "--config", config)
-            outcome = self._run(command, given, task, attempt, signals, lead)
-        return outcome
+            command = self.submission.preflight_command(config, self.post.task.local_size)
+            before = self._run(command, own)
+            if before.code != Exit.FINISHED:
+                return before
+        return self._run(self.submission.command("train", "--config", config), given)
 
-    def _run(
-        self,
-        command: list[str],
-        given: dict[str, str],
-        task: Task,
-        attempt: Attempt,
-        signals: Signals,
-        lead: Lead | None,
-    ) -> Outcome:
-        """Run a command of the job to its end."""
-        environment = self.submission.task_environment(given)
-        cwd, log = Path(self.submission.cwd), attempt.log(task.rank)
-        try:
-            trainer = Trainer(command, environment, cwd, log)
-        except OSError as error:
-            problem = f"cannot start {command[0]}: {error.strerror}"
-            return Outcome(task.rank, task.node, Exit.UNFIT_NODE, time.time(), problem, [])
-        _wait_for_the_end(trainer, attempt, signals, lead)
-        return trainer.outcome(task.rank, task.node)
+    def _failed(self, code: int, problem: str) -> Outcome:
+        task = self.post.task
+        return Outcome(task.rank, task.node, code, time.time(), problem, [])
 
-    def unfitness(self) -> str | None:
-        """What this node lacks that other nodes may have."""
-        submission = self.submission
-        needed = [submission.cwd, str(Record(self.run).config), submission.image]
-        for path in filter(None, needed):
-            if not os.access(path, os.R_OK):
-                return f"cannot read {path}"
-        if submission.scratch is None:
-            return None
-        scratch = Path(os.path.expandvars(submission.scratch))
-        try:
-            scratch.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(scratch).free
-        except OSError as error:
-            return f"scratch {scratch}: {error.strerror}"
-        if not os.access(scratch, os.W_OK):
-            return f"scratch {scratch} is not writable"
-        if free < _SCRATCH_BYTES:
-            return f"scratch {scratch}: {free / 1e9:.1f} GB free"
-        return None
-
-    def _environment(self, task: Task, meeting: dict[str, str]) -> dict[str, str]:
+    def _environment(self, meeting: dict[str, str]) -> dict[str, str]:
         """What the trainer's environment has besides this task's own."""
+        task = self.post.task
         ranks = rank_environment(task.rank, task.size, task.local_rank, task.local_size)
         given = {"OMP_NUM_THREADS": threads()} | meeting | ranks
         if self.submission.scratch is not None:
             given["TMPDIR"] = os.path.expandvars(self.submission.scratch)
         return given | self.submission.environment
 
+    def _run(self, command: list[str], given: dict[str, str]) -> Outcome:
+        """Run a command of the job to its end."""
+        environment = self.submission.task_environment(given)
+        task, log = self.post.task, self.post.attempt.log(self.post.task.rank)
+        try:
+            trainer = Trainer(command, environment, Path(self.submission.cwd), log)
+        except OSError as error:
+            problem = f"cannot start {command[0]}: {error.strerror}"
+            return self._failed(Exit.UNFIT_NODE, problem)
+        self._wait_for_the_end(trainer)
+        return trainer.outcome(task.rank, task.node)
 
-def _wait_for_the_end(
-    trainer: Trainer, attempt: Attempt, signals: Signals, lead: Lead | None
-) -> None:
-    """Wait for a trainer, pass the first signal on, and end it where it waits in vain."""
-    passed_on, looked = False, time.monotonic()
-    while not trainer.wait(POLL_SECONDS):
-        if signals.received and not passed_on:  # more would change nothing
-            trainer.send(signals.received[0])
-            passed_on = True
-        if lead is not None:
-            lead.watch()
-        if time.monotonic() - looked > _OTHERS_SECONDS:
-            looked = time.monotonic()
-            if any(outcome.code == Exit.UNFIT_NODE for outcome in attempt.outcomes()):
-                trainer.send(signal.SIGKILL)  # the others will not come, and nothing is unsaved
+    def _wait_for_the_end(self, trainer: Trainer) -> None:
+        """Wait for a trainer, pass the first signal on, and end it where it waits in vain."""
+        received, passed_on, looked = self.post.signals.received, False, time.monotonic()
+        while not trainer.wait(POLL_SECONDS):
+            if received and not passed_on:  # more would change nothing
+                trainer.send(received[0])
+                passed_on = True
+            if self.leader is not None:
+                self.leader.watch()
+            if time.monotonic() - looked > _OTHERS_SECONDS:
+                looked = time.monotonic()
+                if any(one.code == Exit.UNFIT_NODE for one in self.post.attempt.outcomes()):
+                    trainer.send(signal.SIGKILL)  # the others will not come, and all is saved
+
+
+def unfitness(submission: Submission, config: str) -> str | None:
+    """What this node lacks that other nodes may have."""
+    for path in filter(None, [submission.cwd, config, submission.image]):
+        if not os.access(path, os.R_OK):
+            return f"cannot read {path}"
+    return None if submission.scratch is None else _unfit_scratch(submission.scratch)
+
+
+def _unfit_scratch(name: str) -> str | None:
+    scratch = Path(os.path.expandvars(name))
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(scratch).free
+    except OSError as error:
+        return f"scratch {scratch}: {error.strerror}"
+    if not os.access(scratch, os.W_OK):
+        return f"scratch {scratch} is not writable"
+    if free < _SCRATCH_BYTES:
+        return f"scratch {scratch}: {free / 1e9:.1f} GB free"
+    return None

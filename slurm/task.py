@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
+from slurm.policy import exit_status
+from slurm.record import Attempt, Record
 from slurm.trainer import STOP_SIGNALS
-from slurm.verdict import exit_status
 
 POLL_SECONDS = 0.2
 Found = TypeVar("Found")
@@ -59,6 +60,21 @@ class Signals:
 
     def _receive(self, number: int, _frame: object) -> None:
         self.received.append(number)
+
+
+@dataclass(frozen=True)
+class Post:
+    """This task's place in one attempt at a run: who it is, what all tasks share, what it hears."""
+
+    task: Task
+    attempt: Attempt
+    signals: Signals
+
+    @classmethod
+    def taken(cls, record: Record) -> Post:
+        """From here on signals are heard."""
+        signals, task = Signals(), Task.here()
+        return cls(task, Attempt(record, task.job, task.restart), signals)
 
 
 def wait_for(condition: Callable[[], Found], seconds: float) -> Found | None:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from job.common.errors import Exit
+from slurm.policy import exit_status
 from slurm.record import Outcome
-from slurm.verdict import exit_status
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM)
 _LAST_LINES, _LAST_BYTES = 20, 20_000

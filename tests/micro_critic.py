@@ -13,8 +13,8 @@ from micro_job import MicroRun, write_job
 
 from job.common.config import load_config
 from job.common.schema import CriticConfig
-from job.training.attempt import train
 from job.training.pretraining import ensure_trunk
+from job.training.trainer import train
 
 SETTINGS = (
     "training.max_steps=6",

@@ -102,7 +102,8 @@ def command_line(
     if of_a_critic:
         about = "a run, one of its checkpoints, or a delta"
         parser.add_argument("--critic", required=True, type=Path, metavar="PATH", help=about)
-        parser.add_argument("--base", metavar="DIR", help="default: as the run was configured")
+        about = "its trunk; default: as the run was configured"
+        parser.add_argument("--trunk", "--base", metavar="DIR", help=about)
     else:
         parser.add_argument("--config", required=True, metavar="FILE", help="a YAML configuration")
     parser.add_argument(

@@ -23,7 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from job.common.errors import InputError
 from job.common.schema import CHAT, is_chat_template
-from job.data.examples import BadRow, Example
+from job.data.rows import BadRow, Row
 from job.data.tokenizer import Tokenizer, token_setting
 
 _MAX_LOOPS = 100_000  # over ranges, in one text
@@ -148,8 +148,8 @@ def load_template(template: str | None, tokenizer: Tokenizer) -> Template:
 
 
 def render_rows(
-    rows: Iterable[tuple[int, Example | BadRow]], template: Template, file: str
-) -> Iterator[tuple[int, Example | BadRow]]:
+    rows: Iterable[tuple[int, Row | BadRow]], template: Template, file: str
+) -> Iterator[tuple[int, Row | BadRow]]:
     """The rows with the template's texts for prompt and response, bad where it has none."""
     for line, row in rows:
         if isinstance(row, BadRow):

@@ -30,7 +30,7 @@ from job.common.schema import (
 )
 from job.common.signals import stop_if_asked
 from job.data import arithmetic
-from job.data.examples import BadRow, Example, Rewards, check_readable, read_examples
+from job.data.rows import BadRow, Rewards, Row, check_readable, read_rows
 from job.data.template import Template, load_template, render_rows
 from job.data.tokenizer import Encoded, Tokenizer
 
@@ -89,7 +89,7 @@ class Source:
 
     name: str
     origin: dict[str, Any]
-    rows: Iterator[tuple[int, Example | BadRow]]
+    rows: Iterator[tuple[int, Row | BadRow]]
 
 
 def load_split(
@@ -183,7 +183,7 @@ def _embedded(config: ArithmeticConfig, split: str, labelled: bool) -> Source:
     }
     drawn = arithmetic.chains(count, **settings)  # type: ignore[arg-type]
     rows = (
-        (line, Example(c.prompt, c.response, c.reward, c.prompt, c.optimal))
+        (line, Row(c.prompt, c.response, c.reward, c.prompt, c.optimal))
         for line, c in enumerate(drawn, 1)
     )
     return Source(f"embedded {split} data", {"embedded": settings, "count": count}, rows)
@@ -194,7 +194,7 @@ def _file(path: str, fields: Any, labelled: Rewards) -> Source:
     with Path(path).open("rb") as stream:
         content = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     origin = {"content": content, "kind": Path(path).suffix, "fields": fields, "labelled": labelled}
-    return Source(path, origin, read_examples(path, fields, rewards=labelled))
+    return Source(path, origin, read_rows(path, fields, rewards=labelled))
 
 
 def _write(
@@ -220,8 +220,8 @@ def _write(
 
 
 def _chunks(
-    rows: Iterable[tuple[int, Example | BadRow]],
-) -> Iterator[list[tuple[int, Example | BadRow]]]:
+    rows: Iterable[tuple[int, Row | BadRow]],
+) -> Iterator[list[tuple[int, Row | BadRow]]]:
     iterator = iter(rows)
     while chunk := list(itertools.islice(iterator, _BATCH)):
         yield chunk
@@ -255,12 +255,12 @@ class _SetWriter:
     def add(
         self,
         name: str,
-        chunk: list[tuple[int, Example | BadRow]],
+        chunk: list[tuple[int, Row | BadRow]],
         tokenizer: Tokenizer,
         policy: _Policy,
     ) -> None:
         self.n_seen += len(chunk)
-        texts = [(row.prompt, row.response) for _, row in chunk if isinstance(row, Example)]
+        texts = [(row.prompt, row.response) for _, row in chunk if isinstance(row, Row)]
         encoded = iter(tokenizer.encode(texts, framed=self.framed))
         for line, row in chunk:
             if isinstance(row, BadRow):
@@ -269,7 +269,7 @@ class _SetWriter:
                 self._add_one(BadRow(name, line, ""), row, next(encoded), tokenizer, policy)
 
     def _add_one(
-        self, place: BadRow, row: Example, tokens: Encoded, tokenizer: Tokenizer, policy: _Policy
+        self, place: BadRow, row: Row, tokens: Encoded, tokenizer: Tokenizer, policy: _Policy
     ) -> None:
         if tokens.response_start == len(tokens.ids):  # all its characters unknown, and no end token
             reason = "the response has no token in this vocabulary"
@@ -297,7 +297,7 @@ class _SetWriter:
         if not skip:
             self.refused.append(row)
 
-    def _write_optimal(self, row: Example, tokens: Encoded) -> None:
+    def _write_optimal(self, row: Row, tokens: Encoded) -> None:
         assert row.optimal is not None
         if self._optimal is None:
             self._optimal = (self.folder / "optimal.bin").open("wb")

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from job.common.errors import Ending, InputError, listing
 from job.common.files import write_atomic
 from job.common.nested import differences
-from job.data.examples import BadRow
+from job.data.rows import BadRow
 from job.data.token_cache import TokenizedSet
 
 Values = NDArray[np.float32]

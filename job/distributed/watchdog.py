@@ -26,9 +26,9 @@ class Watchdog:
     """
 
     def __init__(
-        self, seconds: float, file: Path, tell: Callable[[NoProgress], None] = lambda error: None
+        self, seconds: float, file: Path, report: Callable[[NoProgress], None] = lambda error: None
     ) -> None:
-        self._tell = tell
+        self._report = report
         self._seconds, self._file = seconds, file
         self._beaten = time.monotonic()
         self._ended = threading.Event()
@@ -56,7 +56,7 @@ class Watchdog:
             f"ended with exit code {Exit.CRASHED}, stacks of all threads in {self._file}"
         )
         _log.error("%s", error)
-        try_for(VERDICT_SECONDS + LAST_WORDS_SECONDS, lambda: self._tell(error))
+        try_for(VERDICT_SECONDS + LAST_WORDS_SECONDS, lambda: self._report(error))
         try_for(LAST_WORDS_SECONDS, logging.shutdown)
         os._exit(Exit.CRASHED)
 

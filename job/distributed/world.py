@@ -71,7 +71,7 @@ class World:
         dist.all_gather_object(items, item, group=self.group)
         return items
 
-    def tell(self, error: BaseException) -> None:
+    def report_failure(self, error: BaseException) -> None:
         """Let the others know why this rank ends; it ends here if another failed first."""
         if self.lifeline is not None and not (isinstance(error, Ending) and error.of_all_ranks):
             self.lifeline.fail(error)
@@ -127,7 +127,7 @@ def joined_world(config: DistributedConfig) -> Iterator[World]:
     try:
         yield world
     except BaseException as error:
-        world.tell(error)
+        world.report_failure(error)
         if world.size == 1 or (isinstance(error, Ending) and error.of_all_ranks):
             _part(world)  # else collectives may be under way, and taking them down would hang
         raise

@@ -8,7 +8,7 @@
                              the last token, as TRL and OpenRLHF load it. Its head has no bias
     meta                     params.json and consolidated.pth of the trunk, value_head.safetensors
     delta                    the trained parameters alone, for job.score, job.train --init-from and
-                             job.export together with the base
+                             job.export together with the trunk
 
 The trained blocks are in each of them. The critic is a run (its newest good checkpoint), a
 checkpoint or a delta.
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
     options = parser.parse_args()
     set_up_logging()
-    trained = TrainedCritic.find(options.critic, options.base, options.override)
+    trained = TrainedCritic.find(options.critic, options.trunk, options.override)
     export(trained, options.form, options.out)
 
 

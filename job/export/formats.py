@@ -40,7 +40,7 @@ def export(trained: TrainedCritic, form: str, out: Path) -> None:
     """Write a critic to a new folder, which appears when it is whole.
 
     Raises:
-        InputError: the base or the tokenizer is another one, or the folder is there already.
+        InputError: the trunk or the tokenizer is another one, or the folder is there already.
         Ending: it cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -104,14 +104,14 @@ def _write_meta(trained: TrainedCritic, tokenizer: Tokenizer, folder: Path) -> N
 @contextmanager
 def _whole(trained: TrainedCritic) -> Iterator[WholeCritic]:
     """The critic's tensors, and a progress bar over those of its trunk."""
-    base, done = trained.config.model.path, itertools.count(1)
+    trunk, done = trained.config.model.path, itertools.count(1)
     with progress("exporting") as advance:
 
         def at_boundary(name: str) -> None:
             stop_if_asked()
             advance(next(done), name)
 
-        yield WholeCritic(base, trained.architecture, trained.weights, at_boundary)
+        yield WholeCritic(trunk, trained.architecture, trained.weights, at_boundary)
 
 
 def _write_delta(trained: TrainedCritic, tokenizer: Tokenizer, folder: Path) -> None:

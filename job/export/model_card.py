@@ -40,10 +40,10 @@ your own.""",
 `value_head.safetensors` holds `weight` and, if the head has one, `bias`. An output is
 `weight @ norm(h) + bias`, where `h` leaves the last block.""",
     DELTA: """
-    python -m job.score --critic FOLDER --base BASE --data FILE --out values.parquet
-    python -m job.export --critic FOLDER --base BASE --format token-classification --out DIR
+    python -m job.score --critic FOLDER --trunk TRUNK --data FILE --out values.parquet
+    python -m job.export --critic FOLDER --trunk TRUNK --format token-classification --out DIR
 
-These are the trained parameters alone: they belong to one base, which is known by its
+These are the trained parameters alone: they belong to one trunk, which is known by its
 fingerprint.""",
 }
 

@@ -1,4 +1,4 @@
-"""The config.json of a critic in Hugging Face's layout: a base with a head of one label."""
+"""The config.json of a critic in Hugging Face's layout: a trunk with a head of one label."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any, Literal
 from job.common.errors import InputError
 from job.model import hf_config
 from job.model.architecture import TransformerConfig
-from job.model.base import Layout, find_base
 from job.model.json_values import read_object
+from job.model.trunk_folder import Layout, find_trunk
 
 Task = Literal["TokenClassification", "SequenceClassification"]
 _LABEL = "value"
 
 
 def one_label_config(
-    base: str | Path, architecture: TransformerConfig, task: Task, max_positions: int
+    trunk: str | Path, architecture: TransformerConfig, task: Task, max_positions: int
 ) -> dict[str, Any]:
-    """What describes a critic on a base to transformers; keys that all its versions read.
+    """What describes a critic on a trunk to transformers; keys that all its versions read.
 
     Args:
-        max_positions: tokens of the longest sequence, where the base does not say.
+        max_positions: tokens of the longest sequence, where the trunk does not say.
 
     Raises:
-        InputError: no supported architecture of transformers is such a base.
+        InputError: no supported architecture of transformers is such a trunk.
     """
-    config = _base_config(base, architecture, max_positions)
+    config = _trunk_config(trunk, architecture, max_positions)
     (language_model,) = config["architectures"]
     config["architectures"] = [language_model.replace("CausalLM", task)]
     for name in ("_name_or_path", "dtype", "transformers_version"):
@@ -41,13 +41,13 @@ def one_label_config(
     }
 
 
-def _base_config(
-    base: str | Path, architecture: TransformerConfig, max_positions: int
+def _trunk_config(
+    trunk: str | Path, architecture: TransformerConfig, max_positions: int
 ) -> dict[str, Any]:
-    found = find_base(base)
+    found = find_trunk(trunk)
     if found.layout is Layout.HUGGING_FACE:
         return read_object(found.description, "the architecture")
     try:
         return hf_config.write(architecture, "float32", max_positions)
     except ValueError as error:
-        raise InputError(f"{base}: {error}") from None
+        raise InputError(f"{trunk}: {error}") from None

@@ -1,6 +1,6 @@
 """A critic's parameters, frozen and trained, one at a time; its trunk in files of either layout.
 
-Nothing here holds a whole model in memory: frozen tensors are views of the base's files, and
+Nothing here holds a whole model in memory: frozen tensors are views of the trunk's files, and
 trained ones are read where they are written.
 """
 
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from job.common.files import let_others_read
 from job.model.architecture import TransformerConfig
-from job.model.base import CONFIG, INDEX, PARAMS, SAFETENSORS, WEIGHTS
 from job.model.layout import to_hugging_face
 from job.model.parameters import MASTER_BYTES
 from job.model.stored import StoredTensor
+from job.model.trunk_folder import CONFIG, INDEX, PARAMS, SAFETENSORS, WEIGHTS
 from job.model.weights import open_weights, trunk_shapes
 
 SHARD_BYTES = 2 * 10**9  # of a file, unless one tensor is larger
@@ -40,22 +40,22 @@ class Trained(Protocol):
 
 
 class WholeCritic:
-    """The parameters of a critic: its base's, and in their place those that were trained.
+    """The parameters of a critic: its trunk's, and in their place those that were trained.
 
     Args:
-        base: the folder of its base.
+        trunk: the folder of its trunk.
         at_boundary: called after each tensor that is written, with its name; may raise.
     """
 
     def __init__(
         self,
-        base: str | Path,
+        trunk: str | Path,
         config: TransformerConfig,
         trained: Trained,
         at_boundary: Callable[[str], object] = lambda name: None,
     ) -> None:
         self.config, self._trained, self._at_boundary = config, trained, at_boundary
-        self._stored: dict[str, StoredTensor] = open_weights(base, config)
+        self._stored: dict[str, StoredTensor] = open_weights(trunk, config)
         self.names = list(trunk_shapes(config))  # of the trunk, in Meta's layout
 
     def head(self) -> dict[str, Tensor]:

@@ -10,9 +10,9 @@ from typing import Any
 from job.common.errors import InputError
 from job.model import hf_config
 from job.model.architecture import LinearScaling, RopeScaling, TransformerConfig, config_field_names
-from job.model.base import Base, Layout, find_base
 from job.model.json_values import check_complete, check_values, read_object
 from job.model.pickle_shapes import StoredShape, read_named, stored_shapes
+from job.model.trunk_folder import Layout, TrunkFolder, find_trunk
 
 # Keys of params.json that say nothing about the architecture.
 _IGNORED_PARAMS = {"use_scaled_rope", "rope_scaling", "max_seq_len", "max_batch_size"}
@@ -26,9 +26,9 @@ def read_architecture(folder: str | Path) -> TransformerConfig:
         InputError: no such file, or it lacks, misspells or contradicts something, or describes a
             model that is not supported.
     """
-    base = find_base(folder)
-    file = base.description
-    values = _meta_values(base) if base.layout is Layout.META else hf_config.read(file).values
+    trunk = find_trunk(folder)
+    file = trunk.description
+    values = _meta_values(trunk) if trunk.layout is Layout.META else hf_config.read(file).values
     values["rope_scaling"] = _rope_scaling(file, values["rope_scaling"])
     check_values(file, values, TransformerConfig)
     check_complete(file, values, TransformerConfig)
@@ -39,28 +39,28 @@ def read_architecture(folder: str | Path) -> TransformerConfig:
 
 
 def check_window(folder: str | Path, max_length: int) -> None:
-    """Raise InputError where a base attends to fewer tokens than sequences may have."""
-    base = find_base(folder)
-    if base.layout is Layout.META:
+    """Raise InputError where a trunk attends to fewer tokens than sequences may have."""
+    trunk = find_trunk(folder)
+    if trunk.layout is Layout.META:
         return
-    window = hf_config.read(base.description).window
+    window = hf_config.read(trunk.description).window
     if window is not None and window < max_length:
         raise InputError(
-            f"{base.description}: sliding_window {window} is less than data.max_length "
+            f"{trunk.description}: sliding_window {window} is less than data.max_length "
             f"{max_length}, and attention here sees the whole sequence; set data.max_length to "
             f"{window} or less (data.overlong says what becomes of longer ones)"
         )
 
 
-def _meta_values(base: Base) -> dict[str, Any]:
-    file = base.description
+def _meta_values(trunk: TrunkFolder) -> dict[str, Any]:
+    file = trunk.description
     params = read_object(file, "the architecture")
     unknown = sorted(params.keys() - config_field_names() - _IGNORED_PARAMS)
     if unknown:
         raise InputError(f"{file}: unknown parameter(s) {', '.join(unknown[:10])}")
     known = {k: v for k, v in params.items() if k in config_field_names()}
     if known.get("vocab_size", -1) == -1:  # Llama 1 and 2 leave it to the tokenizer
-        known["vocab_size"] = _stored_vocabulary(base, known.get("dim"))
+        known["vocab_size"] = _stored_vocabulary(trunk, known.get("dim"))
     scaled = params.get("use_scaled_rope", False)
     if not isinstance(scaled, bool):
         raise InputError(f"{file}: use_scaled_rope must be true or false, not {scaled!r}")
@@ -86,10 +86,10 @@ def _rope_scaling(file: Path, values: object) -> RopeScaling | LinearScaling | N
     return scaling
 
 
-def _stored_vocabulary(base: Base, dim: object) -> int:
+def _stored_vocabulary(trunk: TrunkFolder, dim: object) -> int:
     """Rows of the embedding; in several files it is split by columns, or since Llama 3 by rows."""
     shapes = []
-    for file in base.weight_files():
+    for file in trunk.weight_files():
         embedding = read_named(file, stored_shapes, StoredShape).get(_EMBEDDING)
         if embedding is None or len(embedding.sizes) != 2:
             raise InputError(f"{file}: no matrix {_EMBEDDING} to read vocab_size from")

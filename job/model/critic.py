@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from job.model.architecture import TransformerConfig
 from job.model.parameters import GRADIENT_BYTES, OPTIMIZER_BYTES, select_trainable
-from job.model.shards import fill, whole
+from job.model.shards import fill, full_tensor
 from job.model.transformer import PackedLayout, Trunk
 
 _log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Critic(nn.Module):
         Every rank must take part.
         """
         named = ((n, p.detach()) for n, p in self.named_parameters() if p.requires_grad)
-        gathered = ((n, whole(p)) for n, p in named)
+        gathered = ((n, full_tensor(p)) for n, p in named)
         return {n: tensor.cpu() for n, tensor in gathered if keep}
 
 

@@ -24,8 +24,8 @@ from job.common.progress import progress
 from job.common.signals import stop_if_asked
 from job.model.architecture import TransformerConfig
 from job.model.architecture_file import read_architecture
-from job.model.base import Base, find_base
 from job.model.stored import StoredTensor
+from job.model.trunk_folder import TrunkFolder, find_trunk
 from job.model.weights import open_weights
 
 FORMAT = 1  # part of the cache key: raise it when the digest is made up differently
@@ -46,12 +46,12 @@ def fingerprint(folder: str | Path, cache_dir: str | Path) -> str:
     Raises:
         InputError: the architecture or the weights cannot be read, or a tensor is no dense floats.
     """
-    config, base = read_architecture(folder), find_base(folder)
+    config, trunk = read_architecture(folder), find_trunk(folder)
     architecture = _normalised(config)
-    file = Path(cache_dir) / "fingerprints" / f"{_key(base, architecture)}.json"
+    file = Path(cache_dir) / "fingerprints" / f"{_key(trunk, architecture)}.json"
     found = _cached(file)
     if found is None:
-        found = _sha256({"architecture": architecture, "tensors": _tensors(base, config)})
+        found = _sha256({"architecture": architecture, "tensors": _tensors(trunk, config)})
         _keep(file, found)
     return found
 
@@ -65,9 +65,9 @@ def _sha256(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _key(base: Base, architecture: Any) -> str:
+def _key(trunk: TrunkFolder, architecture: Any) -> str:
     # The architecture too: later code may read another one from the same file.
-    return _sha256([FORMAT, architecture, [_stamp(file) for file in base.files()]])
+    return _sha256([FORMAT, architecture, [_stamp(file) for file in trunk.files()]])
 
 
 def _stamp(file: Path) -> list[str | int]:
@@ -75,7 +75,7 @@ def _stamp(file: Path) -> list[str | int]:
     try:
         found = file.stat()
     except OSError as error:
-        raise InputError(f"{file}: cannot read the base: {error.strerror}") from None
+        raise InputError(f"{file}: cannot read the trunk: {error.strerror}") from None
     return [str(file.resolve()), found.st_size, found.st_mtime_ns]
 
 
@@ -93,12 +93,12 @@ def _keep(file: Path, digest: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, json.dumps(digest) + "\n")
     except OSError as error:
-        _log.warning("%s: cannot keep the base's fingerprint: %s", file, error.strerror)
+        _log.warning("%s: cannot keep the trunk's fingerprint: %s", file, error.strerror)
 
 
-def _tensors(base: Base, config: TransformerConfig) -> dict[str, Any]:
+def _tensors(trunk: TrunkFolder, config: TransformerConfig) -> dict[str, Any]:
     """Shape, dtype and digests of the blocks, by name, of the tensors that a critic uses."""
-    used = open_weights(base.folder, config)
+    used = open_weights(trunk.folder, config)
     for tensor in used.values():
         if not tensor.is_dense_floats:
             raise InputError(f"{tensor.files[0]}: {tensor.name} is no dense array of floats")

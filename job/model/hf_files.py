@@ -12,9 +12,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from job.common.errors import InputError
-from job.model.base import Base, weight_map
 from job.model.layout import is_loaded, is_rotated, meta_name
 from job.model.stored import Mappings, StoredTensor, raise_misfits
+from job.model.trunk_folder import TrunkFolder, weight_map
 
 _DTYPES = {
     "F64": torch.float64,
@@ -32,15 +32,15 @@ _DTYPES = {
 }
 
 
-def open_hugging_face(base: Base, head_width: int) -> dict[str, StoredTensor]:
+def open_hugging_face(trunk: TrunkFolder, head_width: int) -> dict[str, StoredTensor]:
     """Tensors by Meta's names; one that Meta's layout does not have is under another one.
 
     Raises:
         InputError: a file is missing or damaged, or the index does not agree with the shards.
     """
-    found = {file: _tensors(file) for file in base.weight_files()}
-    if base.index is not None:
-        _check_index(base.index, {file.name: named.keys() for file, named in found.items()})
+    found = {file: _tensors(file) for file in trunk.weight_files()}
+    if trunk.index is not None:
+        _check_index(trunk.index, {file.name: named.keys() for file, named in found.items()})
     mappings, opened = Mappings(), {}
     for file, named in found.items():
         for stored_name, part in named.items():

@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from job.model.base import Base
 from job.model.layout import is_loaded
 from job.model.pickle_shapes import read_named
 from job.model.stored import Mappings, Shapes, StoredTensor, raise_misfits
+from job.model.trunk_folder import TrunkFolder
 
 # Of model-parallel files, by the end of a name: dimensions along which they may cut a matrix
 # (embeddings by columns, since Llama 3 by rows); all else is in each of them.
@@ -24,14 +24,14 @@ _CUT = {
 }
 
 
-def open_meta(base: Base, wanted: Shapes) -> dict[str, StoredTensor]:
+def open_meta(trunk: TrunkFolder, wanted: Shapes) -> dict[str, StoredTensor]:
     """Tensors by name; those of several files put together as the wanted shapes have it.
 
     Raises:
         InputError: a file is missing or damaged, or files do not fit together.
     """
     load = partial(torch.load, map_location="cpu", mmap=True, weights_only=True)
-    files = base.weight_files()
+    files = trunk.weight_files()
     loaded = [read_named(file, load, Tensor) for file in files]
     mappings = Mappings()
     opened, problems = {}, []
@@ -47,7 +47,7 @@ def open_meta(base: Base, wanted: Shapes) -> dict[str, StoredTensor]:
             opened[name] = tensor if len(files) == 1 else _join(tensor, wanted)
         except ValueError as problem:
             problems.append(f"{name}: {problem}")
-    raise_misfits(base.folder / "consolidated.*.pth", problems)
+    raise_misfits(trunk.folder / "consolidated.*.pth", problems)
     return opened
 
 

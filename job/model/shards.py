@@ -1,4 +1,4 @@
-"""Parameters that may be sharded: filling them, and putting them together."""
+"""Parameters that may be sharded: filling them from full tensors, and putting them together."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
-def own_rows(parameter: Tensor) -> slice:
-    """The rows of a parameter, whole or sharded by rows, that this rank holds."""
+def shard_rows(parameter: Tensor) -> slice:
+    """The rows of a parameter that this rank's shard holds: all, unless it is sharded by rows."""
     if not isinstance(parameter, DTensor):
         return slice(0, len(parameter))
     shape, offset = compute_local_shape_and_global_offset(
@@ -18,24 +18,24 @@ def own_rows(parameter: Tensor) -> slice:
     return slice(offset[0], offset[0] + shape[0])
 
 
-def fill(parameter: Tensor, whole: Tensor) -> None:
-    """Copy a whole tensor, or this rank's slice of it, into a parameter."""
+def fill(parameter: Tensor, full: Tensor) -> None:
+    """Copy a full tensor, or this rank's shard of it, into a parameter."""
     local = parameter.detach()
     if isinstance(local, DTensor):
         shape, offset = compute_local_shape_and_global_offset(
             local.shape, local.device_mesh, local.placements
         )
-        whole = whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+        full = full[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
         local = local.to_local()
-    local.copy_(whole)
+    local.copy_(full)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor put together from all ranks, each of which must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, without gradient."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor, without gradient."""
     local = tensor.detach()
     return local.to_local() if isinstance(local, DTensor) else local

@@ -1,4 +1,4 @@
-"""Tensors as they lie in the files of a base, memory-mapped: read where their rows are used."""
+"""Tensors as they lie in the files of a trunk, memory-mapped: read where their rows are used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a base, whole in a file or cut into the files of Meta's model-parallel ranks.
+    """One tensor of a trunk, whole in a file or cut into the files of Meta's model-parallel ranks.
 
     Attributes:
         name: in the files.
@@ -61,7 +61,7 @@ class StoredTensor:
 
     @property
     def place(self) -> tuple[Path, int]:
-        """Sorts the tensors of a base as they lie in its files."""
+        """Sorts the tensors of a trunk as they lie in its files."""
         return self.files[0], self.parts[0].data_ptr()
 
     def pieces(self, rows: slice) -> Iterator[slice]:

@@ -17,13 +17,21 @@ from job.common.progress import progress
 from job.model import hf_config
 from job.model.architecture import TransformerConfig
 from job.model.architecture_file import check_window, read_architecture
-from job.model.base import CONFIG, PARAMS, SAFETENSORS, WEIGHTS, Base, Layout, find_base
 from job.model.hf_files import open_hugging_face
 from job.model.layout import hugging_face_name, to_hugging_face
 from job.model.meta_files import open_meta
-from job.model.shards import own, own_rows
+from job.model.shards import local_shard, shard_rows
 from job.model.stored import Shapes, StoredTensor, raise_misfits
 from job.model.transformer import Transformer, Trunk
+from job.model.trunk_folder import (
+    CONFIG,
+    PARAMS,
+    SAFETENSORS,
+    WEIGHTS,
+    Layout,
+    TrunkFolder,
+    find_trunk,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +44,7 @@ def check_trunk(folder: str | Path, max_length: int) -> None:
     """
     check_window(folder, max_length)
     config = read_architecture(folder)
-    _check_tensors(trunk_shapes(config), open_weights(folder, config), find_base(folder))
+    _check_tensors(trunk_shapes(config), open_weights(folder, config), find_trunk(folder))
 
 
 def load_trunk(
@@ -51,7 +59,7 @@ def load_trunk(
     """
     stored = open_weights(folder, trunk.config)
     named = dict(trunk.named_parameters())
-    _check_tensors({n: tuple(p.shape) for n, p in named.items()}, stored, find_base(folder))
+    _check_tensors({n: tuple(p.shape) for n, p in named.items()}, stored, find_trunk(folder))
     in_order = sorted(named, key=lambda name: stored[name].place)  # the disk reads on
     with progress("loading the trunk", len(named)) as advance:
         for done, name in enumerate(in_order, 1):
@@ -63,7 +71,7 @@ def load_trunk(
 
 def _copy(tensor: StoredTensor, parameter: Tensor) -> None:
     """Copy this rank's rows, with no more than a piece of the file in memory beside them."""
-    rows, target = own_rows(parameter), own(parameter)
+    rows, target = shard_rows(parameter), local_shard(parameter)
     for piece in tensor.pieces(rows):
         place, content = (
             target[piece.start - rows.start : piece.stop - rows.start],
@@ -84,21 +92,21 @@ def trunk_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 
 
 def open_weights(folder: str | Path, config: TransformerConfig) -> dict[str, StoredTensor]:
-    """The tensors of a base that a critic uses, by Meta's names, memory-mapped and unread.
+    """The tensors of a trunk that a critic uses, by Meta's names, memory-mapped and unread.
 
     One that Meta's layout does not have is under a name that no trunk has.
 
     Raises:
         InputError: a file is missing or damaged, files do not agree, or do not fit together.
     """
-    base = find_base(folder)
-    if base.layout is Layout.META:
-        return open_meta(base, trunk_shapes(config))
-    return open_hugging_face(base, config.head_width)
+    trunk = find_trunk(folder)
+    if trunk.layout is Layout.META:
+        return open_meta(trunk, trunk_shapes(config))
+    return open_hugging_face(trunk, config.head_width)
 
 
-def _check_tensors(wanted: Shapes, stored: Mapping[str, StoredTensor], base: Base) -> None:
-    stored_name = hugging_face_name if base.layout is Layout.HUGGING_FACE else str
+def _check_tensors(wanted: Shapes, stored: Mapping[str, StoredTensor], trunk: TrunkFolder) -> None:
+    stored_name = hugging_face_name if trunk.layout is Layout.HUGGING_FACE else str
     problems = [f"{stored_name(name)} is missing" for name in wanted.keys() - stored.keys()]
     for name, tensor in stored.items():
         found, shape, where = tensor.shape, wanted.get(name), tensor.files[0].name
@@ -106,7 +114,7 @@ def _check_tensors(wanted: Shapes, stored: Mapping[str, StoredTensor], base: Bas
             problems.append(f"{tensor.name} in {where} is not part of the model")
         elif found != shape:
             problems.append(
-                f"{tensor.name} in {where} has shape {found}, {base.description.name} says {shape}"
+                f"{tensor.name} in {where} has shape {found}, {trunk.description.name} says {shape}"
             )
         if shape is not None and not tensor.is_dense_floats:
             layout = tensor.parts[0].layout
@@ -114,8 +122,8 @@ def _check_tensors(wanted: Shapes, stored: Mapping[str, StoredTensor], base: Bas
                 f"{tensor.name} in {where} is stored as {tensor.dtype}, {layout}; "
                 "weights are dense floats"
             )
-    files = base.weight_files()
-    raise_misfits(files[0] if len(files) == 1 else base.index or base.folder, problems)
+    files = trunk.weight_files()
+    raise_misfits(files[0] if len(files) == 1 else trunk.index or trunk.folder, problems)
 
 
 # Writing

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 def committed(run: Path) -> list[Path]:
     """The committed checkpoints of a run, oldest first, without those that came too late."""
     fence = Fence(run / "attempts", 0)
-    return [folder for folder in folders(run / "checkpoints") if _counts(folder, fence)]
+    return [folder for folder in folders(run / "checkpoints") if _is_in_time(folder, fence)]
 
 
 def folders(checkpoints: Path) -> list[Path]:
@@ -33,12 +33,12 @@ def folders(checkpoints: Path) -> list[Path]:
     return sorted(path for path in checkpoints.glob("step-*") if path.is_dir())
 
 
-def _counts(folder: Path, fence: Fence) -> bool:
+def _is_in_time(folder: Path, fence: Fence) -> bool:
     try:
         manifest = Manifest.read(folder)
     except DamagedError:
         return True  # reading it will tell
-    return fence.counts(manifest.attempt, manifest.step)
+    return fence.includes(manifest.attempt, manifest.step)
 
 
 def retained(folders: Sequence[Path], config: CheckpointConfig) -> list[Path]:

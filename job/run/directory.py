@@ -39,7 +39,7 @@ from job.run.fence import Fence
 _log = logging.getLogger(__name__)
 
 # May differ between two attempts of one run: length, cadence of logs and checkpoints, devices,
-# sharding, and paths to the same content (base and data are compared by content). They change the
+# sharding, and paths to the same content (trunk and data are compared by content). They change the
 # arithmetic by rounding at most; a new length also changes the schedule from there on.
 MAY_CHANGE = (
     "run.",

@@ -76,7 +76,7 @@ class Fence:
         }
         write_atomic(self.folder / _RECORD, json.dumps(facts, indent=2) + "\n")
 
-    def counts(self, attempt: int, step: int) -> bool:
+    def includes(self, attempt: int, step: int) -> bool:
         """Whether what `attempt` committed at `step` is part of the run.
 
         It is not if a later attempt went on from an earlier step: then it came too late.

@@ -1,8 +1,8 @@
-"""A trained critic on disk: what was trained, and what it takes to use it together with its base.
+"""A trained critic on disk: what was trained, and what it takes to use it together with its trunk.
 
 It is a checkpoint of a run, or a delta, which holds the same in files that execute nothing:
 
-    facts.json           step, identity of base and data, last evaluation
+    facts.json           step, identity of trunk and data, last evaluation
     config.yaml          the run's configuration
     critic.safetensors   the trained parameters, float32, under the critic's names
     manifest.json        checksums of these three
@@ -115,7 +115,7 @@ def open_weights(folder: Path) -> Weights:
 
 @dataclass(frozen=True)
 class TrainedCritic:
-    """A trained critic, its base, and how it was trained.
+    """A trained critic, its trunk, and how it was trained.
 
     Attributes:
         folder: a checkpoint or a delta.
@@ -129,12 +129,12 @@ class TrainedCritic:
 
     @classmethod
     def find(
-        cls, source: Path, base: str | None = None, overrides: Sequence[str] = ()
+        cls, source: Path, trunk: str | None = None, overrides: Sequence[str] = ()
     ) -> TrainedCritic:
         """The critic in `source`: a run (its newest good checkpoint), a checkpoint or a delta.
 
         Args:
-            base: where the base lies, if not where the run's configuration says.
+            trunk: where the trunk lies, if not where the run's configuration says.
             overrides: `key=value`, of what does not belong to the critic.
 
         Raises:
@@ -150,8 +150,8 @@ class TrainedCritic:
                 f"{folder}: this belongs to the critic and cannot be set (there -> asked for)"
                 + listing(refused)
             )
-        if base is not None:
-            config.model.path = base
+        if trunk is not None:
+            config.model.path = trunk
         return cls(folder, read_facts(folder), config)
 
     @property
@@ -160,7 +160,7 @@ class TrainedCritic:
 
     @property
     def architecture(self) -> TransformerConfig:
-        """That of the base, which `check` has found to be the one of the training."""
+        """That of the trunk, which `check` has found to be the one of the training."""
         return read_architecture(self.config.model.path)
 
     @property
@@ -175,13 +175,13 @@ class TrainedCritic:
         return critic
 
     def check(self) -> None:
-        """See that base and trained parameters are those that this critic is made of.
+        """See that trunk and trained parameters are those that this critic is made of.
 
         Raises:
-            InputError: another base or architecture, or parameters that do not fit N. Both sides
+            InputError: another trunk or architecture, or parameters that do not fit N. Both sides
                 are named.
         """
-        self._check_base(Path(self.config.model.path))
+        self._check_trunk(Path(self.config.model.path))
         there = self.weights.shapes
         wanted = {name: tuple(p.shape) for name, p in _trainable(self.on_meta()).items()}
         problems = [
@@ -204,21 +204,21 @@ class TrainedCritic:
                 "name the right one with --override tokenizer.path=PATH"
             )
 
-    def _check_base(self, base: Path) -> None:
-        if not base.is_dir():
+    def _check_trunk(self, trunk: Path) -> None:
+        if not trunk.is_dir():
             raise InputError(
-                f"{base}: the base that {self.folder} was trained on is not here; "
-                "name its folder with --base"
+                f"{trunk}: the trunk that {self.folder} was trained on is not here; "
+                "name its folder with --trunk"
             )
         here = {
-            "architecture": asdict(read_architecture(base)),
-            "base": fingerprint(base, self.config.data.cache_dir),
+            "architecture": asdict(read_architecture(trunk)),
+            "base": fingerprint(trunk, self.config.data.cache_dir),
         }
         there = {name: self.facts["identity"][name] for name in here}
         if changed := differences(there, here):
             raise InputError(
-                f"{self.folder}: not trained on the base {base} (trained on -> there); "
-                "name the right one with --base" + listing(changed)
+                f"{self.folder}: not trained on the trunk {trunk} (trained on -> there); "
+                "name the right one with --trunk" + listing(changed)
             )
 
 
@@ -226,7 +226,7 @@ def find_weights(source: Path, critic: nn.Module, identity: dict[str, Any]) -> P
     """The folder whose weights a new run can begin with: `source` is a run, checkpoint or delta.
 
     Raises:
-        InputError: nothing there to load, another base, a head with a bias there and none here or
+        InputError: nothing there to load, another trunk, a head with a bias there and none here or
             the other way round, or it trained blocks that are frozen here.
     """
     folder = newest_intact(source)
@@ -234,7 +234,7 @@ def find_weights(source: Path, critic: nn.Module, identity: dict[str, Any]) -> P
     names = ("architecture", "base")
     changed = differences({n: stored.get(n) for n in names}, {n: identity[n] for n in names})
     if changed:
-        raise InputError(f"{folder}: trained on another base (there -> here)" + listing(changed))
+        raise InputError(f"{folder}: trained on another trunk (there -> here)" + listing(changed))
     trained, trainable = open_weights(folder).shapes.keys(), _trainable(critic).keys()
     if (_BIAS in trained) != (_BIAS in trainable):
         there, here = (str(_BIAS in names).lower() for names in (trained, trainable))

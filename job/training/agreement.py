@@ -13,10 +13,10 @@ from job.distributed.world import World
 from job.run.fence import Fence
 
 
-class Boundary:
-    """The points between two steps or batches, where all ranks agree on stopping.
+class Agreement:
+    """What all ranks agree on at the boundaries between two steps or batches.
 
-    Under `watchdog` they must not be more than `seconds` apart.
+    Under `watchdog` these must not be more than `seconds` apart.
     """
 
     def __init__(
@@ -25,15 +25,19 @@ class Boundary:
         fence: Fence,
         run: Path,
         seconds: float,
-        tell: Callable[[NoProgress], None] = lambda error: None,
+        report: Callable[[NoProgress], None] = lambda error: None,
     ) -> None:
         self._world, self._fence = world, fence
         self._stop_file = run / STOP_FILE
         stacks = fence.folder / f"stacks.rank-{world.rank:05}.txt"
-        self.watchdog = Watchdog(seconds, stacks, tell)
+        self.watchdog = Watchdog(seconds, stacks, report)
 
-    def agree(self, tokens: float = 0.0) -> float:
-        """The sum of all ranks' `tokens`, which carries the flags along through host memory.
+    def check(self) -> None:
+        """Raise Superseded or Stopped on every rank where one of them has a reason to."""
+        self.all_reduce(0.0)
+
+    def all_reduce(self, count: float) -> float:
+        """The sum of all ranks' counts; the flags travel with it, through host memory.
 
         Raises:
             Superseded: a newer attempt has begun.
@@ -41,7 +45,7 @@ class Boundary:
         """
         self.watchdog.beat()
         newer = self._world.is_main and self._fence.superseded()
-        total, stops, newer_ones = self._world.sum([tokens, self._why() is not None, newer])
+        total, stops, newer_ones = self._world.sum([count, self._why() is not None, newer])
         if newer_ones:
             raise self._fence.ending().everywhere()
         if stops:

@@ -3,7 +3,7 @@
     checkpoints/step-00000200/       committed: its manifest names every file with a checksum
         __R_0.distcp, .metadata      parameters and optimizer state, by torch.distributed.checkpoint
         rank-RRRRR.state             each rank's TrainingState
-        facts.json                   step, identity of base and data, last evaluation
+        facts.json                   step, identity of trunk and data, last evaluation
         config.yaml
         manifest.json
     checkpoints/.step-..attempt-..   being written, or left by an attempt that was killed
@@ -40,7 +40,7 @@ from job.common.errors import Ending
 from job.common.schema import CheckpointConfig
 from job.common.version import commit
 from job.distributed.world import World
-from job.model.shards import own
+from job.model.shards import local_shard
 from job.run.checkpoint_store import (
     FACTS,
     committed,
@@ -214,7 +214,9 @@ class Checkpoints:
 
     def _prepare(self, scratch: Path, snapshot: Snapshot) -> None:
         """Refuse what is not worth saving, and make the folder."""
-        damaged = [n for n, tensor in snapshot.tensors.items() if not own(tensor).isfinite().all()]
+        damaged = [
+            n for n, tensor in snapshot.tensors.items() if not local_shard(tensor).isfinite().all()
+        ]
         if damaged:
             raise ValueError(f"{damaged[0]} is not finite")
         if self._world.is_main:
@@ -285,7 +287,7 @@ class Checkpoints:
         """The newest committed and intact checkpoint; damaged ones are set aside. For rank 0.
 
         Raises:
-            InputError: it belongs to another base, architecture, data or number of blocks.
+            InputError: it belongs to another trunk, architecture, data or number of blocks.
         """
         for folder in reversed(self._committed()):
             try:

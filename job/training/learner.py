@@ -17,13 +17,14 @@ from job.common.schema import TrainingConfig
 from job.data.packing import Batch, Packer
 from job.distributed.world import World
 from job.model.critic import Critic
-from job.model.shards import own, whole
+from job.model.shards import full_tensor, local_shard
 from job.run.value_metrics import ValueMetrics
 from job.training.objective import Objective
 from job.training.optimizer import build_optimizer, set_learning_rate
 
 ADVICE = "Lower training.learning_rate"
 Phase = Callable[[str], AbstractContextManager[object]]  # marks what memory is used for
+AllReduce = Callable[[float], float]  # the sum of all ranks' values
 
 
 @dataclass(frozen=True)
@@ -57,42 +58,46 @@ class Learner:
         self._ids = {id(p) for p in self.trainable}
         self._checked_gradients = False
 
-    def count(self, batches: Sequence[Batch]) -> float:
-        """What this rank adds to the count that a step's loss is divided by."""
-        return sum(self.objective.count(batch) for batch in batches)
-
     def step(
-        self, step: int, batches: Sequence[Batch], count: float, metrics: ValueMetrics
+        self,
+        step: int,
+        batches: Sequence[Batch],
+        metrics: ValueMetrics,
+        all_reduce: AllReduce | None = None,
     ) -> StepResult:
         """Optimizer step `step` (from 0) on this rank's micro-batches.
 
-        The loss is a sum over the response tokens of all ranks divided by their global `count`;
-        FSDP averages gradients over ranks, hence the factor. Predictions go into `metrics`.
-        If the loss or the gradient norm is not finite on some rank, nothing is changed anywhere.
+        The loss is a sum over all that carries a target, on all ranks, divided by their global
+        count: `all_reduce` sums the counts, and may raise before anything has changed. Predictions
+        go into `metrics`. If the loss or the gradient norm is not finite on some rank, nothing is
+        changed anywhere.
         """
+        count = (all_reduce or self._sum)(sum(self.objective.count(batch) for batch in batches))
         rate = set_learning_rate(self.optimizer, self.config, step)
         losses, outputs = [], []
         for batch in batches:
             with self._phase("forward"):
-                output = self.outputs(batch)
+                output = self.outputs(batch)  # [n]
                 loss = self.objective.loss_sum(output, batch, step) / count
             with self._phase("backward"):
-                (loss * self.world.size).backward()
+                (loss * self.world.size).backward()  # FSDP averages gradients over ranks
             losses.append(loss.detach())
             outputs.append(output.detach())
         self._check_gradients()
         with self._phase("optimizer"):
             norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.config.max_grad_norm)
-            (total,) = self.world.sum([math.fsum(loss.item() for loss in losses)])
-            result = StepResult(total, whole(norm).item(), rate)
+            loss_of_all = self._sum(math.fsum(loss.item() for loss in losses))
+            result = StepResult(loss_of_all, full_tensor(norm).item(), rate)
             if result.is_finite:
                 self.optimizer.step()
             self.optimizer.zero_grad()
-        if not result.is_finite:
-            return result
-        for batch, output in zip(batches, outputs, strict=True):
-            self._record(metrics, output, batch)
+        if result.is_finite:
+            for batch, output in zip(batches, outputs, strict=True):
+                self._record(metrics, output, batch)
         return result
+
+    def _sum(self, value: float) -> float:
+        return self.world.sum([value])[0]
 
     @torch.no_grad()
     def evaluate(self, packer: Packer, advance: Advance) -> ValueMetrics:
@@ -115,9 +120,9 @@ class Learner:
             self._reshard()
         return self.merged(metrics)
 
-    def is_whole(self) -> bool:
+    def weights_are_finite(self) -> bool:
         """Whether every trainable weight is finite, on every rank."""
-        damaged = any(not own(p).isfinite().all() for p in self.trainable)
+        damaged = any(not local_shard(p).isfinite().all() for p in self.trainable)
         return not self.world.sum([damaged])[0]
 
     def _reshard(self) -> None:
@@ -129,10 +134,10 @@ class Learner:
 
     def merged(self, metrics: ValueMetrics) -> ValueMetrics:
         """The metrics of all ranks together."""
-        whole = ValueMetrics()
+        merged = ValueMetrics()
         for part in self.world.gather(metrics):
-            whole.merge(part)
-        return whole
+            merged.merge(part)
+        return merged
 
     def outputs(self, batch: Batch) -> Tensor:
         """Head outputs at the batch's response tokens, float32 [n]."""

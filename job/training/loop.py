@@ -12,12 +12,9 @@ import numpy as np
 
 from job.common.errors import InputError, Stopped, Superseded
 from job.common.progress import progress
-from job.common.schema import CriticConfig
-from job.memory.recorder import Recorder
-from job.run.directory import RunDirectory
 from job.run.metrics_log import Tracker, Window
 from job.run.value_metrics import ValueMetrics
-from job.training.agreement import Boundary
+from job.training.attempt import Attempt
 from job.training.checkpoint import Checkpoints, SaveError
 from job.training.data import CriticData
 from job.training.learner import ADVICE, Learner, StepResult
@@ -29,24 +26,21 @@ _log = logging.getLogger("job.train")
 
 
 class Training:
-    """One attempt at a training: from `state` to its last step."""
+    """The loop of one attempt: from `state` to the last step."""
 
     def __init__(
         self,
-        config: CriticConfig,
+        attempt: Attempt,
         learner: Learner,
         data: CriticData,
         state: TrainingState,
         tracker: Tracker,
-        run: RunDirectory,
         checkpoints: Checkpoints,
-        boundary: Boundary,
-        recorder: Recorder,
     ) -> None:
-        self.config, self.learner, self.data, self.state = config, learner, data, state
-        self.tracker, self.checkpoints, self.boundary = tracker, checkpoints, boundary
-        self.recorder = recorder
-        self._run, self._world = run, learner.world
+        self.config, self.learner, self.data, self.state = attempt.config, learner, data, state
+        self.tracker, self.checkpoints = tracker, checkpoints
+        self.agreement, self.recorder = attempt.agreement, attempt.recorder
+        self._run, self._world = attempt.run, attempt.world
         self._evaluated: dict[str, float] = {}  # the evaluation of the current step
         self._note = ""
         self._passed_over: list[int] = self._world.main_decides(self._recorded_bad_steps)
@@ -62,7 +56,7 @@ class Training:
         """
         try:
             last = self.config.training.max_steps
-            with self.boundary.watchdog.watching(), progress("training", last) as advance:
+            with self.agreement.watchdog.watching(), progress("training", last) as advance:
                 if self.state.unfinished is not None:
                     self._finish_step()
                 while self.state.step < last:
@@ -79,16 +73,9 @@ class Training:
     def _step(self) -> None:
         state, training = self.state, self.config.training
         step = state.step + 1
-        if step in self._passed_over:
-            result = _PASSED_OVER
-        else:
-            began = time.monotonic()
-            batches = self.data.train.step(step - 1, training.batch_size, training.seed)
-            count = self.boundary.agree(self.learner.count(batches))
-            result = self.learner.step(step - 1, batches, count, state.window.metrics)
-            state.window.add(batches, time.monotonic() - began)
+        result = _PASSED_OVER if step in self._passed_over else self._learn_from(step - 1)
         state.step = step
-        if not self._count(result):
+        if not self._may_go_on(result):
             self._go_back(result)
             return
         metrics = _step_metrics(result, state)
@@ -97,6 +84,14 @@ class Training:
             metrics |= self._window_metrics()
         state.unfinished = metrics
         self._finish_step()
+
+    def _learn_from(self, step: int) -> StepResult:
+        """Optimizer step `step` (from 0), in the window of the next log line."""
+        window, training, began = self.state.window, self.config.training, time.monotonic()
+        batches = self.data.train.step(step, training.batch_size, training.seed)
+        result = self.learner.step(step, batches, window.metrics, self.agreement.all_reduce)
+        window.add(batches, time.monotonic() - began)
+        return result
 
     def _finish_step(self) -> None:
         """Evaluate where it is due, write the step's metrics, save where it is due."""
@@ -128,7 +123,7 @@ class Training:
         with self.recorder.phase("evaluate"), progress("evaluating") as advance:
 
             def at_boundary(done: int, note: str) -> None:
-                self.boundary.agree()
+                self.agreement.check()
                 advance(done, note)
 
             evaluated = self.learner.evaluate(self.data.validation, at_boundary)
@@ -163,7 +158,7 @@ class Training:
 
     # Steps that are not finite
 
-    def _count(self, result: StepResult) -> bool:
+    def _may_go_on(self, result: StepResult) -> bool:
         """Count bad steps; False when there were too many in a row."""
         if result.is_finite:
             self.state.bad_steps = 0
@@ -176,7 +171,7 @@ class Training:
         if self.state.bad_steps >= self.config.training.max_bad_steps:
             return False
         if self.state.bad_steps and self.state.step == self.config.training.max_steps:
-            if not self.learner.is_whole():  # no later step would tell
+            if not self.learner.weights_are_finite():  # no later step would tell
                 return False
             self.state.bad_steps = 0
         return True
@@ -198,7 +193,7 @@ class Training:
             ).everywhere()
         self._passed_over = list(range(self.state.step - bad + 1, self.state.step + 1))
         self._run.write_json(_BAD_STEPS, self._passed_over)
-        self.boundary.watchdog.beat()
+        self.agreement.watchdog.beat()
         restored = self.state = self.checkpoints.restore(folder, self.learner)
         self.tracker.rewind(restored.recorded_step)
         _log.error("%d bad steps in a row: went back to step %d", bad, restored.step)

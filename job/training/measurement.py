@@ -92,8 +92,7 @@ def warm_up(device: torch.device) -> None:
 def _step(learner: Learner, data: CriticData, step: int) -> None:
     training = learner.config
     batches = data.train.step(step, training.batch_size, training.seed)
-    (count,) = learner.world.sum([learner.count(batches)])
-    learner.step(step, batches, count, ValueMetrics())
+    learner.step(step, batches, ValueMetrics())
 
 
 def _now(recorder: Recorder) -> Figures:

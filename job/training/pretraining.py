@@ -23,8 +23,8 @@ from job.common.progress import progress
 from job.common.schema import EMBEDDED, PretrainConfig
 from job.common.signals import stop_if_asked
 from job.data.arithmetic import ALPHABET
-from job.data.examples import BadRow, read_examples
 from job.data.packing import Batch, Packer, single_units
+from job.data.rows import BadRow, read_rows
 from job.data.token_cache import load_split
 from job.data.tokenizer import load_tokenizer, write_bpe_tokenizer, write_character_tokenizer
 from job.model.architecture import TransformerConfig
@@ -142,7 +142,7 @@ def _write_tokenizer(config: PretrainConfig, folder: Path) -> None:
 
 
 def _texts(config: PretrainConfig) -> Iterator[str]:
-    for _, row in read_examples(config.data.train, config.data.fields, rewards=False):
+    for _, row in read_rows(config.data.train, config.data.fields, rewards=False):
         if isinstance(row, BadRow):
             raise InputError(str(row))
         yield row.prompt + row.response

@@ -19,8 +19,8 @@ from job.common.errors import InputError, Stopped
 from job.common.progress import only_warnings, progress
 from job.common.schema import AUTO, EMBEDDED, CriticConfig, DistributedConfig
 from job.common.signals import reason
-from job.data.examples import check_readable
 from job.data.packing import Batch, Packer, assemble, single_units
+from job.data.rows import check_readable
 from job.data.token_cache import TokenizedSet, load_to_score
 from job.data.tokenizer import load_tokenizer
 from job.data.values_file import Values, ValuesFile
@@ -160,7 +160,7 @@ class _Scorer:
 
 
 def _place(trained: TrainedCritic, world: World) -> Critic:
-    """The critic in shards, its base and its trained parameters loaded."""
+    """The critic in shards, its trunk and its trained parameters loaded."""
     critic = trained.on_meta()
     shard(critic, trained.config.distributed.fsdp, world)
     load_trunk(critic.trunk, trained.config.model.path, lambda: _stop_together(world))

@@ -31,7 +31,7 @@ from job.distributed.fsdp import lay_out
 from job.distributed.world import World
 from job.memory.footprint import Footprint, Moment, Setting
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.model.shards import own
+from job.model.shards import local_shard
 from job.model.transformer import PackedLayout
 from job.training.optimizer import build_optimizer
 
@@ -162,7 +162,9 @@ class _Simulation:
         held = {"head": 0, "frozen": 0, "masters": 0}
         for parameter in self._critic.parameters():
             kind = "frozen" if not parameter.requires_grad else "masters"
-            held["head" if any(parameter is p for p in head) else kind] += own(parameter).nbytes
+            held["head" if any(parameter is p for p in head) else kind] += local_shard(
+                parameter
+            ).nbytes
         found = dict.fromkeys(set(_CATEGORIES.values()), 0)
         for category, count in snapshot.items():
             if category != "Total":

@@ -42,7 +42,7 @@ from job.distributed.fsdp import shard
 from job.distributed.world import World, joined_world
 from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.model.shards import whole
+from job.model.shards import full_tensor
 from job.model.weights import load_trunk
 from job.run.value_metrics import ValueMetrics
 from job.training.checkpoint import trained_tensors
@@ -140,13 +140,12 @@ def _learner(case: Case, critic: Critic, world: World) -> Learner:
 
 
 def _step(learner: Learner, step: int, batches: Sequence[Batch]) -> StepResult:
-    (count,) = learner.world.sum([learner.count(batches)])
-    return learner.step(step, batches, count, ValueMetrics())
+    return learner.step(step, batches, ValueMetrics())
 
 
 def _checkpointed(learner: Learner) -> Tensors:
     """Copies of what a checkpoint would hold, whole."""
-    return {name: whole(t).clone() for name, t in trained_tensors(learner).items()}
+    return {name: full_tensor(t).clone() for name, t in trained_tensors(learner).items()}
 
 
 @functools.cache
@@ -181,7 +180,7 @@ def gradients(case: Case, world: World) -> Result:
     def keep(*_: Any) -> None:
         for name, parameter in critic.named_parameters():
             if parameter.grad is not None:
-                kept[name] = whole(parameter.grad).clone()
+                kept[name] = full_tensor(parameter.grad).clone()
                 dtypes.add(str(parameter.grad.dtype))
 
     learner.optimizer.register_step_pre_hook(keep)
@@ -375,7 +374,7 @@ def shards(case: Case, world: World) -> Result:
             "rows": len(parameter),
             "local": [rank[name][0] for rank in sizes],
             "stored": [rank[name][1] for rank in sizes],
-            "loaded": whole(parameter.detach()).equal(expected[name]),
+            "loaded": full_tensor(parameter.detach()).equal(expected[name]),
         }
         for name, parameter in named.items()
     }

@@ -20,7 +20,7 @@ from job.distributed.fsdp import shard
 from job.distributed.world import World, joined_world
 from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.model.shards import own, whole
+from job.model.shards import full_tensor, local_shard
 from job.model.weights import check_trunk, load_trunk
 
 EXPECTED = "expected.safetensors"
@@ -34,7 +34,7 @@ def _load(folder: Path, strategy: ShardingStrategy, world: World) -> Critic:
     unfreeze_last_blocks(critic, 1)
     shard(critic, FsdpConfig(sharding_strategy=strategy), world)
     for parameter in critic.parameters():
-        own(parameter).fill_(torch.nan)  # what is not written shows
+        local_shard(parameter).fill_(torch.nan)  # what is not written shows
     load_trunk(critic.trunk, folder)
     return critic
 
@@ -44,7 +44,7 @@ def _compare(critic: Critic, expected: dict[str, Tensor]) -> None:
     assert named.keys() == expected.keys()
     for name, parameter in named.items():
         wanted = expected[name].to(parameter.dtype)
-        assert torch.equal(whole(parameter.detach()), wanted), name
+        assert torch.equal(full_tensor(parameter.detach()), wanted), name
 
 
 def main() -> None:

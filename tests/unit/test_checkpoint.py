@@ -41,10 +41,10 @@ from job.run.manifest import MANIFEST, DamagedError, Manifest
 from job.run.metrics_log import Tracker
 from job.run.trained import find_weights
 from job.training import checkpoint as checkpoint_module
-from job.training.attempt import train
 from job.training.checkpoint import Checkpoints, SaveError
 from job.training.learner import Learner, StepResult
 from job.training.objective import Objective
+from job.training.trainer import train
 
 TRUNK = ("data.arithmetic.train_examples=64", "training.max_steps=2", "training.batch_size=8")
 CHANGES = (

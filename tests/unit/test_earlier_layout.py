@@ -22,7 +22,7 @@ from job.export.formats import export
 from job.run.directory import RunDirectory
 from job.run.report_page import write_report
 from job.run.trained import TrainedCritic
-from job.training.attempt import train
+from job.training.trainer import train
 
 ARCHIVE = Path(__file__).parents[1] / "fixtures/first_layout.tar.xz"
 # Another CPU rounds otherwise, and ten steps carry that on.

@@ -31,8 +31,8 @@ from job.model.transformer import PackedLayout
 from job.model.weights import load_trunk, read_architecture
 from job.run.manifest import FileSum, Manifest
 from job.run.trained import TrainedCritic
-from job.training.attempt import train
 from job.training.scoring import score
+from job.training.trainer import train
 
 pytestmark = pytest.mark.slow
 
@@ -375,7 +375,7 @@ def test_the_command_line(run: MicroRun, tmp_path: Path) -> None:
     }
     wrong = _command(run, tmp_path, *command, "b", "--base", "nowhere")
     assert wrong.returncode == 78
-    assert "nowhere: the base" in wrong.stderr
+    assert "nowhere: the trunk" in wrong.stderr
     assert "Traceback" not in wrong.stderr
 
 

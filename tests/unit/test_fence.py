@@ -165,36 +165,36 @@ def test_lines_of_an_attempt_that_does_not_know_it_is_superseded_are_lost(tmp_pa
 
 def test_everything_of_the_only_attempt_counts(tmp_path: Path) -> None:
     fence = _attempt(tmp_path, 0)
-    assert fence.counts(1, 0)
-    assert fence.counts(1, 10**9)
+    assert fence.includes(1, 0)
+    assert fence.includes(1, 10**9)
 
 
 def test_only_what_a_later_attempt_went_on_from_or_came_before_counts(tmp_path: Path) -> None:
     _attempt(tmp_path, 0)
     fence = _attempt(tmp_path, 4)
-    assert [step for step in range(0, 10, 2) if fence.counts(1, step)] == [0, 2, 4]
-    assert all(fence.counts(2, step) for step in (6, 8, 10))
+    assert [step for step in range(0, 10, 2) if fence.includes(1, step)] == [0, 2, 4]
+    assert all(fence.includes(2, step) for step in (6, 8, 10))
 
 
 def test_every_later_attempt_limits_what_counts(tmp_path: Path) -> None:
     for resumed_step in (0, 8, 4, 6):
         fence = _attempt(tmp_path, resumed_step)
-    found = {a: [step for step in range(2, 12, 2) if fence.counts(a, step)] for a in (1, 2, 3, 4)}
+    found = {a: [step for step in range(2, 12, 2) if fence.includes(a, step)] for a in (1, 2, 3, 4)}
     assert found == {1: [2, 4], 2: [2, 4], 3: [2, 4, 6], 4: [2, 4, 6, 8, 10]}
 
 
 def test_a_run_that_started_over_counts_nothing_of_before(tmp_path: Path) -> None:
     _attempt(tmp_path, 0)
     fence = _attempt(tmp_path, 0)
-    assert not fence.counts(1, 2)
-    assert fence.counts(2, 2)
+    assert not fence.includes(1, 2)
+    assert fence.includes(2, 2)
 
 
 def test_an_attempt_that_died_before_recording_constrains_nothing(tmp_path: Path) -> None:
     _attempt(tmp_path, 0)
     _attempt(tmp_path)
     fence = Fence.take(tmp_path)
-    assert fence.counts(1, 100)
+    assert fence.includes(1, 100)
 
 
 @pytest.mark.parametrize("record", ["", "{", "{}", "null", "[]", '{"resumed_step": null}'])
@@ -202,7 +202,7 @@ def test_a_damaged_record_constrains_nothing(tmp_path: Path, record: str) -> Non
     _attempt(tmp_path, 0)
     damaged = _attempt(tmp_path, 4)
     (damaged.folder / "attempt.json").write_text(record)
-    assert Fence.take(tmp_path).counts(1, 100)
+    assert Fence.take(tmp_path).includes(1, 100)
 
 
 def test_a_record_says_who_wrote_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,7 +273,7 @@ def test_without_a_cache_it_warns_and_goes_on(
     assert fingerprint(folder, tmp_path / cache) == _uncached(folder)
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert "cannot keep the base's fingerprint: " in record.message
+    assert "cannot keep the trunk's fingerprint: " in record.message
 
 
 # --- what cannot be read ---------------------------------------------------------------------

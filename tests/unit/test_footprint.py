@@ -30,7 +30,7 @@ from job.memory.footprint import (
 from job.memory.shapes import SHAPES
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.model.shards import own
+from job.model.shards import local_shard
 from job.model.transformer import SPAN_TOKENS
 
 # In a block 64 x (2 x 64 + 2 x 32) + 3 x 64 x 160 + 2 x 64 = 43,136 parameters.
@@ -154,8 +154,8 @@ def test_weights_are_those_of_the_shards(strategy: ShardingStrategy, mixed: bool
     unfreeze_last_blocks(critic, 2)
     with _first_of(8, per_node=4) as world:
         shard(critic, setting.fsdp, world)
-        frozen = sum(own(p).nbytes for p in critic.parameters() if not p.requires_grad)
-        masters = sum(own(p).nbytes for p in critic.parameters() if p.requires_grad)
+        frozen = sum(local_shard(p).nbytes for p in critic.parameters() if not p.requires_grad)
+        masters = sum(local_shard(p).nbytes for p in critic.parameters() if p.requires_grad)
     state = footprint(setting).after_backward.components
     assert state["frozen_weights"] == frozen
     assert state["masters"] + state["value_head"] // 4 == masters

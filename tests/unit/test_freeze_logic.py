@@ -148,7 +148,7 @@ def test_no_frozen_parameter_changes_in_twenty_steps_and_every_trainable_one_doe
     learner = _learner(n)
     before = {name: p.detach().clone() for name, p in learner.critic.named_parameters()}
     for step in range(20):
-        learner.step(step, [_batch(step)], 1.0, ValueMetrics())
+        learner.step(step, [_batch(step)], ValueMetrics(), lambda _: 1.0)
     for name, parameter in learner.critic.named_parameters():
         unchanged = torch.equal(before[name], parameter)
         assert unchanged != parameter.requires_grad, name

@@ -11,7 +11,7 @@ import yaml
 from job.common.config import load_config
 from job.common.schema import CriticConfig
 from job.run.directory import RunDirectory
-from job.training.attempt import train
+from job.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("GSM8K_DIR", ROOT.parent / "shared" / "data" / "gsm8k")).resolve()

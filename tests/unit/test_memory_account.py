@@ -27,7 +27,6 @@ from job.memory.footprint import Footprint, Moment, Setting, footprint
 from job.memory.recorder import Recorder
 from job.run.directory import RunDirectory
 from job.training import memory_report as account
-from job.training.attempt import train
 from job.training.data import CriticData
 from job.training.memory_report import (
     MemoryAccount,
@@ -36,6 +35,7 @@ from job.training.memory_report import (
     measured_peak,
     within,
 )
+from job.training.trainer import train
 
 CPU = torch.device("cpu")
 BUDGET = 400

@@ -19,12 +19,12 @@ from launch import PYTHONPATH, run_ranks, running
 from micro_critic import MicroCritics, write_rows
 from micro_job import MicroRun
 
-import job.score
 from job.common.errors import InputError
 from job.common.schema import EMBEDDED
 from job.data.tokenizer import load_tokenizer
 from job.model.transformer import PackedLayout
 from job.run.trained import TrainedCritic
+from job.training import scoring
 from job.training.scoring import score
 
 pytestmark = pytest.mark.slow
@@ -175,7 +175,7 @@ def test_the_table_counts_the_rows_that_have_a_label(
 def test_rows_left_out_keep_their_place(
     run: MicroRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job.score, "MICRO_BATCHES", 1)
+    monkeypatch.setattr(scoring, "MICRO_BATCHES", 1)
     bad = {"prompt": "1+1?", "response": " ", "reward": 0}
     rows = [
         bad,
@@ -350,7 +350,7 @@ def test_a_critic_is_used_with_its_own_base_alone(
     weights["layers.0.attention.wq.weight"][0, 0] += 1
     torch.save(weights, moved / "consolidated.pth")
     with pytest.raises(
-        InputError, match=r"(?s)not trained on the base .*moved.*base: \w{64} -> \w{64}"
+        InputError, match=r"(?s)not trained on the trunk .*moved.*base: \w{64} -> \w{64}"
     ):
         _score(run.path, data, tmp_path / "c.parquet", base=str(moved))
     params = json.loads((moved / "params.json").read_text())
@@ -358,7 +358,7 @@ def test_a_critic_is_used_with_its_own_base_alone(
     with pytest.raises(InputError, match=r"architecture\.rope_theta: 10000\.0 -> 500000\.0"):
         _score(run.path, data, tmp_path / "d.parquet", base=str(moved))
     with pytest.raises(
-        InputError, match=r"nowhere: the base .* is not here; name its folder with --base"
+        InputError, match=r"nowhere: the trunk .* is not here; name its folder with --trunk"
     ):
         _score(run.path, data, tmp_path / "e.parquet", base="nowhere")
 

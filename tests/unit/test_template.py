@@ -13,7 +13,7 @@ import pytest
 from job.common.config import load_config
 from job.common.errors import InputError
 from job.common.schema import CHAT, CriticConfig
-from job.data.examples import BadRow, Example
+from job.data.rows import BadRow, Row
 from job.data.template import Template, TemplateError, load_template, render_rows
 from job.data.tokenizer import Tokenizer, load_tokenizer, write_bpe_tokenizer
 
@@ -232,10 +232,10 @@ def test_a_row_that_the_template_refuses_is_a_bad_row(folder: Path) -> None:
     template = chat(folder, text)
     earlier = BadRow("a", 1, "broken")
     texts = [("q", "r"), ("#", "r"), ("q", "why</think>r")]
-    examples = [(n, Example(*pair, 1.0, "p")) for n, pair in enumerate(texts, 2)]
+    examples = [(n, Row(*pair, 1.0, "p")) for n, pair in enumerate(texts, 2)]
     rows = dict(render_rows([(1, earlier), *examples], template, "a"))
     assert rows[1] == earlier
-    assert rows[2] == Example("q|", "r|", 1.0, "p")
+    assert rows[2] == Row("q|", "r|", 1.0, "p")
     refused, cut = rows[3], rows[4]
     assert isinstance(refused, BadRow)
     assert isinstance(cut, BadRow)

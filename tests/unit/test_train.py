@@ -16,7 +16,7 @@ from job.common.errors import InputError
 from job.common.schema import CriticConfig
 from job.compare import compare, steps_to_half, summarise
 from job.run.directory import RunDirectory
-from job.training.attempt import train
+from job.training.trainer import train
 
 CHANGES = (
     "run.name=n${training.num_unfrozen_layers}",
@@ -44,7 +44,7 @@ def _train(*overrides: str) -> RunDirectory:
 
 @pytest.mark.slow
 def test_a_run_directory_tells_the_whole_run(folder: Path) -> None:
-    run = _train()
+    run = _train("report.enabled=true")
     status = run.status()
     assert (status["state"], status["step"], status["max_steps"]) == ("finished", 8, 8)
     records = run.records()
@@ -165,8 +165,8 @@ def test_a_report_that_fails_does_not_undo_a_training(
     def fail(runs: object) -> Path:
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr("job.training.attempt.write_report", fail)
-    assert _train().status()["state"] == "finished"
+    monkeypatch.setattr("job.training.trainer.write_report", fail)
+    assert _train("report.enabled=true").status()["state"] == "finished"
     assert "finished, without a report: no ink" in caplog.text
 
 
@@ -183,6 +183,7 @@ def test_the_alarm_reaches_the_status_file(folder: Path) -> None:
         "training.num_unfrozen_layers=0",
         "evaluation.every_steps=1",
         "training.value_head.learning_rate=0",
+        "report.enabled=true",
     )
     assert "CONSTANT PREDICTOR" in run.status()["alarm"]
     assert "CONSTANT PREDICTOR" in run.file("train.log").read_text()

@@ -19,7 +19,7 @@ from job.distributed.world import World, joined_world
 from job.model.architecture import RopeScaling, TransformerConfig
 from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.model.shards import whole
+from job.model.shards import full_tensor
 from job.model.transformer import PackedLayout, Transformer, Trunk, rope_frequencies
 from job.model.weights import load_trunk, save_transformer
 
@@ -99,7 +99,7 @@ def test_frozen_weights_as_asked_and_trainable_ones_in_full(
         dtype = torch.float32 if name in trainable else frozen
         assert parameter.requires_grad == (name in trainable)
         assert parameter.dtype == dtype
-        assert torch.equal(whole(parameter), model.state_dict()[name].to(dtype))
+        assert torch.equal(full_tensor(parameter), model.state_dict()[name].to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -13,11 +13,11 @@ from typing import NoReturn
 
 from job.common.errors import Exit
 from slurm import scheduler
-from slurm.record import Attempt, Outcome, Record
+from slurm.policy import Action, Budget, Decision, decide, first_cause
+from slurm.record import Outcome, Record
 from slurm.scheduler import ControllerAway, Job, Refused
 from slurm.submission import Submission, submit
-from slurm.task import Signals, Task, leave, say, wait_for
-from slurm.verdict import Action, Budget, Verdict, decide, first_cause
+from slurm.task import Post, leave, say, wait_for
 
 HEARTBEAT_SECONDS = 10.0
 _OUTCOME_SECONDS = 60.0  # between the first trainer's end and the last one's
@@ -25,23 +25,16 @@ _PAUSES = (1, 2, 5, 10, 20, 30)  # between requests to a controller that is away
 _PORTS = range(15000, 32000)  # below those that systems give to clients
 
 
-class Lead:
+class Leader:
     """Task 0's part: the run's record, and the decision in the end."""
 
-    def __init__(
-        self,
-        supervisor: Callable[[], str],
-        submission: Submission,
-        task: Task,
-        attempt: Attempt,
-        signals: Signals,
-    ) -> None:
+    def __init__(self, supervisor: Callable[[], str], submission: Submission, post: Post) -> None:
         self._supervisor, self._submission = supervisor, submission
-        self._task, self._attempt, self._signals = task, attempt, signals
-        self._record = attempt.record
+        self._task, self._attempt, self._signals = post.task, post.attempt, post.signals
+        self._record = post.attempt.record
         self._beaten, self._heard = 0.0, 0
-        self._returns = False  # the job is to run again, and Slurm knows
-        self._code = 0  # of a job that comes back
+        self._requeued = False  # the job is to run again, and Slurm knows
+        self._code = 0  # of a job that runs again
         self._first_checkpoint = self._record.newest_checkpoint()
         self._fruitless = _fruitless_before(self._record, self._first_checkpoint)
 
@@ -98,7 +91,7 @@ class Lead:
             names = ", ".join(signal.Signals(number).name for number in received)
             say(f"received {names}")
             self._event("signal", signals=names)
-            self._see_to_return()
+            self._see_to_requeue()
         if time.monotonic() - self._beaten > HEARTBEAT_SECONDS:
             self._beat()
 
@@ -106,17 +99,17 @@ class Lead:
         self._beaten = time.monotonic()
         self._set_status()
 
-    def _see_to_return(self) -> None:
-        """Have a job that is being ended already come back; its trainers may still be saving."""
+    def _see_to_requeue(self) -> None:
+        """Requeue a job that is being ended already; its trainers may still be saving."""
         job = _ask(self._task.job_name)
         if self._record.cancelled.exists() or (job is not None and job.state == "CANCELLED"):
             # said now: Slurm may kill all of the job before its trainers have saved
             self._set_status(state="cancelled", reason="cancelled while it ran")
             return
-        if job is None or self._returns:
+        if job is None or self._requeued:
             return
         if job.state in ("PREEMPTED", "TIMEOUT"):
-            self._come_back(Verdict(Action.COME_BACK, f"{job.state.lower()} by Slurm"))
+            self._requeue_or_submit(Decision(Action.REQUEUE, f"{job.state.lower()} by Slurm"))
 
     def conclude(self) -> str:
         """Decide, act and end this task; the text returned is for a job that has finished."""
@@ -125,20 +118,20 @@ class Lead:
             leave(Exit.SUPERSEDED)
         outcomes = self._collect()
         cause = first_cause(outcomes, self._task.size)
-        verdict = decide(cause, self._budget(), by_a_person=self._asked_by_a_person())
-        say(f"{verdict.action.value}: {verdict.reason}")
-        self._event("ended", reason=verdict.reason, code=verdict.code)
-        if verdict.action is Action.FINISH:
-            self._end("finished", verdict.reason, [])
-            return verdict.reason
-        if verdict.action is Action.COME_BACK:
-            self._come_back(verdict)
+        decision = decide(cause, self._budget(), by_a_person=self._asked_by_a_person())
+        say(f"{decision.action.value}: {decision.reason}")
+        self._event("ended", reason=decision.reason, code=decision.code)
+        if decision.action is Action.FINISH:
+            self._end("finished", decision.reason, [])
+            return decision.reason
+        if decision.action is Action.REQUEUE:
+            self._requeue_or_submit(decision)
             leave(self._code)
-        if verdict.action is Action.STOP:
-            stopped = verdict.code == Exit.STOPPED
+        if decision.action is Action.STOP:
+            stopped = decision.code == Exit.STOPPED
             lines = cause.last_lines if cause is not None else []
-            self._end("stopped" if stopped else "failed", verdict.reason, lines)
-        return leave(verdict.code)
+            self._end("stopped" if stopped else "failed", decision.reason, lines)
+        return leave(decision.code)
 
     def _collect(self) -> list[Outcome]:
         """Every rank's outcome, or of those that report in time."""
@@ -159,18 +152,18 @@ class Lead:
         """Whether the trainer has stopped because of a file in the run directory."""
         return bool(self._record.trainer_status().get("stop_file")) and not self._signals.received
 
-    def _come_back(self, verdict: Verdict) -> None:
+    def _requeue_or_submit(self, decision: Decision) -> None:
         """Let the job run again, unless it was cancelled; wait for a controller that is away."""
         for pause in _pauses():
             try:
-                self._try_to_come_back(verdict)
+                self._try_to_requeue(decision)
                 return
             except ControllerAway as away:
                 say(f"{away}; trying again in {pause} s")
                 self._set_status(reason=f"waiting for Slurm's controller: {away}")
                 time.sleep(pause)
 
-    def _try_to_come_back(self, verdict: Verdict) -> None:
+    def _try_to_requeue(self, decision: Decision) -> None:
         job = scheduler.show_job(self._task.job_name)
         restarted = job is not None and job.restarts > self._task.restart and not job.waits
         if self._attempt.superseded or restarted:
@@ -178,27 +171,27 @@ class Lead:
         if self._record.cancelled.exists() or (job is not None and job.state == "CANCELLED"):
             self._end("cancelled", "cancelled while it ran", [])
             leave(0)
-        self._set_status(state="pending", reason=verdict.reason)
-        if self._returns:
+        self._set_status(state="pending", reason=decision.reason)
+        if self._requeued:
             return
         try:
-            self._requeue(job, verdict)
+            self._requeue(job, decision)
         except Refused as refused:
             self._submit_again(str(refused))
-        self._returns = True
+        self._requeued = True
 
-    def _requeue(self, job: Job | None, verdict: Verdict) -> None:
+    def _requeue(self, job: Job | None, decision: Decision) -> None:
         if job is None:
             raise Refused("Slurm does not know the job any more")
         if not job.waits:
             scheduler.requeue(self._task.job_name)
-        self._event("requeued", reason=verdict.reason)
+        self._event("requeued", reason=decision.reason)
         say("requeued")
-        if verdict.avoid_node is not None:
+        if decision.avoid_node is not None:
             try:
-                scheduler.exclude_node(self._task.job_name, verdict.avoid_node)
+                scheduler.exclude_node(self._task.job_name, decision.avoid_node)
             except Refused as refused:
-                say(f"cannot keep the job from {verdict.avoid_node}: {refused}")
+                say(f"cannot keep the job from {decision.avoid_node}: {refused}")
 
     def _submit_again(self, why: str) -> None:
         """Where the site does not requeue, submit the same run as a new job."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 
 from job.common.errors import Exit
+from slurm.policy import Action, Budget, decide, exit_status, first_cause
 from slurm.record import Outcome
-from slurm.verdict import Action, Budget, decide, exit_status, first_cause
 
 PLENTY = Budget(fruitless=1, max_attempts=10)
 KILL, TERM, USR1, USR2, SEGV = -9, -15, -10, -12, -11
@@ -31,14 +31,14 @@ def _outcomes(codes: Sequence[int | None]) -> list[Outcome]:
     [
         (Exit.SUPERSEDED, Action.LEAVE, 73),
         (Exit.BAD_INPUT, Action.STOP, 78),
-        (Exit.UNFIT_NODE, Action.COME_BACK, 71),
-        (Exit.STOPPED, Action.COME_BACK, 75),
-        (KILL, Action.COME_BACK, 137),
-        (TERM, Action.COME_BACK, 143),
-        (SEGV, Action.COME_BACK, 139),
-        (Exit.CRASHED, Action.COME_BACK, 1),
-        (Exit.UNAVAILABLE, Action.COME_BACK, 69),
-        (137, Action.COME_BACK, 137),
+        (Exit.UNFIT_NODE, Action.REQUEUE, 71),
+        (Exit.STOPPED, Action.REQUEUE, 75),
+        (KILL, Action.REQUEUE, 137),
+        (TERM, Action.REQUEUE, 143),
+        (SEGV, Action.REQUEUE, 139),
+        (Exit.CRASHED, Action.REQUEUE, 1),
+        (Exit.UNAVAILABLE, Action.REQUEUE, 69),
+        (137, Action.REQUEUE, 137),
     ],
 )
 def test_what_becomes_of_the_job(code: int, action: Action, exit_code: int) -> None:
@@ -67,7 +67,7 @@ def test_a_stop_that_a_person_asked_for_is_final() -> None:
     assert (verdict.action, verdict.code) == (Action.STOP, Exit.STOPPED)
     assert verdict.reason == "its code is 75"  # no rank's fault
     for code in (1, KILL, Exit.UNFIT_NODE):
-        assert decide(_outcome(0, code), PLENTY, by_a_person=True).action is Action.COME_BACK
+        assert decide(_outcome(0, code), PLENTY, by_a_person=True).action is Action.REQUEUE
 
 
 # Budgets
@@ -75,7 +75,7 @@ def test_a_stop_that_a_person_asked_for_is_final() -> None:
 
 @pytest.mark.parametrize("code", [Exit.UNFIT_NODE, Exit.STOPPED, KILL, 1])
 def test_the_last_attempt_without_progress_is_the_last(code: int) -> None:
-    assert decide(_outcome(0, code), Budget(2, 3)).action is Action.COME_BACK
+    assert decide(_outcome(0, code), Budget(2, 3)).action is Action.REQUEUE
     for fruitless in (3, 4):
         verdict = decide(_outcome(0, code), Budget(fruitless, 3))
         assert (verdict.action, verdict.code) == (Action.STOP, exit_status(code))
@@ -140,7 +140,7 @@ def test_a_rank_that_is_missing_comes_before_stops(codes: list[int | None]) -> N
     assert cause is not None
     assert (cause.rank, cause.code) == (1, Exit.CRASHED)
     assert "its node or task died" in cause.reason
-    assert decide(cause, PLENTY).action is Action.COME_BACK
+    assert decide(cause, PLENTY).action is Action.REQUEUE
 
 
 @pytest.mark.parametrize(("codes", "cause"), [([None, KILL], 1), ([None, 78], 1), ([73, None], 0)])

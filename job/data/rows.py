@@ -23,7 +23,7 @@ _SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".ndjson", ".parquet"
 
 
 @dataclass(frozen=True)
-class Example:
+class Row:
     """A solution and its label, NaN where it has none.
 
     `optimal[i]` is the best value after response character i.
@@ -52,10 +52,10 @@ class _RowError(ValueError):
     """What is wrong with one row."""
 
 
-def read_examples(
+def read_rows(
     path: str | Path, fields: Any = None, *, rewards: Rewards = True
-) -> Iterator[tuple[int, Example | BadRow]]:
-    """Line number and Example or BadRow for each row of a file, few in memory at a time.
+) -> Iterator[tuple[int, Row | BadRow]]:
+    """Line number and Row or BadRow for each row of a file, few in memory at a time.
 
     Args:
         fields: None, a mapping from `prompt`, `response`, `reward`, `problem_id` to the file's
@@ -75,7 +75,7 @@ def read_examples(
 
 
 def check_readable(path: str | Path) -> None:
-    """Raise InputError unless `path` is a readable file of a kind that `read_examples` knows."""
+    """Raise InputError unless `path` is a readable file of a kind that `read_rows` knows."""
     path = Path(path)
     if not path.name.endswith(_SUFFIXES):
         raise InputError(f"{path}: unknown kind of data file; known: {', '.join(_SUFFIXES)}")
@@ -144,11 +144,11 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, row
 
 
-def _row_parser(fields: Any, rewards: Rewards) -> Callable[[dict[str, Any]], Example]:
+def _row_parser(fields: Any, rewards: Rewards) -> Callable[[dict[str, Any]], Row]:
     names = ALPACA_FIELDS if fields == "alpaca" else dict(fields or {})
     problem_field = names.get("problem_id")
 
-    def parse(row: dict[str, Any]) -> Example:
+    def parse(row: dict[str, Any]) -> Row:
         prompt = _text(row, names.get("prompt", "prompt"))
         if fields == "alpaca":
             prompt = _alpaca_prompt(prompt, row)
@@ -157,7 +157,7 @@ def _row_parser(fields: Any, rewards: Rewards) -> Callable[[dict[str, Any]], Exa
         if not response.strip():
             raise _RowError(f"field {response_field!r} is empty")
         reward = _reward(row, names.get("reward", "reward"), rewards) if rewards else 0.0
-        return Example(prompt, response, reward, _problem(row, problem_field, prompt))
+        return Row(prompt, response, reward, _problem(row, problem_field, prompt))
 
     return parse
 

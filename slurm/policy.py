@@ -1,16 +1,16 @@
 """What becomes of a job whose trainers have ended: one table.
 
-| the trainer's end                             | code  | the job                               |
-|-----------------------------------------------|-------|---------------------------------------|
-| finished                                      | 0     | finished                              |
-| superseded by a newer attempt                 | 73    | leaves, touching nothing              |
-| wrong input, or numerics beyond repair        | 78    | stops for good                        |
-| this node is unfit                            | 71    | comes back on another node            |
-| stopped on request, checkpoint committed      | 75    | comes back, or stops if a person asked |
-| killed by a signal                            | 128+n | comes back                            |
-| anything else: a crash                        | other | comes back from its last checkpoint   |
+| the trainer's end                        | code  | the job                                 |
+|------------------------------------------|-------|-----------------------------------------|
+| finished                                 | 0     | finished                                |
+| superseded by a newer attempt            | 73    | leaves, touching nothing                |
+| wrong input, or numerics beyond repair   | 78    | stops for good                          |
+| this node is unfit                       | 71    | is requeued, without this node          |
+| stopped on request, checkpoint committed | 75    | is requeued, or stops if a person asked |
+| killed by a signal                       | 128+n | is requeued                             |
+| anything else: a crash                   | other | is requeued from its last checkpoint    |
 
-It comes back as often as attempts make progress, which is a newer checkpoint; after `max_attempts`
+It is requeued as often as attempts make progress, which is a newer checkpoint; after `max_attempts`
 in a row without any, it stops for good. Whether the job was cancelled meanwhile, Slurm knows.
 """
 
@@ -29,11 +29,11 @@ class Action(enum.Enum):
     FINISH = "finish"
     LEAVE = "leave"
     STOP = "stop"
-    COME_BACK = "come back"
+    REQUEUE = "requeue"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """What the job does next, and why; `code` is its exit code if it ends."""
 
     action: Action
@@ -84,23 +84,23 @@ def _order(outcome: Outcome) -> int:
     return 4 if outcome.node == _NOWHERE else 5
 
 
-def decide(cause: Outcome | None, budget: Budget, *, by_a_person: bool = False) -> Verdict:
+def decide(cause: Outcome | None, budget: Budget, *, by_a_person: bool = False) -> Decision:
     """What the table says; `by_a_person` tells that someone asked this run to stop."""
     if cause is None:
-        return Verdict(Action.FINISH, "finished")
+        return Decision(Action.FINISH, "finished")
     code = exit_status(cause.code)
     reason = f"rank {cause.rank} on {cause.node}: {cause.reason}"
     if code == Exit.SUPERSEDED:
-        return Verdict(Action.LEAVE, "a newer attempt has taken over", code)
+        return Decision(Action.LEAVE, "a newer attempt has taken over", code)
     if code == Exit.BAD_INPUT:
-        return Verdict(Action.STOP, reason, code)
+        return Decision(Action.STOP, reason, code)
     if code == Exit.STOPPED and by_a_person:
-        return Verdict(Action.STOP, cause.reason, code)
+        return Decision(Action.STOP, cause.reason, code)
     if budget.fruitless >= budget.max_attempts:
         tried = f"{budget.fruitless} attempts in a row without progress; the last: "
-        return Verdict(Action.STOP, tried + reason, code)
+        return Decision(Action.STOP, tried + reason, code)
     avoid = cause.node if code == Exit.UNFIT_NODE else None
-    return Verdict(Action.COME_BACK, reason, code, avoid)
+    return Decision(Action.REQUEUE, reason, code, avoid)
 
 
 def exit_status(code: int) -> int:

@@ -24,9 +24,9 @@ from bases import (
 from job.common.errors import InputError
 from job.model.architecture import TransformerConfig
 from job.model.architecture_file import read_architecture
-from job.model.base import Layout, find_base
 from job.model.fingerprint import fingerprint
 from job.model.transformer import Transformer
+from job.model.trunk_folder import Layout, find_trunk
 from job.model.weights import check_trunk, open_weights
 
 pytestmark = pytest.mark.slow
@@ -127,7 +127,7 @@ def _resident(file: Path) -> int:
 def test_weights_are_mapped_and_given_back(way: str, tmp_path: Path) -> None:
     model = language_model(replace(TINY, vocab_size=100_000))
     folder = (write_meta if way == "meta" else write_hugging_face)(tmp_path, model)
-    (file,) = find_base(folder).weight_files()
+    (file,) = find_trunk(folder).weight_files()
     tensors = open_weights(folder, read_architecture(folder))
     embedding = tensors["tok_embeddings.weight"]
     assert all(tensor.mapped for tensor in tensors.values())
@@ -193,10 +193,10 @@ def test_the_layout_is_told_by_the_files(case: str, tmp_path: Path) -> None:
     for name in files:
         (tmp_path / name).touch()
     if isinstance(expected, Layout):
-        assert find_base(tmp_path).layout is expected
+        assert find_trunk(tmp_path).layout is expected
         return
     with pytest.raises(InputError, match=expected) as caught:
-        find_base(tmp_path)
+        find_trunk(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}: ")
 
 

@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from job.common.errors import InputError
-from job.data.examples import ALPACA_FIELDS, BadRow, Example, check_readable, read_examples
+from job.data.rows import ALPACA_FIELDS, BadRow, Row, check_readable, read_rows
 
-Row = dict[str, Any]
+RawRow = dict[str, Any]
 HALF = "half of a surrogate pair"
 
 
-def rows(count: int = 30) -> list[Row]:
+def rows(count: int = 30) -> list[RawRow]:
     """Rows that need care: several scripts, line separators inside texts, blanks at the ends."""
     texts = [
         "plain",
@@ -43,13 +43,13 @@ def rows(count: int = 30) -> list[Row]:
     ]
 
 
-def expected(given: list[Row]) -> list[Example]:
+def expected(given: list[RawRow]) -> list[Row]:
     return [
-        Example(r["prompt"], r["response"], float(r["reward"]), str(r["problem_id"])) for r in given
+        Row(r["prompt"], r["response"], float(r["reward"]), str(r["problem_id"])) for r in given
     ]
 
 
-def lines(given: list[Row]) -> bytes:
+def lines(given: list[RawRow]) -> bytes:
     return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in given)
 
 
@@ -70,15 +70,15 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-def write_parquet(path: Path, given: list[Row], **options: Any) -> Path:
+def write_parquet(path: Path, given: list[RawRow], **options: Any) -> Path:
     pq.write_table(pa.Table.from_pylist(given), path, **options)
     return path
 
 
-def read(path: Path, fields: Any = None, **options: Any) -> list[Example]:
+def read(path: Path, fields: Any = None, **options: Any) -> list[Row]:
     """The examples of a file that has no bad rows."""
-    found = [row for _, row in read_examples(path, fields, **options)]
-    return [row for row in found if isinstance(row, Example) or pytest.fail(str(row))]
+    found = [row for _, row in read_rows(path, fields, **options)]
+    return [row for row in found if isinstance(row, Row) or pytest.fail(str(row))]
 
 
 def reason(tmp_path: Path, line: str | bytes, fields: Any = None) -> str:
@@ -87,9 +87,9 @@ def reason(tmp_path: Path, line: str | bytes, fields: Any = None) -> str:
     good |= {"instruction": "p", "output": "r", "is_correct": True, "task": 1}
     content = line.encode() if isinstance(line, str) else line
     path = write(tmp_path / "a.jsonl", lines([good]) + b"\n" + lines([good]) + content + b"\n")
-    (first, a), (second, b), (number, bad) = read_examples(path, fields)
-    assert isinstance(a, Example)
-    assert isinstance(b, Example)
+    (first, a), (second, b), (number, bad) = read_rows(path, fields)
+    assert isinstance(a, Row)
+    assert isinstance(b, Row)
     assert isinstance(bad, BadRow)
     assert (first, second, number) == (1, 3, 4)
     assert (bad.file, bad.line) == (str(path), 4)
@@ -99,7 +99,7 @@ def reason(tmp_path: Path, line: str | bytes, fields: Any = None) -> str:
 
 # --- formats ---------------------------------------------------------------------------------
 
-WRITERS: dict[str, Callable[[list[Row]], bytes]] = {
+WRITERS: dict[str, Callable[[list[RawRow]], bytes]] = {
     "plain.jsonl": lines,
     "plain.json": lines,
     "plain.ndjson": lines,
@@ -125,7 +125,7 @@ def test_every_json_format_gives_the_same_examples(tmp_path: Path, name: str) ->
     given = rows()
     path = write(tmp_path / name, WRITERS[name](given))
     assert read(path) == expected(given)
-    assert [number for number, _ in read_examples(path)] == list(range(1, 31))
+    assert [number for number, _ in read_rows(path)] == list(range(1, 31))
 
 
 @pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
@@ -134,7 +134,7 @@ def test_parquet_gives_the_same_examples(tmp_path: Path, compression: str) -> No
     options = {"compression": compression, "row_group_size": 700}
     path = write_parquet(tmp_path / "a.parquet", given, **options)
     assert read(path) == expected(given)
-    assert [number for number, _ in read_examples(path)] == list(range(1, 2501))
+    assert [number for number, _ in read_rows(path)] == list(range(1, 2501))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_parquet_columns_may_have_any_numeric_or_text_type(
 def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     a, b, c = (lines([row]) for row in rows(3))
     path = write(tmp_path / "a.jsonl", b"\n" + a + b"  \t\n\r\n" + b + b"\n" + c + b"\n\n")
-    found = list(read_examples(path))
+    found = list(read_rows(path))
     assert [number for number, _ in found] == [2, 5, 7]
     assert [row for _, row in found] == expected(rows(3))
 
@@ -174,7 +174,7 @@ def test_fields_are_read_under_the_names_that_are_given(tmp_path: Path) -> None:
     row = {"question": "q", "answer": "a", "ok": True, "task": 12, "prompt": 0, "reward": 0}
     path = write(tmp_path / "a.jsonl", lines([row]))
     fields = {"prompt": "question", "response": "answer", "reward": "ok", "problem_id": "task"}
-    assert read(path, fields) == [Example("q", "a", 1.0, "12")]
+    assert read(path, fields) == [Row("q", "a", 1.0, "12")]
 
 
 def test_fields_that_are_not_renamed_keep_their_names(tmp_path: Path) -> None:
@@ -205,8 +205,8 @@ def test_an_optional_reward_is_taken_where_there_is_one(tmp_path: Path) -> None:
     del given[0]["reward"]
     given[1]["reward"] = None
     given[3]["reward"] = 7
-    *found, last = read_examples(write(tmp_path / "a.jsonl", lines(given)), rewards="optional")
-    rewards = [row.reward for _, row in found if isinstance(row, Example)]
+    *found, last = read_rows(write(tmp_path / "a.jsonl", lines(given)), rewards="optional")
+    rewards = [row.reward for _, row in found if isinstance(row, Row)]
     np.testing.assert_array_equal(rewards, [np.nan, np.nan, given[2]["reward"]])
     assert isinstance(last[1], BadRow)
 
@@ -220,7 +220,7 @@ def test_problem_ids_may_be_numbers_or_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("absent", [{}, {"problem_id": None}])
 def test_rows_without_problem_id_belong_together_if_their_prompts_are_equal(
-    tmp_path: Path, absent: Row
+    tmp_path: Path, absent: RawRow
 ) -> None:
     given = [{"prompt": p, "response": "r", "reward": 1} | absent for p in ("p", "q", "p", "p ")]
     a, b, c, d = (e.problem_id for e in read(write(tmp_path / "a.jsonl", lines(given))))
@@ -258,7 +258,7 @@ Add the numbers.
         ({}, ALPACA_WITHOUT_INPUT),
     ],
 )
-def test_alpaca_rows_get_the_alpaca_template(tmp_path: Path, extra: Row, prompt: str) -> None:
+def test_alpaca_rows_get_the_alpaca_template(tmp_path: Path, extra: RawRow, prompt: str) -> None:
     row = {"instruction": "Add the numbers.", "output": "7", "is_correct": True} | extra
     (found,) = read(write(tmp_path / "a.jsonl", lines([row])), "alpaca")
     assert (found.prompt, found.response, found.reward) == (prompt, "7", 1.0)
@@ -393,7 +393,7 @@ def test_a_surrogate_pair_written_as_escapes_is_one_character(tmp_path: Path) ->
 def test_bad_parquet_rows_have_their_number_and_a_reason(tmp_path: Path) -> None:
     rewards = [0.5, None, float("nan"), 2.0]
     given = [{"prompt": "p", "response": "r", "reward": reward} for reward in rewards]
-    found = list(read_examples(write_parquet(tmp_path / "a.parquet", given)))
+    found = list(read_rows(write_parquet(tmp_path / "a.parquet", given)))
     assert [number for number, _ in found] == [1, 2, 3, 4]
     said = [row.reason for _, row in found if isinstance(row, BadRow)]
     assert said == [
@@ -409,7 +409,7 @@ def test_bad_parquet_rows_have_their_number_and_a_reason(tmp_path: Path) -> None
 def refused(path: Path) -> str:
     """The InputError that reading all of a file ends with, which must name the file."""
     with pytest.raises(InputError) as caught:
-        list(read_examples(path))
+        list(read_rows(path))
     assert str(caught.value).startswith(f"{path}: ")
     return str(caught.value)
 
@@ -433,7 +433,7 @@ def test_a_changed_byte_in_a_gzip_file_is_refused_or_changes_no_row(tmp_path: Pa
         changed[place] ^= 255
         write(path, bytes(changed))
         try:
-            found = [row for _, row in read_examples(path)]
+            found = [row for _, row in read_rows(path)]
         except InputError:
             n_refused += 1
         else:
@@ -471,7 +471,7 @@ def test_a_damaged_parquet_file_gives_an_input_error_and_no_crash(tmp_path: Path
             damaged[place] = rng.integers(0, 256)
         write(path, bytes(damaged))
         try:
-            list(read_examples(path))
+            list(read_rows(path))
         except InputError:
             n_refused += 1
     assert n_refused > 50
@@ -547,7 +547,7 @@ def memory_of_reading(path: Path) -> int:
     before = pa.total_allocated_bytes()
     tracemalloc.start()
     try:
-        found = read_examples(path)
+        found = read_rows(path)
         for _ in itertools.islice(found, 3000):
             pass
         return tracemalloc.get_traced_memory()[1] + pa.total_allocated_bytes() - before

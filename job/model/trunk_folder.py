@@ -1,4 +1,4 @@
-"""The folder of a base, in Meta's layout or in Hugging Face's, and its files. Free of torch.
+"""The folder of a trunk, in Meta's layout or in Hugging Face's, and its files. Free of torch.
 
 Meta's          params.json; consolidated.pth, or consolidated.00.pth, .01.pth, ... of one model
 Hugging Face's  config.json; model.safetensors, or model.safetensors.index.json and its shards
@@ -30,7 +30,7 @@ class Layout(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Base:
+class TrunkFolder:
     """A folder whose layout is known."""
 
     folder: Path
@@ -62,7 +62,7 @@ class Base:
         return [self.description, *index, *self.weight_files()]
 
 
-def find_base(folder: str | Path) -> Base:
+def find_trunk(folder: str | Path) -> TrunkFolder:
     """Tell a folder's layout by its files.
 
     Raises:
@@ -81,9 +81,9 @@ def find_base(folder: str | Path) -> Base:
             "move one of them into a folder of its own"
         )
     if hugging_face:  # perhaps beside a params.json, as in Mistral's folders
-        return Base(folder, Layout.HUGGING_FACE)
+        return TrunkFolder(folder, Layout.HUGGING_FACE)
     if pickled or PARAMS in names:
-        return Base(folder, Layout.META)
+        return TrunkFolder(folder, Layout.META)
     raise InputError(f"{folder}: cannot read the model: neither {PARAMS} nor {CONFIG}; {_WANTED}")
 
 

@@ -1,0 +1,139 @@
+"""A training from its inputs to its report, as one attempt at its run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from job.common.schema import CriticConfig
+from job.distributed.world import World
+from job.model.architecture_file import read_architecture
+from job.model.critic import Critic, parameter_report
+from job.model.fingerprint import fingerprint
+from job.run.alarm import ConstantPredictorAlarm
+from job.run.directory import RunDirectory
+from job.run.metrics_log import Tracker
+from job.run.report_page import write_report
+from job.run.trained import find_weights, load_weights
+from job.training.attempt import Attempt, claimed_attempt
+from job.training.checkpoint import Checkpoints
+from job.training.data import CriticData, load_critic_data
+from job.training.learner import Learner
+from job.training.loop import Training
+from job.training.memory_report import MemoryAccount, choose_micro_batch
+from job.training.objective import Objective
+from job.training.preparation import load_critic, set_up_torch
+from job.training.state import TrainingState
+
+_log = logging.getLogger("job.train")
+
+
+def train(config: CriticConfig, *, resume: bool = True) -> None:
+    """Run one training to its end, in its run directory, as one of the job's processes.
+
+    Raises:
+        InputError: something in the input is wrong, or the run exists and `resume` is false.
+        Stopped: asked to stop; the state is saved.
+        Superseded: another copy of this run has begun later.
+    """
+    set_up_torch(config)
+    with claimed_attempt(config, resume=resume) as attempt:
+        if attempt is not None:
+            _train(attempt)
+
+
+def _train(attempt: Attempt) -> None:
+    config, run, world, recorder = attempt.config, attempt.run, attempt.world, attempt.recorder
+    choose_micro_batch(config, run, world)
+    data = world.main_first(lambda: load_critic_data(config, run, world))
+    identity = world.main_decides(lambda: _identity(config, data))
+    checkpoints = Checkpoints(run, attempt.fence, config.checkpoint, identity, world)
+    checkpoint = world.main_decides(checkpoints.newest_good)
+    memory = MemoryAccount(config, data, run, world, recorder)
+    with recorder.phase("load"):
+        critic = load_critic(config, data, world, attempt.agreement.check)
+    learner = _learner(attempt, critic)
+    if checkpoint is not None:
+        state = checkpoints.restore(checkpoint, learner)
+    else:
+        state = _first_state(config, learner, identity)
+    _go_on_from(state, attempt, checkpoints)
+    _report_parameters(critic, run, world)
+    with Tracker(run) as tracker, run.recorded():
+        began = time.monotonic()
+        Training(attempt, learner, data, state, tracker, checkpoints).run()
+        tracker.telemetry(config.training.max_steps, memory.close())
+        _save_trained(critic, run)
+        run.set_status(state="finished", seconds=time.monotonic() - began)
+        if config.report.enabled and run.writes:
+            _write_report(run)
+
+
+def _learner(attempt: Attempt, critic: Critic) -> Learner:
+    config, objective = attempt.config, Objective(attempt.config.objective)
+    return Learner(critic, objective, config.training, attempt.world, attempt.recorder.phase)
+
+
+def _identity(config: CriticConfig, data: CriticData) -> dict[str, Any]:
+    """What a checkpoint belongs to."""
+    return {
+        "num_unfrozen_layers": config.training.num_unfrozen_layers,
+        "architecture": asdict(read_architecture(config.model.path)),
+        "base": fingerprint(config.model.path, config.data.cache_dir),
+        "tokenizer": data.tokenizer,
+        "train_data": data.train.data.folder.name,
+        "validation_data": data.validation.data.folder.name,
+    }
+
+
+def _first_state(config: CriticConfig, learner: Learner, identity: dict[str, Any]) -> TrainingState:
+    if config.model.init_from is not None:
+        source, critic, world = Path(config.model.init_from), learner.critic, learner.world
+        folder = world.main_decides(lambda: find_weights(source, critic, identity))
+        load_weights(critic, folder, world)
+    patience = config.evaluation.alarm_evaluations
+    return TrainingState(ConstantPredictorAlarm(patience, config.training.warmup_steps))
+
+
+def _go_on_from(state: TrainingState, attempt: Attempt, checkpoints: Checkpoints) -> None:
+    """Let everything that was written after `state` be as if it had never been."""
+    run, world = attempt.run, attempt.world
+    if run.writes:
+        if not state.step and run.records():
+            _log.warning("no checkpoint to go on from: starting over")
+        attempt.fence.record(world.size, state.step)
+        checkpoints.remove_leftovers()
+        run.keep_lines(state.recorded_step)
+    changes = {} if state.step else {"alarm": None}
+    run.set_status(step=state.step, **changes)
+    if world.is_main and state.step:
+        _log.info("going on from step %d", state.step)
+
+
+def _report_parameters(critic: Critic, run: RunDirectory, world: World) -> None:
+    report = parameter_report(critic)
+    if world.is_main:
+        _log.info("parameters\n%s", report)
+    run.write_json("parameters.json", report.to_dict())
+
+
+def _save_trained(critic: Critic, run: RunDirectory) -> None:
+    """Leave the trained parameters in one file, for whoever does not read checkpoints."""
+    writes = run.writes
+    trained = critic.trained_tensors(keep=writes)
+    if writes:
+        scratch = run.file(".critic.safetensors")
+        save_file(trained, scratch)
+        scratch.replace(run.file("critic.safetensors"))
+
+
+def _write_report(run: RunDirectory) -> None:
+    try:
+        _log.info("finished: %s", write_report([run.path]))
+    except Exception as error:  # whatever is wrong with a page, the training is done
+        _log.warning("finished, without a report: %s", error)
