@@ -36,6 +36,10 @@ soak: $(TEST_SET_UP)
 	SOAK_INTERRUPTIONS=25 $(BIN)/python -m pytest --timeout 7200 -q -k many_interruptions tests/cluster
 	SOAK=1 $(BIN)/python -m pytest -q -k two_builds tests/container
 
+format: $(TEST_SET_UP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
 lint: $(TEST_SET_UP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

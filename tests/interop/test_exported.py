@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from job.run.trained import TrainedCritic
 from job.training.scoring import score
 
 pytestmark = pytest.mark.slow
+
+README = Path(__file__).parents[2] / "README.md"
 
 ROWS = [
     {"prompt": f"{a}+{b}?", "response": f"{a}+{b}={a + b};" * (1 + a % 3) + f"A{a + b}"}
@@ -155,6 +158,23 @@ def test_token_classification_gives_the_runs_values_in_training_mode_too(
     assert model.dtype == torch.float32
     for mode in (False, True):  # dropout would show in the second
         _assert_token_values(model.train(mode), folder, case.values)
+
+
+def test_the_readmes_snippet_values_a_text(
+    critics: MicroCritics,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = critics.run("interop-meta")
+    export(TrainedCritic.find(run.path), "token-classification", tmp_path / "critic")
+    (snippet,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    # the micro trunk knows the signs of sums alone
+    exec(re.sub(r"^text = .*$", 'text = "2+3?2+3=5;A5"', snippet, flags=re.MULTILINE), {})
+    shown = re.fullmatch(r"after the last token: (-?\d\.\d{3})\n", capsys.readouterr().out)
+    assert shown is not None
+    assert -1 < float(shown[1]) < 2
 
 
 def test_the_comparison_would_see_a_base_without_its_tuned_blocks(
