@@ -59,11 +59,11 @@ def test_its_own_test_passes(tools: Tools, sif: Path) -> None:
     assert "tested with torch" in tools.output("apptainer", "test", "--containall", sif)
 
 
-def test_its_labels_name_commit_and_version(tools: Tools, built: Built) -> None:
-    said = json.loads(tools.output("apptainer", "inspect", "--json", built.sif))
+def test_its_labels_name_commit_and_version(tools: Tools, packed: Built) -> None:
+    said = json.loads(tools.output("apptainer", "inspect", "--json", packed.sif))
     labels = said["data"]["attributes"]["labels"]
-    assert labels["org.opencontainers.image.revision"] == built.facts["commit"]
-    assert labels["org.opencontainers.image.version"] == built.facts["version"]
+    assert labels["org.opencontainers.image.revision"] == packed.facts["commit"]
+    assert labels["org.opencontainers.image.version"] == packed.facts["version"]
 
 
 def test_its_help_shows_how_to_run_it(tools: Tools, sif: Path) -> None:
