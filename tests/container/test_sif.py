@@ -94,7 +94,11 @@ def test_two_ranks_inside_train_the_same_bits_as_two_outside(
     inside.assert_equals(outside)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=pytest.mark.all)],
+    ids=lambda number: number.name,
+)
 def test_a_signal_reaches_the_trainer_and_its_exit_code_comes_back(
     tools: Tools, sif: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

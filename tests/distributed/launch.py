@@ -17,6 +17,10 @@ from forks import PYTHONPATH, THREADS, Process, fork
 from micro_job import CHANGES, MicroRun, write_job
 
 _POLL_SECONDS = 0.001
+# Moments that tests want to see, by the names that are renamed at their ends (see `dwell`).
+SAVE = r"/\.step-"
+COMMIT_NOTED = r"/status\.json$"
+END = r"/critic\.safetensors$"
 
 
 def free_port() -> int:
@@ -190,8 +194,11 @@ class MicroJob:
         options: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         forked: bool = True,
+        dwell: str = "",
     ) -> Iterator[Ranks]:
-        """An attempt at run `name`."""
+        """An attempt at run `name`; it waits a little before it renames what matches `dwell`."""
+        if dwell:
+            environment = {**(environment or {}), "DWELL_AT_RENAME": dwell}
         command = ["-m", "job.train", "--config", "critic.yaml", *options, "--override"]
         command += [f"run.name={name}", *self.settings, *settings]
         started = running(command, world, self.folder, environment=environment, forked=forked)
