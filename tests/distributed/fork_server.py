@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,12 @@ def _dwell(pattern: re.Pattern[str], event: str, arguments: Any) -> None:
 
 def _run(command: list[str]) -> None:
     """As `python COMMAND` does."""
-    if command[0] == "-m":
+    if command[0] == "-c":
+        sys.argv = ["-c", *command[2:]]
+        sys.path.insert(0, "")
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(command[1], "<string>", "exec"), main.__dict__)
+    elif command[0] == "-m":
         sys.argv = command[1:]
         sys.path.insert(0, str(Path.cwd()))
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from forks import PYTHONPATH, THREADS, Process, fork
 from micro_job import CHANGES, MicroRun, write_job
@@ -165,6 +166,15 @@ def run_ranks(
     with running(command, world, cwd, per_node=per_node) as ranks:
         codes = ranks.wait()
         assert codes == [0] * world, ranks.log()
+
+
+def ended(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A Python command in a fork, once it has ended, and what it has said."""
+    with TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        environment = os.environ | {"OMP_NUM_THREADS": THREADS, "PYTHONPATH": PYTHONPATH}
+        code = start_process(command, cwd, environment, out, err).wait(300)
+        return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
 
 
 # A training of seconds, to be interrupted

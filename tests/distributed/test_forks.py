@@ -46,8 +46,11 @@ def _script(folder: Path, text: str) -> str:
     return "script.py"
 
 
-def test_a_fork_sees_what_a_new_process_sees(tmp_path: Path) -> None:
-    command = [_script(tmp_path, LOOKS), "--option", "value"]
+@pytest.mark.parametrize("how", ["script", "-m", "-c"])
+def test_a_fork_sees_what_a_new_process_sees(tmp_path: Path, how: str) -> None:
+    script = _script(tmp_path, LOOKS)
+    command = {"script": [script], "-m": ["-m", "script"], "-c": ["-c", LOOKS]}[how]
+    command = [*command, "--option", "value"]
     environment = {"OMP_NUM_THREADS": THREADS, "PYTHONPATH": PYTHONPATH, "MINE": "1"}
     assert _start(tmp_path, *command, MINE="1").wait(60) == 0
     ours = json.loads((tmp_path / "out").read_text())
