@@ -28,7 +28,7 @@ def command_line(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write a JSON record here")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write a record here")
     parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
     return parser
 

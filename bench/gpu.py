@@ -48,7 +48,7 @@ from job.distributed.world import World, joined_world
 from job.memory.fit import prediction
 from job.memory.footprint import Setting
 from job.memory.recorder import Recorder
-from job.memory.shapes import SHAPES
+from job.memory.settings import SHAPES
 from job.memory.validation import MALLOC, Measured, markdown
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks

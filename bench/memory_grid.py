@@ -1,7 +1,7 @@
 """The closed form of a GPU's memory against the simulation, over models, N, GPUs and strategies.
 
-    python bench/memory_grid.py --out bench/results/memory_grid.json           about half an hour
-    python bench/memory_grid.py --all --out bench/results/memory_grid.json     all of the grid
+    python bench/memory_grid.py --out bench/results/memory_grid.csv           about half an hour
+    python bench/memory_grid.py --all --out bench/results/memory_grid.csv     all of the grid
 
 Trunks of 7, 13 and 70 billion parameters (the last with grouped queries), N in 0, 1, 4, 8 and 32,
 every sharding strategy, 1, 2, 4, 8 and 64 GPUs with 8 on a node, 8192 tokens in sequences of 512.
@@ -14,10 +14,13 @@ simulated ones, and each component above 100 MB within 5 %. The simulation canno
 from the working set; their sums are compared. Where several moments of a step are within 2 % of the
 peak, either side may take another one for it: then the components are those of the closed form's
 moment, of these, that is nearest to the simulated one.
+
+The results are a line a setting, in bytes, under comment lines that say whence they come.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import multiprocessing
@@ -29,12 +32,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import command_line, table, write_record
+from common import command_line, origin, say, table
 
 from job.common.progress import progress, set_up_logging
 from job.common.schema import FsdpConfig, ShardingStrategy
 from job.memory.footprint import COMPONENTS, Moment, Setting, footprint
-from job.memory.shapes import SHAPES
+from job.memory.settings import SHAPES
 from job.training.simulation import simulate
 
 UNFROZEN, GPUS = (0, 1, 4, 8, 32), (1, 2, 4, 8, 64)
@@ -51,6 +54,10 @@ VARIED: dict[str, dict[str, Any]] = {  # each alone, against the grid's own
 }
 TOTAL, COMPONENT, SMALL = 0.02, 0.05, 100_000_000  # tolerances, and the bytes they begin with
 PROCESSES = 2
+
+JOINED = tuple(name for name in COMPONENTS if name != "working_set")
+PLAIN = ("name", "peak_moment", "compared_moment", "peak_difference")
+WHEN, SIDES = ("peak", "after_backward"), ("predicted", "simulated")
 
 Bytes = dict[str, int]
 
@@ -206,8 +213,7 @@ def _sides(predicted: Mapping[str, int], simulated: Mapping[str, int]) -> dict[s
 
 def joined(components: Mapping[str, int]) -> Bytes:
     """Bytes by component, those of the working set with the activations."""
-    names = [name for name in COMPONENTS if name != "working_set"]
-    one = {name: components.get(name, 0) for name in names}
+    one = {name: components.get(name, 0) for name in JOINED}
     return one | {"activations": one["activations"] + components.get("working_set", 0)}
 
 
@@ -225,7 +231,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     components = {
         f"{row['name']}: {name}, {when}": difference
         for row in rows
-        for when in ("peak", "after_backward")
+        for when in WHEN
         for name, difference in row[when]["component_differences"].items()
     }
     worst = max(totals, key=lambda name: abs(totals[name]))
@@ -239,6 +245,46 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "worst_component": {"of": worst_component, "difference": components[worst_component]},
         "out_of_tolerance": out,
     }
+
+
+# Results
+
+
+def write_results(file: Path, facts: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
+    """A comment line `# name: JSON` for each fact, and a line for each row."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [_flat(row) for row in rows]
+    with file.open("w", newline="") as stream:
+        stream.writelines(f"# {name}: {json.dumps(value)}\n" for name, value in facts.items())
+        writer = csv.DictWriter(stream, lines[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    say(f"wrote {file}")
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a row what the rest of it follows from."""
+    plain = {name: row[name] for name in PLAIN}
+    return plain | {f"{w}.{s}.{c}": row[w][s][c] for w in WHEN for s in SIDES for c in JOINED}
+
+
+def read_results(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The facts and the rows."""
+    facts, lines = {}, []
+    for line in file.read_text().splitlines():
+        if line.startswith("# "):
+            name, _, value = line[2:].partition(": ")
+            facts[name] = json.loads(value)
+        else:
+            lines.append(line)
+    return facts, [_whole(line) for line in csv.DictReader(lines)]
+
+
+def _whole(line: Mapping[str, str]) -> dict[str, Any]:
+    row: dict[str, Any] = {name: line[name] for name in PLAIN}
+    for w in WHEN:
+        row[w] = _sides(*({c: int(line[f"{w}.{s}.{c}"]) for c in JOINED} for s in SIDES))
+    return row | {"peak_difference": float(line["peak_difference"])}
 
 
 # Report
@@ -286,10 +332,13 @@ def main() -> None:
     summary = summarise(rows)
     print(show(rows, summary))
     if options.out:
-        tolerances = {"total": TOTAL, "component": COMPONENT, "component_from_bytes": SMALL}
-        results = {"summary": summary, "tolerances": tolerances, "settings": rows}
-        results |= {"left_out": _left_out(options.all), "trunks": options.trunks or [*SHAPES]}
-        write_record(options.out, results, seed=options.seed, packages=[])
+        facts = origin(options.seed, []) | {
+            "summary": summary,
+            "tolerances": {"total": TOTAL, "component": COMPONENT, "component_from_bytes": SMALL},
+            "left_out": _left_out(options.all),
+            "trunks": options.trunks or [*SHAPES],
+        }
+        write_results(options.out, facts, rows)
     sys.exit(bool(summary["out_of_tolerance"]))
 
 

@@ -8,13 +8,15 @@ turns which come first. Compared are the wall time of a step and the CPU time of
 each of the fastest of some steps: what other processes take is taken from all the others, and the
 recorder samples several times in every one. Figures are medians over rounds.
 
-The recorder also says itself what CPU time its threads and its changes of phase took.
+The CPU time of the recorder's own threads, and the time of a change of phase, are also measured by
+themselves.
 """
 
 from __future__ import annotations
 
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -37,6 +39,7 @@ SMALL = replace(ARCHITECTURE, dim=256, n_layers=4, ffn_hidden=688)  # phases cha
 SEQUENCES = 2  # of a step
 STEPS = 15  # of a block with or without the recorder
 HERTZ = 25.0
+CHANGES = 200  # of phase, in a row
 WARM_UP = 1  # rounds that are not counted
 
 
@@ -86,21 +89,40 @@ def block(loop: Loop, recorder: Recorder | None) -> Block:
 
 
 def take_turns(loop: Loop, turn: int) -> tuple[Block, Block, dict[str, float]]:
-    """Blocks with and without the recorder, and what the recorder says of itself."""
-
-    def recorded() -> tuple[Block, dict[str, float]]:
-        with Recorder(CPU, HERTZ) as recorder:
-            taken = block(loop, recorder)
-        sampling: dict[str, float] = recorder.summary()["sampling"]
-        return taken, sampling
-
+    """Blocks with and without the recorder, and its own figures."""
     if turn % 2:
         without = block(loop, None)
-        with_it, sampling = recorded()
+        with_it, own = recorded(loop)
     else:
-        with_it, sampling = recorded()
+        with_it, own = recorded(loop)
         without = block(loop, None)
-    return with_it, without, sampling
+    return with_it, without, own
+
+
+def recorded(loop: Loop) -> tuple[Block, dict[str, float]]:
+    with Recorder(CPU, HERTZ) as recorder:
+        began, cpu_began = time.monotonic(), cpu_seconds()
+        taken = block(loop, recorder)
+        share = (cpu_seconds() - cpu_began) / (time.monotonic() - began)
+        hertz: float = recorder.summary()["sampling"]["hertz"]
+        change = seconds_of_a_change(recorder)
+    own = {"hertz": hertz, "share_of_a_core": share, "seconds_per_phase_change": change}
+    return taken, own
+
+
+def cpu_seconds() -> float:
+    """CPU time that the recorder's threads have taken; None of them has ended."""
+    threads = [t.ident for t in threading.enumerate() if t.name in ("memory", "nvml")]
+    clocks = [time.pthread_getcpuclockid(ident) for ident in threads if ident is not None]
+    return sum(map(time.clock_gettime, clocks))
+
+
+def seconds_of_a_change(recorder: Recorder) -> float:
+    began = time.perf_counter()
+    for _ in range(CHANGES // 2):
+        with recorder.phase("forward"):
+            pass
+    return (time.perf_counter() - began) / CHANGES
 
 
 def summarise(rounds: Sequence[tuple[Block, Block, dict[str, float]]]) -> dict[str, Any]:
@@ -115,14 +137,8 @@ def summarise(rounds: Sequence[tuple[Block, Block, dict[str, float]]]) -> dict[s
             "ratio": middle,
             "ratio_quartiles": [lower, upper],
         }
-    own = [sampling for _, _, sampling in rounds]
-    changes = sum(s["phase_changes_counted"] for s in own)
-    figures["recorder"] = {
-        "hertz": statistics.median(s["hertz"] for s in own),
-        "share_of_a_core": sum(s["cpu_seconds"] for s in own) / sum(s["seconds"] for s in own),
-        "seconds_per_phase_change": sum(s["phase_change_seconds"] for s in own) / changes,
-        "phase_changes_per_second": changes / sum(s["seconds"] for s in own),
-    }
+    own = [own for _, _, own in rounds]
+    figures["recorder"] = {name: statistics.median(one[name] for one in own) for name in own[0]}
     figures["share_of_other_processes"] = statistics.median(
         (a.others + b.others) / 2 for a, b, _ in rounds
     )
@@ -140,8 +156,7 @@ def show(figures: dict[str, Any]) -> str:
     return (
         table(["", "with ms", "without ms", "ratio", "quartiles"], rows)
         + f"\n{own['hertz']:.1f} samples/s in {own['share_of_a_core']:.3%} of a core; "
-        f"{own['seconds_per_phase_change'] * 1e6:.1f} us a change of phase, "
-        f"{own['phase_changes_per_second']:.0f} of them a second"
+        f"{own['seconds_per_phase_change'] * 1e6:.1f} us a change of phase"
     )
 
 
@@ -154,9 +169,9 @@ def main() -> None:
         loop = Loop(Path(name), options.seed)
         rounds = []
         for turn in range(WARM_UP + options.rounds):
-            with_it, without, sampling = take_turns(loop, turn)
+            with_it, without, own = take_turns(loop, turn)
             say(f"round {turn}: {with_it.wall * 1e3:.1f} and {without.wall * 1e3:.1f} ms a step")
-            rounds.append((with_it, without, sampling))
+            rounds.append((with_it, without, own))
     figures = summarise(rounds[WARM_UP:])
     print(show(figures))
     if options.out:

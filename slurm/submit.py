@@ -37,8 +37,8 @@ from rich.table import Table
 from rich.text import Text
 
 from job.common.errors import Ending, Exit, InputError, listing, run_command
+from job.memory.fit import as_dict, component_table, footprint_columns, verdicts
 from job.memory.footprint import Setting, footprint
-from job.memory.table import as_dict, component_table, footprint_columns, verdicts
 from slurm import scheduler
 from slurm.checks import Check, check, memory_setting
 from slurm.plan import Plan, Run, describe, make_plan, write_config

@@ -43,6 +43,7 @@ def shard(critic: Critic, config: FsdpConfig, world: World) -> None:
 def lay_out(critic: Critic, config: FsdpConfig, world: World) -> None:
     """The part of `shard` that needs no memory: dtypes and placements, on the meta device."""
     compute = torch.bfloat16 if config.mixed_precision else torch.float32
+    # frozen weights need no master: FSDP would keep and gather float32 ones
     for parameter in critic.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(compute)

@@ -20,10 +20,9 @@ from job.common.config import command_line, load_config
 from job.common.errors import InputError, listing, run_and_leave
 from job.common.progress import set_up_logging
 from job.common.schema import CriticConfig
+from job.memory.fit import as_dict, component_table, footprint_columns, verdicts
 from job.memory.footprint import Footprint, Setting, footprint
-from job.memory.settings import setting_of
-from job.memory.shapes import SHAPES
-from job.memory.table import as_dict, component_table, footprint_columns, verdicts
+from job.memory.settings import SHAPES, setting_of
 from job.model.architecture_file import read_architecture
 
 _console = Console()

@@ -1,4 +1,4 @@
-"""A GPU as NVML sees it. Free of torch.
+"""A GPU as NVML sees it: its memory, and gauges of everything else. Free of torch.
 
 A GPU is found by the UUID that CUDA gives it: an index means another GPU as soon as
 CUDA_VISIBLE_DEVICES or CUDA_DEVICE_ORDER is set. In MIG mode the memory is that of the slice, and
@@ -13,16 +13,26 @@ import math
 import os
 import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any
 
-from job.memory.notes import Notes
-from job.memory.pace import Pace
+from job.memory.ledger import Figures, Notes
 
 HANG_SECONDS = 5.0  # a call that takes longer is noted; the first one may initialise the driver
 RETRY_SECONDS = 1.0  # after an error that may pass
+_FRESH_SECONDS = 10.0  # how long a gauge stands for a window in which it was not read
+_HIGHEST = ("temperature_celsius", "ecc_uncorrected_errors")  # of other gauges the mean
+# errors after which no call will answer any more, and those after which the same call may
+_LOST = ("GPU_IS_LOST", "RESET_REQUIRED", "UNINITIALIZED", "DRIVER_NOT_LOADED")
+_PASSING = (
+    *("TIMEOUT", "IRQ_ISSUE", "INSUFFICIENT_SIZE", "IN_USE", "MEMORY", "NO_DATA"),
+    *("INSUFFICIENT_RESOURCES", "NOT_READY", "UNKNOWN"),
+)
 _ALL_LINKS = 0xFFFFFFFF
 _NVLINK_TX, _NVLINK_RX = 138, 139  # NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX and _RX, in KiB
 _VALUE_FIELDS = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
@@ -39,8 +49,6 @@ THROTTLE_REASONS = {
     0x80: "power_brake",
     0x100: "display_clocks",
 }
-
-Figures = dict[str, float]
 
 
 class NvmlDevice:
@@ -296,7 +304,6 @@ class NvmlReader:
         self._lost, self._ended = lost, threading.Event()
         self.thread = threading.Thread(target=self._run, name="nvml", daemon=True)
         self.description: dict[str, Any] = {}
-        self.cpu_seconds = 0.0  # after the opening
 
     def start(self) -> None:
         self.thread.start()
@@ -316,10 +323,11 @@ class NvmlReader:
         device = self._open()
         if device is None:
             return
-        pace, began = Pace(self._seconds), time.thread_time()
-        while not (self._lost.is_set() or pace.wait(self._ended)):
+        pause = 0.0
+        while not (self._lost.is_set() or self._ended.wait(pause)):
+            began = time.monotonic()
             self._take(lambda: self._read(device))
-            self.cpu_seconds = time.thread_time() - began
+            pause = max(0.0, began + self._seconds - time.monotonic())
         with suppress(Exception):  # of a GPU that is lost by now
             device.close()
 
@@ -366,49 +374,98 @@ class NvmlReader:
             self._notes.settle(name)
 
     def _fail(self, call: Call, error: Exception) -> None:
-        if is_lost(error):
+        if _is_among(error, _LOST):
             if not self._lost.is_set():
                 self._lost.set()
                 self._notes.add(call.name, _problem(error))
             return
         self._notes.add(call.name, _problem(error))
         self._failing.add(call.name)
-        if is_lasting(error):
-            del self._due[call]
-        else:
+        if _is_among(error, _PASSING):
             self._due[call] = time.monotonic() + RETRY_SECONDS
+        else:
+            del self._due[call]
 
 
 def _problem(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def is_lost(error: Exception) -> bool:
-    """Whether no call will answer any more."""
+def _is_among(error: Exception, names: Sequence[str]) -> bool:
     import pynvml
 
-    gone = (
-        pynvml.NVML_ERROR_GPU_IS_LOST,
-        pynvml.NVML_ERROR_RESET_REQUIRED,
-        pynvml.NVML_ERROR_UNINITIALIZED,
-        pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
-    )
-    return isinstance(error, pynvml.NVMLError) and error.value in gone
+    codes = [getattr(pynvml, f"NVML_ERROR_{name}") for name in names]
+    return isinstance(error, pynvml.NVMLError) and error.value in codes
 
 
-def is_lasting(error: Exception) -> bool:
-    """Whether the same call will fail again, as far as NVML says."""
-    import pynvml
+class Gauges:
+    """What a GPU reports beside its memory about once a second; threads may share it."""
 
-    passing = (
-        pynvml.NVML_ERROR_TIMEOUT,
-        pynvml.NVML_ERROR_IRQ_ISSUE,
-        pynvml.NVML_ERROR_INSUFFICIENT_SIZE,
-        pynvml.NVML_ERROR_IN_USE,
-        pynvml.NVML_ERROR_MEMORY,
-        pynvml.NVML_ERROR_NO_DATA,
-        pynvml.NVML_ERROR_INSUFFICIENT_RESOURCES,
-        pynvml.NVML_ERROR_NOT_READY,
-        pynvml.NVML_ERROR_UNKNOWN,
-    )
-    return not (isinstance(error, pynvml.NVMLError) and error.value in passing)
+    def __init__(self) -> None:
+        self._run, self._window = _Tally(), _Tally()
+        self._last: dict[str, tuple[float, float]] = {}  # when, and what
+        self._lock = threading.Lock()  # never held while anything is read
+
+    def add(self, figures: Figures) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self._run.add(figures)
+            self._window.add(figures)
+            self._last |= {name: (now, value) for name, value in figures.items()}
+
+    def take_window(self) -> Figures:
+        """Figures since the last call, or the last ones where none were read since."""
+        now = time.monotonic()
+        with self._lock:
+            window, self._window = self._window, _Tally()
+            last = {n: v for n, (when, v) in self._last.items() if now - when < _FRESH_SECONDS}
+        return last | window.figures()
+
+    def summary(self) -> dict[str, Any]:
+        """Mean and highest of each figure, and each throttle reason's share of the readings."""
+        with self._lock:
+            return self._run.summary()
+
+
+class _Tally:
+    """Gauges counted together; of throttle reasons, how often each set of bits was read."""
+
+    def __init__(self) -> None:
+        self._counts, self._reasons = Counter[str](), Counter[int]()
+        self._sums, self._highest = defaultdict[str, float](float), Figures()
+
+    def add(self, figures: Figures) -> None:
+        for name, value in figures.items():
+            if name == "throttle_reasons":
+                self._reasons[int(value)] += 1
+                continue
+            self._counts[name] += 1
+            self._sums[name] += value
+            self._highest[name] = max(self._highest.get(name, value), value)
+
+    def _mean(self, name: str) -> float:
+        return self._sums[name] / self._counts[name]
+
+    def figures(self) -> Figures:
+        """What stands for all of them: mean, highest, or every bit that was set."""
+        found = {n: self._highest[n] if n in _HIGHEST else self._mean(n) for n in self._counts}
+        if self._reasons:
+            found["throttle_reasons"] = reduce(or_, self._reasons)
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            name: {"mean": self._mean(name), "highest": self._highest[name]}
+            for name in self._counts
+        }
+        if self._reasons:
+            found["throttled"] = self._throttled()
+        return found
+
+    def _throttled(self) -> Figures:
+        """Shares of the readings in which each reason was there, of those that were."""
+        counts = {
+            name: sum(n for reasons, n in self._reasons.items() if reasons & bit)
+            for bit, name in THROTTLE_REASONS.items()
+        }
+        return {name: n / self._reasons.total() for name, n in counts.items() if n}

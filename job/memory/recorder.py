@@ -8,33 +8,27 @@ a call that hangs costs its figures and nothing else.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from job.memory.allocator import CudaAllocator
-from job.memory.gauges import Gauges
-from job.memory.ledger import MemoryLedger
-from job.memory.notes import Notes
-from job.memory.nvml import BOARD_CALLS, MEMORY_CALLS, PROCESS, NvmlReader
-from job.memory.pace import Pace
-from job.memory.process_memory import ProcessMemory
+from job.memory.ledger import Figures, MemoryLedger, Notes
+from job.memory.nvml import BOARD_CALLS, MEMORY_CALLS, PROCESS, Gauges, NvmlReader
+from job.memory.sources import CudaAllocator, ProcessMemory
 
 PHASES = ("load", "shard", "cache", "forward", "backward", "optimizer", "save", "evaluate")
 OTHER = "other"  # what lies between
 
 _START_SECONDS = 5.0  # how long the beginning waits for NVML's first answer
-_GLANCE_SECONDS = 0.05  # during that, between two looks whether NVML has given up
+_GLANCE_SECONDS = 0.01  # during that, between two looks
 _STOP_SECONDS = 1.0
 _BOARD_SECONDS = 1.0
 _WATCH_SECONDS = 0.25
-# Of the training's time, what changes of phase may cost: after a beginning in which all are exact,
-# stretches of them are. In between the peaks of all phases together still are.
-_CHANGE_SHARE, _CHANGE_SECONDS, _STRETCH_SECONDS = 0.002, 0.05, 0.01
 _LATE_ROUNDS = 4  # without NVML's memory, until the allocator is sampled alone
 _TELEMETRY = {
     "device_used": "memory/device_used_bytes",
@@ -43,17 +37,6 @@ _TELEMETRY = {
     "reserved": "memory/reserved_peak_bytes",
     "inactive": "memory/inactive_peak_bytes",
 }
-
-Figures = dict[str, float]
-
-
-class _Source(Protocol):
-    """What knows the memory of this process without a driver that may hang."""
-
-    def describe(self) -> dict[str, Any]: ...
-    def now(self) -> Figures: ...
-    def take_peaks(self) -> Figures: ...
-    def close(self) -> None: ...
 
 
 class Recorder:
@@ -64,21 +47,15 @@ class Recorder:
 
     def __init__(self, device: torch.device, hertz: float = 25.0) -> None:
         self._on_gpu, self._period = device.type == "cuda", 1 / hertz
-        self._notes = Notes()
-        self._source: _Source = (
-            CudaAllocator(device) if self._on_gpu else ProcessMemory(self._notes)
-        )
+        self._notes, self._gauges = Notes(), Gauges()
+        self._source = CudaAllocator(device) if self._on_gpu else ProcessMemory(self._notes)
         self._description = self._source.describe()
         self._ledger = MemoryLedger((*PHASES, OTHER), self._period)
-        self._gauges = Gauges()
         self._device, self._baseline = Figures(), Figures()  # NVML's last figures; those at start
         self._place = (OTHER, 0)  # the phase, and how many changes there were
-        self._change_seconds = self._cpu_seconds = 0.0
-        self._counts, self._counted = True, 0  # whether changes are counted, and how many were
-        self._whole = True  # whether the present phase has had the peaks to itself
-        self._process_known, self._foreign = False, False
-        self._answered, self._ended = threading.Event(), threading.Event()
-        self._began = self._answered_at = time.monotonic()
+        self._names_process: bool | None = None  # whether NVML's pids are this process's, if known
+        self._ended = threading.Event()
+        self._began, self._answered_at = time.monotonic(), -math.inf
         self._stopped_at: float | None = None
         self._readers = self._nvml_readers() if self._on_gpu else []
         self._sampler = threading.Thread(target=self._run, name="memory", daemon=True)
@@ -96,18 +73,23 @@ class Recorder:
 
     def start(self) -> None:
         """Begin; on a GPU wait a little for NVML's first figures, the baseline."""
-        self._began = self._answered_at = time.monotonic()
+        self._began = time.monotonic()
         self._source.take_peaks()
         for reader in self._readers:
             reader.start()
-        until = self._began + _START_SECONDS
-        while any(r.thread.is_alive() for r in self._readers[:1]) and time.monotonic() < until:
-            if self._answered.wait(_GLANCE_SECONDS):
-                break
-        else:
-            self._sample()
+        self._await_nvml()
         self._baseline = self._ledger.peak()
         self._sampler.start()
+
+    def _await_nvml(self) -> None:
+        """Wait for NVML's first figures, or take a sample without them."""
+        until = self._began + _START_SECONDS
+        while self._is_alone() and time.monotonic() < until:
+            if not any(reader.thread.is_alive() for reader in self._readers[:1]):
+                break
+            time.sleep(_GLANCE_SECONDS)
+        if self._is_alone():
+            self._sample()
 
     def stop(self) -> None:
         """End, within a second or so whatever NVML does."""
@@ -145,24 +127,11 @@ class Recorder:
             self._change(outer)
 
     def _change(self, phase: str) -> None:
-        if self._may_count():
-            began = time.perf_counter()
-            self._count_peaks()
-            self._counted += 1
-            self._change_seconds += time.perf_counter() - began
-        else:
-            self._whole = False
+        self._count_peaks()
         self._place = (phase, self._place[1] + 1)
 
-    def _may_count(self) -> bool:
-        """Whether there is time to count peaks at this change; for stretches there is or not."""
-        left = _CHANGE_SECONDS + _CHANGE_SHARE * (time.monotonic() - self._began)
-        left -= self._change_seconds
-        self._counts = left > (0 if self._counts else _STRETCH_SECONDS)
-        return self._counts
-
     def _count_peaks(self) -> None:
-        """Count the peaks since the last time: for the present phase, if it had them to itself."""
+        """Count the peaks since the last time for the present phase."""
         if self._stopped_at is not None:
             return
         try:
@@ -170,65 +139,56 @@ class Recorder:
         except Exception as error:  # it must not end a training
             self._notes.add("memory peaks", f"{type(error).__name__}: {error}")
             return
-        self._ledger.exact(self._place[0] if self._whole else None, peaks)
-        self._whole = True
+        self._ledger.exact(self._place[0], peaks)
 
     # Samples, in threads
 
     def _run(self) -> None:
         """Sample what NVML does not, and watch over its threads."""
-        pace = Pace(self._period)
         alone = self._is_alone()
-        while not (pace.wait(self._ended) if alone else self._ended.wait(_WATCH_SECONDS)):
+        while not self._ended.wait(self._period if alone else _WATCH_SECONDS):
             alone = self._is_alone()
             if alone:
                 self._sample()
             for reader in self._readers:
                 reader.note_hang()
-            self._cpu_seconds = time.thread_time()
 
     def _is_alone(self) -> bool:
-        late = time.monotonic() - self._answered_at > _LATE_ROUNDS * self._period
-        return late or not self._readers
+        """Whether NVML does not say what the memory is."""
+        return time.monotonic() - self._answered_at > _LATE_ROUNDS * self._period
 
     def _sample(self, read: Callable[[], Figures] | None = None) -> None:
         """Take one sample: what the process knows, and what `read` gives of the device."""
-        place = self._place
-        figures = self._source.now()
+        place, figures = self._place, self._source.now()
         if read is not None:
-            figures |= self._plausible(read(), figures)
+            reserved, device = figures.get("reserved", 0), read()
+            self._check_process(device, reserved)
+            self._device = self._device | device
+            figures |= device
         now = time.monotonic() - self._began
         self._ledger.sample(now, place[0], figures, sure=place == self._place)
 
     def _sample_device(self, read: Callable[[], Figures]) -> None:
         self._sample(read)
         self._answered_at = time.monotonic()
-        if not self._answered.is_set():
-            self._answered.set()
 
-    def _plausible(self, figures: Figures, own: Figures) -> Figures:
-        """NVML's figures, without a process's share that cannot be this one's.
+    def _check_process(self, device: Figures, reserved: float) -> None:
+        """Give up NVML's share of a process that cannot be this one's.
 
         In a container NVML may say pids as they are outside, where another process may have
         this one's.
         """
-        self._device = self._device | figures
-        reserved, process = own.get("reserved", 0), figures.get("process")
+        process = device.get("process")
         if process is None:
-            if reserved and "processes" in figures:
+            if reserved and "processes" in device:
                 self._notes.add(PROCESS.name, "does not name this process: a container's pid?")
-            return figures
-        if process < min(reserved, self._source.now().get("reserved", 0)):
-            self._foreign = True
+        elif process < min(reserved, self._source.now().get("reserved", 0)):
+            self._names_process = False
             self._ledger.forget("process")
-            self._baseline.pop("process", None)
             self._notes.add(PROCESS.name, "gives another process's memory under this one's pid")
-        if self._foreign:
-            return {name: value for name, value in figures.items() if name != "process"}
-        if not self._process_known:
-            self._process_known = True
+        elif self._names_process is None:
+            self._names_process = True
             self._notes.settle(PROCESS.name)
-        return figures
 
     # Results
 
@@ -255,7 +215,7 @@ class Recorder:
             **self._description,
             **self._nvml_description(),
             "process_figure": self._process_figure(),
-            "baseline": self._baseline,
+            "baseline": self._ledger.known(self._baseline),
             "peak": self._ledger.peak(),
             "peaks": self._ledger.peaks(),
             "gpu": self._gauges.summary(),
@@ -273,7 +233,7 @@ class Recorder:
         """Where the process's share comes from."""
         if not self._on_gpu:
             return "pss"
-        return "nvml" if self._process_known and not self._foreign else "none"
+        return "nvml" if self._names_process else "none"
 
     def _nvml_description(self) -> dict[str, Any]:
         """Name, UUID and size as NVML says them: of a MIG slice it is the slice's."""
@@ -284,17 +244,6 @@ class Recorder:
         return found | {key: self._device[n] for n, key in sizes.items() if n in self._device}
 
     def _sampling(self) -> dict[str, float]:
-        """What the recording itself has cost, as CPU time; a phase's change is the training's."""
         end = time.monotonic() if self._stopped_at is None else self._stopped_at
-        seconds = end - self._began
-        cpu = self._cpu_seconds + sum(reader.cpu_seconds for reader in self._readers)
-        return {
-            "seconds": seconds,
-            "samples": self._ledger.samples,
-            "hertz": self._ledger.samples / seconds,
-            "cpu_seconds": cpu,
-            "phase_changes": self._place[1],
-            "phase_changes_counted": self._counted,
-            "phase_change_seconds": self._change_seconds,
-            "share_of_a_core": (cpu + self._change_seconds) / seconds,
-        }
+        seconds, samples = end - self._began, self._ledger.samples
+        return {"seconds": seconds, "samples": samples, "hertz": samples / seconds}

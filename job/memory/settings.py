@@ -1,4 +1,8 @@
-"""What a configuration means for memory, and the micro-batch that `auto` stands for. Torch-free."""
+"""What a configuration means for memory, and the micro-batch that `auto` stands for. Torch-free.
+
+SHAPES are those of well-known trunks, by the names people call them by, for predictions without
+files.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,14 @@ from job.common.schema import AUTO, CriticConfig, Loss
 from job.memory.fit import Fit, fit, largest_micro_batch, largest_unfrozen
 from job.memory.footprint import Setting
 from job.model.architecture import TransformerConfig
+
+SHAPES = {  # Llama 2's
+    "7b": TransformerConfig(dim=4096, n_layers=32, n_heads=32, vocab_size=32000),
+    "13b": TransformerConfig(dim=5120, n_layers=40, n_heads=40, vocab_size=32000),
+    "70b": TransformerConfig(
+        dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, vocab_size=32000, ffn_hidden=28672
+    ),
+}
 
 _MOST_TOKENS = 65_536  # beyond, larger micro-batches gain nothing
 

@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.common.errors import Ending
+from job.memory.fit import CPU_TOLERANCE, GPU_TOLERANCE
 from job.memory.footprint import STATE, gigabytes
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-GPU_TOLERANCE = 0.03  # of the allocated peak
-CPU_TOLERANCE = 0.10  # of the growth,
-CPU_BASE_BYTES = 10e6  # and what a backward pass needs of a process whatever its size
+CPU_BASE_BYTES = 10e6  # what a backward pass needs of a process whatever its size
 # glibc then gives freed memory back at once, as the tensors' sizes would have it
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TOP_PAD_": "0", "MALLOC_ARENA_MAX": "1"}
 

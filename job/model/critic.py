@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from job.model.architecture import TransformerConfig
-from job.model.parameters import GRADIENT_BYTES, OPTIMIZER_BYTES, select_trainable
+from job.model.parameters import Count, ParameterCounts, select_trainable
 from job.model.shards import fill, full_tensor
 from job.model.transformer import PackedLayout, Trunk
 
@@ -65,6 +66,7 @@ def unfreeze_last_blocks(critic: Critic, n: int) -> None:
     trunk, n_blocks = critic.trunk, len(critic.trunk.layers)
     chosen = select_trainable(n, n_blocks)
     critic.num_unfrozen_layers = n
+    # by index, never by name: "layers.3" is a part of "layers.31" too
     critic.requires_grad_(False)
     critic.value_head.requires_grad_(True)
     trunk.layers[n_blocks - chosen.blocks :].requires_grad_(True)
@@ -81,37 +83,12 @@ def unfreeze_last_blocks(critic: Critic, n: int) -> None:
 
 
 @dataclass(frozen=True)
-class Component:
-    """Parameters of one part of the critic, in counts and bytes."""
-
-    name: str
-    total: int
-    trainable: int
-    weight_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
-
-
-@dataclass(frozen=True)
-class ParameterReport:
-    """What is trained, by component: value_head, norm, trunk_blocks, embeddings."""
+class ParameterReport(ParameterCounts):
+    """What a critic trains, and the bytes of its weights as they are."""
 
     num_unfrozen_layers: int
     num_layers: int
-    components: tuple[Component, ...]
-
-    @property
-    def total(self) -> int:
-        return sum(c.total for c in self.components)
-
-    @property
-    def trainable(self) -> int:
-        return sum(c.trainable for c in self.components)
-
-    @property
-    def trainable_trunk(self) -> int:
-        """Trainable parameters of the trunk's blocks."""
-        return next(c.trainable for c in self.components if c.name == "trunk_blocks")
+    weight_bytes: Mapping[str, int]  # by component
 
     def to_dict(self) -> dict[str, Any]:
         """Flat `model_...` entries for tracking, and the components."""
@@ -120,18 +97,29 @@ class ParameterReport:
             "model_num_layers": self.num_layers,
             "model_total_params": self.total,
             "model_trainable_params": self.trainable,
-            "model_trainable_trunk_params": self.trainable_trunk,
+            "model_trainable_trunk_params": self.trunk_blocks.trainable,
             "model_trainable_share": self.trainable / self.total,
-            "components": [asdict(c) for c in self.components],
+            "components": [self._component(name) for name in self.components],
+        }
+
+    def _component(self, name: str) -> dict[str, Any]:
+        count = self.components[name]
+        return {
+            "name": name,
+            "total": count.total,
+            "trainable": count.trainable,
+            "weight_bytes": self.weight_bytes[name],
+            "gradient_bytes": count.gradient_bytes,
+            "optimizer_bytes": count.optimizer_bytes,
         }
 
     def __str__(self) -> str:
         head = f"{'component':<14}{'parameters':>16}{'trainable':>16}{'weights':>11}"
         lines = [head + f"{'gradients':>11}{'optimizer':>11}"]
-        for c in self.components:
-            sizes = (c.weight_bytes, c.gradient_bytes, c.optimizer_bytes)
+        for name, count in self.components.items():
+            sizes = (self.weight_bytes[name], count.gradient_bytes, count.optimizer_bytes)
             cells = "".join(f"{size / 1e6:>8,.1f} MB" for size in sizes)
-            lines.append(f"{c.name:<14}{c.total:>16,}{c.trainable:>16,}{cells}")
+            lines.append(f"{name:<14}{count.total:>16,}{count.trainable:>16,}{cells}")
         share = f"{self.trainable:,} of {self.total:,} ({self.trainable / self.total:.2%})"
         return "\n".join([*lines, f"trainable: {share}"])
 
@@ -140,26 +128,25 @@ def parameter_report(critic: Critic) -> ParameterReport:
     """Count a critic's parameters; works on the meta device too."""
     trunk = critic.trunk
     parts = {
-        "value_head": critic.value_head,
-        "norm": trunk.norm,
-        "trunk_blocks": trunk.layers,
-        "embeddings": trunk.tok_embeddings,
+        "value_head": list(critic.value_head.parameters()),
+        "norm": list(trunk.norm.parameters()),
+        "trunk_blocks": list(trunk.layers.parameters()),
+        "embeddings": list(trunk.tok_embeddings.parameters()),
     }
     return ParameterReport(
+        **{name: _count(parameters) for name, parameters in parts.items()},
         num_unfrozen_layers=critic.num_unfrozen_layers,
         num_layers=len(trunk.layers),
-        components=tuple(_component(name, part) for name, part in parts.items()),
+        weight_bytes={name: _bytes(parameters) for name, parameters in parts.items()},
     )
 
 
-def _component(name: str, module: nn.Module) -> Component:
-    parameters = list(module.parameters())
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    return Component(
-        name=name,
+def _count(parameters: Sequence[nn.Parameter]) -> Count:
+    return Count(
         total=sum(p.numel() for p in parameters),
-        trainable=trainable,
-        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
-        gradient_bytes=trainable * GRADIENT_BYTES,
-        optimizer_bytes=trainable * OPTIMIZER_BYTES,
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
     )
+
+
+def _bytes(parameters: Sequence[nn.Parameter]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)

@@ -50,10 +50,21 @@ class Count:
     total: int
     trainable: int
 
+    @property
+    def gradient_bytes(self) -> int:
+        return self.trainable * GRADIENT_BYTES
+
+    @property
+    def optimizer_bytes(self) -> int:
+        return self.trainable * OPTIMIZER_BYTES
+
+
+COMPONENTS = ("value_head", "norm", "trunk_blocks", "embeddings")
+
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """A critic's parameters by component: those of `critic.ParameterReport`, in its order."""
+    """A critic's parameters by component."""
 
     value_head: Count
     norm: Count
@@ -62,7 +73,7 @@ class ParameterCounts:
 
     @property
     def components(self) -> dict[str, Count]:
-        return dict(vars(self))
+        return {name: getattr(self, name) for name in COMPONENTS}
 
     @property
     def total(self) -> int:

@@ -37,11 +37,12 @@ class PackedLayout:
         self.lengths = list(lengths)
         self.device = torch.device(device)
         self.varlen = self.device.type == "cuda"  # which kernel attends; see `attend`
+        # on the host, where the lengths are: a GPU would be waited for to know n_tokens
         ends = torch.tensor([0, *self.lengths]).cumsum(0)
         self.n_tokens = int(ends[-1])
         starts = torch.repeat_interleave(ends[:-1], torch.tensor(self.lengths))
         self.positions = (torch.arange(self.n_tokens) - starts).to(self.device)  # [t]
-        self.boundaries = ends.to(self.device, torch.int32)  # [b + 1]
+        self.boundaries = ends.to(self.device, torch.int32)  # [b + 1], as varlen kernels take them
         self.max_length = max(self.lengths)
 
     @functools.cached_property
@@ -90,6 +91,7 @@ def _scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 def rope_table(config: TransformerConfig, positions: Tensor) -> Tensor:
     """Rotation at each position as unit complex numbers, complex64 [t, 1, e / 2]."""
     frequencies = rope_frequencies(config).to(positions.device)
+    # float32: bf16 has no exact numbers for odd positions beyond 256
     angles = positions[:, None, None].float() * frequencies
     return torch.polar(torch.ones_like(angles), angles)
 
@@ -155,6 +157,8 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Ten
 
 
 def _attend_spans(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+    # one call for each run of short sequences: a mask over the whole stream would be t x t, and a
+    # call for each sequence would cost more than what it computes
     grouped = q.shape[1] != k.shape[1]
     sizes, masks = layout.spans
     # split, not slices: the gradient of a split is one concatenation
@@ -274,6 +278,7 @@ class Transformer(Trunk):
     def head_logits(self, tokens: Tensor, layout: PackedLayout) -> list[Tensor]:
         """Logits [t, vocab] for the tokens 1, 2, ... n_future_tokens ahead."""
         rope = rope_table(self.config, layout.positions)
+        # the trunk without its last block, which is the head of the next token
         shared = self._run(self.tok_embeddings(tokens), 0, len(self.layers) - 1, layout)
         heads = [self.layers[-1], *self.extra_heads]
         return [self.output(self.norm(head(shared, rope, layout))) for head in heads]

@@ -72,6 +72,8 @@ class Learner:
         go into `metrics`. If the loss or the gradient norm is not finite on some rank, nothing is
         changed anywhere.
         """
+        # all ranks' count, before anything is computed: gradients of two ranks could not be put
+        # together later if each had divided by its own
         count = (all_reduce or self._sum)(sum(self.objective.count(batch) for batch in batches))
         rate = set_learning_rate(self.optimizer, self.config, step)
         losses, outputs = [], []
@@ -81,17 +83,20 @@ class Learner:
                 loss = self.objective.loss_sum(output, batch, step) / count
             with self._phase("backward"):
                 (loss * self.world.size).backward()  # FSDP averages gradients over ranks
+            # without their graph, which would keep the activations of every micro-batch
             losses.append(loss.detach())
             outputs.append(output.detach())
         self._check_gradients()
         with self._phase("optimizer"):
+            # over the shards of all ranks, and so the same on each of them
             norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.config.max_grad_norm)
+            # exact sums: the loss does not hang on how a step is cut into micro-batches
             loss_of_all = self._sum(math.fsum(loss.item() for loss in losses))
             result = StepResult(loss_of_all, full_tensor(norm).item(), rate)
             if result.is_finite:
                 self.optimizer.step()
             self.optimizer.zero_grad()
-        if result.is_finite:
+        if result.is_finite:  # what was predicted before the step learned from it
             for batch, output in zip(batches, outputs, strict=True):
                 self._record(metrics, output, batch)
         return result

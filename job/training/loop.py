@@ -82,6 +82,7 @@ class Training:
         last = training.max_steps
         if step % self.config.logging.every_steps == 0 or step == last:
             metrics |= self._window_metrics()
+        # part of the state until its evaluation is made: who is stopped in it goes on with it
         state.unfinished = metrics
         self._finish_step()
 
@@ -114,7 +115,7 @@ class Training:
         memory = {"memory_bytes": self.recorder.peak_bytes(), **self.recorder.telemetry()}
         self.tracker.telemetry(state.step, speed | memory)
         self._run.set_status(step=state.step)
-        state.window = Window()
+        state.window = Window()  # a new one: a snapshot that is being saved has the old one
         self._note = _note(figures, speed)
         return _prefixed("value/", figures)
 

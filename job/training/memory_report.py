@@ -12,11 +12,10 @@ import torch
 
 from job.common.schema import AUTO, CriticConfig
 from job.distributed.world import World
-from job.memory.fit import prediction
+from job.memory.fit import CPU_TOLERANCE, GPU_TOLERANCE, prediction
 from job.memory.footprint import Setting
 from job.memory.recorder import Recorder
 from job.memory.settings import setting_of
-from job.memory.validation import CPU_TOLERANCE, GPU_TOLERANCE
 from job.model.architecture import TransformerConfig
 from job.model.architecture_file import read_architecture
 from job.run.directory import RunDirectory

@@ -65,8 +65,9 @@ def set_learning_rate(
 
 def schedule(config: TrainingConfig | PretrainTrainingConfig, step: int) -> float:
     """Linear warm-up, then a half cosine down to min_lr_ratio (Loshchilov & Hutter 2017)."""
-    if step < config.warmup_steps:
+    if step < config.warmup_steps:  # from step 0 on above zero, or it would be a step for nothing
         return (step + 1) / config.warmup_steps
+    # the last step, max_steps - 1, has min_lr_ratio itself
     span = max(1, config.max_steps - 1 - config.warmup_steps)
     done = min(1.0, (step - config.warmup_steps) / span)
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
@@ -88,6 +89,7 @@ def _fused_adamw(
     groups: dict[tuple[float, float], list[nn.Parameter]],
     config: TrainingConfig | PretrainTrainingConfig,
 ) -> torch.optim.AdamW:
+    # sorted: the same groups in the same order on every rank and in every attempt
     settings: list[dict[str, Any]] = [
         {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
         for (rate, decay), parameters in sorted(groups.items(), reverse=True)

@@ -18,7 +18,7 @@ from job.memory.fit import (
     outside_bytes,
 )
 from job.memory.footprint import Setting, footprint
-from job.memory.shapes import SHAPES
+from job.memory.settings import SHAPES
 
 A100_40GB, A100_80GB = 42_300_000_000, 85_000_000_000
 

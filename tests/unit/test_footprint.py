@@ -27,7 +27,7 @@ from job.memory.footprint import (
     Setting,
     footprint,
 )
-from job.memory.shapes import SHAPES
+from job.memory.settings import SHAPES
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.shards import local_shard
@@ -65,7 +65,7 @@ def _on_top(moment: Moment) -> dict[str, int]:
 
 
 def test_nothing_heavy_is_imported() -> None:
-    modules = "job.memory.fit, job.memory.settings, job.memory.shapes, job.memory.table"
+    modules = "job.memory.fit, job.memory.settings"
     code = f"import sys, {modules}; print({{'torch', 'numpy'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

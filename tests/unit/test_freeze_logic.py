@@ -65,13 +65,13 @@ def test_num_unfrozen_layers_zero() -> None:
     critic = _critic(SMALL, 0)
     assert _trainable(critic) == {"value_head.weight", "value_head.bias"}
     assert _seven_b_report(0).trainable == 4_097
-    assert _seven_b_report(0).trainable_trunk == 0
+    assert _seven_b_report(0).trunk_blocks.trainable == 0
 
 
 def test_num_unfrozen_layers_four() -> None:
     report = _seven_b_report(4)
     assert report.trainable == 809_541_633
-    assert report.trainable_trunk == 809_533_440
+    assert report.trunk_blocks.trainable == 809_533_440
     assert report.to_dict()["model_trainable_trunk_params"] == 809_533_440
     assert report.total == 6_607_347_713
     assert round(100 * report.trainable / report.total, 2) == 12.25
@@ -156,15 +156,10 @@ def test_no_frozen_parameter_changes_in_twenty_steps_and_every_trainable_one_doe
 
 def test_report_counts_bytes_by_component() -> None:
     report = parameter_report(_critic(SMALL, 2))
-    assert [c.name for c in report.components] == [
-        "value_head",
-        "norm",
-        "trunk_blocks",
-        "embeddings",
-    ]
-    blocks = report.components[2]
+    assert list(report.components) == ["value_head", "norm", "trunk_blocks", "embeddings"]
+    blocks = report.trunk_blocks
     per_block = 4 * 32 * 32 + 3 * 32 * SMALL.ffn_width + 2 * 32
     assert (blocks.total, blocks.trainable) == (4 * per_block, 2 * per_block)
-    assert blocks.weight_bytes == 4 * 4 * per_block
+    assert report.weight_bytes["trunk_blocks"] == 4 * 4 * per_block
     assert blocks.gradient_bytes == 4 * 2 * per_block
     assert blocks.optimizer_bytes == 8 * 2 * per_block

@@ -15,6 +15,7 @@ from job.memory.footprint import footprint
 from job.model.architecture import TransformerConfig
 from job.model.parameters import count_parameters
 
+RESULTS = Path(__file__).parents[2] / "bench/results/memory_grid.csv"
 TINY = TransformerConfig(dim=32, n_layers=2, n_heads=2, vocab_size=64, multiple_of=8)
 
 
@@ -93,6 +94,25 @@ def test_of_moments_that_are_as_high_the_most_alike_is_compared(memory_grid: Mod
     assert set(row["peak"]["component_differences"].values()) == {0}
     assert row["peak_difference"] > 0
     assert memory_grid.summarise([row])["compared_at_another_moment"] == 1
+
+
+def test_results_are_read_as_they_were_written(memory_grid: ModuleType, tmp_path: Path) -> None:
+    rows = [_row(memory_grid), _row(memory_grid, activations=5 * 10**8)]
+    facts = {"commit": None, "summary": memory_grid.summarise(rows)}
+    memory_grid.write_results(tmp_path / "new/grid.csv", facts, rows)
+    assert memory_grid.read_results(tmp_path / "new/grid.csv") == (facts, rows)
+
+
+def test_the_results_are_those_of_todays_closed_form(memory_grid: ModuleType) -> None:
+    facts, rows = memory_grid.read_results(RESULTS)
+    assert facts["summary"] == memory_grid.summarise(rows)
+    simulated = {
+        row["name"]: memory_grid.Simulated(*(row[w]["simulated"] for w in memory_grid.WHEN))
+        for row in rows
+    }
+    cases = [case for case in memory_grid.grid(False) if case.name in simulated]
+    assert len(cases) == len(rows) == 221
+    assert [memory_grid.compare(case, simulated[case.name]) for case in cases] == rows
 
 
 @pytest.mark.slow

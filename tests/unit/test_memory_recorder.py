@@ -20,9 +20,9 @@ from fake_nvml import FakeNvml, without_nvml
 
 from job.memory import nvml as nvml_module
 from job.memory import recorder as memory_recorder
-from job.memory.notes import Notes
-from job.memory.process_memory import ProcessMemory
+from job.memory.ledger import Notes
 from job.memory.recorder import PHASES, Recorder
+from job.memory.sources import ProcessMemory
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +52,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 5.0) -> None:
 def recorder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """On this process's memory, with and without leave to reset the kernel's peak."""
     if request.param == "sampled":
-        monkeypatch.setattr("job.memory.process_memory._CLEAR_REFS", "/proc/none/clear_refs")
+        monkeypatch.setattr("job.memory.sources._CLEAR_REFS", "/proc/none/clear_refs")
     return Recorder(CPU)
 
 
@@ -90,7 +90,7 @@ def test_what_is_shorter_than_a_sample_is_caught() -> None:
 
 def test_where_the_peak_cannot_be_reset_that_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     path = "/proc/none/clear_refs"
-    monkeypatch.setattr("job.memory.process_memory._CLEAR_REFS", path)
+    monkeypatch.setattr("job.memory.sources._CLEAR_REFS", path)
     with Recorder(CPU) as recorder:
         pass
     ((note),) = recorder.summary()["notes"]
@@ -146,48 +146,26 @@ def test_a_window_has_its_own_peak_and_the_run_the_highest() -> None:
     assert highest == first["memory/process_bytes"]
 
 
-def test_a_summary_says_what_was_recorded_and_at_what_cost() -> None:
+def test_a_summary_says_what_was_recorded_and_it_costs_little() -> None:
     with Recorder(CPU, hertz=50) as recorder:
-        began = time.monotonic()
+        began, cpu_began = time.monotonic(), time.process_time()
         while time.monotonic() - began < 0.5:
             with recorder.phase("forward"):
                 time.sleep(0.01)
+        cpu_seconds = time.process_time() - cpu_began
     summary = recorder.summary()
     assert summary["backend"] == "process"
     assert summary["process_figure"] == "pss"
     assert summary["total_bytes"] == os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
     assert 0 < summary["baseline"]["process"] <= summary["peak"]["process"]
     assert 40 <= summary["sampling"]["hertz"] <= 56
-    assert 0 < summary["sampling"]["cpu_seconds"] < 0.05
+    assert 0 < cpu_seconds < 0.05
     series = summary["series"]
     assert series["seconds"] == sorted(series["seconds"])
     assert "forward" in series["phase"]
     assert len(series["process"]) == len(series["seconds"])
     assert set(series["device_used"]) == {None}
     json.dumps(summary)
-
-
-def test_what_frequent_changes_cost_is_limited_and_no_peak_is_lost(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(memory_recorder, "_CHANGE_SECONDS", 0.0)
-    monkeypatch.setattr(memory_recorder, "_STRETCH_SECONDS", 0.0002)
-    with Recorder(CPU, hertz=1.0) as recorder:
-        base = recorder.peak_bytes()
-        until = time.monotonic() + 0.5
-        while time.monotonic() < until:
-            with recorder.phase("backward"):
-                time.sleep(0.001)
-        while recorder._may_count():
-            with recorder.phase("backward"):
-                pass
-        with recorder.phase("forward"):
-            fill(100)
-        assert recorder.peak_bytes() - base > 90 * MB
-    summary = recorder.summary()
-    assert "forward" not in summary["peaks"]  # not known, since it was not alone
-    sampling = summary["sampling"]
-    assert 2 <= sampling["phase_changes_counted"] < sampling["phase_changes"] / 2
 
 
 def test_a_change_of_phase_is_cheap() -> None:

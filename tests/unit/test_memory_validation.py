@@ -15,9 +15,9 @@ from micro_job import write_job
 from job.common.errors import InputError, exit_code
 from job.memory import __main__ as command
 from job.memory import validation
+from job.memory.fit import GPU_TOLERANCE
 from job.memory.validation import (
     CPU_BASE_BYTES,
-    GPU_TOLERANCE,
     Disagreement,
     Measured,
     differences,

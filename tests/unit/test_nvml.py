@@ -13,7 +13,7 @@ import pytest
 from fake_nvml import FakeNvml, without_nvml
 
 from job.memory import nvml as module
-from job.memory.notes import Notes
+from job.memory.ledger import Notes
 from job.memory.nvml import BOARD_CALLS, MEMORY_CALLS, Call, NvmlDevice, NvmlReader
 
 GB = 10**9

@@ -11,8 +11,7 @@ from job.common.errors import InputError
 from job.common.schema import AUTO, CriticConfig, Loss, ShardingStrategy
 from job.memory.fit import fit
 from job.memory.footprint import Setting
-from job.memory.settings import setting_of
-from job.memory.shapes import SHAPES
+from job.memory.settings import SHAPES, setting_of
 
 SEVEN_B = SHAPES["7b"]
 A100_40GB, A100_80GB = 42_300_000_000, 85_000_000_000

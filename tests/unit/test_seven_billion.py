@@ -9,8 +9,7 @@ import pytest
 from job.common.config import load_config
 from job.common.schema import CriticConfig
 from job.memory.footprint import footprint
-from job.memory.settings import setting_of
-from job.memory.shapes import SHAPES
+from job.memory.settings import SHAPES, setting_of
 from job.training.simulation import simulate
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "critic"

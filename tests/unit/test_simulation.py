@@ -9,7 +9,7 @@ import pytest
 
 from job.common.schema import FsdpConfig, ShardingStrategy
 from job.memory.footprint import COMPONENTS, Moment, Setting, footprint
-from job.memory.shapes import SHAPES
+from job.memory.settings import SHAPES
 from job.model.architecture import TransformerConfig
 from job.training.simulation import simulate
 

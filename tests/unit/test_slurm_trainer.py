@@ -79,7 +79,7 @@ def test_it_is_waited_for_in_small_portions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", trainer_module.STOP_SIGNALS)
 def test_a_stop_signal_waits_until_the_trainer_can_hear_it(tmp_path: Path, number: int) -> None:
-    command = [sys.executable, "-S", "-c", STOPS_WHEN_ASKED]
+    command = [sys.executable, "-c", STOPS_WHEN_ASKED]
     trainer = _start(tmp_path, command, PYTHONPATH=str(PROJECT))
     trainer.send(number)  # long before the handlers are there
     outcome = _end(trainer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from job.memory.series import MemorySeries
+from job.memory.ledger import MemorySeries
 
 
 def filled(count: int, limit: int) -> tuple[MemorySeries, np.ndarray, list[str]]:
