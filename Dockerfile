@@ -55,11 +55,13 @@ print(*project['dependencies'], *project['optional-dependencies']['train'], sep=
 
 
 FROM dependencies AS project
-COPY README.md LICENSE ./
+COPY LICENSE ./
 COPY job job
 COPY slurm slurm
-# torch needs setuptools at run time, so it is there, and nothing is fetched
-RUN /opt/venv/bin/pip wheel --no-index --no-deps --no-build-isolation --wheel-dir /project .
+# torch needs setuptools at run time, so it is there, and nothing is fetched. The README is for those
+# who look at a checkout: another one is no other image.
+RUN : > README.md \
+ && /opt/venv/bin/pip wheel --no-index --no-deps --no-build-isolation --wheel-dir /project .
 
 
 FROM python

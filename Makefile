@@ -5,18 +5,17 @@ BIN := $(VENV)/bin
 RUN_SET_UP := $(VENV)/.set-up-run
 TEST_SET_UP := $(VENV)/.set-up-test
 
-# Files of tests side by side, with one thread each (see tests/conftest.py). Those of several
-# processes stay alone: they halt each other at one moment, which other work would let pass.
-SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 \
-  --dist loadfile --no-loadscope-reorder
-ALONE := tests/distributed tests/cluster tests/container/test_slurm.py
+# Files of tests side by side, with one thread each. Those of the cluster and the image mostly wait,
+# and have processes beyond one for each core (see tests/conftest.py).
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder
 
-.PHONY: help run test test-fast soak lint clean
+.PHONY: help run test test-fast test-all soak lint clean
 
 help:
 	@echo "make run        train the local critics (N=0 and N=2) and compare them: no GPU, minutes"
-	@echo "make test       lint, types and all tests"
+	@echo "make test       lint, types and tests of everything, in at most 20 minutes on two cores"
 	@echo "make test-fast  the fast tests only"
+	@echo "make test-all   all variants and large grids too, then the soak: hours"
 	@echo "make soak       40 kills in one run, 25 interruptions on Slurm in another, a second image"
 	@echo "make clean      remove the virtual environment; runs/ stays"
 
@@ -24,12 +23,14 @@ run: $(RUN_SET_UP)
 	$(BIN)/python -m job.compare --config configs/critic/critic_local.yaml --unfreeze 0 2
 
 test: lint
-	$(SIDE_BY_SIDE) -m "not slow"
-	$(SIDE_BY_SIDE) -m slow $(addprefix --ignore=,$(ALONE))
-	$(BIN)/python -m pytest -q -m slow $(ALONE)
+	$(SIDE_BY_SIDE) -n 6 -m "not all" --budget tests/budget.json
 
 test-fast: $(TEST_SET_UP)
-	$(SIDE_BY_SIDE) -m "not slow"
+	$(SIDE_BY_SIDE) -n logical --maxprocesses 4 -m "not slow and not all"
+
+test-all: lint
+	$(SIDE_BY_SIDE) -n 6
+	$(MAKE) soak
 
 soak: $(TEST_SET_UP)
 	SOAK_KILLS=40 $(BIN)/python -m pytest --timeout 7200 -q -k kill tests/distributed/test_resume.py

@@ -22,7 +22,7 @@ from typing import Any
 from common import ROOT, OtherLoad, command_line, say, table, write_record
 
 from job.common.errors import run_command
-from job.compare import summarise
+from job.run.comparison import summarise
 from job.run.directory import RunDirectory
 
 TRUNK = "configs/pretrain/arithmetic.yaml"

@@ -17,6 +17,7 @@ containers/build.sh [OPTIONS]
   --image-only       no SIF
   --no-cache         every layer anew, with Debian's packages of today
   --gzip             a SIF for kernels that cannot read zstd: larger, and slower to start
+  --sandbox          a folder in place of the SIF, for tests on this machine: nothing is compressed
 
 PIP_INDEX_URL and PIP_EXTRA_INDEX_URL hold in the build too. ENGINE=podman|docker chooses the engine.
 END
@@ -35,6 +36,7 @@ while [ $# -gt 0 ]; do
   case $1 in
   --image-only) sif=no ;;
   --gzip) compression=gzip ;;
+  --sandbox) compression=none ;;
   --no-cache) cache=no ;;
   -h | --help)
     usage
@@ -91,7 +93,7 @@ command -v git >/dev/null || fail "git is not installed, and it tells the commit
 cd "$(dirname "$0")/.."
 commit=$(git rev-parse HEAD) || fail "$PWD: no checkout of git, so the image's commit is not known"
 changes=$(git status --porcelain -- Dockerfile .dockerignore constraints.txt pyproject.toml \
-  README.md LICENSE configs containers job slurm)
+  LICENSE configs containers job slurm)
 if [ -n "$changes" ]; then
   say "uncommitted changes; the image is labelled so:"
   echo "$changes" >&2
@@ -148,14 +150,22 @@ if [ $sif = yes ]; then
   fi || fail "cannot write the image's archive beside $out: is the disk full?"
   say "SIF $out"
   set -- --build-arg BOOTSTRAP=docker-archive --build-arg "FROM=$scratch/image.tar"
-  [ $compression = gzip ] || set -- "$@" --mksquashfs-args '-comp zstd -Xcompression-level 3'
+  case $compression in
+  zstd) set -- "$@" --mksquashfs-args '-comp zstd -Xcompression-level 3' ;;
+  none) set -- "$@" --sandbox ;;
+  esac
   # tested as it will run, after it is built
   apptainer build --notest "$@" "$scratch/critic.sif" containers/critic.def >&2 ||
     fail "apptainer build failed, see above; it unpacks the image in \$APPTAINER_TMPDIR or /tmp"
   apptainer test --containall "$scratch/critic.sif" >&2 || fail "the SIF's own test failed, see above"
-  mv -f "$scratch/critic.sif" "$out"
-  sif_bytes=$(wc -c <"$out")
-  sif_sha256=\"$(sha256sum "$out" | cut -d ' ' -f 1)\"
+  if [ $compression = none ]; then
+    rm -rf "$out"
+    mv "$scratch/critic.sif" "$out"
+  else
+    mv -f "$scratch/critic.sif" "$out"
+    sif_bytes=$(wc -c <"$out")
+    sif_sha256=\"$(sha256sum "$out" | cut -d ' ' -f 1)\"
+  fi
 fi
 
 cat >"$out.json" <<END

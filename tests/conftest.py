@@ -12,11 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from budget import Budget
 from lab import Lab, LabImpossible
 from micro_critic import MicroCritics
+from thinning import mark_beyond
 from xdist.scheduler import LoadFileScheduling
+from xdist.workermanage import WorkerController
 
 SECONDS = pytest.StashKey[float]()
+CORES = os.cpu_count() or 1
+_WAITING = ("tests/cluster/", "tests/container/")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "fail where a part takes more CPU seconds than this file plans (tests/budget.json)"
+    parser.addoption("--budget", type=Path, metavar="FILE", help=what)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Budget(config.getoption("--budget")))
+
+
+@pytest.hookimpl(tryfirst=True)  # before marks are selected
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_beyond(items)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -25,11 +44,32 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
 
 
 class _Places(LoadFileScheduling):
-    """Side by side run files, but in one place what shares the image."""
+    """Side by side run files, but in one place what shares the image.
+
+    Tests of the cluster and the image mostly wait, for Slurm's clocks and for the disk. Processes
+    beyond one for each core run only these, so that something is there to be computed meanwhile.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
+        if "SLURM_LAB" in os.environ and nodeid.startswith(_WAITING):
+            return "tests/cluster/"  # its jobs are cancelled between tests
         container = "tests/container/"
         return container if nodeid.startswith(container) else super()._split_scope(nodeid)
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        place = next(self._takes(node), None)
+        if place is None:
+            node.shutdown()
+            return
+        self.workqueue.move_to_end(place, last=False)
+        super()._assign_work_unit(node)
+
+    def _takes(self, node: WorkerController) -> Iterator[str]:
+        """The places left for a process, the best first."""
+        waiting = [place for place in self.workqueue if place.startswith(_WAITING)]
+        if self.nodes.index(node) < CORES:
+            yield from (place for place in self.workqueue if place not in waiting)
+        yield from waiting
 
 
 @pytest.fixture(scope="session")

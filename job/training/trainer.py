@@ -72,6 +72,8 @@ def _train(attempt: Attempt) -> None:
         run.set_status(state="finished", seconds=time.monotonic() - began)
         if config.report.enabled and run.writes:
             _write_report(run)
+        elif run.writes:
+            _log.info("finished: %s", run.path)
 
 
 def _learner(attempt: Attempt, critic: Critic) -> Learner:

@@ -6,6 +6,7 @@ python tests/cluster/lab.py start|stop FOLDER
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import random
 import re
@@ -16,6 +17,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
@@ -41,7 +43,8 @@ AuthType=auth/munge
 CredType=cred/munge
 # A requeued job starts again only after cred_expire seconds.
 AuthInfo=socket={folder}/run/munge.socket,cred_expire=5
-# No two labs give the same job id: results of an old job are never taken for a new one's.
+# No two labs give the same job id: results of an old job are never taken for a new one's, and the
+# ports that ranks derive from it are others than those of another lab's jobs.
 FirstJobId={first_job}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
@@ -145,16 +148,17 @@ class Lab:
         for name in ("etc", "run", "log", "spool", "state", "dev"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         folder.chmod(0o755)
-        _install(folder / "log/apt.log")
-        began = time.monotonic()
-        _configure(folder)
-        lab = cls.attach(folder)
-        try:
-            lab._bring_up()
-        except Exception as error:
-            logs = lab._ends_of_logs()
-            lab.stop()
-            raise LabError(f"the lab in {folder} did not come up: {error}\n{logs}") from error
+        with _alone("start"):  # packages and names of nodes: what is free is free until it is used
+            _install(folder / "log/apt.log")
+            began = time.monotonic()
+            _configure(folder)
+            lab = cls.attach(folder)
+            try:
+                lab._bring_up()
+            except Exception as error:
+                logs = lab._ends_of_logs()
+                lab.stop()
+                raise LabError(f"the lab in {folder} did not come up: {error}\n{logs}") from error
         lab.seconds = time.monotonic() - began
         return lab
 
@@ -195,6 +199,17 @@ class Lab:
     def _sends_user_signal(self) -> bool:
         lines = self.run("scontrol", "show", "config").splitlines()
         return any(USER_SIGNAL in line for line in lines if line.startswith("SlurmctldParam"))
+
+    def be_the_default(self) -> bool:
+        """Be the Slurm of those without $SLURM_CONF; not where the machine has one of its own."""
+        with _alone("default"):
+            if DEFAULT_CONF.exists() and not DEFAULT_CONF.is_symlink():
+                return False
+            DEFAULT_CONF.parent.mkdir(exist_ok=True)
+            draft = DEFAULT_CONF.with_name(f".{self.nodes[0]}.conf")
+            draft.symlink_to(self.folder / "etc/slurm.conf")
+            draft.replace(DEFAULT_CONF)
+        return True
 
     def stop_controller(self) -> None:
         """The controller goes away; what it knows stays on disk."""
@@ -278,14 +293,12 @@ class Lab:
             self._end(daemon, signal.SIGTERM)
         for node in self.nodes:
             _remove_cgroups(node)
-        if _points_to(DEFAULT_CONF, self.folder / "etc/slurm.conf"):
-            DEFAULT_CONF.unlink()
+        with _alone("default"):
+            if _points_to(DEFAULT_CONF, self.folder / "etc/slurm.conf"):
+                DEFAULT_CONF.unlink()
         _write_hosts(self.folder, ())
 
     def _bring_up(self) -> None:
-        if not DEFAULT_CONF.exists() and not DEFAULT_CONF.is_symlink():
-            DEFAULT_CONF.parent.mkdir(exist_ok=True)
-            DEFAULT_CONF.symlink_to(self.folder / "etc/slurm.conf")
         _write_hosts(self.folder, self.nodes)
         self._start_munge()
         self._start_accounting()
@@ -410,6 +423,14 @@ def _require_possible(folder: Path) -> None:
         raise LabImpossible(f"{folder} is too long for the names of sockets in it")
 
 
+@contextlib.contextmanager
+def _alone(what: str) -> Iterator[None]:
+    """One lab at a time does this; another process may have one too."""
+    with (Path(tempfile.gettempdir()) / f"slurm-lab.{what}.lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
 def _install(log: Path) -> None:
     query = ("dpkg-query", "-W", "-f", "${Package} ${Status}\n", *PACKAGES)
     listed = subprocess.run(query, capture_output=True, text=True).stdout
@@ -432,13 +453,14 @@ def _configure(folder: Path) -> None:
     for index in range(GPUS_PER_NODE):
         _make_device(folder / f"dev/nvidia{index}", index)
     cgroups = all(os.access(CGROUPS / name, os.W_OK) for name in ("freezer", "memory"))
+    nodes = _free_names()
     values = {
         "folder": folder,
         "host": socket.gethostname().split(".")[0],
         "ports": _free_ports(4),
-        "nodes": _free_names(),
+        "nodes": nodes,
         "gpus": GPUS_PER_NODE,
-        "first_job": int(time.time()) % 60_000_000 + 1000,
+        "first_job": _first_job(nodes[0]),
         "communication": _communication(),
         "proctrack": "proctrack/cgroup" if cgroups else "proctrack/linuxproc",
         "task": "task/cgroup" if cgroups else "task/none",
@@ -493,6 +515,12 @@ def _free_names() -> tuple[str, str]:
     return f"critic{number}", f"critic{number + 1}"
 
 
+def _first_job(node: str) -> int:
+    """Of a thousand ids that change by the second, modulo 20,000 those of this node's lab alone."""
+    place = int(node.removeprefix("critic")) // 2 % 20
+    return (1 + int(time.time()) % 3000) * 20_000 + place * 1000
+
+
 def _pids_and_parents() -> Iterator[tuple[int, int]]:
     for folder in PROC.glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -541,10 +569,11 @@ def _write(path: Path, content: str | bytes, mode: int = 0o644) -> None:
 def _write_hosts(folder: Path, nodes: tuple[str, ...]) -> None:
     """Make nodes known by name, for the ranks of a job to meet; none removes the folder's line."""
     mark = f"# lab in {folder}"
-    lines = [line for line in HOSTS.read_text().splitlines() if not line.endswith(mark)]
     new = [f"127.0.0.1 {' '.join(nodes)} {mark}"] if nodes else []
-    # In a container this file is a mount point: it can be written but not replaced.
-    HOSTS.write_text("\n".join([*lines, *new]) + "\n")
+    with _alone("hosts"):
+        lines = [line for line in HOSTS.read_text().splitlines() if not line.endswith(mark)]
+        # In a container this file is a mount point: it can be written but not replaced.
+        HOSTS.write_text("\n".join([*lines, *new]) + "\n")
 
 
 def _points_to(link: Path, target: Path) -> bool:

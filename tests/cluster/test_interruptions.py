@@ -20,6 +20,7 @@ from lab import Lab
 from micro_job import MicroRun
 
 pytestmark = pytest.mark.slow
+ALSO = pytest.mark.all  # another variant of the same behaviour
 
 INTERRUPTIONS = int(os.environ.get("SOAK_INTERRUPTIONS", "5"))
 STEPS = 400
@@ -177,7 +178,10 @@ def test_a_run_that_is_interrupted_by_hand_comes_back_where_it_was(
     assert run.count("requeued") == 1
 
 
-@pytest.mark.parametrize("user_signal", [True, False], ids=["USR2 first", "TERM only"])
+@pytest.mark.parametrize(
+    "user_signal",
+    [pytest.param(True, id="USR2 first"), pytest.param(False, id="TERM only", marks=ALSO)],
+)
 def test_preempted_runs_come_back_where_they_were(
     job: ClusterJob, alone: MicroRun, user_signal: bool
 ) -> None:
@@ -218,7 +222,7 @@ def test_signals_from_the_first_moment_on_end_nothing(job: ClusterJob, alone: Mi
     assert sent > 3
 
 
-@pytest.mark.parametrize("number", ["USR2", "TERM"])
+@pytest.mark.parametrize("number", [pytest.param("USR2", marks=ALSO), "TERM"])
 def test_a_signal_that_kills_a_task_before_it_can_listen_ends_nothing(
     job: ClusterJob, alone: MicroRun, tmp_path: Path, number: str
 ) -> None:
@@ -320,6 +324,7 @@ WAYS: dict[str, Callable[[ClusterJob, Submitted], None]] = {
 }
 
 
+@pytest.mark.all
 def test_many_interruptions_leave_no_trace_in_the_result(job: ClusterJob, pair: MicroRun) -> None:
     setting = f"training.max_steps={PAIR_STEPS}"
     run = job.submit("--gpus", "2", settings=(setting,), partition="low")

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 from built import Built
@@ -16,7 +17,7 @@ from tools import Missing, NotPackaged, Tools, find_tools, mirror
 
 ROOT = Path(__file__).parents[2]
 BUILD_SECONDS = 3000
-_INPUTS = ("Dockerfile", ".dockerignore", "constraints.txt", "pyproject.toml", "README.md")
+_INPUTS = ("Dockerfile", ".dockerignore", "constraints.txt", "pyproject.toml", "LICENSE")
 _INPUT_FOLDERS = ("job", "slurm", "configs", "containers")
 _KEPT = 2
 _FREE_BYTES = 30_000_000_000
@@ -44,14 +45,25 @@ def tools() -> Tools:
 
 @pytest.fixture(scope="session")
 def built(tools: Tools) -> Built:
+    """With the SIF as a folder, which is there sooner than a compressed file."""
     folder = tools.folder / "built" / _key()
-    result = Built(folder / "critic.sif")
+    result = Built(folder / "critic.sandbox")
     with tools.alone():
         if not (result.sif.exists() and _has_image(tools, result.facts["image"])):
             shutil.rmtree(folder, ignore_errors=True)
             _forget_others(tools, folder.parent)
             folder.mkdir(parents=True)
-            _build(tools, result.sif, _name(folder))
+            _build(tools, result.sif, _name(folder), "--sandbox")
+    return result
+
+
+@pytest.fixture(scope="session")
+def compressed(tools: Tools, built: Built) -> Built:
+    """With the SIF as the nodes of a cluster run it."""
+    result = Built(built.sif.with_name("critic.sif"))
+    if not Path(f"{result.sif}.json").exists():
+        with tools.alone():
+            _build(tools, result.sif, _name(built.sif.parent))
     return result
 
 
@@ -70,9 +82,19 @@ def image(built: Built) -> str:
     return str(built.facts["image"])
 
 
+@pytest.fixture(
+    scope="session",
+    params=["built", pytest.param("compressed", marks=pytest.mark.all)],
+    ids=["sandbox", "compressed"],
+)
+def packed(request: pytest.FixtureRequest) -> Built:
+    """Both forms of the SIF."""
+    return cast(Built, request.getfixturevalue(request.param))
+
+
 @pytest.fixture(scope="session")
-def sif(built: Built) -> Path:
-    return built.sif
+def sif(packed: Built) -> Path:
+    return packed.sif
 
 
 def _key() -> str:

@@ -83,7 +83,8 @@ def test_the_label_marks_what_is_not_committed(checkout: Path) -> None:
     head = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, check=True
     ).stdout.strip()
-    (checkout / "notes.txt").write_text("not in the image")
+    for name in ("notes.txt", "README.md"):
+        (checkout / name).write_text("not in the image")
     assert f"COMMIT={head} " in _said(checkout, "--image-only")
     (checkout / "job/new.py").touch()
     said = _said(checkout, "--image-only")

@@ -75,10 +75,10 @@ def test_a_wrong_input_in_the_sif_is_the_jobs_end(
 
 
 def test_the_commit_of_the_image_is_held_against_the_checkouts(
-    job: ClusterJob, lab: Lab, tools: Tools, built: Built
+    job: ClusterJob, lab: Lab, tools: Tools, packed: Built
 ) -> None:
-    arguments = job.arguments("--gpus", "1", "--image", str(built.sif), "--dry-run")
+    arguments = job.arguments("--gpus", "1", "--image", str(packed.sif), "--dry-run")
     done = submit(lab, *arguments, cwd=job.folder, environment=_environment(lab, tools))
     (found,) = [one for one in json.loads(done.stdout)["checks"] if one["name"] == "image"]
     assert found["state"] in ("ok", "warning"), found
-    assert built.facts["commit"][:12] in found["text"] or found["state"] == "ok"
+    assert packed.facts["commit"][:12] in found["text"] or found["state"] == "ok"

@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from forks import PYTHONPATH, THREADS, Process, fork
 from micro_job import CHANGES, MicroRun, write_job
 
-TESTS = Path(__file__).parents[1]
-# This checkout, whichever is installed; a test file may be a command, and imports what tests share.
-PYTHONPATH = os.pathsep.join([str(TESTS.parent), str(TESTS)])
 _POLL_SECONDS = 0.001
+# Moments that tests want to see, by the names that are renamed at their ends (see `dwell`).
+SAVE = r"/\.step-"
+COMMIT_NOTED = r"/status\.json$"
+END = r"/critic\.safetensors$"
 
 
 def free_port() -> int:
@@ -31,7 +34,7 @@ def free_port() -> int:
 class Ranks:
     """The processes of one job, and the file that each writes its stderr to."""
 
-    processes: list[subprocess.Popen[bytes]]
+    processes: list[Process]
     logs: list[Path]
 
     def wait(self, seconds: float = 300) -> list[int]:
@@ -87,6 +90,23 @@ def _is_halted(pid: int) -> bool:
     return all(stat.rpartition(")")[2].split()[0] in "TZ" for stat in stats)
 
 
+def start_process(
+    command: Sequence[str],
+    cwd: Path,
+    environment: Mapping[str, str],
+    stdout: Path,
+    stderr: Path,
+    *,
+    forked: bool = True,
+) -> Process:
+    """Start a Python command: in a fork that has made the imports, or as a shell would."""
+    if forked:
+        return fork(command, cwd, environment, stdout, stderr)
+    with stdout.open("ab") as out, stderr.open("ab") as err:
+        words = [sys.executable, *command]
+        return subprocess.Popen(words, cwd=cwd, env=environment, stdout=out, stderr=err)
+
+
 def start_ranks(
     command: Sequence[str],
     world: int,
@@ -94,6 +114,7 @@ def start_ranks(
     *,
     per_node: int | None = None,
     environment: Mapping[str, str] | None = None,
+    forked: bool = True,
 ) -> Ranks:
     """Start a Python command on `world` ranks over gloo on loopback."""
     shared = {
@@ -102,7 +123,7 @@ def start_ranks(
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(per_node or world),
         "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": THREADS,
         "PYTHONPATH": PYTHONPATH,
     }
     folder = cwd / "logs"
@@ -110,17 +131,9 @@ def start_ranks(
     started = Ranks([], [])
     for rank in range(world):
         log = folder / f"{time.time_ns()}.rank-{rank}.log"
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                [sys.executable, *command],
-                cwd=cwd,
-                env=os.environ
-                | shared
-                | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                | dict(environment or {}),
-                stdout=stream,
-                stderr=stream,
-            )
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        env = os.environ | shared | own | dict(environment or {})
+        process = start_process(command, cwd, env, log, log, forked=forked)
         started.processes.append(process)
         started.logs.append(log)
     return started
@@ -134,9 +147,12 @@ def running(
     *,
     per_node: int | None = None,
     environment: Mapping[str, str] | None = None,
+    forked: bool = True,
 ) -> Iterator[Ranks]:
     """Ranks for the length of the body; what is left of them then is killed."""
-    ranks = start_ranks(command, world, cwd, per_node=per_node, environment=environment)
+    ranks = start_ranks(
+        command, world, cwd, per_node=per_node, environment=environment, forked=forked
+    )
     try:
         yield ranks
     finally:
@@ -150,6 +166,15 @@ def run_ranks(
     with running(command, world, cwd, per_node=per_node) as ranks:
         codes = ranks.wait()
         assert codes == [0] * world, ranks.log()
+
+
+def ended(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A Python command in a fork, once it has ended, and what it has said."""
+    with TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        environment = os.environ | {"OMP_NUM_THREADS": THREADS, "PYTHONPATH": PYTHONPATH}
+        code = start_process(command, cwd, environment, out, err).wait(300)
+        return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
 
 
 # A training of seconds, to be interrupted
@@ -178,11 +203,16 @@ class MicroJob:
         world: int = 2,
         options: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        forked: bool = True,
+        dwell: str = "",
     ) -> Iterator[Ranks]:
-        """An attempt at run `name`."""
+        """An attempt at run `name`; it waits a little before it renames what matches `dwell`."""
+        if dwell:
+            environment = {**(environment or {}), "DWELL_AT_RENAME": dwell}
         command = ["-m", "job.train", "--config", "critic.yaml", *options, "--override"]
         command += [f"run.name={name}", *self.settings, *settings]
-        with running(command, world, self.folder, environment=environment) as ranks:
+        started = running(command, world, self.folder, environment=environment, forked=forked)
+        with started as ranks:
             yield ranks
 
     def finish(self, name: str, *settings: str, world: int = 2) -> MicroRun:

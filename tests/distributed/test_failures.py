@@ -8,8 +8,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import free_port, run_ranks
+from forks import THREADS, Process
+from launch import free_port, run_ranks, start_process
 from micro_job import write_job
 
 from job.common.errors import Exit
@@ -85,16 +84,20 @@ class Job:
         self.run = folder / "runs" / name
         self._logs = folder / "logs" / name
         self._logs.mkdir(parents=True)
-        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.processes: dict[int, Process] = {}
 
-    def start(self, rank: int, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
-        with self._log(rank).open("wb") as log:
-            self.processes[rank] = subprocess.Popen(
-                [sys.executable, *arguments],
-                cwd=self.run.parents[1],
-                env=_plain_environment() | environment,
-                stderr=log,
-            )
+    def start(
+        self,
+        rank: int,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        forked: bool = True,
+    ) -> None:
+        said = self._logs / f"{rank}.out.txt"
+        whole, cwd = _plain_environment() | environment, self.run.parents[1]
+        process = start_process(arguments, cwd, whole, said, self._log(rank), forked=forked)
+        self.processes[rank] = process
 
     def _log(self, rank: int) -> Path:
         return self._logs / f"{rank}.txt"
@@ -147,7 +150,7 @@ class Job:
 def _plain_environment() -> dict[str, str]:
     """This process's environment without what a launcher may have left in it."""
     plain = {name: v for name, v in os.environ.items() if not name.startswith(LAUNCHERS)}
-    return plain | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    return plain | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": THREADS}
 
 
 def _wait_until(done: Callable[[], bool], seconds: float) -> None:
@@ -384,11 +387,12 @@ def _torchrun(folder: Path, name: str, *command: str) -> Job:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launcher += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     options = _options(name, ["training.max_steps=4"])
+    environment = {"ERROR": "RuntimeError('a bad day')"}
     try:
-        job.start(0, [*launcher, *command, *options], {"ERROR": "RuntimeError('a bad day')"})
+        job.start(0, [*launcher, *command, *options], environment, forked=False)
         assert job.codes([0], START_SECONDS) == [0], job.errors(0)[-3000:]
     finally:
-        job.processes[0].terminate()  # it ends its ranks itself
+        job.processes[0].send_signal(signal.SIGTERM)  # it ends its ranks itself
         job.processes[0].wait()
     return job
 
@@ -418,7 +422,7 @@ def test_srun_starts_the_same_training(folder: Path, metrics: bytes) -> None:
     try:
         for rank in range(2):
             own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
-            job.start(rank, [*TRAIN, *options], shared | own)
+            job.start(rank, [*TRAIN, *options], shared | own, forked=False)
         assert job.codes([0, 1], START_SECONDS) == [0, 0], job.errors(0)[-3000:]
     finally:
         job.kill()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -92,25 +92,14 @@ def _in_steps(case: Case) -> list[Case]:
 
 
 COLLECTIVES = {step: figures for case, figures in GATHERS.items() for step in _in_steps(case)}
-CASES = {
-    1: [*ACCUMULATED[1], *MIXED, *EVALUATED[1]],
-    2: [
-        *ACCUMULATED[2],
-        *AT_ONCE[2],
-        *WITH_EMPTY_RANK[2],
-        *RECOMPUTED,
-        *MIXED,
-        *STEPS[2],
-        *SAVED.values(),
-        RECOMPUTED_SAVED,
-        *SHARDS[2],
-        *MIXED_SHARDS,
-        *EVALUATED[2],
-        *COLLECTIVES,
-        FROZEN_GATHERED,
-    ],
-    4: [*ACCUMULATED[4], *AT_ONCE[4], *WITH_EMPTY_RANK[4], *STEPS[4], *SHARDS[4]],
-}
+# What tests without a parameter look at, on two ranks.
+ALWAYS = [
+    *SAVED.values(),
+    RECOMPUTED_SAVED,
+    FROZEN_GATHERED,
+    replace(FROZEN_GATHERED, gather_frozen=False),
+    SHARDS[2][0],
+]
 Measure = Callable[[int, Case], Result]
 
 
@@ -140,14 +129,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def measure(folder: Path) -> Measure:
+def measure(folder: Path, request: pytest.FixtureRequest) -> Measure:
     """Results of cases; all that run on the same number of ranks come from one start of them."""
+    asked = _asked(request.session.items)
     known: dict[int, dict[Case, Result]] = {}
 
     def look_up(world: int, case: Case) -> Result:
         if world not in known:
             known[world] = {}  # ranks that fail are not started again
-            known[world] |= zip(CASES[world], _run(folder, world), strict=True)
+            known[world] |= zip(asked[world], _run(folder, world, asked[world]), strict=True)
         if not known[world]:
             pytest.skip(f"{world} rank(s) failed in the first test that needed them")
         return known[world][case]
@@ -155,22 +145,39 @@ def measure(folder: Path) -> Measure:
     return look_up
 
 
-def _run(folder: Path, world: int) -> list[Result]:
+def _asked(items: Iterable[pytest.Item]) -> dict[int, list[Case]]:
+    """The cases of this session's tests, by the number of ranks."""
+    asked: dict[int, dict[Case, None]] = {1: {}, 2: dict.fromkeys(ALWAYS), 4: {}}
+    for item in items:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        if item.path == Path(__file__) and "case" in given:
+            asked[given.get("world", 2)][given["case"]] = None
+    return {world: list(cases) for world, cases in asked.items()}
+
+
+def _run(folder: Path, world: int, listed: Sequence[Case]) -> list[Result]:
     cases, results = folder / f"cases-{world}.json", folder / f"results-{world}.json"
-    cases.write_text(json.dumps([asdict(case) for case in CASES[world]]))
+    cases.write_text(json.dumps([asdict(case) for case in listed]))
     command = [gradients_worker.__file__, cases.name, results.name]
     run_ranks(command, world, folder, per_node=2 if world == 4 else None)
     return list(json.loads(results.read_text()))
 
 
 def _on_ranks(cases: dict[int, list[Case]]) -> Any:
-    """Parametrizes with (world, case)."""
+    """Parametrizes with (world, case), a grid."""
     pairs: Iterable[tuple[int, Case]] = [
         (w, case) for w, listed in cases.items() for case in listed
     ]
-    return pytest.mark.parametrize(
+    parametrize = pytest.mark.parametrize(
         ("world", "case"), [pytest.param(w, case, id=f"{w}-{case}") for w, case in pairs]
     )
+    return lambda test: pytest.mark.grid(parametrize(test))
+
+
+def _grid(cases: Iterable[Case]) -> Any:
+    """Parametrizes with cases on two ranks."""
+    parametrize = pytest.mark.parametrize("case", cases, ids=str)
+    return lambda test: pytest.mark.grid(parametrize(test))
 
 
 def _assert_gradients(result: Result, tolerance: float) -> None:
@@ -212,7 +219,7 @@ def test_a_rank_without_sequences_changes_no_gradient(
     assert min(result["sequences"]) == 0
 
 
-@pytest.mark.parametrize("case", RECOMPUTED, ids=str)
+@_grid(RECOMPUTED)
 def test_recomputed_blocks_get_the_same_gradients(measure: Measure, case: Case) -> None:
     _assert_gradients(measure(2, case), TOLERANCE)
 
@@ -234,7 +241,7 @@ def test_mixed_precision_gradients_are_float32_and_close(
     assert result["overall"] > TOLERANCE  # it did compute in bfloat16
 
 
-@pytest.mark.parametrize("case", MIXED_SHARDS, ids=str)
+@_grid(MIXED_SHARDS)
 def test_mixed_precision_keeps_frozen_weights_in_bfloat16_and_masters_in_float32(
     measure: Measure, case: Case
 ) -> None:
@@ -287,7 +294,7 @@ def test_one_more_trainable_block_stores_more(measure: Measure) -> None:
     assert min(three["nodes"]) > 1.2 * max(two["nodes"])
 
 
-@pytest.mark.parametrize("case", COLLECTIVES, ids=str)
+@_grid(COLLECTIVES)
 def test_collectives_of_a_step_are_the_fewest(measure: Measure, case: Case) -> None:
     result = measure(2, case)
     times = result["micro_batches"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from launch import MicroJob, Ranks
+from launch import COMMIT_NOTED, END, SAVE, MicroJob, Ranks
 from micro_job import MicroRun
 
 pytestmark = pytest.mark.slow
@@ -100,14 +100,14 @@ def test_kills_at_any_moment_leave_no_trace_in_the_result(job: MicroJob) -> None
         victims = draw.choice([[0], [1], [0, 1]])
         attempt = Attempt(run, number, run.step + draw.randint(2, 7))
         what = f"kill {number} of {victims}, {name}, from step {attempt.after} on"
-        with job.start("soak", *settings) as ranks:
+        with job.start("soak", *settings, dwell=f"{SAVE}|{COMMIT_NOTED}") as ranks:
             if name in ("loading", "mid-step"):
                 ranks.wait_until(lambda: MOMENTS[name](attempt), what)  # noqa: B023
                 time.sleep(draw.uniform(0, 0.3))
             codes = _kill(ranks, victims, lambda: MOMENTS[name](attempt), what)  # noqa: B023
             assert set(codes) <= {-signal.SIGKILL, 1}, ranks.log()
         assert run.lines == expected.lines[: len(run.lines)], what
-    with job.start("soak", *settings) as ranks:
+    with job.start("soak", *settings, dwell=END) as ranks:
         _kill(ranks, [0, 1], lambda: _is_ending(run), "the end")
     job.finish("soak", *settings).assert_equals(expected)
     assert len(run.attempts) == KILLS + 1
@@ -188,7 +188,7 @@ def test_a_copy_that_was_asleep_changes_nothing_when_it_wakes(
         "between saves": lambda: run.step > 5 and not run.saving(),
         "mid-commit": lambda: run.step > 5 and _has_manifest(run),
     }
-    with job.start(name, "checkpoint.every_steps=2") as first:
+    with job.start(name, "checkpoint.every_steps=2", dwell=SAVE) as first:
         first.freeze_when(conditions[moment], moment)
         job.finish(name)
         before = _content(run)
@@ -202,7 +202,7 @@ def test_a_copy_superseded_during_its_last_save_leaves_at_once(
     job: MicroJob, undisturbed: MicroRun
 ) -> None:
     run = job.run("last-save")
-    with job.start("last-save", "checkpoint.every_steps=1000") as first:
+    with job.start("last-save", "checkpoint.every_steps=1000", dwell=SAVE) as first:
         first.freeze_when(run.saving, "the last save")
         (run.path / "attempts/0002").mkdir()
         first.signal(signal.SIGCONT)

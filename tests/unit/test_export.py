@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
-from launch import PYTHONPATH
+from launch import PYTHONPATH, ended
 from micro_critic import MicroCritics, write_rows
 from micro_job import MicroRun
 from safetensors import safe_open
@@ -356,7 +356,8 @@ def test_a_full_disk_leaves_nothing(run: MicroRun, form: str, size: int, tmp_pat
         "import job.export.__main__ as c; c.run_and_leave(c.main)"
     )
     form = form.replace("token-", "token-classification")
-    full = _command(run, tmp_path, "-c", limited, "--format", form, "--out", "out")
+    command = ["-c", limited, "--format", form, "--out", "out", "--critic", str(run.path)]
+    full = ended(command, tmp_path)
     assert full.returncode == 1
     assert "out: cannot be written: " in full.stderr
     assert "File too large" in full.stderr
@@ -373,7 +374,7 @@ def test_the_command_line(run: MicroRun, tmp_path: Path) -> None:
         *("README.md", "consolidated.pth", "params.json", HEAD),
         *("tokenizer.json", "tokenizer_config.json"),
     }
-    wrong = _command(run, tmp_path, *command, "b", "--base", "nowhere")
+    wrong = ended([*command, "b", "--base", "nowhere", "--critic", str(run.path)], tmp_path)
     assert wrong.returncode == 78
     assert "nowhere: the trunk" in wrong.stderr
     assert "Traceback" not in wrong.stderr

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from launch import PYTHONPATH, run_ranks, running
+from launch import PYTHONPATH, ended, run_ranks, running
 from micro_critic import MicroCritics, write_rows
 from micro_job import MicroRun
 
@@ -48,7 +48,7 @@ def _score(
     return _read(out)
 
 
-def _ended(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def _new_process(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     return subprocess.run(
         [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True
@@ -329,7 +329,7 @@ def test_a_full_disk_ends_a_scoring_and_keeps_its_parts(
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
     command = _command(run, many, "values.parquet")
     command[1] = limit + command[1].replace("MICRO_BATCHES = 1", "MICRO_BATCHES = 64")
-    done = _ended(command, tmp_path)
+    done = ended(command, tmp_path)
     assert done.returncode == 1
     assert "cannot write the values: File too large" in done.stderr
     assert "Traceback" not in done.stderr
@@ -386,11 +386,11 @@ def test_what_belongs_to_the_critic_cannot_be_set(run: MicroRun, override: str) 
 def test_the_command_line(run: MicroRun, data: Path, tmp_path: Path) -> None:
     arguments = ["--critic", str(run.path), "--data", str(data), "--out", "values.parquet"]
     command = ["-m", "job.score", *arguments]
-    done = _ended(command, tmp_path)
+    done = _new_process(command, tmp_path)
     assert (done.returncode, "mse_constant" in done.stdout) == (0, True), done.stderr
     assert len(_read(tmp_path / "values.parquet")) == len(ROWS)
     for change in (["--data", "nowhere.jsonl"], ["--critic", "nowhere"]):
-        wrong = _ended([*command, *change], tmp_path)
+        wrong = ended([*command, *change], tmp_path)
         assert wrong.returncode == 78
         assert "nowhere" in wrong.stderr
         assert "Traceback" not in wrong.stderr

@@ -73,18 +73,21 @@ def test_one_process_in_full_precision_on_cpu() -> None:
     _check(_setting("plain", 1, 1, mixed_precision=False, cuda=False))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("n", [0, 1, 3, 5])
 @pytest.mark.parametrize("strategy", ShardingStrategy)
 def test_every_strategy(strategy: ShardingStrategy, n: int) -> None:
     _check(_setting("plain", n, sharding_strategy=strategy))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("n", [0, 2, 5])
 @pytest.mark.parametrize("trunk", [name for name in TRUNKS if name != "plain"])
 def test_every_architecture(trunk: str, n: int) -> None:
     _check(_setting(trunk, n))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("gpus", [1, 8])
 @pytest.mark.parametrize("strategy", ShardingStrategy)
 def test_embeddings_that_outweigh_blocks(strategy: ShardingStrategy, gpus: int) -> None:
@@ -92,6 +95,7 @@ def test_embeddings_that_outweigh_blocks(strategy: ShardingStrategy, gpus: int) 
     _check(replace(setting, micro_batch_tokens=64))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("gpus", [1, 2, 8, 64])
 @pytest.mark.parametrize("strategy", ["FULL_SHARD", "HYBRID_SHARD"])
 def test_every_number_of_gpus(strategy: str, gpus: int) -> None:
@@ -99,6 +103,7 @@ def test_every_number_of_gpus(strategy: str, gpus: int) -> None:
     _check(setting, total=0.01)  # 64 parts of a row of the value head come to be something
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "changes",
     [
@@ -123,6 +128,7 @@ def test_every_other_setting(n: int, changes: dict[str, Any]) -> None:
     _check(_setting("plain", n, **changes), total=0.01)
 
 
+@pytest.mark.grid(together=2)
 @pytest.mark.parametrize("sequence_tokens", [32, 512])
 @pytest.mark.parametrize("trunk", ["plain", "grouped heads", "norms of heads"])
 @pytest.mark.parametrize("n", [0, 2, 5])

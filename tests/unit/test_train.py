@@ -172,6 +172,16 @@ def test_a_report_that_fails_does_not_undo_a_training(
 
 
 @pytest.mark.slow
+def test_a_training_without_a_report_says_that_it_is_finished(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    run = _train("report.enabled=false", "training.max_steps=1")
+    assert f"finished: {run.path}" in caplog.text
+    assert not run.file("report.html").exists()
+
+
+@pytest.mark.slow
 def test_the_logged_learning_rate_is_the_trunks(folder: Path) -> None:
     run = _train("training.value_head.learning_rate=0.5", "training.max_steps=3")
     rates = [r["train/learning_rate"] for r in run.records()]
