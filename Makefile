@@ -29,7 +29,7 @@ test-fast: $(TEST_SET_UP)
 	$(SIDE_BY_SIDE) -n logical --maxprocesses 4 -m "not slow and not all"
 
 test-all: lint
-	$(SIDE_BY_SIDE) -n 6
+	$(SIDE_BY_SIDE) -n 6 --cov job --cov slurm --cov-report term:skip-covered
 	$(MAKE) soak
 
 soak: $(TEST_SET_UP)

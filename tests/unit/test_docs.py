@@ -15,7 +15,8 @@ PAGES = [
     for page in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/*.md")])
     if page.name != "names.md"  # which is about names that are gone
 ]
-_PATH = re.compile(r"\b(?:job|slurm|configs|bench|tests|containers|docs)/[\w./-]*\w(?![\w*{])")
+_ROOMS = "job|slurm|configs|bench|tests|containers|docs"
+_PATH = re.compile(rf"(?<![\w-])(?:{_ROOMS})/[\w./-]*\w(?![\w*{{])")
 
 
 @pytest.fixture(params=PAGES, ids=lambda page: str(page.relative_to(ROOT)))
