@@ -348,7 +348,7 @@ def ended(job: ClusterJob, one_rank: MicroRun) -> dict[str, Submitted]:
         runs["little memory"] = job.submit("--name", "greedy", settings=greedy, **small)
     for name, run in runs.items():
         with contextlib.suppress(AssertionError):  # for the tests to report
-            run.wait_for("finished" if name == "one unfit node" else "failed")
+            run.wait_for("finished" if name == "one unfit node" else "failed", 300)
     return runs
 
 

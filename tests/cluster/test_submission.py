@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -388,15 +387,16 @@ def test_status_and_logs_follow_a_run_from_the_queue_to_its_end(
     assert f"waits in the queue ({reason})" in status["reason"]
     assert (status["attempts"], status["step"], status["job_id"]) == (0, 0, run.job_id)
     assert run.command("logs").returncode == 78
-    watching = subprocess.Popen(
-        [sys.executable, str(SUBMIT), "status", str(run.path), "--watch"],
-        env=os.environ | job.lab.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    log = job.folder / "watched.txt"
+    with log.open("w") as stream:
+        watching = subprocess.Popen(
+            [sys.executable, "-u", str(SUBMIT), "status", str(run.path), "--watch"],
+            env=os.environ | job.lab.environment,
+            stdout=stream,
+            stderr=stream,
+        )
     try:
-        time.sleep(1)  # it has seen the queue then
+        run.wait_until(lambda: "pending" in log.read_text(), "a look at the queue")
         job.lab.run("scancel", "--jobname=wrap")
         run.freeze_at(20)
         status = _standing(run, "running")
@@ -404,14 +404,15 @@ def test_status_and_logs_follow_a_run_from_the_queue_to_its_end(
         assert (status["nodes"], status["attempts"]) == (environment["SLURMD_NODENAME"], 1)
         assert 20 <= status["step"] < STEPS
         assert status["max_steps"] == STEPS
-        time.sleep(2.5)  # it looks every two seconds
+        run.wait_until(lambda: "running" in log.read_text(), "a look at the run")
         run.send(signal.SIGCONT)
         run.wait_for("finished")
-        said, _ = watching.communicate(timeout=30)
+        watching.wait(timeout=30)
     finally:
         watching.kill()
         watching.wait()
     assert watching.returncode == 0
+    said = log.read_text()
     states = [line.split("  ")[1] for line in said.splitlines()]
     assert sorted(set(states), key=states.index) == ["pending", "running", "finished"]
     assert all(line.startswith(run.path.name) for line in said.splitlines())

@@ -6,25 +6,22 @@ object a line each way. At the end of its input it kills what it has started, an
 
 from __future__ import annotations
 
-import functools
 import gc
 import importlib
 import json
 import os
-import re
 import runpy
 import signal
 import sys
 import tempfile
-import time
 import types
 from pathlib import Path
 from typing import Any
 
+import dwell
+
 # What a training imports, and what torch imports when an optimizer is made and takes a step.
 _IMPORTS = ("job.train", "torch._dynamo", "torch.onnx", "tokenizers", "numpy.random")
-# What the renaming of a file or folder that $DWELL_AT_RENAME matches waits: a moment for tests.
-_DWELL_SECONDS = 0.2
 _OWN_THREADS = Path("/proc/self/task")
 
 
@@ -70,14 +67,7 @@ def _become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     tempfile.tempdir = None
-    if pattern := os.environ.pop("DWELL_AT_RENAME", None):
-        sys.addaudithook(functools.partial(_dwell, re.compile(pattern)))
-
-
-def _dwell(pattern: re.Pattern[str], event: str, arguments: Any) -> None:
-    """Stay for a while at a moment that is over too soon to be seen from outside."""
-    if event == "os.rename" and any(pattern.search(str(path)) for path in arguments[:2]):
-        time.sleep(_DWELL_SECONDS)
+    dwell.if_asked()
 
 
 def _run(command: list[str]) -> None:
@@ -109,6 +99,6 @@ def _import_all() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this file's folder, which a command would not have
+    del sys.path[0]  # this file's folder, which a command would not have
     _import_all()
     _run(_next_command())
