@@ -74,6 +74,7 @@ def test_a_shorter_training_reaches_half_of_what_is_achievable(folder: Path) -> 
     assert probe["std"] < critic["std_optimal"] / 2
 
 
+@pytest.mark.all
 def test_two_runs_on_one_machine_write_the_same_bits(folder: Path) -> None:
     settings = ("training.max_steps=120", "evaluation.every_steps=60", "mlflow.enabled=false")
     for name in ("first", "second"):
