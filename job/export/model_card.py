@@ -25,6 +25,7 @@ _SHOWN = (
     "tokens",
     "sequences",
 )
+_COUNTS = ("pairwise_pairs", "tokens", "sequences")
 _USE = {
     TOKENS: """
     AutoModelForTokenClassification.from_pretrained(FOLDER)
@@ -108,8 +109,9 @@ def _tokens(trained: TrainedCritic) -> str:
 
 def _quality(trained: TrainedCritic) -> str:
     figures = trained.facts["evaluation"]
+    shown = {n: figures[_EVALUATION + n] for n in _SHOWN if _EVALUATION + n in figures}
     rows = [
-        f"| {n} | {figures[_EVALUATION + n]:.4g} |" for n in _SHOWN if _EVALUATION + n in figures
+        f"| {n} | {v:,.0f} |" if n in _COUNTS else f"| {n} | {v:.4g} |" for n, v in shown.items()
     ]
     if not rows:
         return "No evaluation was made at this step."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -288,6 +289,8 @@ def test_a_card_tells_quality_data_depth_and_commit(run: MicroRun, tmp_path: Pat
         "Outputs are values, in units of the reward.",
     ):
         assert words in card
+    assert re.search(r"\| sequences \| 30 \|", card)  # counts are whole numbers, however large
+    assert re.search(r"\| tokens \| [\d,]+ \|", card)
     assert "bias" not in card
 
 
