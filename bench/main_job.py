@@ -3,7 +3,8 @@
     python bench/main_job.py --out bench/results/main_job.json
 
 Five seeds, each of data, trunk and critic, on three sets of instructions with two threads, and the
-worst of them with one thread as well. Cells that are there already, under runs/main_job, are kept.
+worst of them with one thread as well. Cells that are there already, under runs/main_job, are kept;
+with --kept nothing more is measured, and the record says how many of all cells it has.
 """
 
 from __future__ import annotations
@@ -44,17 +45,28 @@ Cell = dict[str, Any]
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--instructions", nargs="+", choices=INSTRUCTIONS, default=INSTRUCTIONS)
+    parser.add_argument("--kept", action="store_true", help="only sum up the cells there are")
     options = parser.parse_args()
     seeds = range(options.seed, options.seed + SEEDS)
-    cells = [cell(name, THREADS, seed) for name in options.instructions for seed in seeds]
-    worst = min(cells, key=lambda found: found["share"])
-    cells.append(cell(worst["instructions"], 1, worst["seed"]))
+    cells = kept() if options.kept else measured(options.instructions, seeds)
     print(table(_SHOWN, [[_text(found[name]) for name in _SHOWN] for found in cells]))
     if options.out is None:
         say("not written; --out FILE.json keeps the record")
     else:
         results = {"summary": summary(cells), "cells": cells}
         write_record(options.out, results, seed=options.seed, packages=("numpy",))
+
+
+def measured(instructions: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
+    """All cells, the worst of them once more with one thread."""
+    cells = [cell(name, THREADS, seed) for name in instructions for seed in seeds]
+    worst = min(cells, key=lambda found: found["share"])
+    return [*cells, cell(worst["instructions"], 1, worst["seed"])]
+
+
+def kept() -> list[Cell]:
+    """The cells that are there, whichever they are."""
+    return [json.loads(file.read_text()) for file in sorted((ROOT / FOLDER).glob("*/cell.json"))]
 
 
 def cell(instructions: str, threads: int, seed: int) -> Cell:
@@ -66,8 +78,8 @@ def cell(instructions: str, threads: int, seed: int) -> Cell:
         found |= _made(folder, environment(instructions, threads), seed)
         file.write_text(json.dumps(found))
         say(f"{folder.name}: {found['share']:.1%} in {found['seconds']:.0f} s")
-    kept: Cell = json.loads(file.read_text())
-    return kept
+    there: Cell = json.loads(file.read_text())
+    return there
 
 
 def environment(instructions: str, threads: int) -> dict[str, str]:
@@ -119,6 +131,7 @@ def summary(cells: Sequence[Cell]) -> dict[str, Any]:
     shares = [found["share"] for found in cells]
     return {
         "cells": len(cells),
+        "of": SEEDS * len(INSTRUCTIONS) + 1,
         "share": {"worst": min(shares), "median": median(shares), "best": max(shares)},
         "mse": {"worst": max(found["mse"] for found in cells)},
         "seconds": {"median": median(found["seconds"] for found in cells)},

@@ -57,4 +57,16 @@ def test_the_summary_names_the_worst(main_job: ModuleType) -> None:
     cells = [{"share": a, "mse": b, "seconds": c} for a, b, c in figures]
     found = main_job.summary(cells)
     assert found["share"] == {"worst": 0.91, "median": 0.95, "best": 0.97}
+    assert (found["cells"], found["of"]) == (3, 16)
     assert (found["mse"]["worst"], found["seconds"]["median"]) == (0.13, 7.0)
+
+
+def test_kept_cells_are_those_on_disk(
+    main_job: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main_job, "FOLDER", tmp_path)
+    assert main_job.kept() == []
+    (tmp_path / "avx2-2-0").mkdir()
+    (tmp_path / "sse4-2-0").mkdir()  # begun, not finished
+    (tmp_path / "avx2-2-0/cell.json").write_text('{"share": 0.95}')
+    assert main_job.kept() == [{"share": 0.95}]
