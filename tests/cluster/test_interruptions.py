@@ -265,7 +265,7 @@ def cancelled(job: ClusterJob) -> dict[str, Cancelled]:
     """One run for each case, cancelled; then the time has passed in which it might come back."""
     environment = os.environ | job.lab.environment | DWELLING
     runs = {
-        case: job.submit("--gpus", "1", settings=_often(case), environment=environment)
+        case: job.submit("--gpus", "1", settings=_settings(case), environment=environment)
         for case in CASES
     }
     for case, run in runs.items():
@@ -292,8 +292,9 @@ def cancelled(job: ClusterJob) -> dict[str, Cancelled]:
     return {case: Cancelled(run, starts[case]) for case, run in runs.items()}
 
 
-def _often(case: str) -> tuple[str, ...]:
-    return ("checkpoint.every_steps=5",) if "saving" in case else ()
+def _settings(case: str) -> tuple[str, ...]:
+    endless = "training.max_steps=100000"  # none is through before all have been submitted
+    return (endless, "checkpoint.every_steps=5") if "saving" in case else (endless,)
 
 
 @pytest.mark.parametrize("case", CASES)
