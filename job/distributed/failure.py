@@ -21,7 +21,7 @@ from job.common.errors import Exit, NoProgress, exit_code, first_line
 from job.common.files import try_for
 
 GRACE_SECONDS = 1.0  # a cause and its consequences arrive within this
-VERDICT_SECONDS = 30.0  # how long a failed rank waits to learn who failed first
+CAUSE_SECONDS = 30.0  # how long a failed rank waits to learn who failed first
 LAST_WORDS_SECONDS = 5.0  # for status and logs, on a file system that may hang
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
 _log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Lifeline:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.on_failure: Callable[[str], None] = lambda text: None
-        self._verdict: Failure | None = None
+        self._cause: Failure | None = None
         self._decided = threading.Event()
         self._leaving = threading.Lock()  # two threads may come to it at once
         self._failing = self._closed = False
@@ -75,8 +75,8 @@ class Lifeline:
             return  # told already
         self._failing = True
         self._send(Failure.of(self.rank, error))
-        if self._decided.wait(VERDICT_SECONDS) and self._verdict is not None:
-            self._leave_unless_first(self._verdict)
+        if self._decided.wait(CAUSE_SECONDS) and self._cause is not None:
+            self._leave_unless_first(self._cause)
 
     def close(self) -> None:
         raise NotImplementedError
@@ -84,20 +84,20 @@ class Lifeline:
     def _send(self, failure: Failure) -> None:
         raise NotImplementedError
 
-    def _decide(self, verdict: Failure) -> None:
-        self._verdict = verdict
+    def _decide(self, cause: Failure) -> None:
+        self._cause = cause
         self._decided.set()
         if not self._failing:
-            self._leave_unless_first(verdict)
+            self._leave_unless_first(cause)
 
-    def _leave_unless_first(self, verdict: Failure) -> None:
-        if verdict.rank == self.rank:
+    def _leave_unless_first(self, cause: Failure) -> None:
+        if cause.rank == self.rank:
             return
         with self._leaving:
-            _log.error("%s", verdict)
-            try_for(LAST_WORDS_SECONDS, lambda: self.on_failure(str(verdict)))
+            _log.error("%s", cause)
+            try_for(LAST_WORDS_SECONDS, lambda: self.on_failure(str(cause)))
             try_for(LAST_WORDS_SECONDS, logging.shutdown)
-            os._exit(verdict.code)
+            os._exit(cause.code)
 
 
 class Listener(Lifeline):
@@ -148,10 +148,10 @@ class Listener(Lifeline):
         threading.Event().wait(GRACE_SECONDS)
         while not self._failures.empty():
             heard.append(self._failures.get())
-        verdict = min(heard, key=lambda failure: failure.consequence)
+        cause = min(heard, key=lambda failure: failure.consequence)
         for peer in self._peers:
-            _send_line(peer, verdict)
-        self._decide(verdict)
+            _send_line(peer, cause)
+        self._decide(cause)
 
 
 class Caller(Lifeline):

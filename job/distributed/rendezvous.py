@@ -110,16 +110,16 @@ def _all_come_to(stage: str, store: Store, rank: int, size: int, patience: timed
         Ending: some have not within `patience`; they are named.
     """
     keys = [f"{stage}/{other}" for other in range(size)]
-    verdict = f"{stage}/missing"
+    missing_key = f"{stage}/missing"
     if rank == 0:
         with suppress(dist.DistStoreError):
             store.wait(keys, patience)
         absent = [str(r) for r, key in enumerate(keys) if not store.check([key])]
-        store.set(verdict, ", ".join(absent))
+        store.set(missing_key, ", ".join(absent))
     missing = "0"  # if nothing is heard from it
     with suppress(dist.DistError):
-        store.wait([verdict], patience + _MARGIN)
-        missing = store.get(verdict).decode()
+        store.wait([missing_key], patience + _MARGIN)
+        missing = store.get(missing_key).decode()
     if missing:
         gone = {int(one) for one in missing.split(", ")}
         part_together(stage, store, rank, set(range(size)) - gone, _MARGIN)

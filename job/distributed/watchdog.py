@@ -13,7 +13,7 @@ from pathlib import Path
 
 from job.common.errors import Exit, NoProgress
 from job.common.files import try_for
-from job.distributed.failure import LAST_WORDS_SECONDS, VERDICT_SECONDS
+from job.distributed.failure import LAST_WORDS_SECONDS, CAUSE_SECONDS
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Watchdog:
             f"ended with exit code {Exit.CRASHED}, stacks of all threads in {self._file}"
         )
         _log.error("%s", error)
-        try_for(VERDICT_SECONDS + LAST_WORDS_SECONDS, lambda: self._report(error))
+        try_for(CAUSE_SECONDS + LAST_WORDS_SECONDS, lambda: self._report(error))
         try_for(LAST_WORDS_SECONDS, logging.shutdown)
         os._exit(Exit.CRASHED)
 

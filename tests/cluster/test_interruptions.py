@@ -211,12 +211,16 @@ def test_preempted_runs_come_back_where_they_were(
 def test_signals_from_the_first_moment_on_end_nothing(job: ClusterJob, alone: MicroRun) -> None:
     run = job.submit("--gpus", "1")
     job.lab.wait_until(lambda: run.queue.startswith("RUNNING"), "a running job")
+    sent = 0
 
     def trains() -> bool:
+        nonlocal sent
         job.lab.run("scancel", "-s", "USR2", run.job_id, check=False)
+        sent += 1
         return bool(run.trainers())
 
     run.wait_until(trains, "a trainer", poll=0)
+    assert sent > 1, "one at least before there was a trainer"
     run.wait_for("finished")
     run.results.assert_equals(alone)
 
