@@ -13,7 +13,7 @@ from pathlib import Path
 
 from job.common.errors import Exit, NoProgress
 from job.common.files import try_for
-from job.distributed.failure import LAST_WORDS_SECONDS, CAUSE_SECONDS
+from job.distributed.failure import CAUSE_SECONDS, LAST_WORDS_SECONDS
 
 _log = logging.getLogger(__name__)
 
