@@ -15,6 +15,7 @@ from job.common.config import NoValueError, load_config
 from job.common.errors import InputError
 from job.common.nested import to_dict
 from job.common.schema import EMBEDDED, CriticConfig
+from job.run.directory import refuse_inside_another
 from slurm.cluster import ClusterProfile, load_profile
 from slurm.record import Record
 from slurm.site import Site, advice, can_give, find_site
@@ -73,6 +74,9 @@ def make_plan(options: argparse.Namespace) -> Plan:
     file = Path(options.config or standard)
     site = find_site(options.site)
     runs = _planned_runs(file, options, site)
+    for run in runs:
+        if not Record(run.folder).submission.exists():
+            refuse_inside_another(run.folder)
     folder = runs[0].folder if len(runs) == 1 else runs[0].folder.parent
     cluster, profile = _cluster(options.cluster, site)
     asked = {"time": options.time} if options.time else {}

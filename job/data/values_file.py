@@ -20,6 +20,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -36,6 +37,7 @@ from job.data.rows import BadRow
 from job.data.token_cache import TokenizedSet
 
 Values = NDArray[np.float32]
+_PART = re.compile("([0-9]{12})-([0-9]{12})[.]parquet")
 _PLAN = b"critic-job"  # key of the plan in the file's metadata
 
 
@@ -85,7 +87,8 @@ class ValuesFile:
             self._refuse_other(self._parts, json.loads(plan.read_text(encoding="utf-8")))
         else:
             write_atomic(plan, json.dumps(self._plan, indent=2) + "\n")
-        return max((stop for _, stop in self._written()), default=0)
+        written = self._written()
+        return written[-1][1] if written else 0
 
     def _refuse_other(self, place: Path, plan: dict[str, Any]) -> None:
         problem = (
@@ -139,9 +142,14 @@ class ValuesFile:
                 yield [row.values.to_numpy() for row in batch.column(0) if row.is_valid]
 
     def _written(self) -> list[tuple[Path, int]]:
-        """The parts in order, and the sequence that each ends before."""
-        files = sorted(self._parts.glob("*-*.parquet"))
-        return [(file, int(file.stem.partition("-")[2])) for file in files]
+        """The parts that follow each other from the first on, and where each of them ends."""
+        named = ((_PART.fullmatch(file.name), file) for file in self._parts.glob("*"))
+        ends = {int(m[1]): (file, int(m[2])) for m, file in named if m and m[1] < m[2]}
+        parts, stop = [], 0
+        while stop in ends:
+            parts.append(ends[stop])
+            stop = ends[stop][1]
+        return parts
 
     def _table(self, start: int, stop: int, values: Sequence[Values]) -> Any:
         import pyarrow as pa

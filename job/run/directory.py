@@ -33,7 +33,7 @@ from job.common.errors import InputError, Stopped
 from job.common.files import write_atomic
 from job.common.nested import refuse_differences
 from job.run.fence import Fence
-from job.run.reader import StoredRun
+from job.run.reader import StoredRun, enclosing_run
 
 _log = logging.getLogger(__name__)
 
@@ -83,8 +83,11 @@ class RunDirectory(StoredRun):
         """Make the directory and store the configuration, or check it against the stored one.
 
         Raises:
-            InputError: the directory cannot be written, or holds another configuration.
+            InputError: the directory cannot be written, holds another configuration, or would lie
+                in another run's.
         """
+        if not self.has_config:
+            refuse_inside_another(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.has_config:
@@ -153,6 +156,15 @@ class RunDirectory(StoredRun):
         missing = last - len(self.records())
         if missing:
             _log.error("%s lacks %d of %d steps", self.file("metrics.jsonl"), missing, last)
+
+
+def refuse_inside_another(path: Path) -> None:
+    """Raise InputError where a new run would lie in another run's directory."""
+    other = enclosing_run(path)
+    if other is not None:
+        raise InputError(
+            f"run.dir: {path} lies inside another run, {other}; choose another run.dir"
+        )
 
 
 def _ending(error: BaseException) -> dict[str, Any]:

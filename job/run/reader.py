@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,9 @@ import yaml
 from job.common.config import completed
 from job.common.errors import InputError
 from job.common.schema import CriticConfig
+from job.run.names import checkpoint_steps
 
 VALIDATION = "validation/value/"
-_CHECKPOINT = re.compile(r"step-(\d{8})$")
 _TAIL_BYTES = 100_000
 _BYTES_PER_LINE = 1000  # of a log, at most on average
 
@@ -138,8 +137,7 @@ class StoredRun:
 
     def newest_checkpoint(self) -> int:
         """The last committed step; 0 without one."""
-        matches = (_CHECKPOINT.match(p.name) for p in self.file("checkpoints").glob("step-*"))
-        return max((int(match[1]) for match in matches if match), default=0)
+        return max(checkpoint_steps(self.file("checkpoints")), default=0)
 
     def log_tail(self, count: int) -> list[str]:
         """The last lines of the trainer's log."""
@@ -233,6 +231,19 @@ def last_lines(file: Path, count: int = 20) -> list[str]:
     """The end of a log; empty if it cannot be read now."""
     text = _end(file, _BYTES_PER_LINE * count).decode("utf-8", errors="replace")
     return text.splitlines()[-count:]
+
+
+def enclosing_run(path: Path) -> Path | None:
+    """The run directory that a path lies inside of."""
+    return next((folder for folder in path.resolve().parents if _is_run(folder)), None)
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        begun = (folder / "config.yaml").is_file() and (folder / "attempts").is_dir()
+        return begun or (folder / "slurm" / "submission.json").is_file()
+    except OSError:  # a folder above that is not for this user to see
+        return False
 
 
 def _configured_name(run: Path) -> str | None:

@@ -59,16 +59,21 @@ def claimed_attempt(config: CriticConfig, *, resume: bool) -> Iterator[Attempt |
 
 
 def _claim(config: CriticConfig, run: RunDirectory, resume: bool) -> int | None:
-    """This attempt's number; None if the run is finished."""
+    """This attempt's number; None if the run is finished.
+
+    Raises:
+        Superseded: a newer attempt has begun since this one was given its number.
+    """
     check_metric(config.checkpoint.keep_best)
     if not resume and run.file("config.yaml").exists():
         raise InputError(f"{run.path}: there is a run already, and --resume is `never`")
+    given = Fence.given(run.path)  # before anything is written
     run.claim(to_dict(config))
     if run.is_finished(config.training.max_steps):
         _log.info("%s is finished already: %s", run.path, run.file("report.html"))
         return None
     try:
-        return Fence.take(run.path).number
+        return (given or Fence.take(run.path)).number
     except OSError as error:
         raise InputError(f"run.dir: cannot write {run.path}: {error.strerror}") from None
 

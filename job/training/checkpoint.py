@@ -54,6 +54,7 @@ from job.run.checkpoint_store import (
 from job.run.directory import RunDirectory
 from job.run.fence import Fence
 from job.run.manifest import MANIFEST, DamagedError, FileSum, Manifest
+from job.run.names import checkpoint_name, is_leftover, unfinished_name
 from job.training.learner import Learner
 from job.training.state import TrainingState
 
@@ -182,7 +183,7 @@ class Checkpoints:
         """Write and commit a checkpoint; the work of the background thread."""
         if self._world.device.type == "cuda":
             torch.cuda.set_device(self._world.device)  # a new thread begins at the first GPU
-        scratch = self._folder / f".step-{snapshot.step:08}.attempt-{self._fence.number:04}"
+        scratch = self._folder / unfinished_name(snapshot.step, self._fence.number)
         self._together(lambda: self._prepare(scratch, snapshot))
         try:
             save(snapshot.tensors, storage_writer=_writer(scratch), process_group=self._group)
@@ -252,7 +253,7 @@ class Checkpoints:
         _flush(scratch / MANIFEST)
         _flush(scratch)
         self._refuse_if_superseded()
-        target = self._folder / f"step-{snapshot.step:08}"
+        target = self._folder / checkpoint_name(snapshot.step)
         if target.exists():
             if target in self._committed():  # this attempt has slept, and the newer one is through
                 raise OSError(f"{target} is there already")
@@ -317,7 +318,8 @@ class Checkpoints:
         if not self._run.writes:
             return
         for entry in self._folder.glob(".*"):
-            shutil.rmtree(entry, ignore_errors=True)
+            if is_leftover(entry.name):
+                shutil.rmtree(entry, ignore_errors=True)
         for folder in set(folders(self._folder)) - set(self._committed()):
             remove(folder)
 

@@ -409,6 +409,49 @@ def test_what_a_killed_attempt_was_writing_is_not_used_and_is_removed(
     _same(run, whole)
 
 
+THEIRS = (  # what people keep beside checkpoints
+    "step-00000006.bak",
+    "step-00000006.bad",
+    "step-00000004 keep",
+    "step-000000006",
+    "step-6",
+    "step-99999999x",
+    "Step-00000008",
+    ".step-00000004.mine",
+    ".snapshot",
+    ".removed-notes",
+    "damaged-step-00000006.mine",
+)
+
+
+@pytest.mark.slow
+def test_only_what_is_named_as_ours_is_used_counted_or_removed(
+    whole: RunDirectory, halted: RunDirectory
+) -> None:
+    run = _copy(halted, "copies")
+    checkpoints = run.file("checkpoints")
+    for name in THEIRS:
+        shutil.copytree(_folder(run, 6), checkpoints / name)
+    _folder(run, 6).rename(checkpoints / "step-00000007.bad")  # is to be left out
+    kept = {name: _content(checkpoints / name) for name in (*THEIRS, "step-00000007.bad")}
+    few = ("checkpoint.keep_every=4", "checkpoint.keep_last=1")
+    run_training("copies", *few, "checkpoint.keep_best=validation/value/mse")
+    assert "going on from step 4" in _log(run)
+    assert run.status()["checkpoint_error"] is None
+    assert {name: _content(checkpoints / name) for name in kept} == kept
+    assert _steps(run) == [4, 8]
+    _same(run, whole)
+
+
+@pytest.mark.slow
+def test_a_new_run_inside_of_another_is_refused_and_writes_nothing(halted: RunDirectory) -> None:
+    run = _copy(halted, "outer")
+    before = _content(run.path)
+    with pytest.raises(InputError, match=r"lies inside another run, .*/runs/outer; choose another"):
+        run_training("outer/inner")
+    assert _content(run.path) == before
+
+
 @pytest.mark.slow
 def test_a_torn_last_line_of_the_metrics_does_not_matter(
     whole: RunDirectory, halted: RunDirectory
