@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from job.common.errors import Exit
+from job.common.files import write_atomic
 from job.run.fence import ATTEMPT
 from slurm import scheduler
 from slurm.policy import Action, Budget, Decision, decide, first_cause
@@ -42,6 +43,9 @@ class Leader:
     def begin(self) -> None:
         """Take the run over, and tell all tasks where to meet and until when."""
         self._record.add_job(self._task.job_name)  # perhaps not the one submitted last
+        good = self._record.readable_config()
+        if good != self._record.config:
+            write_atomic(self._record.config, good.read_text(encoding="utf-8"))
         if self._record.cancelled.exists():
             self._turn_away("cancelled", "cancelled before it ran")
         job = _ask(self._task.job_name)
@@ -229,9 +233,9 @@ class Leader:
 def _fruitless_before(record: Record, checkpoint: int) -> int:
     """Attempts in a row, up to the last one, that brought no newer checkpoint."""
     before = record.status()
-    if "attempt" not in before or checkpoint > before["first_checkpoint"]:
+    if "attempt" not in before or checkpoint > before.get("first_checkpoint", 0):
         return 0
-    return int(before["fruitless"]) + 1
+    return int(before.get("fruitless", 0)) + 1
 
 
 def _pauses() -> list[int]:

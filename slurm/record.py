@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from job.common.errors import InputError
-from job.common.files import write_atomic
+from job.common.files import sync, write_atomic
+from job.common.state_files import read_json, read_yaml
 from job.run.fence import Fence
 from job.run.names import attempt_name, attempt_numbers
-from job.run.reader import StoredRun
+from job.run.reader import StoredRun, complete_records
 
 _JOB = re.compile("[0-9]+(_[0-9]+)?")
 _BEFORE = re.compile("([0-9]+)-([0-9]+)")  # attempts of 0.1.0: job and restart
@@ -81,21 +82,27 @@ class Record:
 
     def status(self) -> dict[str, Any]:
         """The job's own state; empty if there is none."""
-        return _read(self.folder / "status.json")
+        return read_json(self.folder / "status.json", dict) or {}
 
     def set_status(self, **changes: Any) -> None:
         """Change some entries of the job's own state.
 
         Raises:
-            OSError: the rest cannot be read, and would be lost.
+            OSError: the file system is away, and the rest would be lost.
         """
         file = self.folder / "status.json"
-        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        self.start_status(**before | changes)
+        if file.exists():
+            file.read_bytes()  # whose error is not taken for an empty file
+        self.start_status(**self.status() | changes)
 
     def start_status(self, **entries: Any) -> None:
         """The job's own state from now on."""
         write_atomic(self.folder / "status.json", json.dumps(entries, indent=2) + "\n")
+
+    def readable_config(self) -> Path:
+        """The configuration that the trainer is given, or another copy where that is damaged."""
+        files = (self.config, *self.stored.config_files())
+        return next((file for file in files if read_yaml(file)), self.config)
 
     def job_id(self) -> str | None:
         """The run's newest job; None before Slurm has given it an id."""
@@ -109,6 +116,7 @@ class Record:
         if self.job_id() != job_id:
             with (self.folder / "jobs").open("a", encoding="utf-8") as stream:
                 stream.write(f"{job_id}\n")
+            sync(self.folder / "jobs")
 
     @contextmanager
     def being_submitted(self) -> Iterator[None]:
@@ -134,16 +142,11 @@ class Record:
             stream.write(json.dumps({"time": time.time(), "event": event} | facts) + "\n")
 
     def events(self) -> list[dict[str, Any]]:
-        file = self.folder / "events.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines(True) if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return complete_records(self.folder / "events.jsonl")
 
     def trainer_status(self) -> dict[str, Any]:
         """What the trainer says of the run; empty before it has begun."""
-        try:
-            return self.stored.status()
-        except InputError:  # damaged, or on a file system that is away for a moment
-            return {}
+        return self.stored.status()
 
 
 class Start(NamedTuple):
@@ -195,7 +198,7 @@ class Attempt:
         """What task 0 has told the others; empty until then."""
         # a listing, since an NFS client may remember for long that a name was not there
         there = any(path.name == _MEETING for path in self.folder.glob("*"))
-        return _read(self.folder / _MEETING) if there else {}
+        return (read_json(self.folder / _MEETING, dict) or {}) if there else {}
 
     def set_outcome(self, outcome: Outcome) -> None:
         file = self.folder / f"outcome-{outcome.rank:05}.json"
@@ -203,7 +206,7 @@ class Attempt:
 
     def outcomes(self) -> list[Outcome]:
         files = sorted(f for f in self.folder.glob("*") if _OUTCOME.fullmatch(f.name))
-        return [Outcome(**content) for file in files if (content := _read(file))]
+        return [outcome for file in files if (outcome := _outcome(file))]
 
 
 def attempt_folders(record: Record) -> list[Path]:
@@ -215,9 +218,8 @@ def attempt_folders(record: Record) -> list[Path]:
     return [*(path for _, _, path in before), *numbered]
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _outcome(file: Path) -> Outcome | None:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or on a file system that is away for a moment
-        return {}
-    return content if isinstance(content, dict) else {}
+        return Outcome(**read_json(file, dict) or {})
+    except TypeError:  # nothing, or not these names
+        return None

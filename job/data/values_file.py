@@ -19,7 +19,6 @@ from __future__ import annotations
 import fcntl
 import itertools
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -31,8 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from job.common.errors import Ending, InputError
-from job.common.files import write_atomic
+from job.common.files import put_in_place, write_atomic
 from job.common.nested import refuse_differences
+from job.common.state_files import name_unreadable, read_json
 from job.data.rows import BadRow
 from job.data.token_cache import TokenizedSet
 
@@ -83,9 +83,12 @@ class ValuesFile:
 
     def _begin(self) -> int:
         plan = self._parts / "plan.json"
-        if plan.exists():
-            self._refuse_other(self._parts, json.loads(plan.read_text(encoding="utf-8")))
+        known = read_json(plan, dict)
+        if known is not None:
+            self._refuse_other(self._parts, known)
         else:
+            for part, _ in self._written():  # of nobody knows what
+                part.unlink()
             write_atomic(plan, json.dumps(self._plan, indent=2) + "\n")
         written = self._written()
         return written[-1][1] if written else 0
@@ -127,9 +130,7 @@ class ValuesFile:
         try:
             with scratch.open("wb") as stream:
                 yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            scratch.rename(file)
+            put_in_place(scratch, file)
         except OSError as error:
             raise Ending(f"{file}: cannot write the values: {error.strerror}") from None
 
@@ -142,11 +143,14 @@ class ValuesFile:
                 yield [row.values.to_numpy() for row in batch.column(0) if row.is_valid]
 
     def _written(self) -> list[tuple[Path, int]]:
-        """The parts that follow each other from the first on, and where each of them ends."""
+        """The parts that follow each other from the first on, and where each of them ends.
+
+        What comes after one that is missing or not readable is scored again.
+        """
         named = ((_PART.fullmatch(file.name), file) for file in self._parts.glob("*"))
         ends = {int(m[1]): (file, int(m[2])) for m, file in named if m and m[1] < m[2]}
         parts, stop = [], 0
-        while stop in ends:
+        while stop in ends and _is_whole(ends[stop][0]):
             parts.append(ends[stop])
             stop = ends[stop][1]
         return parts
@@ -205,6 +209,19 @@ def _plan_of(file: Path) -> dict[str, Any]:
     try:
         metadata = pyarrow.parquet.read_schema(file).metadata or {}
         plan: dict[str, Any] = json.loads(metadata[_PLAN])
-    except (pyarrow.ArrowException, KeyError, ValueError):
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError):
         raise InputError(f"{file}: is there already, and no file of values") from None
     return plan
+
+
+def _is_whole(part: Path) -> bool:
+    """Whether a part can be read; its content is on the disk before it has its name."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        pyarrow.parquet.read_table(part)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        name_unreadable(part, error)
+        return False
+    return True

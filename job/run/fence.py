@@ -11,6 +11,7 @@ never disagree on who is the newest.
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from job.common.errors import InputError, Superseded
 from job.common.files import write_atomic
+from job.common.state_files import read_json
 from job.run.names import attempt_name, attempt_numbers, scratch_files, scratch_writer
 
 ATTEMPT = "CRITIC_ATTEMPT"  # environment: the number that a supervisor has taken
@@ -129,7 +131,6 @@ def _remove_scratch(run: Path, number: int) -> None:
 
 def _resumed_step(attempt: Path) -> float:
     """Where an attempt went on; infinity if it ended before that, having committed nothing."""
-    try:
-        return float(json.loads((attempt / _RECORD).read_text())["resumed_step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return float("inf")
+    facts = read_json(attempt / _RECORD, dict)
+    step = None if facts is None else facts.get("resumed_step")
+    return step if isinstance(step, int) else math.inf

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -37,6 +36,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from job.common.errors import Ending, first_line
+from job.common.files import sync
 from job.common.schema import CheckpointConfig
 from job.common.version import commit
 from job.distributed.world import World
@@ -250,8 +250,8 @@ class Checkpoints:
             return
         self.logs_written()
         Manifest(snapshot.step, self._fence.number, sums).write(scratch)
-        _flush(scratch / MANIFEST)
-        _flush(scratch)
+        sync(scratch / MANIFEST)
+        sync(scratch)
         self._refuse_if_superseded()
         target = self._folder / checkpoint_name(snapshot.step)
         if target.exists():
@@ -260,7 +260,7 @@ class Checkpoints:
             remove(target)  # an attempt that was superseded has committed it too late
         scratch.rename(target)
         try:
-            _flush(self._folder)
+            sync(self._folder)
             self._clean_up(target)
         except OSError as error:  # it is committed all the same
             _log.warning("step %d is saved, but: %s", snapshot.step, error)
@@ -387,13 +387,4 @@ def _in_background(work: Callable[[], Result]) -> Future[Result]:
 
 def _write_durably(file: Path, content: bytes) -> None:
     file.write_bytes(content)
-    _flush(file)
-
-
-def _flush(path: Path) -> None:
-    """Have a file or folder written to the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(file)

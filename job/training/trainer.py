@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from job.common.files import put_in_place
 from job.common.schema import CriticConfig
 from job.distributed.world import World
 from job.model.architecture_file import read_architecture
@@ -131,7 +132,7 @@ def _save_trained(critic: Critic, run: RunDirectory) -> None:
     if writes:
         scratch = run.file(".critic.safetensors")
         save_file(trained, scratch)
-        scratch.replace(run.file("critic.safetensors"))
+        put_in_place(scratch, run.file("critic.safetensors"))
 
 
 def _write_report(run: RunDirectory) -> None:

@@ -792,7 +792,7 @@ def test_a_checkpoint_damaged_between_commit_and_clean_up_costs_no_other(
 ) -> None:
     run = RunDirectory(f"runs/unlucky-{step}")
     monkeypatch.setattr("job.training.loop.LAST_SAVE_PAUSES", (0,))
-    flush, report = checkpoint_module._flush, Checkpoints._report
+    flush, report = checkpoint_module.sync, Checkpoints._report
     seen: list[list[int]] = []
 
     def damage(path: Path) -> None:
@@ -806,7 +806,7 @@ def test_a_checkpoint_damaged_between_commit_and_clean_up_costs_no_other(
         if len(seen) == 1:
             seen.append(_steps(run))
 
-    monkeypatch.setattr(checkpoint_module, "_flush", damage)
+    monkeypatch.setattr(checkpoint_module, "sync", damage)
     monkeypatch.setattr(Checkpoints, "_report", look)
     run_training(run.path.name, "checkpoint.keep_last=1")
     assert seen[0] == [step - 2, step]  # before the clean-up
@@ -1514,7 +1514,7 @@ def test_a_disk_that_fills_up_at_any_file_of_a_checkpoint_costs_only_this_one(
     whole: RunDirectory, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     run = RunDirectory(f"runs/full-{place}")
-    flush = checkpoint_module._flush
+    flush = checkpoint_module.sync
     left = [place]
 
     def full(path: Path) -> None:
@@ -1523,7 +1523,7 @@ def test_a_disk_that_fills_up_at_any_file_of_a_checkpoint_costs_only_this_one(
             raise OSError(28, "No space left on device", str(path))
         flush(path)
 
-    monkeypatch.setattr(checkpoint_module, "_flush", full)
+    monkeypatch.setattr(checkpoint_module, "sync", full)
     run_training(run.path.name)
     assert left == []
     assert "saving a checkpoint failed: rank 0: [Errno 28] No space left on device" in _log(run)
