@@ -135,6 +135,12 @@ def command_line(
     return parser
 
 
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    """The option of all commands that use what earlier ones have made."""
+    about = "read cached data and trunk whole before they are used, not only samples of them"
+    parser.add_argument("--verify", action="store_true", help=about)
+
+
 def _read_yaml(path: Path) -> DictConfig:
     try:
         loaded = OmegaConf.load(path)

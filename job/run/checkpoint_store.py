@@ -113,7 +113,7 @@ def _step(folder: Path) -> int:
 
 
 def set_aside(folder: Path) -> Path:
-    """Give a damaged checkpoint a name under which it is not used but can be looked at."""
+    """Give a damaged folder a name under which it is not used but can be looked at."""
     aside = folder.with_name(f"damaged-{folder.name}")
     number = 2
     while aside.exists():

@@ -463,6 +463,62 @@ def test_a_torn_last_line_of_the_metrics_does_not_matter(
     _same(run, whole)
 
 
+TORN = {
+    "empty": b"",
+    "zeros": bytes(64),
+    "cut": b'{"step": 7, "resumed_st',
+    "no UTF-8": b"\xff\xfe{}\n",
+    "another kind": b'"text"\n',
+    "deep": b"[" * 100_000,
+}
+STATE_FILES = ("config.yaml", "status.json", "bad_steps.json", "attempts/0001/attempt.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("content", TORN.values(), ids=TORN)
+def test_a_run_whose_small_files_are_all_damaged_goes_on_from_its_checkpoint(
+    whole: RunDirectory, halted: RunDirectory, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    run = _copy(halted, f"damaged-{len(content)}-{content[:1].hex()}")
+    for name in (*STATE_FILES, "parameters.json", "memory.json", "reliability.json"):
+        run.file(name).write_bytes(content)
+    for name in ("metrics.jsonl", "telemetry.jsonl"):
+        with run.file(name).open("ab") as stream:
+            stream.write(content + b"\n" + content)
+    run_training(run.path.name)
+    said = [r.getMessage() for r in caplog.records if "taken as absent" in r.getMessage()]
+    for name in STATE_FILES:
+        if name != "attempts/0001/attempt.json":  # of the one before nobody asks
+            assert sum(text.startswith(f"{run.file(name)}: ") for text in said) == 1
+    assert "going on from step 6" in _log(run)
+    assert run.config() == whole.config() | {"run": run.config()["run"]}
+    _same(run, whole)
+
+
+@pytest.mark.slow
+def test_damage_in_the_metrics_that_stay_costs_these_lines_alone(
+    whole: RunDirectory, halted: RunDirectory
+) -> None:
+    run = _copy(halted, "damaged-line")
+    lines = run.file("metrics.jsonl").read_bytes().splitlines(True)
+    lines[2] = bytes(len(lines[2]) - 1) + b"\n"
+    run.file("metrics.jsonl").write_bytes(b"".join(lines))
+    run_training("damaged-line")
+    expected = whole.records()
+    assert run.records() == expected[:2] + expected[3:]
+    _equal(_weights(run), _weights(whole))
+    assert "lacks 1 of 6 steps" in _log(run)
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_everything_but_its_name_starts_over(whole: RunDirectory) -> None:
+    run = _crash_before(2, "lost-all")  # without a checkpoint
+    for name in ("config.yaml", "status.json", "metrics.jsonl"):
+        run.file(name).write_bytes(bytes(300))
+    run_training("lost-all")
+    _same(run, whole)
+
+
 # Refusals and what may change
 
 

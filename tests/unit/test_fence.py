@@ -230,7 +230,10 @@ def test_an_attempt_that_died_before_recording_constrains_nothing(tmp_path: Path
     assert fence.includes(1, 100)
 
 
-@pytest.mark.parametrize("record", ["", "{", "{}", "null", "[]", '{"resumed_step": null}'])
+@pytest.mark.parametrize(
+    "record",
+    ["", "{", "{}", "null", "[]", '{"resumed_step": null}', '{"resumed_step": NaN}', "\0\0\0\0"],
+)
 def test_a_damaged_record_constrains_nothing(tmp_path: Path, record: str) -> None:
     _attempt(tmp_path, 0)
     damaged = _attempt(tmp_path, 4)

@@ -48,6 +48,40 @@ def test_a_status_that_cannot_be_read_is_empty(record: Record, content: bytes | 
         assert status() == {}
 
 
+@pytest.mark.parametrize("content", [b"", b"\0\0\0\0", b'{"state": ', b"[1]", b"\xff"])
+def test_a_status_that_cannot_be_read_is_as_if_there_were_none(
+    record: Record, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    file = record.folder / "status.json"
+    file.write_bytes(content)
+    record.set_status(state="running")
+    assert record.status() == {"state": "running"}
+    assert caplog.text.count(f"{file}: not readable, and taken as absent") == 1
+
+
+def test_a_status_whose_file_system_is_away_is_not_replaced(record: Record) -> None:
+    (record.folder / "status.json").mkdir()  # which is an OSError, as a stale handle is
+    with pytest.raises(OSError, match="Is a directory"):
+        record.set_status(state="running")
+
+
+def test_the_configuration_is_found_where_a_copy_of_it_is_whole(record: Record) -> None:
+    places = (
+        record.run / "checkpoints/step-00000010/config.yaml",
+        record.run / "checkpoints/step-00000020/config.yaml",
+        record.run / "config.yaml",
+        record.config,
+    )
+    assert record.readable_config() == record.config  # whose error tells
+    for place in places:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("run: {name: x}\n")
+        assert record.readable_config() == place
+    for place, next_best in zip(places[:0:-1], places[-2::-1], strict=True):
+        place.write_bytes(bytes(9))
+        assert record.readable_config() == next_best
+
+
 def test_what_the_trainer_says_is_not_what_the_job_says(record: Record) -> None:
     (record.run / "status.json").write_text('{"state": "running", "step": 3}')
     assert record.status() == {}
@@ -112,6 +146,14 @@ def test_the_newest_checkpoint_among_other_names(record: Record) -> None:
     for name in (*names, "damaged-step-00000014", "step-00000016.old"):
         (folder / name).mkdir(parents=True)
     assert record.stored.newest_checkpoint() == 10
+
+
+def test_an_event_that_was_damaged_does_not_count(record: Record) -> None:
+    record.add_event("submitted")
+    with (record.folder / "events.jsonl").open("ab") as stream:
+        stream.write(b"\0\0\0\n\xff\n[1]\n")
+    record.add_event("ended")
+    assert [event["event"] for event in record.events()] == ["submitted", "ended"]
 
 
 # Attempts
@@ -191,6 +233,8 @@ def test_a_torn_outcome_is_as_if_missing(record: Record) -> None:
     assert attempt.outcomes() == []
     attempt.set_outcome(Outcome(0, "node1", 0, 1.5, "finished", []))
     (attempt.folder / "outcome-00001.json").write_text(json.dumps({"rank": 1})[:-3])
+    (attempt.folder / "outcome-00002.json").write_text(json.dumps({"rank": 2}))
+    (attempt.folder / "outcome-00003.json").write_bytes(bytes(9))
     assert [outcome.rank for outcome in attempt.outcomes()] == [0]
 
 

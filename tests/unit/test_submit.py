@@ -389,6 +389,32 @@ def test_a_run_whose_job_is_there_is_not_submitted_twice(
     assert _files(record.run) == before
 
 
+def test_a_run_whose_submission_cannot_be_read_is_submitted_anew_as_is_said(
+    submit: Submit, slurm: FakeSlurm, given: list[str], here: Path
+) -> None:
+    record = _ended(here, given)
+    _takes_jobs(slurm, "42")
+    record.submission.write_bytes(b"")
+    refused = submit("--resume", "runs/mine")
+    assert refused.code == 78
+    assert f"submit the run anew: --config FILE --override run.dir={record.run}" in refused.err
+    config = str(PROJECT / "configs/critic/critic_1gpu.yaml")
+    done = submit("--json", "--config", config, "--override", f"run.dir={record.run}", *given)
+    assert done.code == 0, done.err
+    assert record.job_id() == "42"
+
+
+def test_a_run_whose_given_configuration_is_damaged_is_resumed_with_the_trainers(
+    submit: Submit, slurm: FakeSlurm, given: list[str], here: Path
+) -> None:
+    record = _ended(here, given)
+    _takes_jobs(slurm, "42")
+    record.config.rename(record.run / "config.yaml")
+    record.config.write_bytes(bytes(50))
+    assert submit("--resume", "runs/mine").code == 0
+    assert "name: critic" in record.config.read_text()
+
+
 @pytest.mark.parametrize("moment", ["check", "submit"])
 def test_of_two_submissions_of_one_run_at_once_one_wins_and_the_other_says_so(
     submit: Submit,
