@@ -22,7 +22,6 @@ from job.common.errors import InputError
 from job.common.files import write_atomic
 from job.common.progress import progress
 from job.common.signals import stop_if_asked
-from job.common.state_files import name_unreadable
 from job.model.architecture import TransformerConfig
 from job.model.architecture_file import read_architecture
 from job.model.stored import StoredTensor
@@ -85,10 +84,7 @@ def _cached(file: Path) -> str | None:
     """The digest in a cache file; None if there is none or it is damaged."""
     try:
         found = sealed_value(file.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        name_unreadable(file, error)
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, str) else None
 
