@@ -256,7 +256,7 @@ def _overwritten(file: Path, content: bytes) -> None:
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "zeros": lambda file: _overwritten(file, bytes(file.stat().st_size)),
     "empty": lambda file: _overwritten(file, b""),
-    "cut": lambda file: _overwritten(file, file.read_bytes()[:-1]),
+    "cut": lambda file: _overwritten(file, file.read_bytes()[:-2]),
     "longer": lambda file: _overwritten(file, file.read_bytes() + b"x"),
     "purged": Path.unlink,
 }
@@ -269,8 +269,11 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in kept}
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", DAMAGES)
+# of an empty bad_rows.jsonl nothing can be lost but the whole
+LOSSES = [(n, d) for n in FILES for d in DAMAGES if n != "bad_rows.jsonl" or d == "purged"]
+
+
+@pytest.mark.parametrize(("name", "damage"), LOSSES)
 def test_a_set_that_is_not_whole_is_built_anew_and_said_so(
     tmp_path: Path,
     characters: Tokenizer,
@@ -281,8 +284,6 @@ def test_a_set_that_is_not_whole_is_built_anew_and_said_so(
     first = load_split(embedded(tmp_path), "train", characters)
     whole, tokens = _files(first.folder), first.tokens.tolist()
     file = first.folder / name
-    if name == "bad_rows.jsonl" and damage in ("zeros", "empty", "cut"):
-        return  # there are no bad rows: it has no byte to lose
     DAMAGES[damage](file)
     again = load_split(embedded(tmp_path), "train", characters)
     assert again.folder == first.folder
@@ -311,7 +312,7 @@ def test_all_of_a_set_is_looked_at_where_that_is_asked_for(
     first = load_split(config, "train", characters)
     file = first.folder / "tokens.bin"
     content = bytearray(file.read_bytes())
-    assert len(content) > 3 << 20  # beyond what samples cover
+    assert len(content) > 3 << 19  # beyond what samples cover
     place = 70_000  # between the first two of them
     content[place] ^= 1
     file.write_bytes(bytes(content))
@@ -325,11 +326,11 @@ def test_all_of_a_set_is_looked_at_where_that_is_asked_for(
 def test_an_index_that_no_sample_shows_to_be_damaged_is_built_anew(
     tmp_path: Path, characters: Tokenizer
 ) -> None:
-    config = embedded(tmp_path, arithmetic={"train_examples": 60_000})
+    config = embedded(tmp_path, arithmetic={"train_examples": 40_000})
     first = load_split(config, "train", characters)
     file, rewards = first.folder / "index.npz", first.rewards.tolist()
     content = bytearray(file.read_bytes())
-    assert len(content) > 2 << 20
+    assert len(content) > 3 << 19
     content[70_000] ^= 1
     file.write_bytes(bytes(content))
     assert load_split(config, "train", characters).rewards.tolist() == rewards
