@@ -14,6 +14,7 @@ attempts/        NNNN/: where ranks meet, how each ended, what each wrote to its
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -34,9 +35,7 @@ _JOB = re.compile("[0-9]+(_[0-9]+)?")
 _BEFORE = re.compile("([0-9]+)-([0-9]+)")  # attempts of 0.1.0: job and restart
 _OUTCOME = re.compile("outcome-[0-9]{5}[.]json")
 _MEETING = "meeting.json"
-_LOOKED_AT = (
-    10  # newest attempts, among which a task looks for its own: others may have begun since
-)
+_LOOKED_AT = 10  # newest attempts: later jobs may have begun some since a task's own
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,7 @@ class Record:
     def add_job(self, job_id: str) -> None:
         """Note that this job has the run now."""
         if self.job_id() != job_id:
-            with (self.folder / "jobs").open("a", encoding="utf-8") as stream:
-                stream.write(f"{job_id}\n")
-            sync(self.folder / "jobs")
+            _append(self.folder / "jobs", job_id)
 
     @contextmanager
     def being_submitted(self) -> Iterator[None]:
@@ -138,8 +135,8 @@ class Record:
             yield
 
     def add_event(self, event: str, **facts: Any) -> None:
-        with (self.folder / "events.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"time": time.time(), "event": event} | facts) + "\n")
+        line = json.dumps({"time": time.time(), "event": event} | facts)
+        _append(self.folder / "events.jsonl", line)
 
     def events(self) -> list[dict[str, Any]]:
         return complete_records(self.folder / "events.jsonl")
@@ -216,6 +213,15 @@ def attempt_folders(record: Record) -> list[Path]:
     before = sorted((int(m[1]), int(m[2]), path) for m, path in matches if m)
     numbered = (folder / attempt_name(number) for number in attempt_numbers(folder))
     return [*(path for _, _, path in before), *numbered]
+
+
+def _append(file: Path, line: str) -> None:
+    """Add a line, one of its own even after one that was torn."""
+    with file.open("ab+") as stream:
+        stream.seek(-min(1, stream.seek(0, os.SEEK_END)), os.SEEK_END)
+        begin = "\n" if stream.read(1) not in (b"\n", b"") else ""
+        stream.write(f"{begin}{line}\n".encode())
+    sync(file)
 
 
 def _outcome(file: Path) -> Outcome | None:

@@ -100,8 +100,10 @@ def test_a_job_that_has_the_run_already_is_noted_once(record: Record) -> None:
 def test_what_is_no_job_id_does_not_count(record: Record) -> None:
     record.add_job("9_3")
     with (record.folder / "jobs").open("ab") as stream:
-        stream.write(b"\0\0\0\0\n\xff\n")
+        stream.write(b"\xff\n\0\0\0\0")
     assert record.job_id() == "9_3"
+    record.add_job("12")  # on a line of its own
+    assert record.job_id() == "12"
 
 
 def test_one_submission_of_a_run_at_a_time(record: Record) -> None:
@@ -151,7 +153,7 @@ def test_the_newest_checkpoint_among_other_names(record: Record) -> None:
 def test_an_event_that_was_damaged_does_not_count(record: Record) -> None:
     record.add_event("submitted")
     with (record.folder / "events.jsonl").open("ab") as stream:
-        stream.write(b"\0\0\0\n\xff\n[1]\n")
+        stream.write(b"\0\0\0\n[1]\n\xff")
     record.add_event("ended")
     assert [event["event"] for event in record.events()] == ["submitted", "ended"]
 
