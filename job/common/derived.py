@@ -64,7 +64,7 @@ def _sample(file: Path) -> str:
 
 def seal(folder: Path) -> None:
     """Note sizes and checksums of a folder's files; what is in folders in it may go away."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS)
     sums = {path.name: asdict(_Sum.of(path)) for path in files}
     (folder / SUMS).write_text(sealed_text(sums), encoding="utf-8")
 
