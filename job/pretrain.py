@@ -9,7 +9,7 @@ the folder hf/ beside them is the same next-token model and tokenizer in Hugging
 
 from __future__ import annotations
 
-from job.common.config import command_line, load_config
+from job.common.config import add_verify, command_line, load_config
 from job.common.errors import run_command
 from job.common.progress import set_up_logging
 from job.common.schema import PretrainConfig
@@ -17,9 +17,12 @@ from job.training.pretraining import make_trunk
 
 
 def main() -> None:
-    options = command_line(__doc__ or "").parse_args()
+    parser = command_line(__doc__ or "")
+    add_verify(parser)
+    options = parser.parse_args()
     set_up_logging()
-    make_trunk(load_config(PretrainConfig, options.config, options.override))
+    config = load_config(PretrainConfig, options.config, options.override)
+    make_trunk(config, verify=options.verify)
 
 
 if __name__ == "__main__":

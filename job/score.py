@@ -18,7 +18,7 @@ if __name__ == "__main__":  # a signal during the imports must not kill the proc
 import functools
 from pathlib import Path
 
-from job.common.config import command_line
+from job.common.config import add_verify, command_line
 from job.common.errors import run_and_leave
 from job.common.progress import set_up_logging
 from job.run.trained import TrainedCritic
@@ -29,12 +29,13 @@ def main() -> None:
     parser = command_line(__doc__ or "", of_a_critic=True)
     parser.add_argument("--data", required=True, metavar="FILE", help="as for training")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="a Parquet file")
+    add_verify(parser)
     options = parser.parse_args()
     set_up_logging()
     find = functools.partial(
         TrainedCritic.find, options.critic, options.trunk, tuple(options.override)
     )
-    score(find, options.data, options.out)
+    score(find, options.data, options.out, verify=options.verify)
 
 
 if __name__ == "__main__":

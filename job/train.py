@@ -15,7 +15,7 @@ if __name__ == "__main__":  # a signal during the imports must not kill the proc
 
     install_handlers()
 
-from job.common.config import command_line, load_config
+from job.common.config import add_verify, command_line, load_config
 from job.common.errors import run_and_leave
 from job.common.progress import set_up_logging
 from job.common.schema import CriticConfig
@@ -35,12 +35,13 @@ def main() -> None:
         metavar="PATH",
         help="begin with the weights of a run, a checkpoint or a delta",
     )
+    add_verify(parser)
     options = parser.parse_args()
     set_up_logging()
     config = load_config(CriticConfig, options.config, options.override)
     if options.init_from is not None:
         config.model.init_from = options.init_from
-    train(config, resume=options.resume == "auto")
+    train(config, resume=options.resume == "auto", verify=options.verify)
 
 
 if __name__ == "__main__":

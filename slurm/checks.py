@@ -111,7 +111,9 @@ def _image(image: str) -> Check:
 
 
 def _output(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", timeout=30, check=True
+    )
     return done.stdout
 
 

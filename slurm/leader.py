@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from job.common.errors import Exit
+from job.common.files import write_atomic
+from job.run.fence import ATTEMPT
 from slurm import scheduler
 from slurm.policy import Action, Budget, Decision, decide, first_cause
 from slurm.record import Outcome, Record
@@ -40,14 +42,17 @@ class Leader:
 
     def begin(self) -> None:
         """Take the run over, and tell all tasks where to meet and until when."""
-        self._attempt.begin()
+        self._record.add_job(self._task.job_name)  # perhaps not the one submitted last
+        good = self._record.readable_config()
+        if good != self._record.config:
+            write_atomic(self._record.config, good.read_text(encoding="utf-8"))
         if self._record.cancelled.exists():
             self._turn_away("cancelled", "cancelled before it ran")
         job = _ask(self._task.job_name)
         self._set_status(
             state="running",
             reason=None,
-            attempt=[self._task.job, self._task.restart],
+            attempt=self._attempt.number,
             node=self._task.node,
             nodes=job.nodes if job is not None else None,
             started=time.time(),
@@ -60,26 +65,26 @@ class Leader:
             self._turn_away("failed", f"{self._fruitless} attempts in a row without progress")
         self._event("started", node=self._task.node, checkpoint=self._first_checkpoint)
         self._beat()
-        self._attempt.set_meeting(**self._meeting(job))
+        self._attempt.set_meeting(self._task.start, environment=self._shared(job))
 
     def _turn_away(self, state: str, reason: str) -> NoReturn:
-        self._attempt.set_meeting(leave=reason)
+        self._attempt.set_meeting(self._task.start, leave=reason)
         self._end(state, reason, [])
         leave(0 if state == "cancelled" else Exit.CRASHED)
 
-    def _meeting(self, job: Job | None) -> dict[str, str]:
+    def _shared(self, job: Job | None) -> dict[str, str]:
         """Variables that all trainers share."""
         port, another = self._ports()
-        meeting = {"MASTER_ADDR": self._task.node, "MASTER_PORT": str(port)}
-        meeting["PREFLIGHT_PORT"] = str(another)
+        shared = {"MASTER_ADDR": self._task.node, "MASTER_PORT": str(port)}
+        shared |= {"PREFLIGHT_PORT": str(another), ATTEMPT: str(self._attempt.number)}
         if job is not None and job.end is not None:
             deadline = job.end - self._submission.signal_delay_seconds
-            meeting["CRITIC_DEADLINE"] = f"{deadline:.0f}"
-        return meeting
+            shared["CRITIC_DEADLINE"] = f"{deadline:.0f}"
+        return shared
 
     def _ports(self) -> tuple[int, int]:
         """Ports that follow from the job, or the next ones that are free."""
-        start = 2 * self._task.job % len(_PORTS)
+        start = 2 * self._task.start.job % len(_PORTS)
         ports = (port for port in (*_PORTS[start:], *_PORTS[:start]) if _is_free(port))
         return next(ports), next(ports)
 
@@ -114,7 +119,7 @@ class Leader:
     def conclude(self) -> str:
         """Decide, act and end this task; the text returned is for a job that has finished."""
         if self._attempt.superseded:
-            say("a newer attempt has taken over")
+            say(str(self._attempt.fence.ending()))
             leave(Exit.SUPERSEDED)
         outcomes = self._collect()
         cause = first_cause(outcomes, self._task.size)
@@ -165,7 +170,7 @@ class Leader:
 
     def _try_to_requeue(self, decision: Decision) -> None:
         job = scheduler.show_job(self._task.job_name)
-        restarted = job is not None and job.restarts > self._task.restart and not job.waits
+        restarted = job is not None and job.restarts > self._task.start.restart and not job.waits
         if self._attempt.superseded or restarted:
             leave(Exit.SUPERSEDED)  # what runs now is a later attempt
         if self._record.cancelled.exists() or (job is not None and job.state == "CANCELLED"):
@@ -213,7 +218,7 @@ class Leader:
 
     def _event(self, event: str, **facts: object) -> None:
         if not self._attempt.superseded:
-            name, restart = self._task.job_name, self._task.restart
+            name, restart = self._task.job_name, self._task.start.restart
             self._record.add_event(event, job_id=name, restart=restart, **facts)
 
     def _set_status(self, **changes: object) -> None:
@@ -228,9 +233,9 @@ class Leader:
 def _fruitless_before(record: Record, checkpoint: int) -> int:
     """Attempts in a row, up to the last one, that brought no newer checkpoint."""
     before = record.status()
-    if "attempt" not in before or checkpoint > before["first_checkpoint"]:
+    if "attempt" not in before or checkpoint > before.get("first_checkpoint", 0):
         return 0
-    return int(before["fruitless"]) + 1
+    return int(before.get("fruitless", 0)) + 1
 
 
 def _pauses() -> list[int]:

@@ -13,8 +13,10 @@ import yaml
 
 from job.common.config import NoValueError, load_config
 from job.common.errors import InputError
+from job.common.files import write_atomic
 from job.common.nested import to_dict
 from job.common.schema import EMBEDDED, CriticConfig
+from job.run.directory import refuse_inside_another
 from slurm.cluster import ClusterProfile, load_profile
 from slurm.record import Record
 from slurm.site import Site, advice, can_give, find_site
@@ -73,6 +75,9 @@ def make_plan(options: argparse.Namespace) -> Plan:
     file = Path(options.config or standard)
     site = find_site(options.site)
     runs = _planned_runs(file, options, site)
+    for run in runs:
+        if not Record(run.folder).submission.exists():
+            refuse_inside_another(run.folder)
     folder = runs[0].folder if len(runs) == 1 else runs[0].folder.parent
     cluster, profile = _cluster(options.cluster, site)
     asked = {"time": options.time} if options.time else {}
@@ -159,7 +164,7 @@ def _plan_to_resume(options: argparse.Namespace) -> Plan:
     if refused:
         raise InputError(f"--resume goes on with the run's own configuration, not {refused[0]}")
     before = load(record)
-    config = load_config(CriticConfig, record.config, options.override)
+    config = load_config(CriticConfig, record.readable_config(), options.override)
     run = Run(record.run, _with_whole_paths(config))
     asked = {"time": options.time} if options.time else {}
     cluster = options.cluster or before.cluster
@@ -249,7 +254,7 @@ def write_config(run: Run) -> None:
     record = Record(run.folder)
     record.folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(to_dict(run.config), sort_keys=False)
-    record.config.write_text(text, encoding="utf-8")
+    write_atomic(record.config, text)
 
 
 def describe(plan: Plan) -> dict[str, Any]:

@@ -1,29 +1,41 @@
 """What the Slurm side keeps of a run, in the folder `slurm` of its run directory.
 
 config.yaml      the configuration that the trainer is given
-jobs             the ids of its jobs, one a line, the newest last
+jobs             the ids of its jobs, one a line; the last one has the run
+lock             held while the run is submitted
 submission.json  what was asked of Slurm, for another submission of the same run
 status.json      the job's own state, with a heartbeat
 events.jsonl     what happened, one object a line: submitted, started, signal, ended, requeued
 cancelled        made by `submit.py cancel`: the run is not to come back
-attempts/        JOB-RESTART/: where ranks meet, how each ended, what each wrote to its terminal
+attempts/        NNNN/: where ranks meet, how each ended, what each wrote to its terminal
 *_log.out        the supervisors' logs, beside the script and pickle of submitit
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from job.common.errors import InputError
-from job.common.files import write_atomic
-from job.run.reader import StoredRun
+from job.common.files import sync, write_atomic
+from job.common.state_files import read_json, read_yaml
+from job.run.fence import Fence
+from job.run.names import attempt_name, attempt_numbers
+from job.run.reader import StoredRun, complete_records
 
-_ATTEMPT = re.compile(r"(\d+)-(\d+)$")
+_JOB = re.compile("[0-9]+(_[0-9]+)?")
+_BEFORE = re.compile("([0-9]+)-([0-9]+)")  # attempts of 0.1.0: job and restart
+_OUTCOME = re.compile("outcome-[0-9]{5}[.]json")
+_MEETING = "meeting.json"
+_LOOKED_AT = 10  # newest attempts: later jobs may have begun some since a task's own
 
 
 @dataclass(frozen=True)
@@ -69,99 +81,151 @@ class Record:
 
     def status(self) -> dict[str, Any]:
         """The job's own state; empty if there is none."""
-        return _read(self.folder / "status.json")
+        return read_json(self.folder / "status.json", dict) or {}
 
     def set_status(self, **changes: Any) -> None:
         """Change some entries of the job's own state.
 
         Raises:
-            OSError: the rest cannot be read, and would be lost.
+            OSError: the file system is away, and the rest would be lost.
         """
         file = self.folder / "status.json"
-        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        self.start_status(**before | changes)
+        if file.exists():
+            file.read_bytes()  # whose error is not taken for an empty file
+        self.start_status(**self.status() | changes)
 
     def start_status(self, **entries: Any) -> None:
         """The job's own state from now on."""
         write_atomic(self.folder / "status.json", json.dumps(entries, indent=2) + "\n")
 
+    def readable_config(self) -> Path:
+        """The configuration that the trainer is given, or another copy where that is damaged."""
+        files = (self.config, *self.stored.config_files())
+        return next((file for file in files if read_yaml(file)), self.config)
+
     def job_id(self) -> str | None:
         """The run's newest job; None before Slurm has given it an id."""
         file = self.folder / "jobs"
-        ids = file.read_text(encoding="utf-8").split() if file.exists() else []
+        lines = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+        ids = [word for word in lines.split() if _JOB.fullmatch(word)]
         return ids[-1] if ids else None
 
     def add_job(self, job_id: str) -> None:
-        with (self.folder / "jobs").open("a", encoding="utf-8") as stream:
-            stream.write(f"{job_id}\n")
+        """Note that this job has the run now."""
+        if self.job_id() != job_id:
+            _append(self.folder / "jobs", job_id)
+
+    @contextmanager
+    def being_submitted(self) -> Iterator[None]:
+        """Keep other submissions of the run away for the length of the body.
+
+        Raises:
+            InputError: one is under way.
+            OSError: the folder cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("a") as file:
+            try:
+                flock(file, LOCK_EX | LOCK_NB)
+            except BlockingIOError:
+                problem = "another submission of this run is under way; see `submit.py status`"
+                raise InputError(f"{self.run}: {problem}") from None
+            except OSError:  # a file system without locks
+                pass
+            yield
 
     def add_event(self, event: str, **facts: Any) -> None:
-        with (self.folder / "events.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"time": time.time(), "event": event} | facts) + "\n")
+        line = json.dumps({"time": time.time(), "event": event} | facts)
+        _append(self.folder / "events.jsonl", line)
 
     def events(self) -> list[dict[str, Any]]:
-        file = self.folder / "events.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines(True) if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return complete_records(self.folder / "events.jsonl")
 
     def trainer_status(self) -> dict[str, Any]:
         """What the trainer says of the run; empty before it has begun."""
-        try:
-            return self.stored.status()
-        except InputError:  # damaged, or on a file system that is away for a moment
-            return {}
+        return self.stored.status()
+
+
+class Start(NamedTuple):
+    """A start of a job's tasks: the job, how often it was requeued, and the step of srun."""
+
+    job: int
+    restart: int
+    step: int
 
 
 class Attempt:
-    """One start of the job; `number` orders them: job ids grow, and so do restarts of one."""
+    """One start of the run; attempts are in the order of their numbers, which Slurm's ids are not.
 
-    def __init__(self, record: Record, job: int, restart: int) -> None:
-        self.record, self.number = record, (job, restart)
-        self._attempts = record.folder / "attempts"
-        self.folder = self._attempts / f"{job}-{restart}"
+    The number is the one that its trainers have in the run directory.
+    """
+
+    def __init__(self, record: Record, number: int) -> None:
+        self.record, self.number = record, number
+        self.fence = Fence(record.run / "attempts", number)
+        self.folder = record.folder / "attempts" / attempt_name(number)
+
+    @classmethod
+    def take(cls, record: Record) -> Attempt:
+        """The next attempt; all earlier ones are superseded from here on."""
+        attempt = cls(record, Fence.take(record.run).number)
+        attempt.folder.mkdir(parents=True, exist_ok=True)
+        return attempt
+
+    @classmethod
+    def of(cls, record: Record, start: Start) -> Attempt | None:
+        """The attempt that task 0 of this start has begun; None until it has said so."""
+        numbers = attempt_numbers(record.folder / "attempts")
+        newest_first = (cls(record, number) for number in reversed(numbers[-_LOOKED_AT:]))
+        said = (one for one in newest_first if one.meeting().get("start") == list(start))
+        return next(said, None)
 
     @property
     def superseded(self) -> bool:
         """Whether a later attempt has begun: a node that was taken for dead may be alive."""
-        matches = (_ATTEMPT.match(p.name) for p in self._attempts.glob("*"))
-        return any((int(m[1]), int(m[2])) > self.number for m in matches if m)
-
-    def begin(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for file in self.folder.glob("*.json"):  # of a step that was ended and is begun again
-            file.unlink()
+        return self.fence.superseded()
 
     def log(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:05}.log"
 
-    def set_meeting(self, **facts: Any) -> None:
-        write_atomic(self.folder / "meeting.json", json.dumps(facts) + "\n")
+    def set_meeting(self, start: Start, **facts: Any) -> None:
+        write_atomic(self.folder / _MEETING, json.dumps({"start": start} | facts) + "\n")
 
     def meeting(self) -> dict[str, Any]:
         """What task 0 has told the others; empty until then."""
         # a listing, since an NFS client may remember for long that a name was not there
-        there = any(path.name == "meeting.json" for path in self.folder.glob("*"))
-        return _read(self.folder / "meeting.json") if there else {}
+        there = any(path.name == _MEETING for path in self.folder.glob("*"))
+        return (read_json(self.folder / _MEETING, dict) or {}) if there else {}
 
     def set_outcome(self, outcome: Outcome) -> None:
         file = self.folder / f"outcome-{outcome.rank:05}.json"
         write_atomic(file, json.dumps(asdict(outcome)) + "\n")
 
     def outcomes(self) -> list[Outcome]:
-        files = sorted(self.folder.glob("outcome-*.json"))
-        return [Outcome(**content) for file in files if (content := _read(file))]
+        files = sorted(f for f in self.folder.glob("*") if _OUTCOME.fullmatch(f.name))
+        return [outcome for file in files if (outcome := _outcome(file))]
 
 
-def newest_attempt(record: Record) -> Path | None:
-    """The folder of the newest attempt."""
-    folders = (record.folder / "attempts").glob("*")
-    numbered = [(int(m[1]), int(m[2]), f) for f in folders if (m := _ATTEMPT.match(f.name))]
-    return max(numbered)[2] if numbered else None
+def attempt_folders(record: Record) -> list[Path]:
+    """The folders of all attempts, in their order."""
+    folder = record.folder / "attempts"
+    matches = ((_BEFORE.fullmatch(path.name), path) for path in folder.glob("*"))
+    before = sorted((int(m[1]), int(m[2]), path) for m, path in matches if m)
+    numbered = (folder / attempt_name(number) for number in attempt_numbers(folder))
+    return [*(path for _, _, path in before), *numbered]
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _append(file: Path, line: str) -> None:
+    """Add a line, one of its own even after one that was torn."""
+    with file.open("ab+") as stream:
+        stream.seek(-min(1, stream.seek(0, os.SEEK_END)), os.SEEK_END)
+        begin = "\n" if stream.read(1) not in (b"\n", b"") else ""
+        stream.write(f"{begin}{line}\n".encode())
+    sync(file)
+
+
+def _outcome(file: Path) -> Outcome | None:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or on a file system that is away for a moment
-        return {}
-    return content if isinstance(content, dict) else {}
+        return Outcome(**read_json(file, dict) or {})
+    except TypeError:  # nothing, or not these names
+        return None

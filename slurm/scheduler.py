@@ -87,7 +87,8 @@ def client(*command: str, stdin: str = "") -> str:
             command,
             input=stdin,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",  # names and comments of other jobs
             timeout=_PATIENCE_SECONDS,
             env=outside_environment(os.environ) | {"SLURM_TIME_FORMAT": "%s"},
             preexec_fn=_not_stopped,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,10 +12,11 @@ from typing import Any
 from job.common.errors import InputError
 from job.run.reader import last_lines
 from slurm import scheduler
-from slurm.record import Record, newest_attempt
+from slurm.record import Record, attempt_folders
 from slurm.scheduler import ControllerAway, Job
 
 SILENT_SECONDS = 60.0  # without a heartbeat
+_OF_A_SWEEP = re.compile("n[0-9]+")  # a copy beside it is no run of its own
 FINAL = ("finished", "failed", "stopped", "cancelled")
 
 
@@ -79,7 +81,7 @@ def standing(run: Path | str) -> Standing:
         state=state,
         reason=reason,
         job_id=job_id,
-        attempts=len(list((record.folder / "attempts").glob("*-*"))),
+        attempts=len(attempt_folders(record)),
         nodes=job.nodes if job and not job.waits else None,
         expected_start=job.start if job and job.waits else None,
         step=int(metrics.get("step", trainer.get("step", 0))),
@@ -146,7 +148,8 @@ def runs_of(folder: Path) -> list[Path]:
     """
     if Record(folder).submission.exists():
         return [folder]
-    runs = sorted(path.parents[1] for path in folder.glob("*/slurm/submission.json"))
+    children = (path for path in folder.glob("n*") if _OF_A_SWEEP.fullmatch(path.name))
+    runs = sorted(path for path in children if Record(path).submission.exists())
     if not runs:
         raise InputError(f"{folder}: neither a run nor a sweep that submit.py has submitted")
     return runs
@@ -154,8 +157,8 @@ def runs_of(folder: Path) -> list[Path]:
 
 def log_file(record: Record, rank: int = 0) -> Path | None:
     """What a rank's trainer has written to its terminal in the newest attempt."""
-    folder = newest_attempt(record)
-    return None if folder is None else folder / f"rank-{rank:05}.log"
+    folders = attempt_folders(record)
+    return folders[-1] / f"rank-{rank:05}.log" if folders else None
 
 
 def log_tail(record: Record) -> list[str]:

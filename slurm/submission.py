@@ -195,5 +195,6 @@ def load(record: Record) -> Submission:
     """
     try:
         return Submission(**json.loads(record.submission.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise InputError(f"{record.submission}: cannot be read; submit the run anew") from None
+    except (OSError, ValueError, TypeError, RecursionError):
+        way_out = f"submit the run anew: --config FILE --override run.dir={record.run}"
+        raise InputError(f"{record.submission}: cannot be read; {way_out}") from None

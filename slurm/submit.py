@@ -178,6 +178,20 @@ def _send(plan: Plan) -> list[str]:
     """Write what the job needs, and submit it; if that fails, nothing of it stays."""
     records = [Record(run.folder) for run in plan.runs]
     new = [one for one in (plan.folder, *(r.folder for r in records)) if not one.exists()]
+    with contextlib.ExitStack() as held:
+        try:
+            for record in records:
+                held.enter_context(record.being_submitted())
+        except OSError as error:
+            raise InputError(f"{plan.folder}: cannot write: {error.strerror}") from None
+        for run, record in zip(plan.runs, records, strict=True):
+            if record.submission.exists():  # also by a submission that was at it until now
+                _refuse_active(run)
+        return _send_held(plan, records, new)
+
+
+def _send_held(plan: Plan, records: Sequence[Record], new: Sequence[Path]) -> list[str]:
+    """What `_send` does once no other submission is at these runs; `new` folders are its own."""
     before = {file: file.read_bytes() for r in records for file in r.prepared if file.exists()}
     try:
         for run in plan.runs:

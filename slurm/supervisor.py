@@ -19,10 +19,9 @@ from job.common.places import SCRATCH_BYTES, free_bytes, read_problem, write_pro
 from slurm.leader import Leader
 from slurm.record import Outcome, Record
 from slurm.submission import Submission
-from slurm.task import POLL_SECONDS, Post, leave, say, wait_for
+from slurm.task import POLL_SECONDS, Post, leave, say
 from slurm.trainer import Trainer, rank_environment, threads
 
-_MEETING_SECONDS = 300.0  # for a task that starts early to wait for task 0
 _OTHERS_SECONDS = 2.0  # between two looks at the other tasks
 
 
@@ -61,19 +60,16 @@ class _Watch:
     def outcome(self) -> Outcome:
         """Run this task's trainer to its end."""
         attempt = self.post.attempt
-        meeting = wait_for(attempt.meeting, _MEETING_SECONDS)
-        if meeting is None:
-            problem = f"task 0 did not say where to meet: no file in {attempt.folder}"
-            return self._failed(Exit.CRASHED, problem)
+        meeting = attempt.meeting()
         if "leave" in meeting:
             leave(0)
         config = str(attempt.record.config)
         if unfit := unfitness(self.submission, config):
             return self._failed(Exit.UNFIT_NODE, unfit)
-        given = self._environment(meeting)
+        given = self._environment(meeting["environment"])
         if self.submission.profile["preflight"]:
             # at an address of its own: who is faster must not meet those who still are there
-            own = given | {"MASTER_PORT": meeting["PREFLIGHT_PORT"]}
+            own = given | {"MASTER_PORT": given["PREFLIGHT_PORT"]}
             command = self.submission.preflight_command(config, self.post.task.local_size)
             before = self._run(command, own)
             if before.code != Exit.FINISHED:
@@ -84,11 +80,11 @@ class _Watch:
         task = self.post.task
         return Outcome(task.rank, task.node, code, time.time(), problem, [])
 
-    def _environment(self, meeting: dict[str, str]) -> dict[str, str]:
+    def _environment(self, shared: dict[str, str]) -> dict[str, str]:
         """What the trainer's environment has besides this task's own."""
         task = self.post.task
         ranks = rank_environment(task.rank, task.size, task.local_rank, task.local_size)
-        given = {"OMP_NUM_THREADS": threads()} | meeting | ranks
+        given = {"OMP_NUM_THREADS": threads()} | shared | ranks
         if self.submission.scratch is not None:
             given["TMPDIR"] = os.path.expandvars(self.submission.scratch)
         return given | self.submission.environment

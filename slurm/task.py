@@ -11,11 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
+from job.common.errors import Exit
 from slurm.policy import exit_status
-from slurm.record import Attempt, Record
+from slurm.record import Attempt, Record, Start
 from slurm.trainer import STOP_SIGNALS
 
 POLL_SECONDS = 0.2
+_MEETING_SECONDS = 300.0  # for a task that starts early to wait for task 0
 Found = TypeVar("Found")
 
 
@@ -28,9 +30,8 @@ class Task:
     local_rank: int
     local_size: int
     node: str
-    job: int
+    start: Start
     job_name: str  # as clients know it: 12, or 12_3 of an array
-    restart: int
 
     @classmethod
     def here(cls) -> Task:
@@ -43,9 +44,12 @@ class Task:
             local_rank=int(env["SLURM_LOCALID"]),
             local_size=size // nodes,
             node=env.get("SLURMD_NODENAME") or socket.gethostname(),
-            job=int(env["SLURM_JOB_ID"]),
+            start=Start(
+                job=int(env["SLURM_JOB_ID"]),
+                restart=int(env.get("SLURM_RESTART_COUNT", 0)),
+                step=int(env.get("SLURM_STEP_ID", 0)),
+            ),
             job_name=f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else env["SLURM_JOB_ID"],
-            restart=int(env.get("SLURM_RESTART_COUNT", 0)),
         )
 
 
@@ -72,9 +76,18 @@ class Post:
 
     @classmethod
     def taken(cls, record: Record) -> Post:
-        """From here on signals are heard."""
+        """The next attempt for task 0, and for the others the one that it has begun.
+
+        From here on signals are heard.
+        """
         signals, task = Signals(), Task.here()
-        return cls(task, Attempt(record, task.job, task.restart), signals)
+        if task.rank == 0:
+            return cls(task, Attempt.take(record), signals)
+        attempt = wait_for(lambda: Attempt.of(record, task.start), _MEETING_SECONDS)
+        if attempt is None:
+            say(f"task 0 did not say where to meet: nothing of it in {record.folder}/attempts")
+            leave(Exit.CRASHED)
+        return cls(task, attempt, signals)
 
 
 def wait_for(condition: Callable[[], Found], seconds: float) -> Found | None:

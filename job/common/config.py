@@ -135,6 +135,12 @@ def command_line(
     return parser
 
 
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    """The option of all commands that use what earlier ones have made."""
+    about = "read cached data and trunk whole before they are used, not only samples of them"
+    parser.add_argument("--verify", action="store_true", help=about)
+
+
 def _read_yaml(path: Path) -> DictConfig:
     try:
         loaded = OmegaConf.load(path)
@@ -143,7 +149,7 @@ def _read_yaml(path: Path) -> DictConfig:
         raise InputError(f"{path}: cannot read the configuration: {reason}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {error}") from None
-    except (OmegaConfBaseException, RecursionError) as error:
+    except (OmegaConfBaseException, RecursionError, ValueError) as error:
         raise InputError(f"{path}: {_essence(error)}") from None
     if not isinstance(loaded, DictConfig):
         raise InputError(f"{path}: a configuration is a mapping of keys to values")
@@ -157,7 +163,7 @@ def _parse_override(text: str) -> tuple[str, DictConfig]:
         raise InputError(f"{source}: write it as key=value, with dots between key parts")
     try:
         return source, OmegaConf.from_dotlist([text])
-    except (OmegaConfBaseException, RecursionError, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, RecursionError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{source}: {_essence(error)}") from None
 
 

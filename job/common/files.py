@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, also where power is lost."""
 
 from __future__ import annotations
 
@@ -22,10 +22,39 @@ def write_atomic(
     scratch = path.with_name(f".{path.name}.{writer}{uuid.uuid4().hex}")
     try:
         scratch.write_text(text, encoding="utf-8")
-        if may_replace():
-            scratch.replace(path)
+        put_in_place(scratch, path, may_replace)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def put_in_place(scratch: Path, path: Path, may_replace: Callable[[], bool] = lambda: True) -> None:
+    """Let a scratch file become `path` once it is on the disk itself.
+
+    Without that a file system may keep the new name and lose the content, old and new.
+    """
+    sync(scratch)
+    if may_replace():
+        scratch.replace(path)
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of a file system that has nothing to be synced
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            sync(path)
+    sync(folder)
 
 
 @contextmanager
@@ -40,8 +69,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     try:
         scratch.mkdir(parents=True)
         yield scratch
+        _sync_tree(scratch)
         try:
             scratch.rename(folder)
+            sync(folder.parent)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise

@@ -1,7 +1,7 @@
 """The tokenised form of a data set: built once, kept on disk by content, read memory-mapped.
 
 Two jobs may build the same set at once: each writes a folder of its own, and the first rename
-into place wins.
+into place wins. A set that is not whole any more is built anew.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from job.common.data_file import check_readable
+from job.common.derived import find_or_make, remove
 from job.common.errors import InputError, listing
-from job.common.files import atomic_folder
 from job.common.progress import progress
 from job.common.schema import (
     EMBEDDED,
@@ -37,6 +39,7 @@ from job.data.tokenizer import Encoded, Tokenizer
 
 FORMAT = 5  # part of the key: raise it when the stored form changes
 _BATCH = 1024  # examples tokenised together
+_DAMAGE = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # as numpy names it
 
 
 class TokenizedSet:
@@ -71,9 +74,19 @@ class TokenizedSet:
         return len(self.rewards)
 
     def bad_rows(self) -> Iterator[BadRow]:
-        """The rows left out, in order."""
-        with (self.folder / "bad_rows.jsonl").open(encoding="utf-8") as lines:
-            yield from (BadRow(**json.loads(line)) for line in lines)
+        """The rows left out, in order.
+
+        Raises:
+            InputError: the list was damaged since it was written.
+        """
+        file = self.folder / "bad_rows.jsonl"
+        with file.open("rb") as lines:
+            for line in lines:
+                try:
+                    yield BadRow(**json.loads(line))
+                except (ValueError, TypeError):
+                    way_out = "remove the folder, or repeat the command with --verify"
+                    raise InputError(f"{file} is damaged: {way_out}") from None
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -94,12 +107,19 @@ class Source:
 
 
 def load_split(
-    data: DataConfig | PretrainDataConfig, split: str, tokenizer: Tokenizer
+    data: DataConfig | PretrainDataConfig,
+    split: str,
+    tokenizer: Tokenizer,
+    *,
+    verify: bool = False,
 ) -> TokenizedSet:
     """The tokenised `train` or `validation` set, from the cache or built now.
 
     Pre-training data is chains without errors, or rows that need no reward; its bad and overlong
     rows are errors.
+
+    Args:
+        verify: look at all of a cached set, not only at samples.
 
     Raises:
         InputError: bad rows (counted, the first ten shown), no usable row at all, or no template
@@ -111,10 +131,12 @@ def load_split(
         source = _embedded(data.arithmetic, split, labelled)
     else:
         source = _file(path, data.fields, labelled)
-    return _find_or_write(source, data, tokenizer)
+    return _find_or_write(source, data, tokenizer, verify)
 
 
-def load_to_score(data: DataConfig, path: str, tokenizer: Tokenizer) -> TokenizedSet:
+def load_to_score(
+    data: DataConfig, path: str, tokenizer: Tokenizer, *, verify: bool = False
+) -> TokenizedSet:
     """The tokenised form of any file in the training format, rewards optional; or of `embedded`.
 
     Raises:
@@ -124,11 +146,11 @@ def load_to_score(data: DataConfig, path: str, tokenizer: Tokenizer) -> Tokenize
         source = _embedded(data.arithmetic, "validation", labelled=True)
     else:
         source = _file(path, data.fields, "optional")
-    return _find_or_write(source, data, tokenizer)
+    return _find_or_write(source, data, tokenizer, verify)
 
 
 def _find_or_write(
-    source: Source, data: DataConfig | PretrainDataConfig, tokenizer: Tokenizer
+    source: Source, data: DataConfig | PretrainDataConfig, tokenizer: Tokenizer, verify: bool
 ) -> TokenizedSet:
     template = load_template(data.template if isinstance(data, DataConfig) else None, tokenizer)
     policy = _Policy.of(data)
@@ -141,11 +163,17 @@ def _find_or_write(
     }
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
     folder = Path(data.cache_dir) / digest
+
+    def write(scratch: Path) -> None:
+        _write(scratch, source, template, tokenizer, policy)
+
     try:
-        if not folder.exists():
-            with atomic_folder(folder) as scratch:
-                _write(scratch, source, template, tokenizer, policy)
-        return TokenizedSet(folder)
+        find_or_make(folder, write, remove, verify=verify)
+        try:
+            return TokenizedSet(folder)
+        except _DAMAGE:  # where no sample was taken
+            find_or_make(folder, write, remove, verify=True)
+            return TokenizedSet(folder)
     except OSError as error:
         raise InputError(f"data.cache_dir: cannot use {folder}: {error.strerror}") from None
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import json
-import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,12 +30,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from job.common.errors import Ending, InputError
-from job.common.files import write_atomic
+from job.common.files import put_in_place, write_atomic
 from job.common.nested import refuse_differences
+from job.common.state_files import name_unreadable, read_json
 from job.data.rows import BadRow
 from job.data.token_cache import TokenizedSet
 
 Values = NDArray[np.float32]
+_PART = re.compile("([0-9]{12})-([0-9]{12})[.]parquet")
 _PLAN = b"critic-job"  # key of the plan in the file's metadata
 
 
@@ -81,11 +83,15 @@ class ValuesFile:
 
     def _begin(self) -> int:
         plan = self._parts / "plan.json"
-        if plan.exists():
-            self._refuse_other(self._parts, json.loads(plan.read_text(encoding="utf-8")))
+        known = read_json(plan, dict)
+        if known is not None:
+            self._refuse_other(self._parts, known)
         else:
+            for part, _ in self._written():  # of nobody knows what
+                part.unlink()
             write_atomic(plan, json.dumps(self._plan, indent=2) + "\n")
-        return max((stop for _, stop in self._written()), default=0)
+        written = self._written()
+        return written[-1][1] if written else 0
 
     def _refuse_other(self, place: Path, plan: dict[str, Any]) -> None:
         problem = (
@@ -124,9 +130,7 @@ class ValuesFile:
         try:
             with scratch.open("wb") as stream:
                 yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            scratch.rename(file)
+            put_in_place(scratch, file)
         except OSError as error:
             raise Ending(f"{file}: cannot write the values: {error.strerror}") from None
 
@@ -139,9 +143,17 @@ class ValuesFile:
                 yield [row.values.to_numpy() for row in batch.column(0) if row.is_valid]
 
     def _written(self) -> list[tuple[Path, int]]:
-        """The parts in order, and the sequence that each ends before."""
-        files = sorted(self._parts.glob("*-*.parquet"))
-        return [(file, int(file.stem.partition("-")[2])) for file in files]
+        """The parts that follow each other from the first on, and where each of them ends.
+
+        What comes after one that is missing or not readable is scored again.
+        """
+        named = ((_PART.fullmatch(file.name), file) for file in self._parts.glob("*"))
+        ends = {int(m[1]): (file, int(m[2])) for m, file in named if m and m[1] < m[2]}
+        parts, stop = [], 0
+        while stop in ends and _is_whole(ends[stop][0]):
+            parts.append(ends[stop])
+            stop = ends[stop][1]
+        return parts
 
     def _table(self, start: int, stop: int, values: Sequence[Values]) -> Any:
         import pyarrow as pa
@@ -197,6 +209,19 @@ def _plan_of(file: Path) -> dict[str, Any]:
     try:
         metadata = pyarrow.parquet.read_schema(file).metadata or {}
         plan: dict[str, Any] = json.loads(metadata[_PLAN])
-    except (pyarrow.ArrowException, KeyError, ValueError):
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError):
         raise InputError(f"{file}: is there already, and no file of values") from None
     return plan
+
+
+def _is_whole(part: Path) -> bool:
+    """Whether a part can be read; its content is on the disk before it has its name."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        pyarrow.parquet.read_table(part)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        name_unreadable(part, error)
+        return False
+    return True

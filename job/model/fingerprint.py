@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import math
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from job.common.derived import sealed_text, sealed_value
 from job.common.errors import InputError
 from job.common.files import write_atomic
 from job.common.progress import progress
@@ -34,14 +34,15 @@ THREADS = 8
 _log = logging.getLogger(__name__)
 
 
-def fingerprint(folder: str | Path, cache_dir: str | Path) -> str:
+def fingerprint(folder: str | Path, cache_dir: str | Path, *, verify: bool = False) -> str:
     """The sha256, as 64 hex digits, of the trunk in a folder of either layout.
 
     Any bit of a tensor that a critic uses, its name, shape and dtype, and the architecture belong
     to it; heads, the order, strides and files of what is stored, and the form of params.json or
     config.json do not. It is of the content as it is stored: one model has another fingerprint in
     another layout.
-    It is kept below `cache_dir` for as long as all files keep path, size and time of change.
+    It is kept below `cache_dir` for as long as all files keep path, size and time of change;
+    `verify` reads the weights nevertheless.
 
     Raises:
         InputError: the architecture or the weights cannot be read, or a tensor is no dense floats.
@@ -49,7 +50,7 @@ def fingerprint(folder: str | Path, cache_dir: str | Path) -> str:
     config, trunk = read_architecture(folder), find_trunk(folder)
     architecture = _normalised(config)
     file = Path(cache_dir) / "fingerprints" / f"{_key(trunk, architecture)}.json"
-    found = _cached(file)
+    found = None if verify else _cached(file)
     if found is None:
         found = _sha256({"architecture": architecture, "tensors": _tensors(trunk, config)})
         _keep(file, found)
@@ -82,16 +83,16 @@ def _stamp(file: Path) -> list[str | int]:
 def _cached(file: Path) -> str | None:
     """The digest in a cache file; None if there is none or it is damaged."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = sealed_value(file.read_bytes())
+    except (OSError, ValueError):
         return None
-    return found if isinstance(found, str) and re.fullmatch("[0-9a-f]{64}", found) else None
+    return found if isinstance(found, str) else None
 
 
 def _keep(file: Path, digest: str) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, json.dumps(digest) + "\n")
+        write_atomic(file, sealed_text(digest))
     except OSError as error:
         _log.warning("%s: cannot keep the trunk's fingerprint: %s", file, error.strerror)
 

@@ -127,7 +127,7 @@ class Mappings:
 
     def __init__(self) -> None:
         try:
-            lines = Path("/proc/self/maps").read_text().splitlines()
+            lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
         except OSError:
             lines = []
         self._ranges: dict[str, list[tuple[int, int]]] = {}

@@ -15,6 +15,7 @@ from job.common.nested import refuse_differences
 from job.common.schema import CheckpointConfig
 from job.run.fence import Fence
 from job.run.manifest import MANIFEST, DamagedError, Manifest
+from job.run.names import checkpoint_steps, removed_name
 from job.run.value_metrics import metric_names
 
 FACTS = "facts.json"
@@ -30,7 +31,7 @@ def committed(run: Path) -> list[Path]:
 
 def folders(checkpoints: Path) -> list[Path]:
     """All that were committed, in time or not, oldest first."""
-    return sorted(path for path in checkpoints.glob("step-*") if path.is_dir())
+    return list(checkpoint_steps(checkpoints).values())
 
 
 def _is_in_time(folder: Path, fence: Fence) -> bool:
@@ -112,7 +113,7 @@ def _step(folder: Path) -> int:
 
 
 def set_aside(folder: Path) -> Path:
-    """Give a damaged checkpoint a name under which it is not used but can be looked at."""
+    """Give a damaged folder a name under which it is not used but can be looked at."""
     aside = folder.with_name(f"damaged-{folder.name}")
     number = 2
     while aside.exists():
@@ -122,6 +123,6 @@ def set_aside(folder: Path) -> Path:
 
 def remove(folder: Path) -> None:
     """Remove a checkpoint so that no half of it can be taken for a whole."""
-    hidden = folder.with_name(f".removed-{folder.name}")
+    hidden = folder.with_name(removed_name(folder.name))
     shutil.rmtree(hidden, ignore_errors=True)
     shutil.rmtree(folder.rename(hidden))

@@ -32,8 +32,9 @@ import yaml
 from job.common.errors import InputError, Stopped
 from job.common.files import write_atomic
 from job.common.nested import refuse_differences
+from job.common.state_files import read_yaml
 from job.run.fence import Fence
-from job.run.reader import StoredRun
+from job.run.reader import StoredRun, enclosing_run
 
 _log = logging.getLogger(__name__)
 
@@ -83,14 +84,14 @@ class RunDirectory(StoredRun):
         """Make the directory and store the configuration, or check it against the stored one.
 
         Raises:
-            InputError: the directory cannot be written, or holds another configuration.
+            InputError: the directory cannot be written, holds another configuration, or would lie
+                in another run's.
         """
+        if not self.has_config:
+            refuse_inside_another(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if self.has_config:
-                self._refuse_other(config)
-            elif self.file("metrics.jsonl").exists() or self.file("plots").exists():
-                raise InputError(f"run.dir: {self.path} holds files that no run here has written")
+            self._refuse_other(config)
             write_atomic(self.file("config.yaml"), yaml.safe_dump(config, sort_keys=False))
         except OSError as error:
             raise InputError(f"run.dir: cannot write {self.path}: {error.strerror}") from None
@@ -101,6 +102,12 @@ class RunDirectory(StoredRun):
         return status.get("state") == "finished" and status.get("step", 0) >= max_steps
 
     def _refuse_other(self, config: dict[str, Any]) -> None:
+        """Raise InputError if the directory is another run's, or no run's."""
+        if not any(read_yaml(file) for file in self.config_files()):
+            begun = self.has_config or any(self.path.glob("attempts/*/attempt.json"))
+            if not begun and (self.file("metrics.jsonl").exists() or self.file("plots").exists()):
+                raise InputError(f"run.dir: {self.path} holds files that no run here has written")
+            return
         problem = (
             f"{self.path}: this run directory holds a different configuration "
             "(stored -> asked for); choose another run.dir or run.name"
@@ -153,6 +160,15 @@ class RunDirectory(StoredRun):
         missing = last - len(self.records())
         if missing:
             _log.error("%s lacks %d of %d steps", self.file("metrics.jsonl"), missing, last)
+
+
+def refuse_inside_another(path: Path) -> None:
+    """Raise InputError where a new run would lie in another run's directory."""
+    other = enclosing_run(path)
+    if other is not None:
+        raise InputError(
+            f"run.dir: {path} lies inside another run, {other}; choose another run.dir"
+        )
 
 
 def _ending(error: BaseException) -> dict[str, Any]:

@@ -3,19 +3,26 @@
 An attempt is a folder `attempts/NNNN` of the run directory. Making it is how an attempt takes its
 number: mkdir is atomic, on NFS too, so that of two copies started at once each gets its own. The
 one with the higher number goes on, the other sees that and leaves.
+
+On Slurm the supervisor takes the number, and its trainers are given it: so that the two of them
+never disagree on who is the newest.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import time
 from pathlib import Path
 
-from job.common.errors import Superseded
+from job.common.errors import InputError, Superseded
 from job.common.files import write_atomic
+from job.common.state_files import read_json
+from job.run.names import attempt_name, attempt_numbers, scratch_files, scratch_writer
 
+ATTEMPT = "CRITIC_ATTEMPT"  # environment: the number that a supervisor has taken
 _RECORD = "attempt.json"
 
 
@@ -27,11 +34,15 @@ class Fence:
 
     @classmethod
     def take(cls, run: Path) -> Fence:
-        """Start the next attempt of a run; all earlier ones are superseded from here on."""
+        """Start the next attempt of a run; all earlier ones are superseded from here on.
+
+        Raises:
+            OSError: the file system does not let it.
+        """
         attempts = run / "attempts"
         attempts.mkdir(exist_ok=True)
         while True:
-            number = max(_numbers(attempts), default=0) + 1
+            number = max(attempt_numbers(attempts), default=0) + 1
             try:
                 cls(attempts, number).folder.mkdir()
             except FileExistsError:  # another copy was faster
@@ -39,10 +50,27 @@ class Fence:
             _remove_scratch(run, number)
             return cls(attempts, number)
 
+    @classmethod
+    def given(cls, run: Path) -> Fence | None:
+        """The attempt that a supervisor has taken for this process; None without one.
+
+        Raises:
+            Superseded: there is a newer one by now.
+        """
+        number = os.environ.get(ATTEMPT)
+        if number is None:
+            return None
+        if not number.isdecimal():
+            raise InputError(f"{ATTEMPT}={number}: not the number of an attempt")
+        fence = cls(run / "attempts", int(number))
+        if fence.superseded():
+            raise fence.ending()
+        return fence
+
     @property
     def folder(self) -> Path:
         """This attempt's own files: logs of its ranks, stack traces."""
-        return self._attempts / f"{self.number:04}"
+        return self._attempts / attempt_name(self.number)
 
     def superseded(self) -> bool:
         # a listing, since an NFS client may remember for long that one name was not there
@@ -55,7 +83,7 @@ class Fence:
         sees the newer one; if it is after, the newer one has removed what was to be renamed.
         """
         try:
-            write_atomic(file, text, f"attempt-{self.number:04}.", lambda: not self.superseded())
+            write_atomic(file, text, scratch_writer(self.number), lambda: not self.superseded())
         except FileNotFoundError:
             if not self.superseded():
                 raise
@@ -82,7 +110,7 @@ class Fence:
         It is not if a later attempt went on from an earlier step: then it came too late.
         """
         return all(
-            step <= _resumed_step(self._attempts / f"{later:04}")
+            step <= _resumed_step(self._attempts / attempt_name(later))
             for later in _numbers(self._attempts)
             if later > attempt
         )
@@ -90,22 +118,19 @@ class Fence:
 
 def _numbers(attempts: Path) -> list[int]:
     try:
-        return [int(entry.name) for entry in attempts.glob("*") if entry.name.isdigit()]
+        return attempt_numbers(attempts)
     except OSError:  # a file system that is away for a moment tells nothing
         return []
 
 
 def _remove_scratch(run: Path, number: int) -> None:
     """Remove what attempts before this one were about to put in place of a file of the run."""
-    for earlier in _numbers(run / "attempts"):
-        if earlier < number:
-            for scratch in run.glob(f".*.attempt-{earlier:04}.*"):
-                scratch.unlink(missing_ok=True)
+    for scratch in scratch_files(run, number):
+        scratch.unlink(missing_ok=True)
 
 
 def _resumed_step(attempt: Path) -> float:
     """Where an attempt went on; infinity if it ended before that, having committed nothing."""
-    try:
-        return float(json.loads((attempt / _RECORD).read_text())["resumed_step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return float("inf")
+    facts = read_json(attempt / _RECORD, dict)
+    step = None if facts is None else facts.get("resumed_step")
+    return step if isinstance(step, int) else math.inf

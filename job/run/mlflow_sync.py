@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.common.files import write_atomic
 from job.common.nested import flatten
+from job.common.state_files import read_json
 from job.run.reader import Line, Record, StoredRun
 
 if TYPE_CHECKING:
@@ -162,19 +163,22 @@ class _Sent:
     @classmethod
     def load(cls, path: Path, uri: str) -> _Sent:
         """What was sent to `uri`: nothing where the file is missing or about another place."""
-        try:
-            sent = cls(**json.loads(path.read_text()))
-        except (FileNotFoundError, ValueError, TypeError):
-            return cls(uri)
-        return sent if sent.tracking_uri == uri else cls(uri)
+        sent = cls._stored(path)
+        return sent if sent is not None and sent.tracking_uri == uri else cls(uri)
 
     @classmethod
     def stored_uri(cls, path: Path) -> str:
         """Where the run was sent last; empty if nowhere yet."""
+        sent = cls._stored(path)
+        return "" if sent is None else sent.tracking_uri
+
+    @classmethod
+    def _stored(cls, path: Path) -> _Sent | None:
+        content = read_json(path, dict) or {}
         try:
-            return cls(**json.loads(path.read_text())).tracking_uri
-        except (FileNotFoundError, ValueError, TypeError):
-            return ""
+            return cls(**content)
+        except TypeError:  # nothing, or not these names
+            return None
 
 
 class _Syncer:

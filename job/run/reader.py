@@ -9,20 +9,18 @@ from __future__ import annotations
 import io
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import yaml
-
 from job.common.config import completed
 from job.common.errors import InputError
 from job.common.schema import CriticConfig
+from job.common.state_files import name_unreadable, read_json, read_yaml
+from job.run.names import checkpoint_steps
 
 VALIDATION = "validation/value/"
-_CHECKPOINT = re.compile(r"step-(\d{8})$")
 _TAIL_BYTES = 100_000
 _BYTES_PER_LINE = 1000  # of a log, at most on average
 
@@ -35,7 +33,7 @@ class Line(NamedTuple):
 
 
 class StoredRun:
-    """The files of one run, read anew at each question."""
+    """The files of one run, read anew at each question; what cannot be read counts as absent."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -56,26 +54,25 @@ class StoredRun:
         return completed(self.stored_config(), CriticConfig)
 
     def stored_config(self) -> dict[str, Any]:
-        """The configuration as config.yaml has it, for people to look at.
+        """The configuration as config.yaml has it, or else the newest checkpoint.
 
         Raises:
             InputError: there is none.
         """
-        try:
-            stored = yaml.safe_load(self.file("config.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            stored = None
-        if not isinstance(stored, dict):
+        stored = next((one for file in self.config_files() if (one := read_yaml(file))), None)
+        if stored is None:
             raise InputError(f"{self.path}: not a run directory: no readable config.yaml")
         return stored
 
-    def status(self) -> dict[str, Any]:
-        """The stored status; empty before the first one.
+    def config_files(self) -> list[Path]:
+        """Where the configuration is, the best place first."""
+        checkpoints = checkpoint_steps(self.file("checkpoints")).values()
+        folders = [self.path, *reversed(checkpoints)]
+        return [folder / "config.yaml" for folder in folders]
 
-        Raises:
-            InputError: status.json is damaged.
-        """
-        return self._object("status.json", "; remove it to let the run start over")
+    def status(self) -> dict[str, Any]:
+        """The stored status; empty before the first one."""
+        return self._object("status.json")
 
     def parameters(self) -> dict[str, Any]:
         """The parameter report."""
@@ -89,29 +86,17 @@ class StoredRun:
         """Calibration and value by position at the last evaluation."""
         return self._object("reliability.json")
 
-    def _object(self, name: str, advice: str = "") -> dict[str, Any]:
-        file = self.file(name)
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError):
-            stored = None
-        if not isinstance(stored, dict):
-            raise InputError(f"{file}: damaged{advice}")
-        return stored
+    def bad_steps(self) -> list[int]:
+        """The steps that are passed over."""
+        steps = read_json(self.file("bad_steps.json"), list) or []
+        return [step for step in steps if isinstance(step, int)]
+
+    def _object(self, name: str) -> dict[str, Any]:
+        return read_json(self.file(name), dict) or {}
 
     def records(self, name: str = "metrics.jsonl") -> list[Record]:
-        """The lines of metrics.jsonl or telemetry.jsonl.
-
-        Raises:
-            InputError: one of them is damaged.
-        """
-        with _opened(self.file(name)) as stream:
-            try:
-                return [json.loads(line) for _, line in _complete_lines(stream, 0)]
-            except ValueError:
-                raise InputError(f"{self.file(name)}: damaged") from None
+        """The lines of metrics.jsonl or telemetry.jsonl that can be read."""
+        return [r for r in complete_records(self.file(name)) if isinstance(r.get("step"), int)]
 
     def lines(self, name: str, offset: int = 0, step: int = -1) -> Iterator[Line]:
         """The whole lines beyond a step, in the order of steps, of which each has one.
@@ -121,10 +106,10 @@ class StoredRun:
         """
         with _opened(self.file(name)) as stream:
             stream.seek(offset)
-            if _parsed(stream.readline()).get("step") != step:
+            if _record(stream.readline()).get("step") != step:
                 offset = 0
             for start, line in _complete_lines(stream, offset):
-                record = _parsed(line)
+                record = _record(line)
                 if record and record["step"] > step:
                     step = record["step"]
                     yield Line(start, record)
@@ -138,8 +123,7 @@ class StoredRun:
 
     def newest_checkpoint(self) -> int:
         """The last committed step; 0 without one."""
-        matches = (_CHECKPOINT.match(p.name) for p in self.file("checkpoints").glob("step-*"))
-        return max((int(match[1]) for match in matches if match), default=0)
+        return max(checkpoint_steps(self.file("checkpoints")), default=0)
 
     def log_tail(self, count: int) -> list[str]:
         """The last lines of the trainer's log."""
@@ -165,7 +149,7 @@ class Snapshot:
         """Read a run directory.
 
         Raises:
-            InputError: a file in it is damaged.
+            InputError: its configuration, or what a file in it says, makes no sense.
         """
         stored = StoredRun(path)
         try:
@@ -229,10 +213,33 @@ def snapshots(runs: Sequence[Path]) -> list[Snapshot]:
     return [Snapshot.read(run, name) for run, name in zip(runs, names, strict=True)]
 
 
+def complete_records(file: Path) -> list[Record]:
+    """The whole lines of a JSON Lines file, without those that cannot be read."""
+    with _opened(file) as stream:
+        found = [_parsed(line) for _, line in _complete_lines(stream, 0)]
+    kept = [record for record in found if record]
+    if len(kept) < len(found):
+        name_unreadable(file, f"{len(found) - len(kept)} of its lines")
+    return kept
+
+
 def last_lines(file: Path, count: int = 20) -> list[str]:
     """The end of a log; empty if it cannot be read now."""
     text = _end(file, _BYTES_PER_LINE * count).decode("utf-8", errors="replace")
     return text.splitlines()[-count:]
+
+
+def enclosing_run(path: Path) -> Path | None:
+    """The run directory that a path lies inside of."""
+    return next((folder for folder in path.resolve().parents if _is_run(folder)), None)
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        begun = (folder / "config.yaml").is_file() and (folder / "attempts").is_dir()
+        return begun or (folder / "slurm" / "submission.json").is_file()
+    except OSError:  # a folder above that is not for this user to see
+        return False
 
 
 def _configured_name(run: Path) -> str | None:
@@ -274,9 +281,15 @@ def _parsed(line: bytes) -> Record:
     """Empty for a part of a line: torn by a crash, or cut off by an offset of another file."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def _record(line: bytes) -> Record:
+    """A line that belongs to a step; empty for anything else."""
+    record = _parsed(line)
+    return record if isinstance(record.get("step"), int) else {}
 
 
 def _end(file: Path, most: int) -> bytes:

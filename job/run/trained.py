@@ -170,14 +170,17 @@ class TrainedCritic:
         unfreeze_last_blocks(critic, self.num_unfrozen_layers)
         return critic
 
-    def check(self) -> None:
+    def check(self, *, verify: bool = False) -> None:
         """See that trunk and trained parameters are those that this critic is made of.
+
+        Args:
+            verify: read all of the trunk, even if its fingerprint is known.
 
         Raises:
             InputError: another trunk or architecture, or parameters that do not fit N. Both sides
                 are named.
         """
-        self._check_trunk(Path(self.config.model.path))
+        self._check_trunk(Path(self.config.model.path), verify)
         there = self.weights.shapes
         wanted = {name: tuple(p.shape) for name, p in _trainable(self.on_meta()).items()}
         problems = [
@@ -200,7 +203,7 @@ class TrainedCritic:
                 "name the right one with --override tokenizer.path=PATH"
             )
 
-    def _check_trunk(self, trunk: Path) -> None:
+    def _check_trunk(self, trunk: Path, verify: bool) -> None:
         if not trunk.is_dir():
             raise InputError(
                 f"{trunk}: the trunk that {self.folder} was trained on is not here; "
@@ -208,7 +211,7 @@ class TrainedCritic:
             )
         here = {
             "architecture": asdict(read_architecture(trunk)),
-            "base": fingerprint(trunk, self.config.data.cache_dir),
+            "base": fingerprint(trunk, self.config.data.cache_dir, verify=verify),
         }
         there = {name: self.facts["identity"][name] for name in here}
         problem = (

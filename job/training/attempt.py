@@ -26,7 +26,11 @@ _log = logging.getLogger("job.train")
 
 @dataclass(frozen=True)
 class Attempt:
-    """What every part of a training shares, on one rank."""
+    """What every part of a training shares, on one rank.
+
+    Attributes:
+        verify: look at all of what was made before, not only at samples.
+    """
 
     config: CriticConfig
     run: RunDirectory
@@ -34,10 +38,13 @@ class Attempt:
     world: World
     agreement: Agreement
     recorder: Recorder
+    verify: bool = False
 
 
 @contextmanager
-def claimed_attempt(config: CriticConfig, *, resume: bool) -> Iterator[Attempt | None]:
+def claimed_attempt(
+    config: CriticConfig, *, resume: bool, verify: bool = False
+) -> Iterator[Attempt | None]:
     """The next attempt at a run, inputs, logs and status in place; None if the run is finished.
 
     Raises:
@@ -53,22 +60,27 @@ def claimed_attempt(config: CriticConfig, *, resume: bool) -> Iterator[Attempt |
         run.fence = fence = Fence(run.file("attempts"), number)
         with _recorded(config, run, fence, world):
             agreement = _agreement(config, run, fence, world)
-            world.main_first(lambda: prepare_inputs(config))
+            world.main_first(lambda: prepare_inputs(config, verify=verify))
             with Recorder(world.device) as recorder:  # a trunk that is made first is no part of it
-                yield Attempt(config, run, fence, world, agreement, recorder)
+                yield Attempt(config, run, fence, world, agreement, recorder, verify)
 
 
 def _claim(config: CriticConfig, run: RunDirectory, resume: bool) -> int | None:
-    """This attempt's number; None if the run is finished."""
+    """This attempt's number; None if the run is finished.
+
+    Raises:
+        Superseded: a newer attempt has begun since this one was given its number.
+    """
     check_metric(config.checkpoint.keep_best)
     if not resume and run.file("config.yaml").exists():
         raise InputError(f"{run.path}: there is a run already, and --resume is `never`")
+    given = Fence.given(run.path)  # before anything is written
     run.claim(to_dict(config))
     if run.is_finished(config.training.max_steps):
         _log.info("%s is finished already: %s", run.path, run.file("report.html"))
         return None
     try:
-        return Fence.take(run.path).number
+        return (given or Fence.take(run.path)).number
     except OSError as error:
         raise InputError(f"run.dir: cannot write {run.path}: {error.strerror}") from None
 

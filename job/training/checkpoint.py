@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -37,6 +36,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from job.common.errors import Ending, first_line
+from job.common.files import sync
 from job.common.schema import CheckpointConfig
 from job.common.version import commit
 from job.distributed.world import World
@@ -54,6 +54,7 @@ from job.run.checkpoint_store import (
 from job.run.directory import RunDirectory
 from job.run.fence import Fence
 from job.run.manifest import MANIFEST, DamagedError, FileSum, Manifest
+from job.run.names import checkpoint_name, is_leftover, unfinished_name
 from job.training.learner import Learner
 from job.training.state import TrainingState
 
@@ -182,7 +183,7 @@ class Checkpoints:
         """Write and commit a checkpoint; the work of the background thread."""
         if self._world.device.type == "cuda":
             torch.cuda.set_device(self._world.device)  # a new thread begins at the first GPU
-        scratch = self._folder / f".step-{snapshot.step:08}.attempt-{self._fence.number:04}"
+        scratch = self._folder / unfinished_name(snapshot.step, self._fence.number)
         self._together(lambda: self._prepare(scratch, snapshot))
         try:
             save(snapshot.tensors, storage_writer=_writer(scratch), process_group=self._group)
@@ -249,17 +250,17 @@ class Checkpoints:
             return
         self.logs_written()
         Manifest(snapshot.step, self._fence.number, sums).write(scratch)
-        _flush(scratch / MANIFEST)
-        _flush(scratch)
+        sync(scratch / MANIFEST)
+        sync(scratch)
         self._refuse_if_superseded()
-        target = self._folder / f"step-{snapshot.step:08}"
+        target = self._folder / checkpoint_name(snapshot.step)
         if target.exists():
             if target in self._committed():  # this attempt has slept, and the newer one is through
                 raise OSError(f"{target} is there already")
             remove(target)  # an attempt that was superseded has committed it too late
         scratch.rename(target)
         try:
-            _flush(self._folder)
+            sync(self._folder)
             self._clean_up(target)
         except OSError as error:  # it is committed all the same
             _log.warning("step %d is saved, but: %s", snapshot.step, error)
@@ -317,7 +318,8 @@ class Checkpoints:
         if not self._run.writes:
             return
         for entry in self._folder.glob(".*"):
-            shutil.rmtree(entry, ignore_errors=True)
+            if is_leftover(entry.name):
+                shutil.rmtree(entry, ignore_errors=True)
         for folder in set(folders(self._folder)) - set(self._committed()):
             remove(folder)
 
@@ -385,13 +387,4 @@ def _in_background(work: Callable[[], Result]) -> Future[Result]:
 
 def _write_durably(file: Path, content: bytes) -> None:
     file.write_bytes(content)
-    _flush(file)
-
-
-def _flush(path: Path) -> None:
-    """Have a file or folder written to the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(file)

@@ -37,7 +37,9 @@ def check_sources(config: CriticConfig) -> None:
             check_readable(path)
 
 
-def load_critic_data(config: CriticConfig, run: RunDirectory, world: World) -> CriticData:
+def load_critic_data(
+    config: CriticConfig, run: RunDirectory, world: World, *, verify: bool = False
+) -> CriticData:
     """Tokenise (or find) both sets and check them against each other and the model.
 
     Raises:
@@ -47,7 +49,7 @@ def load_critic_data(config: CriticConfig, run: RunDirectory, world: World) -> C
     tokenizer = load_tokenizer(config.tokenizer.path or config.model.path)
     sets = {}
     for split in ("train", "validation"):
-        found = sets[split] = load_split(config.data, split, tokenizer)
+        found = sets[split] = load_split(config.data, split, tokenizer, verify=verify)
         _keep_bad_rows(found, run, split)
         check_tokens(found, architecture.vocab_size)
     train, validation = sets["train"], sets["validation"]

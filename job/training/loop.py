@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -21,7 +20,6 @@ from job.training.learner import ADVICE, Learner, StepResult
 from job.training.state import TrainingState
 
 LAST_SAVE_PAUSES = (1, 10, 60)  # seconds between attempts to save the end of a training
-_BAD_STEPS = "bad_steps.json"
 _log = logging.getLogger("job.train")
 
 
@@ -43,7 +41,7 @@ class Training:
         self._run, self._world = attempt.run, attempt.world
         self._evaluated: dict[str, float] = {}  # the evaluation of the current step
         self._note = ""
-        self._passed_over: list[int] = self._world.main_decides(self._recorded_bad_steps)
+        self._passed_over: list[int] = self._world.main_decides(self._run.bad_steps)
         checkpoints.logs_written = tracker.flush
 
     def run(self) -> None:
@@ -193,18 +191,13 @@ class Training:
                 f"the weights were left as before them. {ADVICE}"
             ).everywhere()
         self._passed_over = list(range(self.state.step - bad + 1, self.state.step + 1))
-        self._run.write_json(_BAD_STEPS, self._passed_over)
+        self._run.write_json("bad_steps.json", self._passed_over)
         self.agreement.watchdog.beat()
         restored = self.state = self.checkpoints.restore(folder, self.learner)
         self.tracker.rewind(restored.recorded_step)
         _log.error("%d bad steps in a row: went back to step %d", bad, restored.step)
         if restored.unfinished is not None:
             self._finish_step()
-
-    def _recorded_bad_steps(self) -> list[int]:
-        file = self._run.file(_BAD_STEPS)
-        steps: list[int] = json.loads(file.read_text()) if file.exists() else []
-        return steps
 
 
 _PASSED_OVER = StepResult(math.nan, math.nan, math.nan)

@@ -19,11 +19,11 @@ from job.training.objective import Objective
 from job.training.pretraining import ensure_trunk
 
 
-def prepare_inputs(config: CriticConfig) -> None:
+def prepare_inputs(config: CriticConfig, *, verify: bool = False) -> None:
     """See that data and trunk are there, or make the trunk, if it is to be made here."""
     check_sources(config)
     if config.model.recipe is not None:
-        ensure_trunk(Path(config.model.path), config.model.recipe)
+        ensure_trunk(Path(config.model.path), config.model.recipe, verify=verify)
     check_trunk(config.model.path, config.data.max_length)
 
 

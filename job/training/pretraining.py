@@ -16,12 +16,13 @@ import yaml
 from torch import Tensor, nn
 
 from job.common.config import completed, load_config
+from job.common.derived import SUMS, defect, find_or_make
 from job.common.errors import InputError
-from job.common.files import atomic_folder
 from job.common.nested import refuse_differences, to_dict
 from job.common.progress import progress
 from job.common.schema import EMBEDDED, PretrainConfig
 from job.common.signals import stop_if_asked
+from job.common.state_files import read_yaml
 from job.data.arithmetic import ALPHABET
 from job.data.packing import Batch, Packer, single_units
 from job.data.rows import BadRow, read_rows
@@ -29,7 +30,9 @@ from job.data.token_cache import load_split
 from job.data.tokenizer import load_tokenizer, write_bpe_tokenizer, write_character_tokenizer
 from job.model.architecture import TransformerConfig
 from job.model.transformer import Transformer
+from job.model.trunk_folder import PARAMS, WEIGHTS
 from job.model.weights import save_hugging_face, save_transformer
+from job.run.checkpoint_store import set_aside
 from job.training.optimizer import build_language_model_optimizer, set_learning_rate
 
 RECIPE = "recipe.yaml"
@@ -38,33 +41,47 @@ _LOG_EVERY = 50
 _log = logging.getLogger("job.pretrain")
 
 
-def ensure_trunk(folder: Path, recipe: str) -> None:
-    """Make the trunk of a recipe in `folder` unless it is there.
+def ensure_trunk(folder: Path, recipe: str, *, verify: bool = False) -> None:
+    """Make the trunk of a recipe in `folder` unless it is there, and whole.
+
+    Args:
+        verify: look at all of it, not only at samples.
 
     Raises:
         InputError: the folder holds a trunk that another recipe made.
     """
     config = load_config(PretrainConfig, recipe, ["out=."])  # a path is no YAML: put in as it is
     threads = torch.get_num_threads()
-    make_trunk(replace(config, out=str(folder)))
+    make_trunk(replace(config, out=str(folder)), verify=verify)
     torch.set_num_threads(threads)  # the recipe's are the recipe's
 
 
-def make_trunk(config: PretrainConfig) -> None:
-    """Pre-train the trunk unless its folder is there."""
+def make_trunk(config: PretrainConfig, *, verify: bool = False) -> None:
+    """Pre-train the trunk unless its folder is there, and whole; another one is set aside."""
     folder = Path(config.out)
-    if (folder / "params.json").exists():
-        _check_same_recipe(config, folder)
-        _log.info("the trunk is there already: %s", folder)
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if any((folder / name).exists() for name in (PARAMS, RECIPE, SUMS)):
+        problem = _defect(folder, verify)
+        if problem is None or read_yaml(folder / RECIPE) is not None:
+            _check_same_recipe(config, folder)
+        if problem is None:
+            _log.info("the trunk is there already: %s", folder)
+            return
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"out: {folder}: not empty and no trunk in it; choose another folder")
     _architecture(config, vocab_size=1)
     try:
-        with atomic_folder(folder) as scratch:
-            pretrain(config, scratch)
+        find_or_make(folder, lambda scratch: pretrain(config, scratch), set_aside, verify=verify)
     except OSError as error:
         raise InputError(f"out: cannot write {folder}: {error.strerror}") from None
+
+
+def _defect(folder: Path, verify: bool) -> str | None:
+    """What a trunk's folder lacks."""
+    if (folder / SUMS).exists():
+        return defect(folder, verify=verify)
+    # 0.1.0 kept no sums: what was changed cannot be told
+    missing = [name for name in (PARAMS, WEIGHTS) if not (folder / name).exists()]
+    return f"{folder / missing[0]} is missing" if missing else None
 
 
 def _check_same_recipe(config: PretrainConfig, folder: Path) -> None:
@@ -82,7 +99,7 @@ def _stored_recipe(file: Path) -> dict[str, Any]:
         stored = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         stored = None
     if not isinstance(stored, dict):
         raise InputError(f"{file}: not readable as a recipe")

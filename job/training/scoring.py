@@ -39,11 +39,14 @@ _AUTO_TOKENS = 8192  # of a micro-batch
 _log = logging.getLogger("job.score")
 
 
-def score(find: Callable[[], TrainedCritic], source: str, out: Path) -> None:
+def score(
+    find: Callable[[], TrainedCritic], source: str, out: Path, *, verify: bool = False
+) -> None:
     """Score a data file as one of the job's processes.
 
     Args:
         find: finds the critic; called on rank 0 alone.
+        verify: look at all of cached data and trunk, not only at samples.
 
     Raises:
         InputError: something in the input is wrong; nothing is scored yet.
@@ -52,10 +55,10 @@ def score(find: Callable[[], TrainedCritic], source: str, out: Path) -> None:
     with joined_world(DistributedConfig()) as world:
         if not world.is_main:
             only_warnings()
-        trained = world.main_decides(functools.partial(_found, find, source))
+        trained = world.main_decides(functools.partial(_found, find, source, verify))
         if trained.config.training.threads is not None:
             torch.set_num_threads(trained.config.training.threads)
-        data = world.main_first(lambda: _load_data(trained, source))
+        data = world.main_first(lambda: _load_data(trained, source, verify))
         with ExitStack() as stack:
             file = ValuesFile(out, data, _plan(trained, data))
             start = world.main_decides(lambda: stack.enter_context(file.claimed()))
@@ -65,19 +68,19 @@ def score(find: Callable[[], TrainedCritic], source: str, out: Path) -> None:
                 _finish(file, trained, data)
 
 
-def _found(find: Callable[[], TrainedCritic], source: str) -> TrainedCritic:
+def _found(find: Callable[[], TrainedCritic], source: str, verify: bool) -> TrainedCritic:
     if source != EMBEDDED:
         check_readable(source)
     trained = find()
-    trained.check()
+    trained.check(verify=verify)
     return trained
 
 
-def _load_data(trained: TrainedCritic, source: str) -> TokenizedSet:
+def _load_data(trained: TrainedCritic, source: str, verify: bool) -> TokenizedSet:
     config = trained.config
     tokenizer = load_tokenizer(config.tokenizer.path or config.model.path)
     trained.check_tokenizer(tokenizer.fingerprint)
-    data = load_to_score(config.data, source, tokenizer)
+    data = load_to_score(config.data, source, tokenizer, verify=verify)
     check_tokens(data, trained.architecture.vocab_size)
     if data.n_skipped:
         _log.warning("%s: %d row(s) left out; they have no values", source, data.n_skipped)

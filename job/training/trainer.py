@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from job.common.files import put_in_place
 from job.common.schema import CriticConfig
 from job.distributed.world import World
 from job.model.architecture_file import read_architecture
@@ -33,8 +34,11 @@ from job.training.state import TrainingState
 _log = logging.getLogger("job.train")
 
 
-def train(config: CriticConfig, *, resume: bool = True) -> None:
+def train(config: CriticConfig, *, resume: bool = True, verify: bool = False) -> None:
     """Run one training to its end, in its run directory, as one of the job's processes.
+
+    Args:
+        verify: look at all of cached data and trunk, not only at samples.
 
     Raises:
         InputError: something in the input is wrong, or the run exists and `resume` is false.
@@ -42,7 +46,7 @@ def train(config: CriticConfig, *, resume: bool = True) -> None:
         Superseded: another copy of this run has begun later.
     """
     set_up_torch(config)
-    with claimed_attempt(config, resume=resume) as attempt:
+    with claimed_attempt(config, resume=resume, verify=verify) as attempt:
         if attempt is not None:
             _train(attempt)
 
@@ -50,8 +54,8 @@ def train(config: CriticConfig, *, resume: bool = True) -> None:
 def _train(attempt: Attempt) -> None:
     config, run, world, recorder = attempt.config, attempt.run, attempt.world, attempt.recorder
     choose_micro_batch(config, run, world)
-    data = world.main_first(lambda: load_critic_data(config, run, world))
-    identity = world.main_decides(lambda: _identity(config, data))
+    data = world.main_first(lambda: load_critic_data(config, run, world, verify=attempt.verify))
+    identity = world.main_decides(lambda: _identity(config, data, attempt.verify))
     checkpoints = Checkpoints(run, attempt.fence, config.checkpoint, identity, world)
     checkpoint = world.main_decides(checkpoints.newest_good)
     memory = MemoryAccount(config, data, run, world, recorder)
@@ -81,12 +85,12 @@ def _learner(attempt: Attempt, critic: Critic) -> Learner:
     return Learner(critic, objective, config.training, attempt.world, attempt.recorder.phase)
 
 
-def _identity(config: CriticConfig, data: CriticData) -> dict[str, Any]:
+def _identity(config: CriticConfig, data: CriticData, verify: bool) -> dict[str, Any]:
     """What a checkpoint belongs to."""
     return {
         "num_unfrozen_layers": config.training.num_unfrozen_layers,
         "architecture": asdict(read_architecture(config.model.path)),
-        "base": fingerprint(config.model.path, config.data.cache_dir),
+        "base": fingerprint(config.model.path, config.data.cache_dir, verify=verify),
         "tokenizer": data.tokenizer,
         "train_data": data.train.data.folder.name,
         "validation_data": data.validation.data.folder.name,
@@ -131,7 +135,7 @@ def _save_trained(critic: Critic, run: RunDirectory) -> None:
     if writes:
         scratch = run.file(".critic.safetensors")
         save_file(trained, scratch)
-        scratch.replace(run.file("critic.safetensors"))
+        put_in_place(scratch, run.file("critic.safetensors"))
 
 
 def _write_report(run: RunDirectory) -> None:

@@ -71,7 +71,7 @@ class Submitted:
     def attempts(self) -> list[Path]:
         """The folders of its starts on nodes, the oldest first."""
         folders = (self.path / "slurm" / "attempts").glob("*")
-        return sorted(folders, key=lambda folder: [int(part) for part in folder.name.split("-")])
+        return sorted(folders)
 
     @property
     def queue(self) -> str:

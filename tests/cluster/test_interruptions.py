@@ -112,9 +112,8 @@ def _follow(run: Submitted, event: str, since: float, before: int) -> Taken:
 
 def _resumed(run: Submitted, number: int) -> int | None:
     """Where the attempt after the first `number` on nodes has gone on."""
-    job_id, restart = run.attempts[number].name.split("-")
-    found = [one for one in run.results.attempts if one.get("slurm_job") == job_id]
-    return found[int(restart)]["resumed_step"] if len(found) > int(restart) else None
+    file = run.path / "attempts" / run.attempts[number].name / "attempt.json"
+    return json.loads(file.read_text())["resumed_step"] if file.exists() else None
 
 
 def _record(taken: Taken) -> None:

@@ -194,14 +194,11 @@ def test_a_copy_that_slurm_takes_for_dead_ends_by_itself_and_touches_nothing(
         _freeze(run, EVERY)  # the node hangs
         trainer = _trainer(run, 0)
         supervisor, node = _parent(trainer), _newest(run, "started")["node"]
-        step, since = run.results.step, time.time()
+        since = time.time()
         lab.kill_slurmd(node)
         run.wait_until(lambda: run.count("started") == 2, "a second copy")
         began = time.time()
-        os.kill(trainer, signal.SIGCONT)  # and goes on before the second copy has been loaded
-        run.wait_until(lambda: run.results.step > step + EVERY, "steps of the first copy")
-        assert len(run.results.attempts) == 1
-        assert len(run.trainers()) == 2
+        os.kill(trainer, signal.SIGCONT)  # and sees what number the second copy has taken
         first_copy = (trainer, supervisor)
         run.wait_until(lambda: not any(map(_is_there, first_copy)), "the first copy's end")
         assert ranks.wait() == [0], ranks.log()
@@ -213,7 +210,7 @@ def test_a_copy_that_slurm_takes_for_dead_ends_by_itself_and_touches_nothing(
     run.results.assert_equals(job.micro.run("long"))
     assert (status["state"], status["attempts"]) == ("finished", 2)
     own = json.loads((run.path / "slurm" / "status.json").read_text())
-    assert "-".join(map(str, own["attempt"])) == second.name
+    assert f"{own['attempt']:04}" == second.name
     events = [(one["event"], one.get("restart")) for one in run.events]
     assert events == [
         ("submitted", None),

@@ -215,6 +215,7 @@ CONFIG_FILES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "code": (f"{CRITIC}logging: !!python/object/apply:os.abort []", ("not valid YAML", "line 9")),
     "list": ("- run\n- model\n", ("a mapping of keys to values",)),
     "text": ("train the critic", ("train the critic",)),
+    "no integer": (f"{CRITIC}logging: !!int three", ("critic.yaml", "three")),
     "two documents": (f"{CRITIC}---\n{CRITIC}", ("not valid YAML", "another document")),
     "duplicate section": (f"{CRITIC}run: {{name: b}}", ("duplicate key run", "line 9")),
     "duplicate key": (f"{CRITIC}logging:\n  every_steps: 1\n  every_steps: 2", ("line 11",)),

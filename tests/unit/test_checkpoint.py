@@ -409,6 +409,49 @@ def test_what_a_killed_attempt_was_writing_is_not_used_and_is_removed(
     _same(run, whole)
 
 
+THEIRS = (  # what people keep beside checkpoints
+    "step-00000006.bak",
+    "step-00000006.bad",
+    "step-00000004 keep",
+    "step-000000006",
+    "step-6",
+    "step-99999999x",
+    "Step-00000008",
+    ".step-00000004.mine",
+    ".snapshot",
+    ".removed-notes",
+    "damaged-step-00000006.mine",
+)
+
+
+@pytest.mark.slow
+def test_only_what_is_named_as_ours_is_used_counted_or_removed(
+    whole: RunDirectory, halted: RunDirectory
+) -> None:
+    run = _copy(halted, "copies")
+    checkpoints = run.file("checkpoints")
+    for name in THEIRS:
+        shutil.copytree(_folder(run, 6), checkpoints / name)
+    _folder(run, 6).rename(checkpoints / "step-00000007.bad")  # is to be left out
+    kept = {name: _content(checkpoints / name) for name in (*THEIRS, "step-00000007.bad")}
+    few = ("checkpoint.keep_every=4", "checkpoint.keep_last=1")
+    run_training("copies", *few, "checkpoint.keep_best=validation/value/mse")
+    assert "going on from step 4" in _log(run)
+    assert run.status()["checkpoint_error"] is None
+    assert {name: _content(checkpoints / name) for name in kept} == kept
+    assert _steps(run) == [4, 8]
+    _same(run, whole)
+
+
+@pytest.mark.slow
+def test_a_new_run_inside_of_another_is_refused_and_writes_nothing(halted: RunDirectory) -> None:
+    run = _copy(halted, "outer")
+    before = _content(run.path)
+    with pytest.raises(InputError, match=r"lies inside another run, .*/runs/outer; choose another"):
+        run_training("outer/inner")
+    assert _content(run.path) == before
+
+
 @pytest.mark.slow
 def test_a_torn_last_line_of_the_metrics_does_not_matter(
     whole: RunDirectory, halted: RunDirectory
@@ -417,6 +460,62 @@ def test_a_torn_last_line_of_the_metrics_does_not_matter(
     with run.file("metrics.jsonl").open("a") as stream:
         stream.write('{"step": 7, "train/lo')
     run_training("torn")
+    _same(run, whole)
+
+
+TORN = {
+    "empty": b"",
+    "zeros": bytes(64),
+    "cut": b'{"step": 7, "resumed_st',
+    "no UTF-8": b"\xff\xfe{}\n",
+    "another kind": b'"text"\n',
+    "deep": b"[" * 100_000,
+}
+STATE_FILES = ("config.yaml", "status.json", "bad_steps.json", "attempts/0001/attempt.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("content", TORN.values(), ids=TORN)
+def test_a_run_whose_small_files_are_all_damaged_goes_on_from_its_checkpoint(
+    whole: RunDirectory, halted: RunDirectory, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    run = _copy(halted, f"damaged-{len(content)}-{content[:1].hex()}")
+    for name in (*STATE_FILES, "parameters.json", "memory.json", "reliability.json"):
+        run.file(name).write_bytes(content)
+    for name in ("metrics.jsonl", "telemetry.jsonl"):
+        with run.file(name).open("ab") as stream:
+            stream.write(content + b"\n" + content)
+    run_training(run.path.name)
+    said = [r.getMessage() for r in caplog.records if "taken as absent" in r.getMessage()]
+    for name in STATE_FILES:
+        if name != "attempts/0001/attempt.json":  # of the one before nobody asks
+            assert sum(text.startswith(f"{run.file(name)}: ") for text in said) == 1
+    assert "going on from step 6" in _log(run)
+    assert run.config() == whole.config() | {"run": run.config()["run"]}
+    _same(run, whole)
+
+
+@pytest.mark.slow
+def test_damage_in_the_metrics_that_stay_costs_these_lines_alone(
+    whole: RunDirectory, halted: RunDirectory
+) -> None:
+    run = _copy(halted, "damaged-line")
+    lines = run.file("metrics.jsonl").read_bytes().splitlines(True)
+    lines[2] = bytes(len(lines[2]) - 1) + b"\n"
+    run.file("metrics.jsonl").write_bytes(b"".join(lines))
+    run_training("damaged-line")
+    expected = whole.records()
+    assert run.records() == expected[:2] + expected[3:]
+    _equal(_weights(run), _weights(whole))
+    assert "lacks 1 of 6 steps" in _log(run)
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_everything_but_its_name_starts_over(whole: RunDirectory) -> None:
+    run = _crash_before(2, "lost-all")  # without a checkpoint
+    for name in ("config.yaml", "status.json", "metrics.jsonl"):
+        run.file(name).write_bytes(bytes(300))
+    run_training("lost-all")
     _same(run, whole)
 
 
@@ -749,7 +848,7 @@ def test_a_checkpoint_damaged_between_commit_and_clean_up_costs_no_other(
 ) -> None:
     run = RunDirectory(f"runs/unlucky-{step}")
     monkeypatch.setattr("job.training.loop.LAST_SAVE_PAUSES", (0,))
-    flush, report = checkpoint_module._flush, Checkpoints._report
+    flush, report = checkpoint_module.sync, Checkpoints._report
     seen: list[list[int]] = []
 
     def damage(path: Path) -> None:
@@ -763,7 +862,7 @@ def test_a_checkpoint_damaged_between_commit_and_clean_up_costs_no_other(
         if len(seen) == 1:
             seen.append(_steps(run))
 
-    monkeypatch.setattr(checkpoint_module, "_flush", damage)
+    monkeypatch.setattr(checkpoint_module, "sync", damage)
     monkeypatch.setattr(Checkpoints, "_report", look)
     run_training(run.path.name, "checkpoint.keep_last=1")
     assert seen[0] == [step - 2, step]  # before the clean-up
@@ -1471,7 +1570,7 @@ def test_a_disk_that_fills_up_at_any_file_of_a_checkpoint_costs_only_this_one(
     whole: RunDirectory, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     run = RunDirectory(f"runs/full-{place}")
-    flush = checkpoint_module._flush
+    flush = checkpoint_module.sync
     left = [place]
 
     def full(path: Path) -> None:
@@ -1480,7 +1579,7 @@ def test_a_disk_that_fills_up_at_any_file_of_a_checkpoint_costs_only_this_one(
             raise OSError(28, "No space left on device", str(path))
         flush(path)
 
-    monkeypatch.setattr(checkpoint_module, "_flush", full)
+    monkeypatch.setattr(checkpoint_module, "sync", full)
     run_training(run.path.name)
     assert left == []
     assert "saving a checkpoint failed: rank 0: [Errno 28] No space left on device" in _log(run)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from job.common.config import load_config
-from job.common.errors import Exit, Superseded
+from job.common.errors import Exit, InputError, Superseded
 from job.common.nested import to_dict
 from job.common.schema import CriticConfig
 from job.run.checkpoint_store import committed
 from job.run.directory import RunDirectory
-from job.run.fence import Fence
+from job.run.fence import ATTEMPT, Fence
 from job.run.manifest import Manifest
 from job.run.metrics_log import Tracker
 
@@ -51,7 +51,8 @@ def test_a_number_is_not_given_twice_after_an_earlier_folder_was_removed(tmp_pat
 def test_other_files_among_the_attempts_do_not_matter(tmp_path: Path) -> None:
     _attempt(tmp_path, 0)
     (tmp_path / "attempts/notes.txt").write_text("mine")
-    (tmp_path / "attempts/.nfs0001").touch()
+    for name in (".nfs0001", "0003.bak", "0004 old", "5", "00006", "²", "damaged-0007"):
+        (tmp_path / "attempts" / name).touch()
     assert Fence.take(tmp_path).number == 2
 
 
@@ -73,6 +74,38 @@ def test_numbers_go_on_past_four_digits(tmp_path: Path) -> None:
     assert Fence.take(tmp_path).number == 10000
     assert before.superseded()
     assert Fence.take(tmp_path).number == 10001
+
+
+# What a supervisor has taken
+
+
+def test_without_a_supervisor_no_number_is_given(tmp_path: Path) -> None:
+    assert Fence.given(tmp_path) is None
+
+
+def test_a_trainer_has_the_number_that_its_supervisor_has_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Fence.take(tmp_path)
+    monkeypatch.setenv(ATTEMPT, str(Fence.take(tmp_path).number))
+    given = Fence.given(tmp_path)
+    assert given is not None
+    assert (given.number, given.superseded()) == (2, False)
+
+
+def test_a_trainer_that_starts_after_a_newer_attempt_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ATTEMPT, str(Fence.take(tmp_path).number))
+    Fence.take(tmp_path)
+    with pytest.raises(Superseded, match="attempt 1: a newer attempt"):
+        Fence.given(tmp_path)
+
+
+def test_a_number_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ATTEMPT, "7-0")
+    with pytest.raises(InputError, match="CRITIC_ATTEMPT=7-0: not the number of an attempt"):
+        Fence.given(tmp_path)
 
 
 # Superseded
@@ -197,7 +230,10 @@ def test_an_attempt_that_died_before_recording_constrains_nothing(tmp_path: Path
     assert fence.includes(1, 100)
 
 
-@pytest.mark.parametrize("record", ["", "{", "{}", "null", "[]", '{"resumed_step": null}'])
+@pytest.mark.parametrize(
+    "record",
+    ["", "{", "{}", "null", "[]", '{"resumed_step": null}', '{"resumed_step": NaN}', "\0\0\0\0"],
+)
 def test_a_damaged_record_constrains_nothing(tmp_path: Path, record: str) -> None:
     _attempt(tmp_path, 0)
     damaged = _attempt(tmp_path, 4)
@@ -256,13 +292,14 @@ def test_an_attempt_removes_what_killed_ones_left_and_nothing_of_later_ones(
     tmp_path: Path,
 ) -> None:
     Fence.take(tmp_path)
-    left = tmp_path / ".status.json.attempt-0001.a"
-    later = tmp_path / ".status.json.attempt-0003.b"
-    other = tmp_path / ".env"
-    for file in (left, later, other):
+    left = tmp_path / f".status.json.attempt-0001.{'a' * 32}"
+    later = tmp_path / f".status.json.attempt-0003.{'b' * 32}"
+    others = [tmp_path / name for name in (".env", ".notes.attempt-0001.txt", ".attempt-0001.")]
+    for file in (left, later, *others):
         file.touch()
     Fence.take(tmp_path)
-    assert [left.exists(), later.exists(), other.exists()] == [False, True, True]
+    assert [left.exists(), later.exists()] == [False, True]
+    assert all(other.exists() for other in others)
 
 
 def test_a_folder_that_is_gone_is_an_error_of_the_newest_attempt(tmp_path: Path) -> None:

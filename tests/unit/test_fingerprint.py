@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from job.common.derived import sealed_text
 from job.common.errors import InputError
 from job.model.architecture import RopeScaling, TransformerConfig
 from job.model.fingerprint import fingerprint
@@ -193,8 +194,18 @@ def test_weights_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert fingerprint(str(folder), str(cache)) == first
     (tmp_path / "link").symlink_to(folder)
     assert fingerprint(tmp_path / "link", cache) == first
-    _cache_file(cache).write_text(json.dumps("0" * 64))
+    _cache_file(cache).write_text(sealed_text("0" * 64))
     assert fingerprint(folder, cache) == "0" * 64
+
+
+def test_weights_are_hashed_again_where_that_is_asked_for(tmp_path: Path) -> None:
+    folder, cache = _write(tmp_path / "base"), tmp_path / "cache"
+    file = folder / "consolidated.pth"
+    first, before = fingerprint(folder, cache), file.stat()
+    torch.save(WEIGHTS | {A: WEIGHTS[A] + 1}, file)
+    os.utime(file, ns=(before.st_mtime_ns, before.st_mtime_ns))  # rotted, not changed
+    assert fingerprint(folder, cache) == first
+    assert fingerprint(folder, cache, verify=True) == _uncached(folder) != first
 
 
 @pytest.mark.parametrize("later", [1, -1_000_000_000])
@@ -244,7 +255,9 @@ def test_folders_do_not_share_a_cached_value(tmp_path: Path) -> None:
         b"",
         b'"0000',
         b'"' + b"0" * 63 + b'"',
-        b'"' + b"g" * 64 + b'"',
+        b'"' + b"0" * 64 + b'"',  # without a checksum, as 0.1.0 wrote it
+        sealed_text("0" * 64).replace("0" * 64, "1" * 64).encode(),
+        bytes(100),
         b"\xff\xfe",
         b"7",
         b"[" * 9999,

@@ -279,6 +279,28 @@ def test_an_unknown_key_names_those_that_are_near(plan: Planner) -> None:
         plan("training.batchsize=3")
 
 
+@pytest.mark.parametrize("inside", ["run", "run/checkpoints/more", "run/../run/again", "link/a"])
+@pytest.mark.parametrize("mark", ["attempts", "slurm/submission.json"])
+def test_a_run_inside_of_another_one_is_refused(
+    here: Path, plan: Planner, inside: str, mark: str
+) -> None:
+    (here / "run" / mark).mkdir(parents=True)
+    if mark != "attempts":
+        (here / "run" / mark).rmdir()
+        (here / "run" / mark).touch()
+    (here / "run/config.yaml").touch()
+    (here / "link").symlink_to("run")
+    if inside == "run":
+        assert plan("run.dir=run").folder == here / "run"  # is itself
+        return
+    with pytest.raises(
+        InputError, match=f"run.dir: .* lies inside another run, {here}/run; choose"
+    ):
+        plan(f"run.dir={inside}")
+    with pytest.raises(InputError, match="lies inside another run"):
+        plan(f"run.dir={inside}/${{run.name}}")
+
+
 def test_a_sweep_has_no_folder_named_by_hand(plan: Planner) -> None:
     with pytest.raises(InputError, match="a sweep's runs need one each; use --name"):
         plan("run.dir=mine", unfreeze=[0, 1])

@@ -159,6 +159,11 @@ def test_a_job_is_asked_for_with_times_in_seconds(slurm: FakeSlurm) -> None:
     assert slurm.calls == ["scontrol show job -o 7"]
 
 
+def test_a_name_in_another_encoding_does_not_matter(slurm: FakeSlurm) -> None:
+    slurm.runs("scontrol", f"printf 'Comment=caf\\351 %s' '{_line()}'")
+    assert scheduler.show_job("7") == _job()
+
+
 def test_an_unknown_job_is_none(slurm: FakeSlurm) -> None:
     slurm.says("scontrol", stderr=UNKNOWN, code=1)
     assert scheduler.show_job("7") is None

@@ -260,6 +260,32 @@ def test_a_scoring_that_was_ended_goes_on_where_it_was(
     _same_values(_read(out), _score(run.path, many, tmp_path / "whole.parquet"))
 
 
+def test_parts_that_are_damaged_or_renamed_are_scored_again_or_left_alone(
+    run: MicroRun, many: Path, tmp_path: Path
+) -> None:
+    out, parts = tmp_path / "values.parquet", tmp_path / "values.parquet.parts"
+    with running(_command(run, many, "values.parquet"), 1, tmp_path) as ranks:
+        ranks.wait_until(lambda: _parts(out) >= 4, "four parts")
+    second, third, *_ = sorted(parts.glob("*-*.parquet"))[1:]
+    shutil.copy(second, parts / f"{second.stem} copy.parquet")
+    shutil.copy(second, parts / "mine-1.parquet")
+    third.write_bytes(bytes(third.stat().st_size))
+    whole = _score(run.path, many, tmp_path / "whole.parquet")
+    _same_values(_score(run.path, many, out), whole)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\0", b"[]"])
+def test_without_a_readable_plan_a_scoring_starts_over(
+    run: MicroRun, many: Path, tmp_path: Path, content: bytes
+) -> None:
+    out, parts = tmp_path / "values.parquet", tmp_path / "values.parquet.parts"
+    with running(_command(run, many, "values.parquet"), 1, tmp_path) as ranks:
+        ranks.wait_until(lambda: _parts(out) >= 2, "two parts")
+    (parts / "plan.json").write_bytes(content)
+    whole = _score(run.path, many, tmp_path / "whole.parquet")
+    _same_values(_score(run.path, many, out), whole)
+
+
 def test_ranks_score_what_one_process_scores_and_go_on_as_another_number(
     run: MicroRun, data: Path, tmp_path: Path
 ) -> None:

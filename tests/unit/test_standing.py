@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +159,9 @@ def test_without_a_file_there_are_no_values(tmp_path: Path) -> None:
 
 def test_a_run_that_trains(tmp_path: Path, slurm: FakeSlurm, inputs: list[str]) -> None:
     record = submitted(tmp_path / "run", inputs, state="running")
-    for restart in (0, 1):
-        Attempt(record, 7, restart).begin()
-    Attempt(record, 7, 1).log(0).write_text("1\n2\n3\n4\n5\n6\n")
+    for _ in range(2):
+        attempt = Attempt.take(record)
+    attempt.log(0).write_text("1\n2\n3\n4\n5\n6\n")
     (record.run / "checkpoints" / "step-00000004").mkdir(parents=True)
     trainer = {"step": 3, "max_steps": 20, "alarm": "constant"}
     (record.run / "status.json").write_text(json.dumps(trainer))
@@ -221,8 +222,7 @@ def test_of_a_run_that_failed_the_last_words_are_those_of_the_cause(
     tmp_path: Path, slurm: FakeSlurm, inputs: list[str]
 ) -> None:
     record = submitted(tmp_path / "run", inputs, state="failed", last_lines=["of rank 3"])
-    Attempt(record, 7, 0).begin()
-    Attempt(record, 7, 0).log(0).write_text("of rank 0\n")
+    Attempt.take(record).log(0).write_text("of rank 0\n")
     slurm.says("scontrol", stderr="Invalid job id specified", code=1)
     found = standing(record.run)
     assert found.last_lines == ["of rank 3"]
@@ -260,6 +260,8 @@ def test_a_sweep_is_its_runs(tmp_path: Path, inputs: list[str]) -> None:
     runs = [submitted(tmp_path / "sweep" / name, inputs).run for name in ("n4", "n0")]
     (tmp_path / "sweep" / "slurm").mkdir()  # of submitit
     (tmp_path / "sweep" / "notes").mkdir()
+    for copy in ("n4.bak", "n4 before", "new"):
+        shutil.copytree(runs[0], tmp_path / "sweep" / copy)
     assert runs_of(tmp_path / "sweep") == sorted(runs)
 
 
@@ -273,6 +275,8 @@ def test_another_folder_is_neither(tmp_path: Path, name: str) -> None:
 def test_the_log_is_that_of_the_newest_attempt(tmp_path: Path) -> None:
     record = Record(tmp_path)
     assert log_file(record) is None
-    for restart in (9, 10):
-        Attempt(record, 7, restart).begin()
+    (tmp_path / "slurm" / "attempts" / "7-10").mkdir(parents=True)  # as 0.1.0 named them
     assert log_file(record, 2) == tmp_path / "slurm" / "attempts" / "7-10" / "rank-00002.log"
+    for _ in range(2):
+        Attempt.take(record)
+    assert log_file(record, 2) == tmp_path / "slurm" / "attempts" / "0002" / "rank-00002.log"

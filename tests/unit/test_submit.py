@@ -389,6 +389,69 @@ def test_a_run_whose_job_is_there_is_not_submitted_twice(
     assert _files(record.run) == before
 
 
+def test_a_run_whose_submission_cannot_be_read_is_submitted_anew_as_is_said(
+    submit: Submit, slurm: FakeSlurm, given: list[str], here: Path
+) -> None:
+    record = _ended(here, given)
+    _takes_jobs(slurm, "42")
+    record.submission.write_bytes(b"")
+    refused = submit("--resume", "runs/mine")
+    assert refused.code == 78
+    assert f"submit the run anew: --config FILE --override run.dir={record.run}" in refused.err
+    config = str(PROJECT / "configs/critic/critic_1gpu.yaml")
+    done = submit("--json", "--config", config, "--override", f"run.dir={record.run}", *given)
+    assert done.code == 0, done.err
+    assert record.job_id() == "42"
+
+
+def test_a_run_whose_given_configuration_is_damaged_is_resumed_with_the_trainers(
+    submit: Submit, slurm: FakeSlurm, given: list[str], here: Path
+) -> None:
+    record = _ended(here, given)
+    _takes_jobs(slurm, "42")
+    record.config.rename(record.run / "config.yaml")
+    record.config.write_bytes(bytes(50))
+    assert submit("--resume", "runs/mine").code == 0
+    assert "name: critic" in record.config.read_text()
+
+
+@pytest.mark.parametrize("moment", ["check", "submit"])
+def test_of_two_submissions_of_one_run_at_once_one_wins_and_the_other_says_so(
+    submit: Submit,
+    slurm: FakeSlurm,
+    given: list[str],
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+) -> None:
+    """The other comes while the one makes its checks, or while it asks Slurm."""
+    _takes_jobs(slurm)
+    main = importlib.import_module("slurm.submit")
+    arguments = ("--json", "--override", *given, "run.dir=runs/mine")
+    others: list[Result] = []
+    original = getattr(main, moment)
+
+    def with_another(*these: Any) -> Any:
+        monkeypatch.setattr(main, moment, original)
+        others.append(submit(*arguments))
+        slurm.says("scontrol", "JobId=41 JobState=PENDING Reason=Priority\n")
+        return original(*these)
+
+    monkeypatch.setattr(main, moment, with_another)
+    results = [submit(*arguments), *others]
+    lost, won = sorted(results, key=lambda result: -result.code)
+    assert (lost.code, won.code) == (78, 0)
+    assert won.json["job_ids"] == ["41"]
+    record = Record(here / "runs/mine")
+    assert f"{record.run}: " in lost.err
+    said = "cancel it first" if moment == "check" else "another submission of this run is under way"
+    assert said in lost.err
+    assert record.job_id() == "41"
+    assert [event["event"] for event in record.events()] == ["submitted"]
+    real = [call for call in slurm.calls if call.startswith("sbatch") and "--test" not in call]
+    assert len(real) == 1
+
+
 # Status, logs, cancel
 
 
@@ -428,8 +491,7 @@ def test_a_run_is_watched_to_its_end(
 
 def test_the_log_of_a_rank_is_on_stdout(submit: Submit, given: list[str], here: Path) -> None:
     record = submitted(here / "mine", given, state="finished")
-    attempt = Attempt(record, 7, 0)
-    attempt.begin()
+    attempt = Attempt.take(record)
     attempt.log(2).write_bytes(b"first\nlast \xff\n")
     done = submit("logs", "mine", "--rank", "2")
     assert (done.code, done.out, done.err) == (0, "first\nlast \ufffd\n", "")
@@ -443,8 +505,7 @@ def test_a_log_is_followed_to_the_runs_end(
 ) -> None:
     record = submitted(here / "mine", given, state="finished")
     slurm.says("scontrol", stderr=FORGOTTEN, code=1)
-    Attempt(record, 7, 0).begin()
-    Attempt(record, 7, 0).log(0).write_text("all\n")
+    Attempt.take(record).log(0).write_text("all\n")
     assert submit("logs", "mine", "--follow").out == "all\n"
 
 

@@ -17,6 +17,7 @@ import pytest
 import tokenizers
 import torch
 
+from job.common.derived import SUMS
 from job.common.errors import InputError
 from job.common.files import atomic_folder, write_atomic
 from job.common.schema import ArithmeticConfig, BadRows, DataConfig, Overlong, PretrainDataConfig
@@ -37,6 +38,7 @@ from job.data.tokenizer import (
 
 pytestmark = pytest.mark.slow
 
+DERIVED = "job.common.derived"  # whose log says what was not whole
 Row = dict[str, Any]
 SMALL = {"train_examples": 3000, "validation_examples": 100}
 
@@ -245,6 +247,111 @@ def test_a_second_load_builds_nothing(tmp_path: Path, characters: Tokenizer) -> 
     for name, stat in before.items():
         assert (stat.st_ino, stat.st_mtime_ns) == (after[name].st_ino, after[name].st_mtime_ns)
     assert np.array_equal(first.tokens, second.tokens)
+
+
+def _overwritten(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "zeros": lambda file: _overwritten(file, bytes(file.stat().st_size)),
+    "empty": lambda file: _overwritten(file, b""),
+    "cut": lambda file: _overwritten(file, file.read_bytes()[:-2]),
+    "longer": lambda file: _overwritten(file, file.read_bytes() + b"x"),
+    "purged": Path.unlink,
+}
+FILES = ("tokens.bin", "index.npz", "optimal.bin", "bad_rows.jsonl", "sums.json")
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    """A set's files, without those that hold the time."""
+    kept = (path for path in folder.iterdir() if path.suffix != ".npz" and path.name != SUMS)
+    return {path.name: path.read_bytes() for path in kept}
+
+
+# of an empty bad_rows.jsonl nothing can be lost but the whole
+LOSSES = [(n, d) for n in FILES for d in DAMAGES if n != "bad_rows.jsonl" or d == "purged"]
+
+
+@pytest.mark.parametrize(("name", "damage"), LOSSES)
+def test_a_set_that_is_not_whole_is_built_anew_and_said_so(
+    tmp_path: Path,
+    characters: Tokenizer,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    damage: str,
+) -> None:
+    first = load_split(embedded(tmp_path), "train", characters)
+    whole, tokens = _files(first.folder), first.tokens.tolist()
+    file = first.folder / name
+    DAMAGES[damage](file)
+    again = load_split(embedded(tmp_path), "train", characters)
+    assert again.folder == first.folder
+    assert again.tokens.tolist() == tokens
+    assert again.optimal is not None
+    assert _files(again.folder) == whole
+    assert entries(tmp_path) == [first.folder.name]  # nothing is left of the other
+    (said,) = [record.getMessage() for record in caplog.records if record.name == DERIVED]
+    assert said.startswith(str(file))
+    assert said.endswith("; made anew")
+
+
+def test_a_set_of_before_there_were_sums_is_built_anew(
+    tmp_path: Path, characters: Tokenizer
+) -> None:
+    first = load_split(embedded(tmp_path), "train", characters)
+    before = first.folder.stat().st_ino
+    (first.folder / SUMS).unlink()
+    assert load_split(embedded(tmp_path), "train", characters).folder.stat().st_ino != before
+
+
+def test_all_of_a_set_is_looked_at_where_that_is_asked_for(
+    tmp_path: Path, characters: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = embedded(tmp_path, max_length=2048, arithmetic={"train_examples": 20_000})
+    first = load_split(config, "train", characters)
+    file = first.folder / "tokens.bin"
+    content = bytearray(file.read_bytes())
+    assert len(content) > 3 << 19  # beyond what samples cover
+    place = 70_000  # between the first two of them
+    content[place] ^= 1
+    file.write_bytes(bytes(content))
+    assert load_split(config, "train", characters).tokens.tobytes() == bytes(content)
+    content[place] ^= 1
+    found = load_split(config, "train", characters, verify=True)
+    assert found.tokens.tobytes() == bytes(content)
+    assert f"{file} was changed: its checksum differs; made anew" in caplog.text
+
+
+def test_an_index_that_no_sample_shows_to_be_damaged_is_built_anew(
+    tmp_path: Path, characters: Tokenizer
+) -> None:
+    config = embedded(tmp_path, arithmetic={"train_examples": 40_000})
+    first = load_split(config, "train", characters)
+    file, rewards = first.folder / "index.npz", first.rewards.tolist()
+    content = bytearray(file.read_bytes())
+    assert len(content) > 3 << 19
+    content[70_000] ^= 1
+    file.write_bytes(bytes(content))
+    assert load_split(config, "train", characters).rewards.tolist() == rewards
+
+
+def test_a_list_of_bad_rows_that_was_damaged_says_what_to_do(
+    tmp_path: Path, bpe: Tokenizer
+) -> None:
+    lines = [*map(json.dumps, rows()), *["{" + "x" * 50] * 40_000]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    settings = {"cache_dir": str(tmp_path / "cache"), "bad_rows": BadRows.skip}
+    found = load_split(from_file(path, **settings), "train", bpe)
+    file, listed = found.folder / "bad_rows.jsonl", list(found.bad_rows())
+    content = bytearray(file.read_bytes())
+    content[70_000:70_400] = bytes(400)
+    file.write_bytes(bytes(content))
+    with pytest.raises(InputError, match=r"bad_rows\.jsonl is damaged: .* with --verify"):
+        list(load_split(from_file(path, **settings), "train", bpe).bad_rows())
+    found = load_split(from_file(path, **settings), "train", bpe, verify=True)
+    assert list(found.bad_rows()) == listed
 
 
 def test_name_and_place_of_the_file_do_not_matter(tmp_path: Path, bpe: Tokenizer) -> None:
