@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from job.common.config import NoValueError, load_config
 from job.common.errors import InputError
 from job.common.nested import to_dict
 from job.common.schema import EMBEDDED, CriticConfig
+from job.common.text_values import dump
 from slurm.cluster import ClusterProfile, load_profile
 from slurm.record import Record
 from slurm.site import Site, advice, can_give, find_site
@@ -248,7 +247,7 @@ def write_config(run: Run) -> None:
     """Write what the trainer is given."""
     record = Record(run.folder)
     record.folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(to_dict(run.config), sort_keys=False)
+    text = dump(to_dict(run.config))
     record.config.write_text(text, encoding="utf-8")
 
 

@@ -27,11 +27,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from job.common.errors import InputError, Stopped
 from job.common.files import write_atomic
 from job.common.nested import refuse_differences
+from job.common.text_values import dump
 from job.run.fence import Fence
 from job.run.reader import StoredRun
 
@@ -91,7 +90,7 @@ class RunDirectory(StoredRun):
                 self._refuse_other(config)
             elif self.file("metrics.jsonl").exists() or self.file("plots").exists():
                 raise InputError(f"run.dir: {self.path} holds files that no run here has written")
-            write_atomic(self.file("config.yaml"), yaml.safe_dump(config, sort_keys=False))
+            write_atomic(self.file("config.yaml"), dump(config))
         except OSError as error:
             raise InputError(f"run.dir: cannot write {self.path}: {error.strerror}") from None
 

@@ -20,6 +20,7 @@ import yaml
 from job.common.config import completed
 from job.common.errors import InputError
 from job.common.schema import CriticConfig
+from job.common.text_values import load_plain
 
 VALIDATION = "validation/value/"
 _CHECKPOINT = re.compile(r"step-(\d{8})$")
@@ -62,7 +63,7 @@ class StoredRun:
             InputError: there is none.
         """
         try:
-            stored = yaml.safe_load(self.file("config.yaml").read_text(encoding="utf-8"))
+            stored = load_plain(self.file("config.yaml").read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             stored = None
         if not isinstance(stored, dict):
