@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,20 @@ def test_a_run_directory_tells_the_whole_run(folder: Path) -> None:
     assert memory["memory/predicted_peak"] > 0
     page = run.file("report.html").read_text()
     assert f"{records[-1]['validation/value/mse']:.4f}" in page
+
+
+@pytest.mark.slow
+def test_every_file_has_the_modes_of_the_umask(folder: Path) -> None:
+    before = os.umask(0o027)  # for a group that shares its runs
+    try:
+        run = _train("report.enabled=true", "checkpoint.every_steps=4", "run.dir=new/run")
+    finally:
+        os.umask(before)
+    written = [path for place in ("new", "trunk", "cache") for path in Path(place).rglob("*")]
+    assert {run.file("critic.safetensors"), Path("trunk/hf/model.safetensors")} < set(written)
+    modes = {path: path.stat().st_mode & 0o777 for path in written}
+    wrong = {p: oct(m) for p, m in modes.items() if m != (0o750 if p.is_dir() else 0o640)}
+    assert not wrong
 
 
 @pytest.mark.slow
