@@ -6,9 +6,10 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from job.common.errors import Ending, Exit
@@ -25,6 +26,7 @@ _UNKNOWN = re.compile("Invalid job id", re.IGNORECASE)
 _MISSING = ("", "None", "(null)", "N/A", "Unknown")
 # What Slurm tells of the job that a command runs in; a new job must not inherit it.
 _OF_A_JOB = re.compile("(SLURM|SLURMD|SRUN|SBATCH|SALLOC|PMI)_")
+_FORMS = {"SLURM_TIME_FORMAT": "%s", "SLURM_BITSTR_LEN": "0"}  # seconds; whole lists of elements
 _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
 
 
@@ -89,7 +91,7 @@ def client(*command: str, stdin: str = "") -> str:
             capture_output=True,
             text=True,
             timeout=_PATIENCE_SECONDS,
-            env=outside_environment(os.environ) | {"SLURM_TIME_FORMAT": "%s"},
+            env=outside_environment(os.environ) | _FORMS,
             preexec_fn=_not_stopped,
         )
     except FileNotFoundError:
@@ -138,13 +140,54 @@ def show_job(job_id: str) -> Job | None:
     Raises:
         ControllerAway: it cannot be asked.
     """
+    return parse_job(job_id, _show(job_id))
+
+
+def _show(job_id: str) -> str:
+    """What Slurm says of a job, or of all elements of an array; nothing if it knows none."""
     try:
-        text = client("scontrol", "show", "job", "-o", job_id)
+        return client("scontrol", "show", "job", "-o", job_id)
     except Refused as refused:
         if _UNKNOWN.search(str(refused)):
-            return None
+            return ""
         raise ControllerAway(f"scontrol show job {job_id}: {refused}") from None
-    return parse_job(job_id, text)
+
+
+def show_jobs(job_ids: Sequence[str]) -> dict[str, Job]:
+    """The jobs among these that the controller knows; it is asked once for an array's elements.
+
+    Raises:
+        ControllerAway: it cannot be asked.
+    """
+    jobs: dict[str, Job | None] = {}
+    for array, elements in groupby(sorted(set(job_ids)), lambda job_id: job_id.partition("_")[0]):
+        several = list(elements)
+        if len(several) == 1:
+            jobs[several[0]] = show_job(several[0])
+        else:
+            jobs |= _of_array(_show(array), several)
+    return {job_id: job for job_id, job in jobs.items() if job is not None}
+
+
+def _of_array(text: str, job_ids: Sequence[str]) -> dict[str, Job | None]:
+    """The elements of an array: one line for each that runs, and one for all that wait."""
+    tasks = {line: _tasks(_fields(line).get("ArrayTaskId", "")) for line in text.splitlines()}
+    found: dict[str, Job | None] = {}
+    for job_id in job_ids:
+        number = int(job_id.partition("_")[2])
+        line = next((line for line, numbers in tasks.items() if number in numbers), "")
+        found[job_id] = parse_job(job_id, line)
+    return found
+
+
+def _tasks(expression: str) -> set[int]:
+    """The numbers in 0,2-4%1 as Slurm writes an array's elements."""
+    numbers: set[int] = set()
+    for part in expression.partition("%")[0].split(","):
+        if match := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part):
+            first, last, step = (int(n) if n else None for n in match.groups())
+            numbers |= set(range(first or 0, (last or first or 0) + 1, step or 1))
+    return numbers
 
 
 def parse_job(job_id: str, text: str) -> Job | None:

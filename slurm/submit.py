@@ -46,7 +46,7 @@ from slurm.checks import Check, check, memory_setting
 from slurm.init import add_options, set_up
 from slurm.plan import Plan, Run, describe, make_plan, write_config
 from slurm.record import Record
-from slurm.status import log_file, runs_of, standing
+from slurm.status import log_file, runs_of, standing, standings
 from slurm.submission import script, store, submit
 from slurm.supervisor import Supervisor
 from slurm.watch import page, watch
@@ -242,12 +242,12 @@ def _run_options(name: str, given: Sequence[str]) -> argparse.Namespace:
 def _status(given: Sequence[str]) -> None:
     options = _run_options("status", given)
     runs = runs_of(options.run.absolute())
-    standings = watch(runs, _console) if options.watch else [standing(run) for run in runs]
+    shown = watch(runs, _console) if options.watch else standings(runs)
     if options.json:
-        print(json.dumps([one.to_dict() for one in standings], indent=2))
+        print(json.dumps([one.to_dict() for one in shown], indent=2))
     elif not options.watch:
-        _console.print(page(standings))
-    if any(one.is_bad for one in standings):
+        _console.print(page(shown))
+    if any(one.is_bad for one in shown):
         sys.exit(Exit.CRASHED)
 
 
@@ -285,11 +285,11 @@ def _cancel(given: Sequence[str]) -> None:
     records = [Record(run) for run in runs_of(options.run.absolute())]
     for record in records:
         record.cancelled.touch()  # first: who is about to requeue it must see this
-    cancelled = []
-    for record in records:
-        now = standing(record.run)
-        if now.job_id is not None and not now.is_final:
-            cancelled.append(_cancel_job(record, now.job_id))
+    cancelled = [
+        _cancel_job(record, now.job_id)
+        for record, now in zip(records, standings([one.run for one in records]), strict=True)
+        if now.job_id is not None and not now.is_final
+    ]
     if options.json:
         print(json.dumps({"cancelled": cancelled}))
     else:

@@ -140,6 +140,31 @@ def test_of_an_array_the_first_line_counts() -> None:
     assert job.state == "RUNNING"
 
 
+def _element(tasks: str, **changes: object) -> str:
+    of_array = f"JobId=7 ArrayJobId=55399038 ArrayTaskId={tasks}"
+    return _line(**changes).replace("JobId=55399038", of_array)
+
+
+def test_slurm_is_asked_once_for_all_elements_of_an_array(slurm: FakeSlurm) -> None:
+    lines = _element("3,5-9:2%2", state="PENDING") + _element("1") + _element("2", state="FAILED")
+    slurm.says("scontrol", lines)
+    jobs = scheduler.show_jobs([f"55399038_{k}" for k in range(12)])
+    waiting = {f"55399038_{k}": "PENDING" for k in (3, 5, 7, 9)}
+    assert {name: job.state for name, job in jobs.items()} == waiting | {
+        "55399038_1": "RUNNING",
+        "55399038_2": "FAILED",
+    }
+    assert all(job.id == name for name, job in jobs.items())
+    assert slurm.calls == ["scontrol show job -o 55399038"]
+
+
+def test_jobs_that_are_no_array_are_asked_for_each(slurm: FakeSlurm) -> None:
+    slurm.runs("scontrol", f'[ "$4" = 9 ] && {{ echo "{UNKNOWN}" >&2; exit 1; }}; echo "{_line()}"')
+    assert scheduler.show_jobs(["8", "9", "8"]).keys() == {"8"}
+    assert slurm.calls == ["scontrol show job -o 8", "scontrol show job -o 9"]
+    assert scheduler.show_jobs([]) == {}
+
+
 @pytest.mark.parametrize("name", ["a b", "a JobState=FAILED", "x=1 Reason=y Restarts=5", "="])
 def test_a_job_may_have_any_name(name: str) -> None:
     assert _job(name=name) == _job()
