@@ -66,7 +66,7 @@ def submit(
     """The command, inside this process, which is faster than in one of its own."""
     monkeypatch.setattr(sys, "path", ["", *sys.path])  # of which it replaces the first
     monkeypatch.setenv("COLUMNS", "200")
-    main = importlib.import_module("slurm.submit").main
+    main = importlib.import_module("slurm.commands").main
 
     def called(*arguments: str) -> Result:
         code = 0
@@ -455,7 +455,8 @@ def test_a_run_is_cancelled_with_all_of_its_sweep(
         submitted(here / "sweep" / name, given, job_id=job_id, state=state)
         for name, job_id, state in [("n0", "7_0", "running"), ("n2", "7_1", "finished")]
     ]
-    slurm.says("scontrol", "JobId=7 JobState=RUNNING NodeList=node1\n")
+    line = "JobId=%d ArrayJobId=7 ArrayTaskId=%d JobState=%s NodeList=node1\n"
+    slurm.says("scontrol", line % (8, 0, "RUNNING") + line % (7, 1, "COMPLETED"))
     marked = f"[ -e {records[0].cancelled} ] || exit 9"
     slurm.runs("scancel", marked)
     done = submit("cancel", "sweep", "--json")
