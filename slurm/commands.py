@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from job.common.config import refuse_undecodable
 from job.common.errors import Ending, Exit, InputError, listing
 from job.memory.fit import as_dict, component_table, footprint_columns, verdicts
 from job.memory.footprint import Setting, footprint
@@ -62,6 +63,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
+    refuse_undecodable(given)
     commands = {"init": _init, "status": _status, "logs": _logs, "cancel": _cancel}
     if given and given[0] in commands:
         commands[given[0]](given[1:])

@@ -27,6 +27,17 @@ _MISSING = ("", "None", "(null)", "N/A", "Unknown")
 # What Slurm tells of the job that a command runs in; a new job must not inherit it.
 _OF_A_JOB = re.compile("(SLURM|SLURMD|SRUN|SBATCH|SALLOC|PMI)_")
 _FORMS = {"SLURM_TIME_FORMAT": "%s", "SLURM_BITSTR_LEN": "0"}  # seconds; whole lists of elements
+# Of a shell outside of any job: what sbatch and srun would follow rather than what the script says.
+_RIVALS = re.compile(
+    r"""SBATCH_(ACCOUNT|ARRAY_INX|CONSTRAINT|CONTAINER|CPUS_PER_\w+|ERROR|GPUS\w*|GRES|INPUT|JOB_NAME
+    |MEM_PER_\w+|(NO_)?REQUEUE|OPEN_MODE|OUTPUT|OVERCOMMIT|PARTITION|QOS|SIGNAL|TIMELIMIT
+    |TRES_PER_TASK|WAIT)$
+    |SRUN_\w+$
+    |SLURM_(CPU_BIND\w*|CPUS_PER_\w+|EXPORT_ENV|GPUS\w*|GRES|JOB_NAME|JOB_NUM_NODES|KILL_BAD_EXIT
+    |MEM_PER_\w+|NNODES|NPROCS|NTASKS\w*|OPEN_MODE|OVERCOMMIT|STD\w+MODE|TIMELIMIT|TRES_PER_TASK
+    |WAIT)$""",
+    re.VERBOSE,
+)
 _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
 
 
@@ -115,10 +126,21 @@ def _not_stopped() -> None:
 
 
 def outside_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment without what Slurm has set for the job that this process may be part of."""
-    if "SLURM_JOB_ID" not in environment:
-        return dict(environment)
-    return {k: v for k, v in environment.items() if k in _KEPT or not _OF_A_JOB.match(k)}
+    """An environment in which a job is only what its script says.
+
+    It lacks what Slurm has set for the job that this process may be part of, or what is set aside.
+    """
+    left_out = set_aside(environment)
+    if "SLURM_JOB_ID" in environment:
+        left_out = [k for k in environment if k not in _KEPT and _OF_A_JOB.match(k)]
+    return {k: v for k, v in environment.items() if k not in left_out}
+
+
+def set_aside(environment: Mapping[str, str]) -> list[str]:
+    """The variables of a user or site that would change what profile and options say."""
+    if "SLURM_JOB_ID" in environment:
+        return []
+    return [name for name, value in environment.items() if value and _RIVALS.match(name)]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Submit the training of a critic to Slurm, and look after it: see --help, and slurm/commands.py."""
+"""Submit the training of a critic to Slurm, and look after it: --help, and slurm/commands.py."""
 
 # Read by any Python, to say that it is too old: no syntax here that is newer than 2.7.
 import os

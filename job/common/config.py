@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from job.common.errors import InputError, first_line, listing, short
 from job.common.possible_values import impossible_values
-from job.common.text_values import hint_at, is_text, text_of, with_quotes
+from job.common.text_values import hint_at, is_text, is_utf8, text_of, with_quotes
 
 Schema = TypeVar("Schema")
 _Tree = dict[str, Any]
@@ -114,7 +114,17 @@ def completed(stored: dict[str, Any], schema: type) -> dict[str, Any]:
     return whole
 
 
+def refuse_undecodable(arguments: Sequence[str]) -> None:
+    """Raise InputError for an argument that is not UTF-8, and can stand in no file."""
+    if wrong := next((one for one in arguments if not is_utf8(one)), None):
+        raise InputError(f"{short(wrong)!a}: this argument is not UTF-8 text")
+
+
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        refuse_undecodable(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}\n{self.format_usage()}see {self.prog} --help")
 

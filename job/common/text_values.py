@@ -23,6 +23,11 @@ _TEXT = "tag:yaml.org,2002:str"
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written; of bytes that are none, Python makes surrogates."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in text)
+
+
 def is_text(hint: Any) -> bool:
     """Whether a key's type is str, or str | None."""
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)

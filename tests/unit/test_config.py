@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from job.common import possible_values as module
-from job.common.config import load_config, merge_config
+from job.common.config import command_line, load_config, merge_config
 from job.common.errors import InputError, listing
 from job.common.nested import differences, flatten, to_dict
 from job.common.schema import CriticConfig, Loss, PretrainConfig, ShardingStrategy, Target
@@ -219,6 +220,15 @@ def test_text_in_lists_and_tables(tmp_path: Path) -> None:
     given = ["names=[1e5, 007]", "table.A=1e5", "table={B: 1.10}"]
     found = merge_config(_Others, file, given)
     assert (found.names, found.table) == (["1e5", "007"], {"A": "1e5", "B": "1.10", "C": "12:30"})
+
+
+def test_what_is_no_utf8_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NAME", os.fsdecode(b"a\xff"))
+    with pytest.raises(InputError, match=r"run.name: 'a\\udcff' is not UTF-8 text"):
+        _load(file, "run.name=${oc.env:NAME}")
+    monkeypatch.setattr(sys, "argv", ["train", "--config", os.fsdecode(b"\xe9.yaml")])
+    with pytest.raises(InputError, match=r"'\\udce9.yaml': this argument is not UTF-8 text"):
+        command_line("about").parse_args()
 
 
 @pytest.mark.parametrize("loss", ["mse", "huber", "bce"])

@@ -492,3 +492,10 @@ def test_nothing_of_this_environment_reaches_the_script(
     done = submit("--dry-run", "--json", "--override", *given)
     assert "MLFLOW_TRACKING_TOKEN" in os.environ
     assert "hunter2" not in done.out + done.err
+
+
+@pytest.mark.parametrize("command", [(), ("status",), ("logs",), ("cancel",), ("init",)])
+def test_an_argument_that_is_no_utf8_is_named(submit: Submit, command: tuple[str, ...]) -> None:
+    done = submit(*command, os.fsdecode(b"--name=\xff"))
+    assert done.code == 78
+    assert r"'--name=\udcff': this argument is not UTF-8 text" in done.err
