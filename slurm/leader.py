@@ -72,10 +72,7 @@ class Leader:
         port, another = self._ports()
         meeting = {"MASTER_ADDR": self._task.node, "MASTER_PORT": str(port)}
         meeting["PREFLIGHT_PORT"] = str(another)
-        if job is not None and job.end is not None:
-            deadline = job.end - self._submission.signal_delay_seconds
-            meeting["CRITIC_DEADLINE"] = f"{deadline:.0f}"
-        return meeting
+        return meeting | deadline(job, self._submission.signal_delay_seconds)
 
     def _ports(self) -> tuple[int, int]:
         """Ports that follow from the job, or the next ones that are free."""
@@ -223,6 +220,13 @@ class Leader:
             self._record.set_status(heartbeat=time.time(), **changes)
         except OSError as error:  # the trainer has a word in that, not this record
             say(f"cannot write the status: {error}")
+
+
+def deadline(job: Job | None, delay: int) -> dict[str, str]:
+    """When trainers stop by themselves: so long before the end that Slurm has set for this job."""
+    if job is None or job.end is None:
+        return {}
+    return {"CRITIC_DEADLINE": f"{job.end - delay:.0f}"}
 
 
 def _fruitless_before(record: Record, checkpoint: int) -> int:

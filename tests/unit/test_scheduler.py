@@ -15,6 +15,7 @@ import pytest
 from fake_slurm import STARTS, FakeSlurm, partition
 
 from slurm import scheduler
+from slurm.leader import deadline
 from slurm.scheduler import ControllerAway, Job, Refused, outside_environment, parse_job
 
 pytestmark = pytest.mark.slow
@@ -125,6 +126,14 @@ def test_the_state_behind_completing(times: dict[str, object], state: str) -> No
 
 def test_a_job_without_a_time_limit_has_no_end() -> None:
     assert _job(limit="UNLIMITED", end="Unknown").end is None
+
+
+def test_a_save_budget_counts_from_the_jobs_real_end() -> None:
+    # a limit of a day, of which an administrator has taken most; not what was asked for at first
+    shortened = _job(restarts=3, end=START + 900)
+    assert deadline(shortened, 120) == {"CRITIC_DEADLINE": str(START + 900 - 120)}
+    assert deadline(_job(limit="UNLIMITED", end="Unknown"), 120) == {}
+    assert deadline(None, 120) == {}
 
 
 def test_an_element_of_an_array_is_known_by_the_name_it_was_asked_for() -> None:
