@@ -13,32 +13,13 @@ from typing import Any
 from job.common.errors import InputError
 from job.common.nested import refuse_differences
 from job.common.schema import CheckpointConfig
-from job.run.fence import Fence
+from job.run.committed import committed
 from job.run.manifest import MANIFEST, DamagedError, Manifest
 from job.run.value_metrics import metric_names
 
 FACTS = "facts.json"
 _LOWER_IS_BETTER = ("mse", "ece")
 _log = logging.getLogger(__name__)
-
-
-def committed(run: Path) -> list[Path]:
-    """The committed checkpoints of a run, oldest first, without those that came too late."""
-    fence = Fence(run / "attempts", 0)
-    return [folder for folder in folders(run / "checkpoints") if _is_in_time(folder, fence)]
-
-
-def folders(checkpoints: Path) -> list[Path]:
-    """All that were committed, in time or not, oldest first."""
-    return sorted(path for path in checkpoints.glob("step-*") if path.is_dir())
-
-
-def _is_in_time(folder: Path, fence: Fence) -> bool:
-    try:
-        manifest = Manifest.read(folder)
-    except DamagedError:
-        return True  # reading it will tell
-    return fence.includes(manifest.attempt, manifest.step)
 
 
 def retained(folders: Sequence[Path], config: CheckpointConfig) -> list[Path]:

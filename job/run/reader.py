@@ -21,6 +21,7 @@ from job.common.config import completed
 from job.common.errors import InputError
 from job.common.schema import CriticConfig
 from job.common.text_values import load_plain
+from job.run.committed import committed
 
 VALIDATION = "validation/value/"
 _CHECKPOINT = re.compile(r"step-(\d{8})$")
@@ -138,8 +139,8 @@ class StoredRun:
         return merged
 
     def newest_checkpoint(self) -> int:
-        """The last committed step; 0 without one."""
-        matches = (_CHECKPOINT.match(p.name) for p in self.file("checkpoints").glob("step-*"))
+        """The last committed step that counts; 0 without one."""
+        matches = (_CHECKPOINT.match(folder.name) for folder in committed(self.path))
         return max((int(match[1]) for match in matches if match), default=0)
 
     def log_tail(self, count: int) -> list[str]:
