@@ -8,12 +8,14 @@ are taken as they are. Writes comparison.json and report.html beside the run dir
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -26,6 +28,8 @@ from job.run.comparison import comparison_table, summarise
 from job.run.directory import RunDirectory
 from job.run.mlflow_sync import tracking_uri
 from job.run.report_page import write_report
+
+_HEARD = (*SIGNALS, signal.SIGINT)
 
 
 def compare(config_file: str, overrides: Sequence[str], unfreeze: Sequence[int]) -> list[Path]:
@@ -63,7 +67,7 @@ def _train(config_file: str, overrides: Sequence[str]) -> None:
 @contextmanager
 def _stop_signals_held_back() -> Iterator[None]:
     """Let a stop signal wait for the next moment at which there is a training to tell."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
     try:
         yield
     finally:
@@ -73,14 +77,28 @@ def _stop_signals_held_back() -> Iterator[None]:
 @contextmanager
 def _stop_signals_passed_on(training: subprocess.Popen[bytes]) -> Iterator[None]:
     """The training saves and ends; as a container's first process this one would ignore them."""
-    before = {n: signal.signal(n, lambda number, _: training.send_signal(number)) for n in SIGNALS}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        if number != signal.SIGINT or not _in_the_foreground():
+            training.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in _HEARD}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _in_the_foreground() -> bool:
+    """Whether a terminal gives Ctrl-C to this process and, without a word, to its training."""
+    try:
+        with open("/dev/tty", "rb") as terminal:  # noqa: PTH123 - no file
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:
+        return False
 
 
 def main() -> None:

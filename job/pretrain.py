@@ -9,6 +9,11 @@ the folder hf/ beside them is the same next-token model and tokenizer in Hugging
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # a signal during the imports must not kill the process
+    from job.common.signals import install_handlers
+
+    install_handlers()
+
 from job.common.config import add_verify, command_line, load_config
 from job.common.errors import run_command
 from job.common.progress import set_up_logging

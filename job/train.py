@@ -4,8 +4,8 @@
     python -m job.train --config configs/critic/critic_local.yaml \\
         --override training.num_unfrozen_layers=0 run.name=probe
 
-The same command goes on from the last checkpoint in run.dir. SIGTERM, SIGUSR1 and SIGUSR2, or a
-file named `stop` in run.dir, make it save and end with exit code 75.
+The same command goes on from the last checkpoint in run.dir. Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2 or
+a file named `stop` in run.dir make it save and end with exit code 75; a second Ctrl-C ends it.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from job.model.architecture_file import check_window, read_architecture
 from job.model.parameters import ParameterCounts, checkpoint_bytes, count_parameters
 from job.run.reader import StoredRun
 from slurm import scheduler
-from slurm.plan import Plan, Run, inputs
+from slurm.plan import VARIABLES, Plan, Run, inputs
 from slurm.scheduler import ControllerAway, Partition, Refused
 from slurm.submission import PROJECT, script
 
@@ -46,6 +47,7 @@ def check(plan: Plan) -> Iterator[Check]:
     """Every finding; those that hold for all runs of a sweep come once."""
     if plan.site.file is not None:
         yield Check("site", "ok", str(plan.site.file))
+    yield from _variables(plan)
     for run in plan.runs[:1]:
         yield from _inputs(plan, run)
     partition = _partition(plan)
@@ -53,6 +55,20 @@ def check(plan: Plan) -> Iterator[Check]:
         yield from _model(plan, run, partition)
     yield from _resources(plan)
     yield from _scheduler(plan)
+
+
+def _variables(plan: Plan) -> Iterator[Check]:
+    """What the shell's own variables say of jobs: only gaps of the profile are filled by them."""
+    profile = plan.submission.profile
+    taken = {name: key for key, name in VARIABLES.items() if profile[key] == os.environ.get(name)}
+    for name in sorted(scheduler.set_aside(os.environ)):
+        said = f"{name}={os.environ[name]}"
+        if name in taken:
+            yield Check(
+                "variables", "ok", f"{taken[name]} {profile[taken[name]]}, as {said} has it"
+            )
+        else:
+            yield Check("variables", "warning", f"{said} is set aside: profile and options hold")
 
 
 def _inputs(plan: Plan, run: Run) -> Iterator[Check]:

@@ -40,7 +40,7 @@ class ClusterProfile:
     cpus_per_gpu: int = 8
     memory_per_gpu_gb: int = 100  # of the host, in Slurm's G: 2**30 bytes
     image: str | None = None  # critic.sif; without one the trainer runs in this environment
-    binds: list[str] = field(default_factory=list)  # paths that every container sees
+    binds: list[str] = field(default_factory=list)  # what every container sees: for --bind
     scratch: str | None = None  # node-local folder for caches
     setup: list[str] = field(default_factory=list)  # shell lines before the job: modules
     environment: dict[str, str] = field(default_factory=dict)  # NCCL's settings for instance

@@ -77,10 +77,7 @@ class Leader:
         port, another = self._ports()
         shared = {"MASTER_ADDR": self._task.node, "MASTER_PORT": str(port)}
         shared |= {"PREFLIGHT_PORT": str(another), ATTEMPT: str(self._attempt.number)}
-        if job is not None and job.end is not None:
-            deadline = job.end - self._submission.signal_delay_seconds
-            shared["CRITIC_DEADLINE"] = f"{deadline:.0f}"
-        return shared
+        return shared | deadline(job, self._submission.signal_delay_seconds)
 
     def _ports(self) -> tuple[int, int]:
         """Ports that follow from the job, or the next ones that are free."""
@@ -228,6 +225,13 @@ class Leader:
             self._record.set_status(heartbeat=time.time(), **changes)
         except OSError as error:  # the trainer has a word in that, not this record
             say(f"cannot write the status: {error}")
+
+
+def deadline(job: Job | None, delay: int) -> dict[str, str]:
+    """When trainers stop by themselves: so long before the end that Slurm has set for this job."""
+    if job is None or job.end is None:
+        return {}
+    return {"CRITIC_DEADLINE": f"{job.end - delay:.0f}"}
 
 
 def _fruitless_before(record: Record, checkpoint: int) -> int:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from job.common.config import NoValueError, load_config
 from job.common.errors import InputError
 from job.common.files import write_atomic
 from job.common.nested import to_dict
 from job.common.schema import EMBEDDED, CriticConfig
+from job.common.text_values import dump, is_utf8
 from job.run.directory import refuse_inside_another
 from slurm.cluster import ClusterProfile, load_profile
 from slurm.record import Record
@@ -24,6 +24,8 @@ from slurm.submission import PROJECT, Submission, load
 
 CONFIGS = PROJECT / "configs" / "critic"
 STANDARD_CLUSTER = "a100-80gb"
+# What a profile may leave to sbatch's own variables.
+VARIABLES = {key: f"SBATCH_{key.upper()}" for key in ("partition", "account", "qos", "constraint")}
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     asked = {"time": options.time} if options.time else {}
     submission = Submission(
         cluster=cluster,
-        profile=asdict(profile) | asked,
+        profile=_with_variables(asdict(profile)) | asked,
         gpus=gpus,
         nodes=nodes,
         name=folder.name,
@@ -102,6 +104,12 @@ def _cluster(asked: str | None, site: Site) -> tuple[str, ClusterProfile]:
         return site.values.cluster, load_profile(site.values.cluster, f"{site.file}: cluster")
     name = asked or STANDARD_CLUSTER
     return name, load_profile(name)
+
+
+def _with_variables(profile: dict[str, Any]) -> dict[str, Any]:
+    """A profile whose gaps are filled by what site or user have set for sbatch."""
+    given = {key: os.environ.get(variable) for key, variable in VARIABLES.items()}
+    return profile | {k: v for k, v in given.items() if v and profile[k] is None}
 
 
 def _planned_runs(file: Path, options: argparse.Namespace, site: Site) -> list[Run]:
@@ -171,17 +179,23 @@ def _plan_to_resume(options: argparse.Namespace) -> Plan:
     profile = asdict(load_profile(cluster)) if options.cluster else before.profile
     submission = Submission(
         cluster=cluster,
-        profile=profile | asked,
+        profile=_with_variables(profile) | asked,
         gpus=_asked(options.gpus, before.gpus),
         nodes=_asked(options.nodes, before.nodes),
         name=record.run.name,
         folder=str(record.folder),
         cwd=before.cwd,
-        image=_image(options.image, profile["image"] if options.cluster else before.image),
+        image=_image(options.image, _image_before(before, profile)),
         binds=_binds([run], profile["binds"]),
         after=_after(options.after),
     )
     return Plan(_checked(submission), [run], resumes=True, site=Site())
+
+
+def _image_before(before: Submission, profile: dict[str, Any]) -> str | None:
+    """The image that a run was submitted with; another profile's, where it was the profile's."""
+    of_profile = _image(None, before.profile["image"])
+    return before.image if before.image != of_profile else profile["image"]
 
 
 def _asked(number: int | None, default: int) -> int:
@@ -191,6 +205,7 @@ def _asked(number: int | None, default: int) -> int:
 def _checked(submission: Submission) -> Submission:
     if submission.gpus < 1 or submission.nodes < 1:
         raise InputError("--gpus and --nodes: at least one")
+    _check_folder(submission.folder)
     seconds, delay = submission.time_seconds, submission.signal_delay_seconds
     if math.isinf(seconds):
         raise InputError(f"--time {submission.profile['time']}: write hours:minutes:seconds")
@@ -200,6 +215,18 @@ def _checked(submission: Submission) -> Submission:
             "(signal_delay_seconds of the profile), so that no time is left to train"
         )
     return submission
+
+
+def _check_folder(folder: str) -> None:
+    """Refuse a folder in which Slurm would write the job's log elsewhere, or not at all."""
+    run = Path(folder).parent
+    if not is_utf8(folder):
+        raise InputError(f"run.dir: {str(run)!a}: not UTF-8 text; choose another folder")
+    if sign := next((sign for sign in "%\\" if sign in folder), None):
+        raise InputError(
+            f"run.dir: {run}: Slurm reads {sign} in the names of log files as a pattern; choose "
+            "another run.dir, run.name or --name"
+        )
 
 
 def _image(asked: str | None, of_profile: str | None) -> str | None:
@@ -253,8 +280,7 @@ def write_config(run: Run) -> None:
     """Write what the trainer is given."""
     record = Record(run.folder)
     record.folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(to_dict(run.config), sort_keys=False)
-    write_atomic(record.config, text)
+    write_atomic(record.config, dump(to_dict(run.config)))
 
 
 def describe(plan: Plan) -> dict[str, Any]:

@@ -20,12 +20,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from job.common.errors import InputError
-from job.common.files import sync, write_atomic
+from job.common.files import lock_file, sync, write_atomic
 from job.common.state_files import read_json, read_yaml
 from job.run.fence import Fence
 from job.run.names import attempt_name, attempt_numbers
@@ -126,12 +125,10 @@ class Record:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("a") as file:
             try:
-                flock(file, LOCK_EX | LOCK_NB)
+                lock_file(file, wait=False)
             except BlockingIOError:
                 problem = "another submission of this run is under way; see `submit.py status`"
                 raise InputError(f"{self.run}: {problem}") from None
-            except OSError:  # a file system without locks
-                pass
             yield
 
     def add_event(self, event: str, **facts: Any) -> None:

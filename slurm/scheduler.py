@@ -6,9 +6,10 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from job.common.errors import Ending, Exit
@@ -25,6 +26,18 @@ _UNKNOWN = re.compile("Invalid job id", re.IGNORECASE)
 _MISSING = ("", "None", "(null)", "N/A", "Unknown")
 # What Slurm tells of the job that a command runs in; a new job must not inherit it.
 _OF_A_JOB = re.compile("(SLURM|SLURMD|SRUN|SBATCH|SALLOC|PMI)_")
+_FORMS = {"SLURM_TIME_FORMAT": "%s", "SLURM_BITSTR_LEN": "0"}  # seconds; whole lists of elements
+# Of a shell outside of any job: what sbatch and srun would follow rather than what the script says.
+_RIVALS = re.compile(
+    r"""SBATCH_(ACCOUNT|ARRAY_INX|CONSTRAINT|CONTAINER|CPUS_PER_\w+|ERROR|GPUS\w*|GRES|INPUT|JOB_NAME
+    |MEM_PER_\w+|(NO_)?REQUEUE|OPEN_MODE|OUTPUT|OVERCOMMIT|PARTITION|QOS|SIGNAL|TIMELIMIT
+    |TRES_PER_TASK|WAIT)$
+    |SRUN_\w+$
+    |SLURM_(CPU_BIND\w*|CPUS_PER_\w+|EXPORT_ENV|GPUS\w*|GRES|JOB_NAME|JOB_NUM_NODES|KILL_BAD_EXIT
+    |MEM_PER_\w+|NNODES|NPROCS|NTASKS\w*|OPEN_MODE|OVERCOMMIT|STD\w+MODE|TIMELIMIT|TRES_PER_TASK
+    |WAIT)$""",
+    re.VERBOSE,
+)
 _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
 
 
@@ -90,7 +103,7 @@ def client(*command: str, stdin: str = "") -> str:
             encoding="utf-8",
             errors="replace",  # names and comments of other jobs
             timeout=_PATIENCE_SECONDS,
-            env=outside_environment(os.environ) | {"SLURM_TIME_FORMAT": "%s"},
+            env=outside_environment(os.environ) | _FORMS,
             preexec_fn=_not_stopped,
         )
     except FileNotFoundError:
@@ -114,10 +127,21 @@ def _not_stopped() -> None:
 
 
 def outside_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment without what Slurm has set for the job that this process may be part of."""
-    if "SLURM_JOB_ID" not in environment:
-        return dict(environment)
-    return {k: v for k, v in environment.items() if k in _KEPT or not _OF_A_JOB.match(k)}
+    """An environment in which a job is only what its script says.
+
+    It lacks what Slurm has set for the job that this process may be part of, or what is set aside.
+    """
+    left_out = set_aside(environment)
+    if "SLURM_JOB_ID" in environment:
+        left_out = [k for k in environment if k not in _KEPT and _OF_A_JOB.match(k)]
+    return {k: v for k, v in environment.items() if k not in left_out}
+
+
+def set_aside(environment: Mapping[str, str]) -> list[str]:
+    """The variables of a user or site that would change what profile and options say."""
+    if "SLURM_JOB_ID" in environment:
+        return []
+    return [name for name, value in environment.items() if value and _RIVALS.match(name)]
 
 
 @contextmanager
@@ -139,13 +163,54 @@ def show_job(job_id: str) -> Job | None:
     Raises:
         ControllerAway: it cannot be asked.
     """
+    return parse_job(job_id, _show(job_id))
+
+
+def _show(job_id: str) -> str:
+    """What Slurm says of a job, or of all elements of an array; nothing if it knows none."""
     try:
-        text = client("scontrol", "show", "job", "-o", job_id)
+        return client("scontrol", "show", "job", "-o", job_id)
     except Refused as refused:
         if _UNKNOWN.search(str(refused)):
-            return None
+            return ""
         raise ControllerAway(f"scontrol show job {job_id}: {refused}") from None
-    return parse_job(job_id, text)
+
+
+def show_jobs(job_ids: Sequence[str]) -> dict[str, Job]:
+    """The jobs among these that the controller knows; it is asked once for an array's elements.
+
+    Raises:
+        ControllerAway: it cannot be asked.
+    """
+    jobs: dict[str, Job | None] = {}
+    for array, elements in groupby(sorted(set(job_ids)), lambda job_id: job_id.partition("_")[0]):
+        several = list(elements)
+        if len(several) == 1:
+            jobs[several[0]] = show_job(several[0])
+        else:
+            jobs |= _of_array(_show(array), several)
+    return {job_id: job for job_id, job in jobs.items() if job is not None}
+
+
+def _of_array(text: str, job_ids: Sequence[str]) -> dict[str, Job | None]:
+    """The elements of an array: one line for each that runs, and one for all that wait."""
+    tasks = {line: _tasks(_fields(line).get("ArrayTaskId", "")) for line in text.splitlines()}
+    found: dict[str, Job | None] = {}
+    for job_id in job_ids:
+        number = int(job_id.partition("_")[2])
+        line = next((line for line, numbers in tasks.items() if number in numbers), "")
+        found[job_id] = parse_job(job_id, line)
+    return found
+
+
+def _tasks(expression: str) -> set[int]:
+    """The numbers in 0,2-4%1 as Slurm writes an array's elements."""
+    numbers: set[int] = set()
+    for part in expression.partition("%")[0].split(","):
+        if match := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part):
+            first, last, step = (int(n) if n else None for n in match.groups())
+            numbers |= set(range(first or 0, (last or first or 0) + 1, step or 1))
+    return numbers
 
 
 def parse_job(job_id: str, text: str) -> Job | None:

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from job.common.config import merge_config
 from job.common.errors import InputError, listing
 from job.common.files import write_atomic
 from job.common.nested import filled, flatten, is_unset, to_dict
 from job.common.possible_values import impossible_values
 from job.common.schema import EMBEDDED, CriticConfig, DataConfig
+from job.common.text_values import dump
 
 VARIABLE = "CRITIC_SITE"
 _HEAD = (
@@ -143,7 +142,7 @@ def write_site(file: Path, values: SiteConfig) -> None:
     file = file.resolve()  # the file behind a link stays behind it
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, _HEAD + yaml.safe_dump(_given(to_dict(values)), sort_keys=False))
+        write_atomic(file, _HEAD + dump(_given(to_dict(values))))
     except OSError as error:
         raise InputError(f"{file}: cannot write: {error.strerror}") from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,15 +58,29 @@ def standing(run: Path | str) -> Standing:
     Raises:
         InputError: it was not submitted.
     """
-    record = Record.of(run)
-    status, trainer = record.status(), record.trainer_status()
-    job_id = record.job_id()
+    return standings([run])[0]
+
+
+def standings(runs: Sequence[Path | str]) -> list[Standing]:
+    """Where several runs stand now; Slurm is asked once for those of a sweep.
+
+    Raises:
+        InputError: one was not submitted.
+    """
+    records = [Record.of(run) for run in runs]
+    ids = [record.job_id() for record in records]
     away: str | None = None
-    job = None
+    jobs: dict[str, Job] = {}
     try:
-        job = scheduler.show_job(job_id) if job_id else None
+        jobs = scheduler.show_jobs([job_id for job_id in ids if job_id])
     except ControllerAway as error:
         away = str(error)
+    asked = zip(records, ids, strict=True)
+    return [_standing(record, job_id, jobs.get(job_id or ""), away) for record, job_id in asked]
+
+
+def _standing(record: Record, job_id: str | None, job: Job | None, away: str | None) -> Standing:
+    status, trainer = record.status(), record.trainer_status()
     reason: str | None
     state, reason = str(status.get("state", "pending")), "Slurm has not given it an id yet"
     if job_id is not None:

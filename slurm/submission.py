@@ -27,7 +27,11 @@ PROJECT = Path(__file__).resolve().parents[1]
 _INSIDE = re.compile("(MLFLOW|AWS|CUDA|NCCL|GLOO)_|SLURM_JOB_ID$")
 # Until Python has handlers of its own a signal would end the task; the supervisor asks Slurm what
 # it has missed.
-_DEAF = 'trap "" TERM USR1 USR2; exec "$@"'
+_DEAF = (
+    'command -v "$1" >/dev/null || { echo "error: $(hostname) has no $1, the Python that has '
+    'submitted: install the project on a file system that all nodes see" >&2; exit 78; }; '
+    'trap "" TERM USR1 USR2; exec "$@"'
+)
 # One that comes a moment before even that ends the task, which is then begun again.
 _AGAIN = (
     'srun() { local code; until command srun "$@"; do code=$?; '
@@ -85,10 +89,16 @@ class Submission:
         """How a task starts a command of the job."""
         if self.image is None:
             return [self.python, "-m", f"job.{name}", *arguments]
-        paths = [*self.binds, *filter(None, [self.scratch])]
-        binds = [option for path in paths for option in ("--bind", os.path.expandvars(path))]
+        binds = [option for bind in self._binds() for option in ("--bind", bind)]
         inside = ["--nv", "--containall", "--pwd", self.cwd, *binds]
         return ["apptainer", "run", *inside, self.image, name, *arguments]
+
+    def _binds(self) -> list[str]:
+        """What `--bind` is given: the profile's entries as they stand, and paths."""
+        given = self.profile.get("binds", ())
+        binds = [os.path.expandvars(b) if b in given else _as_bind(b) for b in self.binds]
+        scratch = [] if self.scratch is None else [_as_bind(os.path.expandvars(self.scratch))]
+        return binds + scratch
 
     def task_environment(self, given: Mapping[str, str]) -> dict[str, str]:
         """This task's environment with `given`, and what of it a container lets in."""
@@ -116,6 +126,7 @@ class Submission:
             "stderr_to_stdout": True,
             # srun of Slurm 22.05 and later does not take the CPUs of a task from sbatch
             "srun_args": [
+                "--export=ALL",  # of the script's environment, where sbatch was to export none
                 f"--cpus-per-task={profile['cpus_per_gpu']}",
                 "--cpu-bind=cores",
                 "--kill-on-bad-exit=0",  # the others report too
@@ -131,6 +142,11 @@ class Submission:
     def _setup(self) -> list[str]:
         here = f'export PYTHONPATH={shlex.quote(str(PROJECT))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
         return [*self.profile["setup"], here, _AGAIN]
+
+
+def _as_bind(path: str) -> str:
+    """A path for Apptainer's --bind, which would take a colon or a comma for its own."""
+    return re.sub("[:,]", r"\\\g<0>", path)
 
 
 class _Executor(submitit.SlurmExecutor):

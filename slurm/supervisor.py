@@ -96,8 +96,7 @@ class _Watch:
         try:
             trainer = Trainer(command, environment, Path(self.submission.cwd), log)
         except OSError as error:
-            problem = f"cannot start {command[0]}: {error.strerror}"
-            return self._failed(Exit.UNFIT_NODE, problem)
+            return self._failed(*_not_started(command[0], error))
         self._wait_for_the_end(trainer)
         return trainer.outcome(task.rank, task.node)
 
@@ -114,6 +113,17 @@ class _Watch:
                 looked = time.monotonic()
                 if any(one.code == Exit.UNFIT_NODE for one in self.post.attempt.outcomes()):
                     trainer.send(signal.SIGKILL)  # the others will not come, and all is saved
+
+
+def _not_started(program: str, error: OSError) -> tuple[int, str]:
+    """The code and reason where a command cannot be started; a program is the same on each node."""
+    problem = f"cannot start {program}: {error.strerror}"
+    if not isinstance(error, FileNotFoundError | PermissionError) or error.filename != program:
+        return Exit.UNFIT_NODE, problem
+    return Exit.BAD_INPUT, (
+        f"{problem}; the nodes must have it on the job's PATH, which the cluster profile's `setup` "
+        "may change; or submit with another --image, or none"
+    )
 
 
 def unfitness(submission: Submission, config: str) -> str | None:

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from slurm.status import Standing, standing
+from slurm.status import Standing, standings
 
 _PAUSE_SECONDS = 2.0
 _STYLES = {"finished": "green", "running": "green", "pending": "yellow", "stopped": "yellow"}
@@ -40,7 +40,7 @@ def watch(runs: Sequence[Path], console: Console) -> list[Standing]:
 
 def _standings(runs: Sequence[Path]) -> Iterator[list[Standing]]:
     while True:
-        now = [standing(run) for run in runs]
+        now = standings(runs)
         yield now
         if all(one.is_final for one in now):
             return

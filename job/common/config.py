@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import enum
 import functools
+import io
 import reprlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from job.common.errors import InputError, first_line, listing, short
 from job.common.possible_values import impossible_values
+from job.common.text_values import hint_at, is_text, is_utf8, text_of, with_quotes
 
 Schema = TypeVar("Schema")
 _Tree = dict[str, Any]
@@ -55,10 +57,14 @@ def load_config(
             value has the wrong type or an impossible size. Keys, sources and the nearest valid keys
             are named.
     """
-    layer = _read_yaml(Path(file))
+    layer = _read_yaml(Path(file), schema)
     if fill is not None:
         layer = OmegaConf.create(fill(cast(_Tree, OmegaConf.to_container(layer))))
-    return _checked(schema, file, [(str(file), layer), *map(_parse_override, overrides)])
+    return _checked(schema, file, _layers(schema, file, layer, overrides))
+
+
+def _layers(schema: type, file: str | Path, layer: DictConfig, overrides: Sequence[str]) -> _Layers:
+    return [(str(file), layer), *(_parse_override(text, schema) for text in overrides)]
 
 
 def _checked(schema: type[Schema], file: str | Path, layers: _Layers) -> Schema:
@@ -75,8 +81,8 @@ def merge_config(schema: type[Schema], file: str | Path, overrides: Sequence[str
     Raises:
         InputError: the file cannot be read; a key is unknown, has no value or the wrong type.
     """
-    layers = [(str(file), _read_yaml(Path(file))), *map(_parse_override, overrides)]
-    return _merged(schema, file, layers)
+    layer = _read_yaml(Path(file), schema)
+    return _merged(schema, file, _layers(schema, file, layer, overrides))
 
 
 def _merged(schema: type[Schema], file: str | Path, layers: _Layers) -> Schema:
@@ -89,9 +95,9 @@ def load_stored_config(
     schema: type[Schema], file: str | Path, overrides: Sequence[str] = ()
 ) -> Schema:
     """`load_config` for a file that a run has left, perhaps one of an earlier version."""
-    stored = OmegaConf.to_container(_read_yaml(Path(file)))
+    stored = OmegaConf.to_container(_read_yaml(Path(file), schema))
     before = OmegaConf.create(completed(cast(dict[str, Any], stored), schema))
-    return _checked(schema, file, [(str(file), before), *map(_parse_override, overrides)])
+    return _checked(schema, file, _layers(schema, file, before, overrides))
 
 
 def completed(stored: dict[str, Any], schema: type) -> dict[str, Any]:
@@ -108,7 +114,17 @@ def completed(stored: dict[str, Any], schema: type) -> dict[str, Any]:
     return whole
 
 
+def refuse_undecodable(arguments: Sequence[str]) -> None:
+    """Raise InputError for an argument that is not UTF-8, and can stand in no file."""
+    if wrong := next((one for one in arguments if not is_utf8(one)), None):
+        raise InputError(f"{short(wrong)!a}: this argument is not UTF-8 text")
+
+
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        refuse_undecodable(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}\n{self.format_usage()}see {self.prog} --help")
 
@@ -141,9 +157,10 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help=about)
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def _read_yaml(path: Path, schema: type) -> DictConfig:
     try:
-        loaded = OmegaConf.load(path)
+        loaded = OmegaConf.load(path)  # first as it stands, so that errors speak of that
+        loaded = OmegaConf.load(io.StringIO(with_quotes(path.read_text("utf-8"), schema)))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise InputError(f"{path}: cannot read the configuration: {reason}") from None
@@ -156,15 +173,26 @@ def _read_yaml(path: Path) -> DictConfig:
     return loaded
 
 
-def _parse_override(text: str) -> tuple[str, DictConfig]:
+def _parse_override(text: str, schema: type) -> tuple[str, DictConfig]:
     source = f"--override {short(text)}"
-    key, equals, _ = text.partition("=")
+    key, equals, value = text.partition("=")
     if not equals or not key or any(not part for part in key.split(".")):
         raise InputError(f"{source}: write it as key=value, with dots between key parts")
+    hint = hint_at(schema, key)
     try:
-        return source, OmegaConf.from_dotlist([text])
+        if is_text(hint):
+            return source, _nested(key, text_of(value))
+        OmegaConf.from_dotlist([text])  # first as it stands, so that errors speak of that
+        return source, OmegaConf.from_dotlist([f"{key}={with_quotes(value, hint)}"])
     except (OmegaConfBaseException, RecursionError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{source}: {_essence(error)}") from None
+
+
+def _nested(key: str, value: str | None) -> DictConfig:
+    tree: Any = value
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    return OmegaConf.create(tree)
 
 
 def _check_keys(schema: type, layer: DictConfig, source: str) -> None:

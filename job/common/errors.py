@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -97,6 +98,9 @@ def run_command(main: Callable[[], None]) -> None:
         kind = "error: " if isinstance(ending, InputError) else ""
         print(f"{kind}{ending}", file=sys.stderr)
         sys.exit(ending.code)
+    except KeyboardInterrupt:
+        print("ended by Ctrl-C", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def run_and_leave(main: Callable[[], None]) -> NoReturn:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import functools
+import logging
 import os
 import shutil
 import threading
@@ -10,6 +13,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
+
+# How file systems say that they have no locks: NFS, Lustre, FUSE.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_log = logging.getLogger(__name__)
 
 
 def write_atomic(
@@ -85,6 +93,29 @@ def let_others_read(file: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     file.chmod(0o666 & ~mask)
+
+
+def lock_file(file: IO[Any], *, wait: bool) -> None:
+    """Lock an open file until it is closed, whichever way this process ends.
+
+    A file system that has no locks gets a warning, once.
+
+    Raises:
+        BlockingIOError: another process has locked it, and this one does not wait.
+        OSError: the file system fails.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _warn_of_no_locks(Path(file.name).parent, str(error.strerror))
+
+
+@functools.cache
+def _warn_of_no_locks(folder: Path, reason: str) -> None:
+    text = "%s: no file can be locked here (%s): see that no second process writes the same"
+    _log.warning(text, folder, reason)
 
 
 def try_for(seconds: float, work: Callable[[], object]) -> None:

@@ -21,6 +21,7 @@ from job.common.schema import (
     Target,
     is_chat_template,
 )
+from job.common.text_values import is_utf8
 
 _LARGEST_SEED = 2**63 - 1  # of torch's generators
 # Smallest and largest possible value per key; None is no bound. Keys are the same in the
@@ -83,6 +84,8 @@ def impossible_values(config: Any) -> Iterator[str]:
             yield f"{key}: {value} is not a finite number"
         if isinstance(value, str) and (not value.strip() or "\0" in value):
             yield f"{key}: {value!r} is no name or path"
+        if isinstance(value, str) and not is_utf8(value):
+            yield f"{key}: {short(value)!a} is not UTF-8 text"
     for key, (low, high) in _BOUNDS.items():
         value = flat.get(key)
         if value is None or isinstance(value, str):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 import time
 from types import FrameType
 
@@ -21,10 +23,27 @@ _received: str | None = None
 
 
 def install_handlers() -> None:
-    """Let the stop signals set the flag; a second one changes nothing."""
+    """Let the stop signals set the flag; a second one changes nothing, but for Ctrl-C's."""
     for number in SIGNALS:
         signal.signal(number, _receive)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a supervisor may hold them back until now
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell starts what ends in `&`
+        _hear_ctrl_c()
+
+
+def _hear_ctrl_c() -> None:
+    """Hear Ctrl-C in a thread: a handler would have to wait for native code that may hang."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))  # in threads to come as well
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_wait_for_ctrl_c, name="Ctrl-C", daemon=True).start()
+
+
+def _wait_for_ctrl_c() -> None:
+    signal.sigwait((signal.SIGINT,))
+    _receive(signal.SIGINT, None)
+    print("\nstopping, with all saved; Ctrl-C again ends it at once", file=sys.stderr, flush=True)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
+    threading.Event().wait()  # for the next one, by which the process ends
 
 
 def _receive(number: int, _frame: FrameType | None) -> None:

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from job.common.text_values import load_plain
+
 Value = TypeVar("Value", dict[str, Any], list[Any])
 _named: set[Path] = set()
 _log = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ def read_json(file: Path, kind: type[Value]) -> Value | None:
 def read_yaml(file: Path) -> dict[str, Any] | None:
     """The mapping in a YAML file; None if there is none, or it cannot be read."""
     try:
-        content = yaml.safe_load(file.read_bytes())
+        content = load_plain(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise TypeError("no mapping of keys to values")
     except (FileNotFoundError, NotADirectoryError):

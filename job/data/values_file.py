@@ -16,7 +16,6 @@ A row for each row of the data, in its order, those that were left out among the
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import re
@@ -30,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from job.common.errors import Ending, InputError
-from job.common.files import put_in_place, write_atomic
+from job.common.files import lock_file, put_in_place, write_atomic
 from job.common.nested import refuse_differences
 from job.common.state_files import name_unreadable, read_json
 from job.data.rows import BadRow
@@ -77,7 +76,7 @@ class ValuesFile:
     def _lock(self, file: TextIO) -> None:
         """Lock until the file is closed, whichever way this process ends."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(file, wait=False)
         except BlockingIOError:
             raise InputError(f"{self.path}: another process is scoring into it") from None
 

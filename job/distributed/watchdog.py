@@ -6,7 +6,6 @@ import faulthandler
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,14 +14,15 @@ from job.common.errors import Exit, NoProgress
 from job.common.files import try_for
 from job.distributed.failure import CAUSE_SECONDS, LAST_WORDS_SECONDS
 
+_PAUSES, _LONGEST_PAUSE_SECONDS = 20, 1.0  # between two looks at whether there was a beat
 _log = logging.getLogger(__name__)
 
 
 class Watchdog:
     """A thread that ends the process when `beat` was not called for `seconds`.
 
-    The stacks of all threads go to `file`. A stuck collective cannot be cancelled; a new attempt
-    can go on from the last checkpoint.
+    Seconds in which the process was suspended do not count. The stacks of all threads go to `file`.
+    A stuck collective cannot be cancelled; a new attempt can go on from the last checkpoint.
     """
 
     def __init__(
@@ -30,11 +30,11 @@ class Watchdog:
     ) -> None:
         self._report = report
         self._seconds, self._file = seconds, file
-        self._beaten = time.monotonic()
+        self._beats = 0
         self._ended = threading.Event()
 
     def beat(self) -> None:
-        self._beaten = time.monotonic()
+        self._beats += 1
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -47,9 +47,14 @@ class Watchdog:
             self._ended.set()
 
     def _watch(self) -> None:
-        while (left := self._beaten + self._seconds - time.monotonic()) > 0:
-            if self._ended.wait(left):
+        pause = min(_LONGEST_PAUSE_SECONDS, self._seconds / _PAUSES)
+        silent, beats = 0.0, self._beats
+        while silent < self._seconds:
+            if self._ended.wait(pause):
                 return
+            # not by the clock, which goes on while the whole process is suspended
+            silent = silent + pause if beats == self._beats else 0.0
+            beats = self._beats
         try_for(LAST_WORDS_SECONDS, self._write_stacks)
         error = NoProgress(
             f"no progress for {self._seconds:.0f} s: a collective or a file system hangs; "

@@ -24,10 +24,10 @@ from job.export.one_label import Task, one_label_config
 from job.export.whole_critic import (
     Spill,
     WholeCritic,
-    save_tensors,
     write_hugging_face,
     write_meta,
 )
+from job.model.weights import save_tensors
 from job.run.checkpoint_store import FACTS
 from job.run.manifest import FileSum, Manifest
 from job.run.trained import TENSORS, TrainedCritic

@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from job.common.files import let_others_read
 from job.model.architecture import TransformerConfig
 from job.model.layout import to_hugging_face
 from job.model.parameters import MASTER_BYTES
 from job.model.stored import StoredTensor
 from job.model.trunk_folder import CONFIG, INDEX, PARAMS, SAFETENSORS, WEIGHTS
-from job.model.weights import open_weights, trunk_shapes
+from job.model.weights import open_weights, save_tensors, trunk_shapes
 
 SHARD_BYTES = 2 * 10**9  # of a file, unless one tensor is larger
 _TRUNK, _HEAD = "trunk.", "value_head."
@@ -113,12 +111,6 @@ def write_hugging_face(
         for name in names:
             critic.written(name)
     _name_shards(folder, shards, total)
-
-
-def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write a safetensors file."""
-    save_file(tensors, file, metadata={"format": "pt"})
-    let_others_read(file)  # which the library does not, whatever the umask
 
 
 def _grouped(critic: WholeCritic) -> Iterator[list[str]]:

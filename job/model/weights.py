@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from job.common.files import let_others_read
 from job.common.progress import progress
 from job.model import hf_config
 from job.model.architecture import TransformerConfig
@@ -151,7 +152,13 @@ def save_hugging_face(model: Transformer, folder: Path, max_positions: int) -> N
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / CONFIG, config)
     tensors = to_hugging_face(named, model.config.head_width)
-    save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / SAFETENSORS)
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a safetensors file."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    let_others_read(file)  # which the library does not, whatever the umask
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 from job.common.errors import InputError
 from job.common.nested import refuse_differences
 from job.common.schema import CheckpointConfig
-from job.run.fence import Fence
+from job.run.committed import committed
 from job.run.manifest import MANIFEST, DamagedError, Manifest
-from job.run.names import checkpoint_steps, removed_name
+from job.run.names import checkpoint_step, removed_name
 from job.run.value_metrics import metric_names
 
 FACTS = "facts.json"
@@ -23,30 +23,11 @@ _LOWER_IS_BETTER = ("mse", "ece")
 _log = logging.getLogger(__name__)
 
 
-def committed(run: Path) -> list[Path]:
-    """The committed checkpoints of a run, oldest first, without those that came too late."""
-    fence = Fence(run / "attempts", 0)
-    return [folder for folder in folders(run / "checkpoints") if _is_in_time(folder, fence)]
-
-
-def folders(checkpoints: Path) -> list[Path]:
-    """All that were committed, in time or not, oldest first."""
-    return list(checkpoint_steps(checkpoints).values())
-
-
-def _is_in_time(folder: Path, fence: Fence) -> bool:
-    try:
-        manifest = Manifest.read(folder)
-    except DamagedError:
-        return True  # reading it will tell
-    return fence.includes(manifest.attempt, manifest.step)
-
-
 def retained(folders: Sequence[Path], config: CheckpointConfig) -> list[Path]:
     """Which of a run's checkpoints to keep, the newest always among them."""
     kept = set(folders[-config.keep_last :])
     if config.keep_every is not None:
-        kept |= {path for path in folders if _step(path) % config.keep_every == 0}
+        kept |= {path for path in folders if checkpoint_step(path) % config.keep_every == 0}
     if config.keep_best is not None:
         kept |= set(best(folders, config.keep_best))
     return [path for path in folders if path in kept]
@@ -106,10 +87,6 @@ def refuse_other(folder: Path, identity: dict[str, Any]) -> None:
 def read_facts(folder: Path) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
     return facts
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
 
 
 def set_aside(folder: Path) -> Path:

@@ -27,12 +27,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from job.common.errors import InputError, Stopped
 from job.common.files import write_atomic
 from job.common.nested import refuse_differences
 from job.common.state_files import read_yaml
+from job.common.text_values import dump
 from job.run.fence import Fence
 from job.run.reader import StoredRun, enclosing_run
 
@@ -92,7 +91,7 @@ class RunDirectory(StoredRun):
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._refuse_other(config)
-            write_atomic(self.file("config.yaml"), yaml.safe_dump(config, sort_keys=False))
+            write_atomic(self.file("config.yaml"), dump(config))
         except OSError as error:
             raise InputError(f"run.dir: cannot write {self.path}: {error.strerror}") from None
 

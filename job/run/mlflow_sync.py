@@ -22,12 +22,11 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from fcntl import LOCK_EX, flock
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.common.files import write_atomic
+from job.common.files import lock_file, write_atomic
 from job.common.nested import flatten
 from job.common.state_files import read_json
 from job.run.reader import Line, Record, StoredRun
@@ -129,7 +128,7 @@ def _connect(uri: str) -> MlflowClient:
 def _exclusive(lock: Path) -> Iterator[None]:
     """Hold a lock file; the system releases it whichever way the process ends."""
     with lock.open("a") as file:
-        flock(file, LOCK_EX)
+        lock_file(file, wait=True)
         yield
 
 

@@ -20,6 +20,11 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08}"
 
 
+def checkpoint_step(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
     """The folders of checkpoints in `checkpoints/`, by their steps, in their order."""
     named = [(int(m[1]), p) for p in folder.glob("*") if (m := _CHECKPOINT.fullmatch(p.name))]

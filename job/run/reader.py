@@ -18,7 +18,8 @@ from job.common.config import completed
 from job.common.errors import InputError
 from job.common.schema import CriticConfig
 from job.common.state_files import name_unreadable, read_json, read_yaml
-from job.run.names import checkpoint_steps
+from job.run.committed import committed
+from job.run.names import checkpoint_step, checkpoint_steps
 
 VALIDATION = "validation/value/"
 _TAIL_BYTES = 100_000
@@ -122,8 +123,8 @@ class StoredRun:
         return merged
 
     def newest_checkpoint(self) -> int:
-        """The last committed step; 0 without one."""
-        return max(checkpoint_steps(self.file("checkpoints")), default=0)
+        """The last committed step that counts; 0 without one."""
+        return max(map(checkpoint_step, committed(self.path)), default=0)
 
     def log_tail(self, count: int) -> list[str]:
         """The last lines of the trainer's log."""

@@ -1,3 +1,3 @@
-from job import require
+from job.common.packages import require
 
 require("torch")

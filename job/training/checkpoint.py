@@ -43,14 +43,13 @@ from job.distributed.world import World
 from job.model.shards import local_shard
 from job.run.checkpoint_store import (
     FACTS,
-    committed,
-    folders,
     read_facts,
     refuse_other,
     remove,
     retained,
     set_aside,
 )
+from job.run.committed import committed, folders
 from job.run.directory import RunDirectory
 from job.run.fence import Fence
 from job.run.manifest import MANIFEST, DamagedError, FileSum, Manifest

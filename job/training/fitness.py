@@ -61,13 +61,19 @@ def of_this_node(config: CriticConfig, gpus: int, scratch: Path | None) -> Itera
 
 
 def _packages() -> Finding:
-    """Packages of the home directory come before the image's own where Python looks for them."""
+    """In an image, packages of the home directory are not those that it was built with."""
     where = Path(torch.__file__).parent
     home = Path(site.getusersitepackages())
-    if where.is_relative_to(home):
-        advice = "set PYTHONNOUSERSITE=1, or remove it there"
-        return unfit("packages", f"torch comes from {where}", advice)
+    if where.is_relative_to(home) and _in_an_image():
+        advice = "set PYTHONNOUSERSITE=1 in the image, or take them out of the home directory"
+        return Finding("packages", f"torch comes from {where}", advice, Exit.BAD_INPUT)
     return Finding("packages", f"torch {torch.__version__} from {where}")
+
+
+def _in_an_image() -> bool:
+    """Whether this is Apptainer's container, or one of the project's own image."""
+    named = any(name in os.environ for name in ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER"))
+    return named or Path("/opt/critic/COMMIT").exists()
 
 
 def _driver(gpus: int) -> Finding:

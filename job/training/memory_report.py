@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,8 +11,9 @@ import torch
 
 from job.common.schema import AUTO, CriticConfig
 from job.distributed.world import World
-from job.memory.fit import CPU_TOLERANCE, GPU_TOLERANCE, prediction
+from job.memory.fit import CONTEXT_BYTES, CPU_TOLERANCE, GPU_TOLERANCE, prediction
 from job.memory.footprint import Setting
+from job.memory.host import free_host_bytes
 from job.memory.recorder import Recorder
 from job.memory.settings import setting_of
 from job.model.architecture import TransformerConfig
@@ -25,7 +25,7 @@ FILE = "memory.json"
 # What code, threads and freed memory that is kept may differ by, in a process without a GPU.
 _PROCESS_BYTES = 100e6
 _STEPS_LOOKED_AT = 200
-_HOST_SHARE = 0.5  # of the host's memory, for the processes of a job without GPUs
+_HOST_SHARE = 0.5  # of what is free on the host, for the processes of a job without GPUs
 _log = logging.getLogger(__name__)
 
 
@@ -54,10 +54,12 @@ def choose_micro_batch(config: CriticConfig, run: RunDirectory, world: World) ->
 
 
 def _capacity(world: World) -> int:
-    if world.device.type == "cuda":
-        return torch.cuda.get_device_properties(world.device).total_memory
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(memory * _HOST_SHARE / world.local_size)
+    """Bytes that this rank may take, of what others leave."""
+    if world.device.type != "cuda":
+        return int(free_host_bytes() * _HOST_SHARE / world.local_size)
+    free, total = torch.cuda.mem_get_info(world.device)
+    # this process's own context is there already, and counted among what is needed
+    return min(total, free + torch.cuda.memory_reserved(world.device) + CONTEXT_BYTES)
 
 
 def _setting(

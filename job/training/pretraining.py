@@ -23,6 +23,7 @@ from job.common.progress import progress
 from job.common.schema import EMBEDDED, PretrainConfig
 from job.common.signals import stop_if_asked
 from job.common.state_files import read_yaml
+from job.common.text_values import dump, load_plain
 from job.data.arithmetic import ALPHABET
 from job.data.packing import Batch, Packer, single_units
 from job.data.rows import BadRow, read_rows
@@ -96,7 +97,7 @@ def _check_same_recipe(config: PretrainConfig, folder: Path) -> None:
 def _stored_recipe(file: Path) -> dict[str, Any]:
     """A trunk's recipe; empty where the trunk came from elsewhere."""
     try:
-        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+        stored = load_plain(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
@@ -140,7 +141,7 @@ def pretrain(config: PretrainConfig, folder: Path) -> None:
     _fit(config, model, packer)
     save_transformer(model, folder)
     _save_hugging_face(model, folder, config.data.max_length)
-    (folder / RECIPE).write_text(yaml.safe_dump(_recipe(config), sort_keys=False))
+    (folder / RECIPE).write_text(dump(_recipe(config)), encoding="utf-8")
 
 
 def _save_hugging_face(model: Transformer, folder: Path, max_positions: int) -> None:

@@ -8,14 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from job.common.files import put_in_place
 from job.common.schema import CriticConfig
 from job.distributed.world import World
 from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, parameter_report
 from job.model.fingerprint import fingerprint
+from job.model.weights import save_tensors
 from job.run.alarm import ConstantPredictorAlarm
 from job.run.directory import RunDirectory
 from job.run.metrics_log import Tracker
@@ -134,7 +133,7 @@ def _save_trained(critic: Critic, run: RunDirectory) -> None:
     trained = critic.trained_tensors(keep=writes)
     if writes:
         scratch = run.file(".critic.safetensors")
-        save_file(trained, scratch)
+        save_tensors(trained, scratch)
         put_in_place(scratch, run.file("critic.safetensors"))
 
 

@@ -115,10 +115,12 @@ def test_a_signal_reaches_the_trainer_and_its_exit_code_comes_back(
     assert run.checkpoints
 
 
-def test_a_wrong_key_ends_with_the_code_for_wrong_input(
+def test_a_wrong_key_ends_with_the_code_for_wrong_input_from_a_folder_of_any_name(
     tools: Tools, sif: Path, tmp_path: Path
 ) -> None:
-    config = _write_job(tmp_path)
+    folder = tmp_path / "run_12:30:00,lr=1e-5"  # Apptainer's own signs in --bind
+    folder.mkdir()
+    config = _write_job(folder)
     config.write_text(config.read_text().replace("max_steps", "maxsteps"))
     assert _code(_start(tools, sif, config, {})) == 78
 

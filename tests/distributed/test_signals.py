@@ -84,6 +84,7 @@ STOPS = [
     Stop(signal.SIGTERM, [1]),
     Stop(signal.SIGUSR2, [1], again=signal.SIGTERM),
     Stop(signal.SIGTERM, again=signal.SIGTERM),
+    Stop(signal.SIGINT, [0]),
     Stop(signal.SIGUSR1, during="a save", settings=("checkpoint.every_steps=2",)),
     Stop(signal.SIGUSR2, [1], during="an evaluation"),
     Stop(signal.SIGTERM, during="an evaluation"),
@@ -133,6 +134,20 @@ def test_a_signal_saves_the_last_complete_step_and_ends_every_rank(
     assert run.step > start
     if stop.during == "an evaluation":
         assert run.checkpoints[-1] == run.step + 1
+
+
+def test_a_second_ctrl_c_ends_at_once_and_loses_no_checkpoint(job: MicroJob, run: MicroRun) -> None:
+    start, saved = run.step, run.checkpoints
+    with job.start(run.path.name, dwell=SAVE) as ranks:
+        ranks.freeze_when(lambda: run.step >= start + 2, "a step")
+        for _ in range(2):  # the second one comes while nothing else in the process runs
+            ranks.signal(signal.SIGINT)
+            ranks.signal(signal.SIGCONT)
+            ranks.wait_until(lambda: True, "a moment")
+            time.sleep(0.5)
+        codes = ranks.wait(60)
+        assert codes == [-signal.SIGINT] * len(codes), ranks.log()
+    assert run.checkpoints[: len(saved)] == saved
 
 
 ALSO = pytest.mark.all  # another variant of the same behaviour
@@ -241,13 +256,17 @@ def test_after_all_stops_the_run_ends_as_if_undisturbed(
     run.assert_equals(undisturbed)
 
 
-def test_a_comparison_passes_a_stop_on_to_its_training(job: MicroJob) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_comparison_passes_a_stop_on_to_its_training(
+    job: MicroJob, number: signal.Signals
+) -> None:
     command = ["-m", "job.compare", "--config", "critic.yaml", "--unfreeze", "0", "1"]
     command += ["--override", *SETTINGS, "run.name=compared-${training.num_unfrozen_layers}"]
     run = job.run("compared-0")
+    start = run.step
     with running(command, 1, job.folder) as ranks:
-        ranks.wait_until(lambda: run.step >= 2, "a step")
-        ranks.signal(signal.SIGTERM)
+        ranks.wait_until(lambda: run.step >= start + 2, "a step")
+        ranks.signal(number)
         _assert_stopped(run, ranks)
     assert not job.run("compared-1").path.exists()
 

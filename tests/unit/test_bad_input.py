@@ -265,7 +265,7 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     "training.betas=0.9": ("training.betas",),
     "training.betas.0=0.9": ("training.betas: a single value",),
     "training.betas=[a, b]": ("training.betas", "'a'", "Float"),
-    "mlflow.experiment={a: 1}": ("mlflow.experiment: a single value",),
+    "mlflow={experiment: {a: 1}}": ("mlflow.experiment: a single value",),
     "data.fields=[prompt]": ("data.fields", "a mapping or the preset alpaca"),
     "data.fields={prompt: {a: 1}}": ("data.fields.prompt: the name of a field",),
     # value
@@ -294,8 +294,8 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     "training.max_steps": ("--override training.max_steps: write it as key=value",),
     "=3": ("--override =3: write it as key=value",),
     "training..max_steps=3": ("--override training..max_steps=3: write it as key=value",),
-    "run.name=[": ("--override run.name=[",),
-    "run.name=@": ("--override run.name=@", "character"),
+    "training.betas=[": ("--override training.betas=[",),
+    "training.max_steps=@": ("--override training.max_steps=@", "character"),
     # interpolation
     "model.path=${oc.env:NO_SUCH_VARIABLE}": ("model.path", "NO_SUCH_VARIABLE"),
     "model.path=${run.nme}": ("model.path", "'run.nme' not found"),

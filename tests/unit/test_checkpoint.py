@@ -34,7 +34,8 @@ from job.data.packing import Batch
 from job.distributed.world import joined_world
 from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.run.checkpoint_store import best, committed, retained
+from job.run.checkpoint_store import best, retained
+from job.run.committed import committed
 from job.run.directory import RunDirectory
 from job.run.fence import Fence
 from job.run.manifest import MANIFEST, DamagedError, Manifest

@@ -46,6 +46,36 @@ def _free(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
     monkeypatch.setattr(places.shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
 
 
+# Variables
+
+
+def test_a_line_names_each_variable_that_is_set_aside(
+    plan: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"SBATCH_TIMELIMIT": "1", "SRUN_CPUS_PER_TASK": "2", "SLURM_NTASKS": "3"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SBATCH_QOS", "long")
+    monkeypatch.setenv("SBATCH_PARTITION", "theirs")
+    entries = {"qos": "long", "partition": "mine"}
+    found = [one for one in check(plan(entries=entries)) if one.name == "variables"]
+    assert [(one.state, one.text) for one in found] == [
+        ("warning", "SBATCH_PARTITION=theirs is set aside: profile and options hold"),
+        ("ok", "qos long, as SBATCH_QOS=long has it"),
+        ("warning", "SBATCH_TIMELIMIT=1 is set aside: profile and options hold"),
+        ("warning", "SLURM_NTASKS=3 is set aside: profile and options hold"),
+        ("warning", "SRUN_CPUS_PER_TASK=2 is set aside: profile and options hold"),
+    ]
+
+
+def test_inside_a_job_its_own_variables_are_not_told(
+    plan: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_NTASKS", "3")
+    assert not [one for one in check(plan()) if one.name == "variables"]
+
+
 # Files
 
 

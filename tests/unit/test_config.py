@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 
 from job.common import possible_values as module
-from job.common.config import load_config
+from job.common.config import command_line, load_config, merge_config
 from job.common.errors import InputError, listing
 from job.common.nested import differences, flatten, to_dict
 from job.common.schema import CriticConfig, Loss, PretrainConfig, ShardingStrategy, Target
+from job.common.text_values import dump, load_plain
 
 ROOT = Path(__file__).parents[2]
 MANDATORY = ("run.name=a", "run.dir=b", "model.path=c", "data.train=d", "data.validation=e")
@@ -107,6 +109,126 @@ def test_values_have_the_type_of_their_key(
         found = _load(file, override).data.fields
     assert found == value
     assert type(found) is type(value)
+
+
+PARTS = "{prompt}{response}"
+TEXTS = (
+    *("1.10", "1e5", "9e54321", "007", "0x1F", "1_000", "2024_01_15", "2024-01-15", "12:30"),
+    *("yes", "No", "true", "off", "exp #4", "#4", "a: b", "a:", "- a", "[", "[1, 2]", "{a: 1}"),
+    *(
+        "@",
+        "%a",
+        "&a",
+        "*a",
+        "!a",
+        "|",
+        ">",
+        "`a",
+        "a, b",
+        "it's",
+        'say "a"',
+        '"a" b',
+        "null.",
+        " a",
+    ),
+    *("=", "<<", "...", "---", "null # 4", "\\n", "a\\b", "é", "🂡", "a\tb", "a\nb"),
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_stays_what_was_typed(text: str, file: Path) -> None:
+    keys = ("run.name", "model.recipe", "mlflow.experiment")
+    config = _load(
+        file, *(f"{key}={text}" for key in keys), f"data.template={text}{{prompt}}{{response}}"
+    )
+    assert [_at(config, key) for key in keys] == [text] * 3
+    assert config.data.template == f"{text}{PARTS}"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("'1.10'", "1.10"),
+        ('"a # b"', "a # b"),
+        (r'"a\nb"', "a\nb"),
+        (r"'a\nb'", r"a\nb"),
+        ("'null'", "null"),
+        ("'it''s'", "it's"),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        (r"\${a}", "${a}"),
+        ("${run.name}-1e5", "from-file-1e5"),
+    ],
+)
+def test_quotes_null_and_references_in_text(typed: str, meant: str | None, file: Path) -> None:
+    assert _load(file, f"model.recipe={typed}").model.recipe == meant
+
+
+PLAIN = ("1.10", "1e5", "007", "0x1F", "1_000", "2024-01-15", "12:30", "yes", "No", "true", "a=b")
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_plain_text_in_a_file_or_a_section_stays_text(text: str, file: Path) -> None:
+    assert _load(file, f"mlflow={{experiment: {text}}}").mlflow.experiment == text
+    file.write_text(file.read_text() + f"mlflow:\n  experiment: {text}\n")
+    assert _load(file).mlflow.experiment == text
+
+
+def test_null_in_a_file_is_no_text(file: Path) -> None:
+    file.write_text(file.read_text() + "tokenizer: {path: ~}\nmlflow: {tracking_uri: null}\n")
+    assert (_load(file).tokenizer.path, _load(file).mlflow.tracking_uri) == (None, None)
+
+
+def test_text_behind_merge_keys_and_aliases(file: Path) -> None:
+    file.write_text(
+        file.read_text().replace("model:", "mlflow: {<<: &a {experiment: 1.10}}\nmodel:")
+    )
+    assert _load(file).mlflow.experiment == "1.10"
+
+
+@pytest.mark.parametrize(
+    "text", [*TEXTS, "${a}", r"\${a}", r"\\${a", "$", "${", "null", "~", "1e5\\", "????", "x" * 200]
+)
+def test_a_stored_configuration_says_what_was_meant(text: str, file: Path, tmp_path: Path) -> None:
+    config = CriticConfig()
+    config.model.path, config.run.dir = "trunk", "runs"
+    config.data.train, config.data.validation = "t.jsonl", "v.jsonl"
+    config.run.name, config.data.template = f"n{text}", f"{text}{PARTS}"
+    config.data.fields = {"prompt": text if text.strip() else "a"}
+    stored = tmp_path / "config.yaml"
+    stored.write_text(dump(to_dict(config)), encoding="utf-8")
+    assert load_config(CriticConfig, stored) == config
+    assert load_plain(stored.read_text(encoding="utf-8")) == to_dict(config)
+
+
+@dataclasses.dataclass
+class _Others:
+    names: list[str] = dataclasses.field(default_factory=list)
+    table: dict[str, str] = dataclasses.field(default_factory=dict)
+    number: int | str = 0
+    anything: Any = None
+
+
+def test_text_in_lists_and_tables(tmp_path: Path) -> None:
+    file = tmp_path / "others.yaml"
+    file.write_text("names: [1.10, yes, null-]\ntable: {A: 007, B: true, C: 12:30}\nnumber: 1_0\n")
+    found = merge_config(_Others, file, ["anything=007"])
+    assert found.names == ["1.10", "yes", "null-"]
+    assert found.table == {"A": "007", "B": "true", "C": "12:30"}
+    assert (found.number, found.anything) == (10, 7)
+    given = ["names=[1e5, 007]", "table.A=1e5", "table={B: 1.10}"]
+    found = merge_config(_Others, file, given)
+    assert (found.names, found.table) == (["1e5", "007"], {"A": "1e5", "B": "1.10", "C": "12:30"})
+
+
+def test_what_is_no_utf8_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NAME", os.fsdecode(b"a\xff"))
+    with pytest.raises(InputError, match=r"run.name: 'a\\udcff' is not UTF-8 text"):
+        _load(file, "run.name=${oc.env:NAME}")
+    monkeypatch.setattr(sys, "argv", ["train", "--config", os.fsdecode(b"\xe9.yaml")])
+    with pytest.raises(InputError, match=r"'\\udce9.yaml': this argument is not UTF-8 text"):
+        command_line("about").parse_args()
 
 
 @pytest.mark.parametrize("loss", ["mse", "huber", "bce"])

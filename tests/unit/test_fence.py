@@ -13,11 +13,12 @@ from job.common.config import load_config
 from job.common.errors import Exit, InputError, Superseded
 from job.common.nested import to_dict
 from job.common.schema import CriticConfig
-from job.run.checkpoint_store import committed
+from job.run.committed import committed
 from job.run.directory import RunDirectory
 from job.run.fence import ATTEMPT, Fence
 from job.run.manifest import Manifest
 from job.run.metrics_log import Tracker
+from job.run.reader import StoredRun
 
 
 def _attempt(run: Path, resumed_step: int | None = None) -> Fence:
@@ -253,7 +254,7 @@ def test_committed_checkpoints_are_those_that_count_oldest_first(tmp_path: Path)
     for resumed_step in (0, 4):
         _attempt(tmp_path, resumed_step)
     folder = tmp_path / "checkpoints"
-    for step, attempt in ((10, 2), (2, 1), (4, 1), (6, 1), (8, 1)):
+    for step, attempt in ((10, 2), (2, 1), (4, 1), (6, 1), (8, 1), (12, 1)):
         one = folder / f"step-{step:08}"
         one.mkdir(parents=True)
         Manifest(step, attempt, {}).write(one)
@@ -261,6 +262,7 @@ def test_committed_checkpoints_are_those_that_count_oldest_first(tmp_path: Path)
     (folder / "damaged-step-00000003").mkdir()
     (folder / "step-00000014").touch()  # no folder
     assert [path.name for path in committed(tmp_path)] == [f"step-{step:08}" for step in (2, 4, 10)]
+    assert StoredRun(tmp_path).newest_checkpoint() == 10  # for the Slurm side too
     # damage is found by verifying; without a manifest nobody can say whether it came too late
     (folder / "step-00000006/manifest.json").unlink()
     assert "step-00000006" in [path.name for path in committed(tmp_path)]

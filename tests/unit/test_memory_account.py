@@ -22,7 +22,7 @@ from job.data.token_cache import TokenizedSet, load_split
 from job.data.tokenizer import load_tokenizer, write_character_tokenizer
 from job.distributed.world import World
 from job.memory import fit
-from job.memory.fit import MARGIN
+from job.memory.fit import CONTEXT_BYTES, MARGIN
 from job.memory.footprint import Footprint, Moment, Setting, footprint
 from job.memory.recorder import Recorder
 from job.run.directory import RunDirectory
@@ -112,6 +112,18 @@ def test_auto_is_a_number_that_fits_and_is_kept(
     config.training.micro_batch_tokens = 128
     choose_micro_batch(config, run, World())
     assert config.training.micro_batch_tokens == 128
+
+
+def test_auto_leaves_others_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    gb = 10**9
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * gb, 80 * gb))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * gb)
+    of_a_gpu = account._capacity(World(device=torch.device("cuda", 0)))
+    assert of_a_gpu == 35 * gb + CONTEXT_BYTES  # its own is not another's
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * gb - 1, 80 * gb))
+    assert account._capacity(World(device=torch.device("cuda", 0))) == 80 * gb
+    monkeypatch.setattr(account, "free_host_bytes", lambda: 12 * gb)
+    assert account._capacity(World(size=3, local_size=3)) == 2 * gb
 
 
 def _needed(config: CriticConfig, tokens: int) -> int:

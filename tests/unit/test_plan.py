@@ -99,6 +99,37 @@ def test_a_folder_may_have_any_name(
     assert re.fullmatch(rf"x: y-{STAMP}", one.runs[0].config.run.name)
 
 
+@pytest.mark.parametrize("name", ["50%", "%j", "a\\b"])
+def test_a_folder_that_slurm_takes_for_a_pattern_is_refused(name: str, plan: Planner) -> None:
+    sign = "%" if "%" in name else "\\"
+    with pytest.raises(
+        InputError, match=f"^run.dir: .*{re.escape(name)}.*: Slurm reads {re.escape(sign)} "
+    ):
+        plan(name=name)
+
+
+def test_a_folder_that_is_no_text_is_refused(here: Path, plan: Planner) -> None:
+    with pytest.raises(InputError, match=r"^run.dir: '.*\\udcff.*': not UTF-8"):
+        plan(name="a\udcff")
+
+
+def test_what_the_profile_leaves_open_may_come_from_sbatchs_variables(
+    plan: Planner, here: Path, given: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "mine.yaml").write_text(
+        "gpu: {memory_gb: 85, per_node: 4}\npartition: mine\naccount: null\n"
+    )
+    for name in ("PARTITION", "ACCOUNT", "QOS", "TIMELIMIT"):
+        monkeypatch.setenv(f"SBATCH_{name}", "theirs")
+    monkeypatch.setenv("SBATCH_CONSTRAINT", "")
+    found = plan(cluster="mine.yaml").submission.profile
+    keys = ("partition", "account", "qos", "constraint", "time")
+    assert [found[key] for key in keys] == ["mine", "theirs", "theirs", None, "24:00:00"]
+    _submitted(here, given, profile=found)
+    monkeypatch.setenv("SBATCH_QOS", "another")
+    assert make_plan(options(resume="runs/mine")).submission.profile == found
+
+
 def test_nothing_is_written(here: Path, plan: Planner) -> None:
     before = set(here.rglob("*"))
     plan(unfreeze=[0, 1])
@@ -341,6 +372,18 @@ def test_other_resources_may_be_asked_for(here: Path, given: list[str]) -> None:
     found = make_plan(options(resume="runs/mine", **asked)).submission
     assert (found.gpus, found.nodes, found.cluster, found.after) == (4, 1, "localhost", "5")
     assert found.profile == asdict(load_profile("localhost")) | {"time": "0:20:00"}
+
+
+@pytest.mark.parametrize(
+    ("before", "of_profile", "after"),
+    [("/mine.sif", "/site.sif", "/mine.sif"), ("/site.sif", "/site.sif", None), (None, "/s", None)],
+)
+def test_another_cluster_takes_no_image_from_a_run(
+    here: Path, given: list[str], before: str | None, of_profile: str, after: str | None
+) -> None:
+    _submitted(here, given, image=before, profile=profile(image=of_profile))
+    resumed = make_plan(options(resume="runs/mine", cluster="localhost")).submission
+    assert resumed.image == after
 
 
 def test_what_may_change_between_attempts_may_be_overridden(here: Path, given: list[str]) -> None:

@@ -96,14 +96,27 @@ def test_no_driver_is_a_fault_only_where_gpus_are_needed(
     assert _found(config)["driver"].fault is GOOD
 
 
-def test_packages_of_the_home_directory(
-    config: CriticConfig, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("variables", "fault"),
+    [
+        ({}, GOOD),
+        ({"APPTAINER_CONTAINER": "/a.sif"}, WRONG),
+        ({"SINGULARITY_CONTAINER": ""}, WRONG),
+    ],
+)
+def test_packages_of_the_home_directory_are_wrong_in_an_image_alone(
+    config: CriticConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    fault: Exit,
 ) -> None:
     home = str(Path(torch.__file__).parents[1])
     monkeypatch.setattr(fitness.site, "getusersitepackages", lambda: home)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     found = _found(config)["packages"]
-    assert found.fault is UNFIT
-    assert "PYTHONNOUSERSITE" in found.advice
+    assert found.fault is fault  # the same on each node: none is unfit
+    assert ("PYTHONNOUSERSITE" in found.advice) == bool(variables)
 
 
 def test_a_scratch_folder_that_cannot_be_made(config: CriticConfig, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from fake_slurm import STARTS, FakeSlurm, partition
 
 from slurm import scheduler
+from slurm.leader import deadline
 from slurm.scheduler import ControllerAway, Job, Refused, outside_environment, parse_job
 
 pytestmark = pytest.mark.slow
@@ -127,6 +128,14 @@ def test_a_job_without_a_time_limit_has_no_end() -> None:
     assert _job(limit="UNLIMITED", end="Unknown").end is None
 
 
+def test_a_save_budget_counts_from_the_jobs_real_end() -> None:
+    # a limit of a day, of which an administrator has taken most; not what was asked for at first
+    shortened = _job(restarts=3, end=START + 900)
+    assert deadline(shortened, 120) == {"CRITIC_DEADLINE": str(START + 900 - 120)}
+    assert deadline(_job(limit="UNLIMITED", end="Unknown"), 120) == {}
+    assert deadline(None, 120) == {}
+
+
 def test_an_element_of_an_array_is_known_by_the_name_it_was_asked_for() -> None:
     line = _line().replace("JobId=55399038", "JobId=55399040 ArrayJobId=55399038 ArrayTaskId=2")
     job = parse_job("55399038_2", line)
@@ -138,6 +147,31 @@ def test_of_an_array_the_first_line_counts() -> None:
     job = parse_job("7", _line() + _line(state="PENDING"))
     assert job is not None
     assert job.state == "RUNNING"
+
+
+def _element(tasks: str, **changes: object) -> str:
+    of_array = f"JobId=7 ArrayJobId=55399038 ArrayTaskId={tasks}"
+    return _line(**changes).replace("JobId=55399038", of_array)
+
+
+def test_slurm_is_asked_once_for_all_elements_of_an_array(slurm: FakeSlurm) -> None:
+    lines = _element("3,5-9:2%2", state="PENDING") + _element("1") + _element("2", state="FAILED")
+    slurm.says("scontrol", lines)
+    jobs = scheduler.show_jobs([f"55399038_{k}" for k in range(12)])
+    waiting = {f"55399038_{k}": "PENDING" for k in (3, 5, 7, 9)}
+    assert {name: job.state for name, job in jobs.items()} == waiting | {
+        "55399038_1": "RUNNING",
+        "55399038_2": "FAILED",
+    }
+    assert all(job.id == name for name, job in jobs.items())
+    assert slurm.calls == ["scontrol show job -o 55399038"]
+
+
+def test_jobs_that_are_no_array_are_asked_for_each(slurm: FakeSlurm) -> None:
+    slurm.runs("scontrol", f'[ "$4" = 9 ] && {{ echo "{UNKNOWN}" >&2; exit 1; }}; echo "{_line()}"')
+    assert scheduler.show_jobs(["8", "9", "8"]).keys() == {"8"}
+    assert slurm.calls == ["scontrol show job -o 8", "scontrol show job -o 9"]
+    assert scheduler.show_jobs([]) == {}
 
 
 @pytest.mark.parametrize("name", ["a b", "a JobState=FAILED", "x=1 Reason=y Restarts=5", "="])

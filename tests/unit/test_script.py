@@ -195,8 +195,8 @@ def test_without_an_image_the_trainer_is_this_environments(monkeypatch: pytest.M
 
 def test_in_an_image_the_trainer_sees_its_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAST", "/fast")
-    own = profile(scratch="$FAST/me")
-    binds = ["/data", "/a:/b:ro"]
+    own = profile(scratch="$FAST/me", binds=["/a:/b:ro", "$FAST"])
+    binds = [*own["binds"], "/data"]
     given = submission(Path("/runs/mine"), image="/critic.sif", binds=binds, profile=own)
     command = given.command("train", "--config", "/c.yaml")
     assert command[:2] == ["apptainer", "run"]
@@ -204,8 +204,28 @@ def test_in_an_image_the_trainer_sees_its_folders(monkeypatch: pytest.MonkeyPatc
     assert command[image:] == ["/critic.sif", "train", "--config", "/c.yaml"]
     assert {"--nv", "--containall"} <= set(command[:image])
     pairs = list(itertools.pairwise(command))
-    for pair in [("--pwd", "/runs"), *(("--bind", path) for path in (*binds, "/fast/me"))]:
+    for pair in [
+        ("--pwd", "/runs"),
+        *(("--bind", path) for path in ("/a:/b:ro", "/fast", "/data", "/fast/me")),
+    ]:
         assert pair in pairs
+
+
+def test_what_apptainer_would_take_for_its_own_is_escaped_in_paths(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("JOB", "7:x")
+    own = profile(scratch="/fast/$JOB", binds=["/a:/b:ro"])
+    binds = ["/a:/b:ro", "/runs/12:30:00", "/runs/exp,lr=1e-5", "/runs/$JOB"]
+    given = submission(Path("/runs/mine"), image="/critic.sif", binds=binds, profile=own)
+    pairs = itertools.pairwise(given.command("train"))
+    assert [value for option, value in pairs if option == "--bind"] == [
+        "/a:/b:ro",
+        r"/runs/12\:30\:00",
+        r"/runs/exp\,lr=1e-5",
+        "/runs/$JOB",
+        r"/fast/7\:x",
+    ]
 
 
 def test_in_an_image_the_trainer_gets_its_variables_and_no_others(
@@ -251,6 +271,32 @@ def test_a_submission_inherits_nothing_of_the_job_it_is_made_in(
     slurm.runs("sbatch", 'echo "Submitted batch job 4$SLURM_JOB_ID"')
     assert submit([time.time], submission(tmp_path / "run")) == ["4"]
     assert os.environ["SLURM_JOB_ID"] == "40"
+
+
+def test_variables_that_the_script_would_lose_against_do_not_reach_sbatch(
+    slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SBATCH_TIMELIMIT", "SRUN_CPUS_PER_TASK", "SLURM_TIMELIMIT", "SBATCH_RESERVATION"):
+        monkeypatch.setenv(name, "1")
+    seen = tmp_path / "seen"
+    slurm.runs("sbatch", f'/usr/bin/env > {seen}; echo "Submitted batch job 4"')
+    submit([time.time], submission(tmp_path / "run"))
+    names = {line.partition("=")[0] for line in seen.read_text().splitlines()}
+    assert names >= {"SBATCH_RESERVATION"}
+    assert not {n for n in names if n.startswith(("SRUN_", "SLURM_")) or n.endswith("TIMELIMIT")}
+    assert os.environ["SBATCH_TIMELIMIT"] == "1"
+
+
+def test_steps_have_the_scripts_environment_whatever_sbatch_exports() -> None:
+    assert " --export=ALL " in _script().splitlines()[-1]
+
+
+def test_a_node_without_the_python_that_has_submitted_says_so_and_ends_the_job() -> None:
+    command = shlex.split(_script(python="/nowhere/python").splitlines()[-1])
+    ended = subprocess.run(command[command.index("bash") :], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (78, "")
+    (said,) = ended.stderr.splitlines()
+    assert "has no /nowhere/python, the Python that has submitted" in said
 
 
 @pytest.mark.parametrize(

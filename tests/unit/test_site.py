@@ -81,7 +81,7 @@ def submit(
 ) -> Submit:
     """The command without a terminal: its code, stdout and stderr."""
     monkeypatch.setattr(sys, "path", ["", *sys.path])  # of which it replaces the first
-    main = importlib.import_module("slurm.submit").main
+    main = importlib.import_module("slurm.commands").main
     with Path(os.devnull).open() as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
 

@@ -14,7 +14,7 @@ from job.common.errors import InputError
 from job.run.reader import StoredRun
 from slurm.record import Attempt, Record
 from slurm.scheduler import Job
-from slurm.status import SILENT_SECONDS, combine, log_file, runs_of, standing
+from slurm.status import SILENT_SECONDS, combine, log_file, runs_of, standing, standings
 
 NOW = 1_795_396_000.0
 RUNS: dict[str, Any] = {"state": "running", "heartbeat": NOW - 5}
@@ -280,3 +280,13 @@ def test_the_log_is_that_of_the_newest_attempt(tmp_path: Path) -> None:
     for _ in range(2):
         Attempt.take(record)
     assert log_file(record, 2) == tmp_path / "slurm" / "attempts" / "0002" / "rank-00002.log"
+
+
+def test_the_runs_of_a_sweep_are_asked_for_at_once(
+    tmp_path: Path, inputs: list[str], slurm: FakeSlurm
+) -> None:
+    runs = [submitted(tmp_path / f"n{k}", inputs, job_id=f"7_{k}").run for k in range(3)]
+    line = "JobId=%d ArrayJobId=7 ArrayTaskId=%s JobState=%s Reason=Priority NodeList=\n"
+    slurm.says("scontrol", line % (7, "1-2", "PENDING") + line % (8, "0", "RUNNING"))
+    assert [one.state for one in standings(runs)] == ["running", "pending", "pending"]
+    assert slurm.calls == ["scontrol show job -o 7"]

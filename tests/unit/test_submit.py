@@ -66,7 +66,7 @@ def submit(
     """The command, inside this process, which is faster than in one of its own."""
     monkeypatch.setattr(sys, "path", ["", *sys.path])  # of which it replaces the first
     monkeypatch.setenv("COLUMNS", "200")
-    main = importlib.import_module("slurm.submit").main
+    main = importlib.import_module("slurm.commands").main
 
     def called(*arguments: str) -> Result:
         code = 0
@@ -516,7 +516,8 @@ def test_a_run_is_cancelled_with_all_of_its_sweep(
         submitted(here / "sweep" / name, given, job_id=job_id, state=state)
         for name, job_id, state in [("n0", "7_0", "running"), ("n2", "7_1", "finished")]
     ]
-    slurm.says("scontrol", "JobId=7 JobState=RUNNING NodeList=node1\n")
+    line = "JobId=%d ArrayJobId=7 ArrayTaskId=%d JobState=%s NodeList=node1\n"
+    slurm.says("scontrol", line % (8, 0, "RUNNING") + line % (7, 1, "COMPLETED"))
     marked = f"[ -e {records[0].cancelled} ] || exit 9"
     slurm.runs("scancel", marked)
     done = submit("cancel", "sweep", "--json")
@@ -552,3 +553,10 @@ def test_nothing_of_this_environment_reaches_the_script(
     done = submit("--dry-run", "--json", "--override", *given)
     assert "MLFLOW_TRACKING_TOKEN" in os.environ
     assert "hunter2" not in done.out + done.err
+
+
+@pytest.mark.parametrize("command", [(), ("status",), ("logs",), ("cancel",), ("init",)])
+def test_an_argument_that_is_no_utf8_is_named(submit: Submit, command: tuple[str, ...]) -> None:
+    done = submit(*command, os.fsdecode(b"--name=\xff"))
+    assert done.code == 78
+    assert r"'--name=\udcff': this argument is not UTF-8 text" in done.err

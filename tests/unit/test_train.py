@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +15,13 @@ from micro_job import write_job
 from safetensors.torch import load_file
 
 from job.common.config import load_config
-from job.common.errors import InputError
+from job.common.errors import InputError, Stopped
 from job.common.schema import CriticConfig
+from job.common.signals import DEADLINE
 from job.compare import compare
 from job.run.comparison import steps_to_half, summarise
 from job.run.directory import RunDirectory
+from job.run.metrics_log import Tracker
 from job.training.trainer import train
 
 CHANGES = (
@@ -62,6 +67,46 @@ def test_a_run_directory_tells_the_whole_run(folder: Path) -> None:
     assert memory["memory/predicted_peak"] > 0
     page = run.file("report.html").read_text()
     assert f"{records[-1]['validation/value/mse']:.4f}" in page
+
+
+@pytest.mark.slow
+def test_every_file_has_the_modes_of_the_umask(folder: Path) -> None:
+    before = os.umask(0o027)  # for a group that shares its runs
+    try:
+        run = _train("report.enabled=true", "checkpoint.every_steps=4", "run.dir=new/run")
+    finally:
+        os.umask(before)
+    written = [path for place in ("new", "trunk", "cache") for path in Path(place).rglob("*")]
+    assert {run.file("critic.safetensors"), Path("trunk/hf/model.safetensors")} < set(written)
+    modes = {path: path.stat().st_mode & 0o777 for path in written}
+    wrong = {p: oct(m) for p, m in modes.items() if m != (0o750 if p.is_dir() else 0o640)}
+    assert not wrong
+
+
+@pytest.mark.slow
+def test_a_slice_shorter_than_the_save_interval_still_makes_progress(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _train("run.name=whole")
+    slices = ["run.name=slices", "checkpoint.every_steps=1000000"]
+    run, reached, metrics = RunDirectory("runs/slices"), [0], Tracker.metrics
+
+    def until_the_second_step(tracker: Tracker, step: int, figures: Any) -> None:
+        metrics(tracker, step, figures)
+        if step == reached[-1] + 2:
+            monkeypatch.setenv(DEADLINE, str(time.time()))
+
+    monkeypatch.setattr(Tracker, "metrics", until_the_second_step)
+    while reached[-1] < 6:
+        monkeypatch.setenv(DEADLINE, "inf")
+        with pytest.raises(Stopped, match="the deadline"):
+            _train(*slices)
+        reached.append(run.newest_checkpoint())
+    assert reached == [0, 2, 4, 6]
+    monkeypatch.setenv(DEADLINE, "inf")
+    monkeypatch.setattr(Tracker, "metrics", metrics)
+    _train(*slices)
+    assert run.records() == whole.records()
 
 
 @pytest.mark.slow

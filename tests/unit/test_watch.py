@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,13 +118,13 @@ def standings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Standing | BaseE
     """What becomes of a run, from look to look."""
     coming: list[Standing | BaseException] = []
 
-    def look(_: Path) -> Standing:
+    def look(_: Sequence[Path]) -> list[Standing]:
         now = coming.pop(0)
         if isinstance(now, BaseException):
             raise now
-        return now
+        return [now]
 
-    monkeypatch.setattr(watch_module, "standing", look)
+    monkeypatch.setattr(watch_module, "standings", look)
     monkeypatch.setattr(watch_module, "_PAUSE_SECONDS", 0.0)
     yield coming
     assert not coming

@@ -20,4 +20,4 @@ srun() { local code; until command srun "$@"; do code=$?; case $code in 138 | 14
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /HERE/runs/critic-4gpu-n4-20260102-030405/slurm/%j_%t_log.out --cpus-per-task=8 --cpu-bind=cores --kill-on-bad-exit=0 --wait=0 bash -c 'trap "" TERM USR1 USR2; exec "$@"' bash /PYTHON -u -m submitit.core._submit /HERE/runs/critic-4gpu-n4-20260102-030405/slurm
+srun --unbuffered --output /HERE/runs/critic-4gpu-n4-20260102-030405/slurm/%j_%t_log.out --export=ALL --cpus-per-task=8 --cpu-bind=cores --kill-on-bad-exit=0 --wait=0 bash -c 'command -v "$1" >/dev/null || { echo "error: $(hostname) has no $1, the Python that has submitted: install the project on a file system that all nodes see" >&2; exit 78; }; trap "" TERM USR1 USR2; exec "$@"' bash /PYTHON -u -m submitit.core._submit /HERE/runs/critic-4gpu-n4-20260102-030405/slurm

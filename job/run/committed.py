@@ -1,0 +1,28 @@
+"""Which checkpoints of a run count: those that no later attempt has passed over. Free of torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from job.run.fence import Fence
+from job.run.manifest import DamagedError, Manifest
+from job.run.names import checkpoint_steps
+
+
+def committed(run: Path) -> list[Path]:
+    """The committed checkpoints of a run, oldest first, without those that came too late."""
+    fence = Fence(run / "attempts", 0)
+    return [folder for folder in folders(run / "checkpoints") if _is_in_time(folder, fence)]
+
+
+def folders(checkpoints: Path) -> list[Path]:
+    """All that were committed, in time or not, oldest first."""
+    return list(checkpoint_steps(checkpoints).values())
+
+
+def _is_in_time(folder: Path, fence: Fence) -> bool:
+    try:
+        manifest = Manifest.read(folder)
+    except DamagedError:
+        return True  # reading it will tell
+    return fence.includes(manifest.attempt, manifest.step)

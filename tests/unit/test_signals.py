@@ -1,0 +1,83 @@
+"""Ctrl-C in a process: the first sets the flag, the second ends it, whatever it is doing."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+HEARS = """
+import signal, sys, time
+signal.signal(signal.SIGINT, {before})
+from job.common.signals import install_handlers, reason
+install_handlers()
+print("ready", flush=True)
+{body}
+"""
+# Native code that comes back to no handler: the main thread waits for a lock that it holds.
+HANGS = "import threading; lock = threading.Lock(); lock.acquire(); {}; lock.acquire()"
+FLAG = "while reason() is None: time.sleep(0.01)\nprint(reason(), flush=True)\ntime.sleep(60)"
+
+
+@contextmanager
+def _process(body: str, before: str = "signal.default_int_handler") -> Iterator[subprocess.Popen]:
+    code = HEARS.format(body=body, before=before)
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        process.kill()
+
+
+def _next_line(stream: object) -> str:
+    return next(line for line in stream if line.strip())  # type: ignore[attr-defined]
+
+
+def test_the_first_ctrl_c_asks_to_stop_and_the_second_ends_at_once() -> None:
+    with _process(FLAG) as process:
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "SIGINT\n"
+        assert "Ctrl-C again" in _next_line(process.stderr)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == -signal.SIGINT
+
+
+def test_the_second_ctrl_c_ends_a_process_that_hangs_in_native_code() -> None:
+    blocked = "signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {9, 19})"
+    with _process(HANGS.format(blocked)) as process:
+        process.send_signal(signal.SIGINT)
+        assert "Ctrl-C again" in _next_line(process.stderr)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == -signal.SIGINT
+
+
+def test_a_process_that_a_shell_keeps_from_ctrl_c_does_not_hear_it() -> None:
+    with _process("time.sleep(0.3); print(reason())", "signal.SIG_IGN") as process:
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[0] == "None\n"
+        assert process.returncode == 0
+
+
+@pytest.mark.parametrize("run", ["run_command", "run_and_leave"])
+def test_a_command_that_saves_nothing_ends_in_one_line(run: str) -> None:
+    code = (
+        f"import signal, time; from job.common.errors import {run} as run; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "run(lambda: (print('ready', flush=True), time.sleep(60)))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[1] == "ended by Ctrl-C\n"
+        assert process.returncode == 128 + signal.SIGINT

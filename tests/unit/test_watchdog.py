@@ -1,0 +1,65 @@
+"""The watchdog of a real process: silence ends it, time for which it was suspended does not."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+BEATS = """
+import sys, time
+from pathlib import Path
+from job.distributed.watchdog import Watchdog
+dog = Watchdog(float(sys.argv[1]), Path("stacks"))
+with dog.watching():
+    print("ready", flush=True)
+    for line in sys.stdin:
+        dog.beat()
+        print("beaten", flush=True)
+"""
+
+
+@contextmanager
+def _process(folder: Path, seconds: float) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", BEATS, str(seconds)],
+        cwd=folder,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        process.kill()
+
+
+def test_a_process_that_was_suspended_for_longer_than_its_timeout_goes_on(tmp_path: Path) -> None:
+    with _process(tmp_path, 20) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(25)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(2)  # with no beat, which a collective that goes on would not give at once
+        print("x", file=process.stdin, flush=True)
+        assert process.stdout.readline() == "beaten\n"
+        process.stdin.close()
+        assert process.wait(60) == 0
+    assert not (tmp_path / "stacks").exists()
+
+
+def test_silence_ends_a_process_with_its_stacks(tmp_path: Path) -> None:
+    with _process(tmp_path, 1) as process:
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(60) == 1
+        assert process.stderr is not None
+        assert "no progress for 1 s" in process.stderr.read()
+    assert "_watch" in (tmp_path / "stacks").read_text()
