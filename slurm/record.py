@@ -123,11 +123,12 @@ class Attempt:
     @property
     def superseded(self) -> bool:
         """Whether a later attempt has begun: a node that was taken for dead may be alive."""
-        matches = (_ATTEMPT.match(p.name) for p in self._attempts.glob("*"))
+        matches = (_ATTEMPT.match(p.name) for p in _found(self._attempts, "*"))
         return any((int(m[1]), int(m[2])) > self.number for m in matches if m)
 
     def begin(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        for folder in (self._attempts, self.folder):  # not the run's, which may have been renamed
+            folder.mkdir(exist_ok=True)
         for file in self.folder.glob("*.json"):  # of a step that was ended and is begun again
             file.unlink()
 
@@ -140,7 +141,7 @@ class Attempt:
     def meeting(self) -> dict[str, Any]:
         """What task 0 has told the others; empty until then."""
         # a listing, since an NFS client may remember for long that a name was not there
-        there = any(path.name == "meeting.json" for path in self.folder.glob("*"))
+        there = any(path.name == "meeting.json" for path in _found(self.folder, "*"))
         return _read(self.folder / "meeting.json") if there else {}
 
     def set_outcome(self, outcome: Outcome) -> None:
@@ -148,7 +149,7 @@ class Attempt:
         write_atomic(file, json.dumps(asdict(outcome)) + "\n")
 
     def outcomes(self) -> list[Outcome]:
-        files = sorted(self.folder.glob("outcome-*.json"))
+        files = sorted(_found(self.folder, "outcome-*.json"))
         return [Outcome(**content) for file in files if (content := _read(file))]
 
 
@@ -157,6 +158,13 @@ def newest_attempt(record: Record) -> Path | None:
     folders = (record.folder / "attempts").glob("*")
     numbered = [(int(m[1]), int(m[2]), f) for f in folders if (m := _ATTEMPT.match(f.name))]
     return max(numbered)[2] if numbered else None
+
+
+def _found(folder: Path, pattern: str) -> list[Path]:
+    try:
+        return list(folder.glob(pattern))
+    except OSError:  # a file system that is away for a moment tells nothing
+        return []
 
 
 def _read(file: Path) -> dict[str, Any]:

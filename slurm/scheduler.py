@@ -216,6 +216,12 @@ def exclude_node(job_id: str, node: str) -> None:
     client("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={nodes}")
 
 
+def delay(job_id: str, seconds: int, why: str) -> None:
+    """Let a waiting job wait for so long at least; Slurm keeps the reason, as its comment."""
+    start, comment = f"StartTime=now+{seconds}", f"Comment={why}"
+    client("scontrol", "update", f"JobId={job_id}", start, comment)
+
+
 def _leaves_others(script: str, excluded: str) -> bool:
     """Whether a job could run without these nodes; they are given the benefit of the doubt."""
     try:

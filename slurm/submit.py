@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from job.common.errors import Ending, Exit, InputError, listing, run_command
+from job.common.errors import Ending, Exit, InputError, file_error, listing, run_command
 from job.memory.fit import as_dict, component_table, footprint_columns, verdicts
 from job.memory.footprint import Setting, footprint
 from slurm import scheduler
@@ -190,7 +190,7 @@ def _send(plan: Plan) -> list[str]:
         for file, content in before.items():
             file.write_bytes(content)
         if isinstance(error, OSError):
-            raise InputError(f"{plan.folder}: cannot write: {error.strerror}") from None
+            raise file_error(error, f"{plan.folder}: cannot write: {error.strerror}") from None
         raise
     for record, job_id in zip(records, ids, strict=True):
         record.add_job(job_id)

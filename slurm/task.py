@@ -8,11 +8,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
 from slurm.policy import exit_status
-from slurm.record import Attempt, Record
+from slurm.record import Attempt, Outcome, Record
 from slurm.trainer import STOP_SIGNALS
 
 POLL_SECONDS = 0.2
@@ -76,6 +77,17 @@ class Post:
         signals, task = Signals(), Task.here()
         return cls(task, Attempt(record, task.job, task.restart), signals)
 
+    def failed(self, code: int, problem: str) -> Outcome:
+        """The outcome of a task that has no trainer."""
+        return Outcome(self.task.rank, self.task.node, code, time.time(), problem, [])
+
+    def report(self, outcome: Outcome) -> None:
+        """Let the others know how this task's trainer has ended."""
+        try:
+            self.attempt.set_outcome(outcome)
+        except OSError as error:
+            say(f"cannot write the outcome: {error}")
+
 
 def wait_for(condition: Callable[[], Found], seconds: float) -> Found | None:
     limit = time.monotonic() + seconds
@@ -87,11 +99,13 @@ def wait_for(condition: Callable[[], Found], seconds: float) -> Found | None:
 
 
 def say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+    with suppress(OSError):  # the disk may be full that the log is on
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
 
 
 def leave(code: int) -> NoReturn:
     """End this task without a result for submitit, which would take it for the run's."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     os._exit(exit_status(code))

@@ -27,6 +27,7 @@ _SMALLER = (
 _MEANINGS: dict[int, str] = {
     Exit.UNFIT_NODE: "the node is unfit",
     Exit.SUPERSEDED: "a newer attempt has taken over",
+    Exit.IO_FAILED: "input or output failed",
     Exit.STOPPED: "stopped on request, with its state saved",
     Exit.BAD_INPUT: "wrong input or configuration",
 }

@@ -8,8 +8,19 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Let errors of the system name the file: those of writing and flushing do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_atomic(
@@ -21,11 +32,13 @@ def write_atomic(
     """
     scratch = path.with_name(f".{path.name}.{writer}{uuid.uuid4().hex}")
     try:
-        scratch.write_text(text, encoding="utf-8")
+        with named(path):
+            scratch.write_text(text, encoding="utf-8")
         if may_replace():
             scratch.replace(path)
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not in the way
+            scratch.unlink()
 
 
 @contextmanager
@@ -38,8 +51,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()  # `.` has no name, and a link is no folder to rename onto
     scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
-        scratch.mkdir(parents=True)
-        yield scratch
+        with named(folder):
+            scratch.mkdir(parents=True)
+            yield scratch
         try:
             scratch.rename(folder)
         except OSError as error:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from job.common.data_file import check_readable
-from job.common.errors import InputError, listing
+from job.common.errors import InputError, file_error, listing
 from job.common.files import atomic_folder
 from job.common.progress import progress
 from job.common.schema import (
@@ -147,7 +147,7 @@ def _find_or_write(
                 _write(scratch, source, template, tokenizer, policy)
         return TokenizedSet(folder)
     except OSError as error:
-        raise InputError(f"data.cache_dir: cannot use {folder}: {error.strerror}") from None
+        raise file_error(error, f"data.cache_dir: cannot use {folder}: {error.strerror}") from None
 
 
 def count_shared_problems(a: TokenizedSet, b: TokenizedSet) -> int:

@@ -29,8 +29,8 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from job.common.errors import Ending, InputError
-from job.common.files import write_atomic
+from job.common.errors import InputError, file_error
+from job.common.files import named, write_atomic
 from job.common.nested import refuse_differences
 from job.data.rows import BadRow
 from job.data.token_cache import TokenizedSet
@@ -69,7 +69,9 @@ class ValuesFile:
                 self._lock(held.enter_context((self._parts / "lock").open("w")))
                 written = self._begin()
             except OSError as error:
-                raise InputError(f"{self.path}: cannot be written: {error.strerror}") from None
+                raise file_error(
+                    error, f"{self.path}: cannot be written: {error.strerror}"
+                ) from None
             yield written
 
     def _lock(self, file: TextIO) -> None:
@@ -122,13 +124,13 @@ class ValuesFile:
         """A stream whose content appears as `file` once it is on the disk."""
         scratch = self._parts / f"{file.name}.unfinished"
         try:
-            with scratch.open("wb") as stream:
+            with named(file), scratch.open("wb") as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             scratch.rename(file)
         except OSError as error:
-            raise Ending(f"{file}: cannot write the values: {error.strerror}") from None
+            raise file_error(error, f"{file}: cannot write the values: {error.strerror}") from None
 
     def values(self) -> Iterator[list[Values]]:
         """The values of the finished file's sequences, in order, some at a time."""

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from job.common.files import let_others_read
 from job.model.architecture import TransformerConfig
 from job.model.layout import to_hugging_face
 from job.model.parameters import MASTER_BYTES
+from job.model.safetensors_file import write_safetensors
 from job.model.stored import StoredTensor
 from job.model.trunk_folder import CONFIG, INDEX, PARAMS, SAFETENSORS, WEIGHTS
 from job.model.weights import open_weights, trunk_shapes
@@ -117,7 +117,7 @@ def write_hugging_face(
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     """Write a safetensors file."""
-    save_file(tensors, file, metadata={"format": "pt"})
+    write_safetensors(tensors, file, {"format": "pt"})
     let_others_read(file)  # which the library does not, whatever the umask
 
 

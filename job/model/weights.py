@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from job.common.progress import progress
@@ -20,6 +19,7 @@ from job.model.architecture_file import check_window, read_architecture
 from job.model.hf_files import open_hugging_face
 from job.model.layout import hugging_face_name, to_hugging_face
 from job.model.meta_files import open_meta
+from job.model.safetensors_file import write_safetensors
 from job.model.shards import local_shard, shard_rows
 from job.model.stored import Shapes, StoredTensor, raise_misfits
 from job.model.transformer import Transformer, Trunk
@@ -134,7 +134,8 @@ def save_transformer(model: Transformer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     params = {k: v for k, v in sorted(asdict(model.config).items()) if v is not None}
     _write_json(folder / PARAMS, params)
-    torch.save({k: v.detach().cpu() for k, v in model.state_dict().items()}, folder / WEIGHTS)
+    with (folder / WEIGHTS).open("wb") as stream:  # whose errors are the system's
+        torch.save({k: v.detach().cpu() for k, v in model.state_dict().items()}, stream)
 
 
 def save_hugging_face(model: Transformer, folder: Path, max_positions: int) -> None:
@@ -151,7 +152,7 @@ def save_hugging_face(model: Transformer, folder: Path, max_positions: int) -> N
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / CONFIG, config)
     tensors = to_hugging_face(named, model.config.head_width)
-    save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt"})
+    write_safetensors(tensors, folder / SAFETENSORS, {"format": "pt"})
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from typing import Any
 
 import yaml
 
-from job.common.errors import InputError, Stopped
+from job.common.errors import InputError, Stopped, file_error
 from job.common.files import write_atomic
 from job.common.nested import refuse_differences
 from job.run.fence import Fence
@@ -93,7 +93,9 @@ class RunDirectory(StoredRun):
                 raise InputError(f"run.dir: {self.path} holds files that no run here has written")
             write_atomic(self.file("config.yaml"), yaml.safe_dump(config, sort_keys=False))
         except OSError as error:
-            raise InputError(f"run.dir: cannot write {self.path}: {error.strerror}") from None
+            raise file_error(
+                error, f"run.dir: cannot write {self.path}: {error.strerror}"
+            ) from None
 
     def is_finished(self, max_steps: int) -> bool:
         """Whether the run has come to its end; a longer one goes on from there."""
@@ -131,11 +133,16 @@ class RunDirectory(StoredRun):
         if not self.writes:
             return
         try:
-            self._replace(name, json.dumps(content, indent=2) + "\n")
+            self.replace(name, json.dumps(content, indent=2) + "\n")
         except OSError as error:
             _log.error("cannot write %s: %s; going on", self.file(name), error.strerror)
 
-    def _replace(self, name: str, text: str) -> None:
+    def replace(self, name: str, text: str) -> None:
+        """Replace a file whole; a newer attempt's stays as it is.
+
+        Raises:
+            OSError: the file system refuses.
+        """
         replace = write_atomic if self.fence is None else self.fence.replace
         replace(self.file(name), text)
 
@@ -149,7 +156,7 @@ class RunDirectory(StoredRun):
             return
         for name in ("metrics.jsonl", "telemetry.jsonl"):
             kept = [record for record in self.records(name) if record["step"] <= last]
-            self._replace(name, "".join(json.dumps(record) + "\n" for record in kept))
+            self.replace(name, "".join(json.dumps(record) + "\n" for record in kept))
         missing = last - len(self.records())
         if missing:
             _log.error("%s lacks %d of %d steps", self.file("metrics.jsonl"), missing, last)

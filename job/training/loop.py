@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -144,14 +144,7 @@ class Training:
             self._run.set_status(alarm=text)
 
     def _save_the_end(self) -> None:
-        for pause in LAST_SAVE_PAUSES:
-            try:
-                self._save_now()
-                return
-            except SaveError:
-                _log.error("trying again in %d s", pause)
-                time.sleep(pause)
-        self._save_now()
+        try_to_save(self._save_now, SaveError)
 
     def _save_now(self) -> None:
         with self.recorder.phase("save"):
@@ -205,6 +198,18 @@ class Training:
         file = self._run.file(_BAD_STEPS)
         steps: list[int] = json.loads(file.read_text()) if file.exists() else []
         return steps
+
+
+def try_to_save(save: Callable[[], None], kind: type[Exception]) -> None:
+    """Save the end of a training, again after some pauses where that fails with `kind`."""
+    for pause in LAST_SAVE_PAUSES:
+        try:
+            save()
+            return
+        except kind as error:
+            _log.error("%s; trying again in %d s", error, pause)
+            time.sleep(pause)
+    save()
 
 
 _PASSED_OVER = StepResult(math.nan, math.nan, math.nan)

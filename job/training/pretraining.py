@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 from job.common.config import completed, load_config
-from job.common.errors import InputError
+from job.common.errors import InputError, file_error
 from job.common.files import atomic_folder
 from job.common.nested import refuse_differences, to_dict
 from job.common.progress import progress
@@ -64,7 +64,7 @@ def make_trunk(config: PretrainConfig) -> None:
         with atomic_folder(folder) as scratch:
             pretrain(config, scratch)
     except OSError as error:
-        raise InputError(f"out: cannot write {folder}: {error.strerror}") from None
+        raise file_error(error, f"out: cannot write {folder}: {error.strerror}") from None
 
 
 def _check_same_recipe(config: PretrainConfig, folder: Path) -> None:

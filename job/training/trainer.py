@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from torch import Tensor
 
+from job.common.places import disk
 from job.common.schema import CriticConfig
 from job.distributed.world import World
 from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, parameter_report
 from job.model.fingerprint import fingerprint
+from job.model.safetensors_file import write_safetensors
 from job.run.alarm import ConstantPredictorAlarm
 from job.run.directory import RunDirectory
 from job.run.metrics_log import Tracker
@@ -24,7 +27,7 @@ from job.training.attempt import Attempt, claimed_attempt
 from job.training.checkpoint import Checkpoints
 from job.training.data import CriticData, load_critic_data
 from job.training.learner import Learner
-from job.training.loop import Training
+from job.training.loop import Training, try_to_save
 from job.training.memory_report import MemoryAccount, choose_micro_batch
 from job.training.objective import Objective
 from job.training.preparation import load_critic, set_up_torch
@@ -129,9 +132,22 @@ def _save_trained(critic: Critic, run: RunDirectory) -> None:
     writes = run.writes
     trained = critic.trained_tensors(keep=writes)
     if writes:
-        scratch = run.file(".critic.safetensors")
-        save_file(trained, scratch)
+        size = sum(tensor.nbytes for tensor in trained.values())
+        try:
+            try_to_save(lambda: _write_trained(trained, run), OSError)
+        except OSError as error:  # the last checkpoint has all of it
+            text = "finished without critic.safetensors, %.3f GB: %s (%s)"
+            _log.warning(text, size / 1e9, error, disk(run.path))
+
+
+def _write_trained(trained: dict[str, Tensor], run: RunDirectory) -> None:
+    scratch = run.file(".critic.safetensors")
+    try:
+        write_safetensors(trained, scratch)
         scratch.replace(run.file("critic.safetensors"))
+    finally:
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
 
 
 def _write_report(run: RunDirectory) -> None:
