@@ -140,7 +140,7 @@ def _model(plan: Plan, run: Run, partition: Partition | None) -> Iterator[Check]
     try:
         architecture = read_architecture(config.model.path)
         check_window(config.model.path, config.data.max_length)
-    except InputError as error:
+    except Ending as error:
         yield Check("model", "error", str(error))
         return
     training = config.training

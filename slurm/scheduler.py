@@ -55,6 +55,7 @@ class Job:
     start: float | None
     end: float | None
     nodes: str
+    comment: str = ""  # what was written to it
 
     @property
     def waits(self) -> bool:
@@ -162,7 +163,14 @@ def parse_job(job_id: str, text: str) -> Job | None:
         start=_time(fields.get("StartTime", "")),
         end=_time(fields.get("EndTime", "")),
         nodes=fields.get("NodeList", ""),
+        comment=_comment(text.partition("\n")[0]),
     )
+
+
+def _comment(line: str) -> str:
+    """What was written to the job, which may hold blanks."""
+    found = re.search(r" Comment=(.*?)(?: [A-Za-z/:]+=|$)", line)
+    return found[1] if found else ""
 
 
 def _fields(line: str) -> dict[str, str]:

@@ -16,12 +16,21 @@ from typing import NoReturn, Self
 from job.common.places import disk
 
 _WIDTH = 200  # characters that a message quotes of a text
-# What a file system says that is full, away, failing or read-only for a while: no file is wrong.
+# What a file system says that is full, away, failing, read-only or lacks something: no file of
+# ours is wrong, and later or elsewhere it may do.
 _MAY_PASS = frozenset(
     {
         *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EREMOTEIO, errno.ESTALE),
         *(errno.ENOTCONN, errno.ESHUTDOWN, errno.ECOMM, errno.ETIMEDOUT, errno.EHOSTDOWN),
-        *(errno.ENODEV, errno.ENXIO, errno.ENOLCK, errno.ENFILE, errno.EMFILE),
+        *(
+            errno.ENOSYS,
+            errno.EOPNOTSUPP,
+            errno.ENODEV,
+            errno.ENXIO,
+            errno.ENOLCK,
+            errno.ENFILE,
+            errno.EMFILE,
+        ),
     }
 )
 

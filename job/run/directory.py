@@ -112,9 +112,22 @@ class RunDirectory(StoredRun):
     def set_status(self, **changes: Any) -> None:
         """Change some entries of status.json, leaving the rest."""
         if self.writes:
-            known = self.status() if self._status is None else self._status
-            self._status = known | {"updated": time.time()} | changes
+            self._change_status(changes)
             self.write_json("status.json", self._status)
+
+    def finish(self, **changes: Any) -> None:
+        """Record the end of the run, without which it would not be known.
+
+        Raises:
+            OSError: the file system refuses.
+        """
+        if self.writes:
+            self._change_status({"state": "finished", **changes})
+            self.replace("status.json", _as_json(self._status))
+
+    def _change_status(self, changes: dict[str, Any]) -> None:
+        known = self.status() if self._status is None else self._status
+        self._status = known | {"updated": time.time()} | changes
 
     @contextmanager
     def recorded(self, **changes: Any) -> Iterator[None]:
@@ -133,7 +146,7 @@ class RunDirectory(StoredRun):
         if not self.writes:
             return
         try:
-            self.replace(name, json.dumps(content, indent=2) + "\n")
+            self.replace(name, _as_json(content))
         except OSError as error:
             _log.error("cannot write %s: %s; going on", self.file(name), error.strerror)
 
@@ -160,6 +173,10 @@ class RunDirectory(StoredRun):
         missing = last - len(self.records())
         if missing:
             _log.error("%s lacks %d of %d steps", self.file("metrics.jsonl"), missing, last)
+
+
+def _as_json(content: Any) -> str:
+    return json.dumps(content, indent=2) + "\n"
 
 
 def _ending(error: BaseException) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import yaml
 
 from job.common.config import completed
-from job.common.errors import InputError
+from job.common.errors import InputError, file_error
 from job.common.schema import CriticConfig
 
 VALIDATION = "validation/value/"
@@ -63,7 +63,10 @@ class StoredRun:
         """
         try:
             stored = yaml.safe_load(self.file("config.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
+        except OSError as error:
+            text = f"{self.path}: not a run directory: no readable config.yaml"
+            raise file_error(error, text) from None
+        except (ValueError, yaml.YAMLError):
             stored = None
         if not isinstance(stored, dict):
             raise InputError(f"{self.path}: not a run directory: no readable config.yaml")

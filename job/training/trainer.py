@@ -72,7 +72,8 @@ def _train(attempt: Attempt) -> None:
         Training(attempt, learner, data, state, tracker, checkpoints).run()
         tracker.telemetry(config.training.max_steps, memory.close())
         _save_trained(critic, run)
-        run.set_status(state="finished", seconds=time.monotonic() - began)
+        seconds = time.monotonic() - began
+        try_to_save(lambda: run.finish(seconds=seconds), OSError)
         if config.report.enabled and run.writes:
             _write_report(run)
         elif run.writes:
