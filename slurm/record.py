@@ -127,7 +127,8 @@ class Attempt:
         return any((int(m[1]), int(m[2])) > self.number for m in matches if m)
 
     def begin(self) -> None:
-        for folder in (self._attempts, self.folder):  # not the run's, which may have been renamed
+        # not the run's, which may have been renamed
+        for folder in (self.record.folder, self._attempts, self.folder):
             folder.mkdir(exist_ok=True)
         for file in self.folder.glob("*.json"):  # of a step that was ended and is begun again
             file.unlink()

@@ -13,12 +13,13 @@ from pathlib import Path
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Let errors of the system name the file: those of writing and flushing do not."""
+def named(path: Path, scratch: Path | None = None) -> Iterator[None]:
+    """Let errors of the system name a file: those of writing do not, or name its `scratch`."""
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        known = error.filename
+        if known is None or (scratch is not None and str(known).startswith(str(scratch))):
             error.filename = str(path)
         raise
 
@@ -32,10 +33,10 @@ def write_atomic(
     """
     scratch = path.with_name(f".{path.name}.{writer}{uuid.uuid4().hex}")
     try:
-        with named(path):
+        with named(path, scratch):
             scratch.write_text(text, encoding="utf-8")
-        if may_replace():
-            scratch.replace(path)
+            if may_replace():
+                scratch.replace(path)
     finally:
         with suppress(OSError):  # it is not in the way
             scratch.unlink()
@@ -51,7 +52,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()  # `.` has no name, and a link is no folder to rename onto
     scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
-        with named(folder):
+        with named(folder, scratch):
             scratch.mkdir(parents=True)
             yield scratch
         try:

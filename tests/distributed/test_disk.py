@@ -18,6 +18,7 @@ import pytest
 from launch import MicroJob, running
 from micro_job import MicroRun
 
+from job.common.errors import Exit
 from job.run.manifest import Manifest
 
 pytestmark = pytest.mark.slow
@@ -277,7 +278,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_its_last_good_checkpoint(
     job: MicroJob, undisturbed: MicroRun, mounted: Mount
 ) -> None:
     mounted(job.run("for-good").path, 2 * MIB)  # enough for some checkpoints, not for all
-    run, log = _train(job, "for-good", "for-good", code=1)
+    run, log = _train(job, "for-good", "for-good", code=Exit.IO_FAILED)
     assert f"step {STEPS} could not be saved" in log
     assert log.count("trying again in 0 s") == 2 * 2  # on both ranks
     good = _good_checkpoints(run)
