@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import logging
 import math
+import os
 import shutil
 import sys
 import threading
