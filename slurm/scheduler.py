@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from job.common.errors import Ending, Exit
+from job.common.errors import Ending, Exit, short
 from slurm.cluster import time_limit_seconds
 
 _PATIENCE_SECONDS = 120  # a client gives up by itself within a minute
@@ -150,7 +150,9 @@ def show_job(job_id: str) -> Job | None:
 
 def parse_job(job_id: str, text: str) -> Job | None:
     """`scontrol show job -o`, with times in seconds; of an array, the first line is it."""
-    fields = _fields(text.partition("\n")[0])
+    line = text.partition("\n")[0]
+    before, comment = _commented(line)
+    fields = _fields(before)
     if "JobState" not in fields:
         return None
     completing = fields["JobState"] == "COMPLETING"
@@ -163,14 +165,14 @@ def parse_job(job_id: str, text: str) -> Job | None:
         start=_time(fields.get("StartTime", "")),
         end=_time(fields.get("EndTime", "")),
         nodes=fields.get("NodeList", ""),
-        comment=_comment(text.partition("\n")[0]),
+        comment=comment,
     )
 
 
-def _comment(line: str) -> str:
-    """What was written to the job, which may hold blanks."""
-    found = re.search(r" Comment=(.*?)(?: [A-Za-z/:]+=|$)", line)
-    return found[1] if found else ""
+def _commented(line: str) -> tuple[str, str]:
+    """What comes before a job's comment, and the comment, which may hold anything."""
+    found = re.match(r"(.* WorkDir=.*?) Comment=(.*?)(?: [A-Za-z/:]+=|$)", line)
+    return (found[1], found[2]) if found else (line, "")
 
 
 def _fields(line: str) -> dict[str, str]:
@@ -226,7 +228,7 @@ def exclude_node(job_id: str, node: str) -> None:
 
 def delay(job_id: str, seconds: int, why: str) -> None:
     """Let a waiting job wait for so long at least; Slurm keeps the reason, as its comment."""
-    start, comment = f"StartTime=now+{seconds}", f"Comment={why}"
+    start, comment = f"StartTime=now+{seconds}", f"Comment={short(why)}"
     client("scontrol", "update", f"JobId={job_id}", start, comment)
 
 
