@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from job.common.errors import Ending, Exit, short
+from job.common.errors import Ending, Exit, first_line
 from slurm.cluster import time_limit_seconds
 
 _PATIENCE_SECONDS = 120  # a client gives up by itself within a minute
@@ -228,7 +228,7 @@ def exclude_node(job_id: str, node: str) -> None:
 
 def delay(job_id: str, seconds: int, why: str) -> None:
     """Let a waiting job wait for so long at least; Slurm keeps the reason, as its comment."""
-    start, comment = f"StartTime=now+{seconds}", f"Comment={short(why)}"
+    start, comment = f"StartTime=now+{seconds}", f"Comment={first_line(why)}"
     client("scontrol", "update", f"JobId={job_id}", start, comment)
 
 
