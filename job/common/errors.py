@@ -20,7 +20,15 @@ _WIDTH = 200  # characters that a message quotes of a text
 # ours is wrong, and later or elsewhere it may do.
 _MAY_PASS = frozenset(
     {
-        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EREMOTEIO, errno.ESTALE),
+        *(
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EROFS,
+            errno.EIO,
+            errno.EREMOTEIO,
+            errno.ESTALE,
+        ),
         *(errno.ENOTCONN, errno.ESHUTDOWN, errno.ECOMM, errno.ETIMEDOUT, errno.EHOSTDOWN),
         *(
             errno.ENOSYS,
