@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from job.common.data_file import check_readable
-from job.common.errors import InputError
+from job.common.errors import Ending, InputError
 from job.common.places import free_bytes, read_problem
 from job.common.schema import CriticConfig
 from job.memory.fit import Fit, fit
@@ -20,7 +20,12 @@ from job.memory.footprint import Setting
 from job.memory.settings import setting_of
 from job.model.architecture import TransformerConfig
 from job.model.architecture_file import check_window, read_architecture
-from job.model.parameters import ParameterCounts, checkpoint_bytes, count_parameters
+from job.model.parameters import (
+    MASTER_BYTES,
+    ParameterCounts,
+    checkpoint_bytes,
+    count_parameters,
+)
 from job.run.reader import StoredRun
 from slurm import scheduler
 from slurm.plan import VARIABLES, Plan, Run, inputs
@@ -102,7 +107,7 @@ def _unreadable(key: str, path: Path) -> str | None:
         return None if problem is None else f"{key}: {problem}"
     try:
         check_readable(path)
-    except InputError as error:
+    except Ending as error:  # StorageError too: what does not answer now is not submitted
         return f"{key}: {error}"
     return None
 
@@ -153,7 +158,7 @@ def _model(plan: Plan, run: Run, partition: Partition | None) -> Iterator[Check]
     try:
         architecture = read_architecture(config.model.path)
         check_window(config.model.path, config.data.max_length)
-    except InputError as error:
+    except Ending as error:
         yield Check("model", "error", str(error))
         return
     training = config.training
@@ -220,10 +225,14 @@ def _disk(run: Run, counts: ParameterCounts) -> Check:
     """Free space where checkpoints go, against what they take."""
     checkpoint = run.config.checkpoint
     kept = checkpoint.keep_last + 1 + (checkpoint.keep_best is not None)
-    needed = kept * checkpoint_bytes(counts)
+    trained = MASTER_BYTES * counts.trainable  # critic.safetensors
+    needed = kept * checkpoint_bytes(counts) + trained
     free = free_bytes(run.folder)
     one = checkpoint_bytes(counts) / 1e9
-    text = f"{free / 1e9:,.0f} GB free at {run.folder.parent}; {kept} checkpoints of {one:.1f} GB"
+    text = (
+        f"{free / 1e9:,.0f} GB free at {run.folder.parent}; {kept} checkpoints of {one:.1f} GB, "
+        f"critic.safetensors of {trained / 1e9:.1f} GB"
+    )
     state: Literal["ok", "error"] = "ok" if free > needed else "error"
     return Check(f"disk N={run.config.training.num_unfrozen_layers}", state, text)
 

@@ -35,7 +35,7 @@ from rich.table import Table
 from rich.text import Text
 
 from job.common.config import refuse_undecodable
-from job.common.errors import Ending, Exit, InputError, listing
+from job.common.errors import Ending, Exit, InputError, file_error, listing
 from job.memory.fit import as_dict, component_table, footprint_columns, verdicts
 from job.memory.footprint import Setting, footprint
 from slurm import scheduler
@@ -181,7 +181,7 @@ def _send(plan: Plan) -> list[str]:
             for record in records:
                 held.enter_context(record.being_submitted())
         except OSError as error:
-            raise InputError(f"{plan.folder}: cannot write: {error.strerror}") from None
+            raise file_error(error, f"{plan.folder}: cannot write: {error.strerror}") from None
         for run, record in zip(plan.runs, records, strict=True):
             if record.submission.exists():  # also by a submission that was at it until now
                 _refuse_active(run)
@@ -202,7 +202,7 @@ def _send_held(plan: Plan, records: Sequence[Record], new: Sequence[Path]) -> li
         for file, content in before.items():
             file.write_bytes(content)
         if isinstance(error, OSError):
-            raise InputError(f"{plan.folder}: cannot write: {error.strerror}") from None
+            raise file_error(error, f"{plan.folder}: cannot write: {error.strerror}") from None
         raise
     for record, job_id in zip(records, ids, strict=True):
         record.add_job(job_id)

@@ -5,6 +5,7 @@ Requests to the controller are repeated while it is away: a run that has saved i
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import time
@@ -16,7 +17,7 @@ from job.common.files import write_atomic
 from job.run.fence import ATTEMPT
 from slurm import scheduler
 from slurm.policy import Action, Budget, Decision, decide, first_cause
-from slurm.record import Outcome, Record
+from slurm.record import Outcome
 from slurm.scheduler import ControllerAway, Job, Refused
 from slurm.submission import Submission, submit
 from slurm.task import Post, leave, say, wait_for
@@ -37,11 +38,13 @@ class Leader:
         self._beaten, self._heard = 0.0, 0
         self._requeued = False  # the job is to run again, and Slurm knows
         self._code = 0  # of a job that runs again
-        self._first_checkpoint = self._record.stored.newest_checkpoint()
-        self._fruitless = _fruitless_before(self._record, self._first_checkpoint)
+        self._first_checkpoint = self._fruitless = 0
 
     def begin(self) -> None:
         """Take the run over, and tell all tasks where to meet and until when."""
+        self._first_checkpoint = self._record.stored.newest_checkpoint()
+        self._fruitless = self._fruitless_before()
+        self._attempt.begin()
         self._record.add_job(self._task.job_name)  # perhaps not the one submitted last
         good = self._record.readable_config()
         if good != self._record.config:
@@ -53,6 +56,7 @@ class Leader:
             state="running",
             reason=None,
             attempt=self._attempt.number,
+            start=self._task.start,
             node=self._task.node,
             nodes=job.nodes if job is not None else None,
             started=time.time(),
@@ -66,6 +70,18 @@ class Leader:
         self._event("started", node=self._task.node, checkpoint=self._first_checkpoint)
         self._beat()
         self._attempt.set_meeting(self._task.start, environment=self._shared(job))
+
+    def _fruitless_before(self) -> int:
+        """Attempts in a row, up to the last one, that brought no newer checkpoint."""
+        before, start = self._record.status(), self._task.start
+        if "attempt" not in before:
+            return 0
+        job, restart, _ = before.get("start", (None, 0, 0))
+        # those that could not even write that they had begun
+        silent = max(0, start.restart - restart - 1) if job == start.job else 0
+        if self._first_checkpoint > before.get("first_checkpoint", 0):
+            return silent
+        return int(before.get("fruitless", 0)) + 1 + silent
 
     def _turn_away(self, state: str, reason: str) -> NoReturn:
         self._attempt.set_meeting(self._task.start, leave=reason)
@@ -104,7 +120,7 @@ class Leader:
     def _see_to_requeue(self) -> None:
         """Requeue a job that is being ended already; its trainers may still be saving."""
         job = _ask(self._task.job_name)
-        if self._record.cancelled.exists() or (job is not None and job.state == "CANCELLED"):
+        if self._is_cancelled(job):
             # said now: Slurm may kill all of the job before its trainers have saved
             self._set_status(state="cancelled", reason="cancelled while it ran")
             return
@@ -113,12 +129,17 @@ class Leader:
         if job.state in ("PREEMPTED", "TIMEOUT"):
             self._requeue_or_submit(Decision(Action.REQUEUE, f"{job.state.lower()} by Slurm"))
 
-    def conclude(self) -> str:
+    def _is_cancelled(self, job: Job | None) -> bool:
+        # os.path, which never raises: the file system may be away for a moment
+        asked = os.path.exists(self._record.cancelled)  # noqa: PTH110
+        return asked or (job is not None and job.state == "CANCELLED")
+
+    def conclude(self, own: Outcome) -> str:
         """Decide, act and end this task; the text returned is for a job that has finished."""
         if self._attempt.superseded:
             say(str(self._attempt.fence.ending()))
             leave(Exit.SUPERSEDED)
-        outcomes = self._collect()
+        outcomes = self._collect(own)
         cause = first_cause(outcomes, self._task.size)
         decision = decide(cause, self._budget(), by_a_person=self._asked_by_a_person())
         say(f"{decision.action.value}: {decision.reason}")
@@ -135,15 +156,18 @@ class Leader:
             self._end("stopped" if stopped else "failed", decision.reason, lines)
         return leave(decision.code)
 
-    def _collect(self) -> list[Outcome]:
+    def _collect(self, own: Outcome) -> list[Outcome]:
         """Every rank's outcome, or of those that report in time."""
+
+        def there() -> list[Outcome]:
+            return [own, *(one for one in self._attempt.outcomes() if one.rank != own.rank)]
 
         def all_there() -> list[Outcome] | None:
             self.watch()
-            outcomes = self._attempt.outcomes()
+            outcomes = there()
             return outcomes if len(outcomes) == self._task.size else None
 
-        return wait_for(all_there, _OUTCOME_SECONDS) or self._attempt.outcomes()
+        return wait_for(all_there, _OUTCOME_SECONDS) or there()
 
     def _budget(self) -> Budget:
         progress = self._record.stored.newest_checkpoint() > self._first_checkpoint
@@ -155,7 +179,10 @@ class Leader:
         return bool(self._record.trainer_status().get("stop_file")) and not self._signals.received
 
     def _requeue_or_submit(self, decision: Decision) -> None:
-        """Let the job run again, unless it was cancelled; wait for a controller that is away."""
+        """Let the job run again, unless it was cancelled; wait for a controller that is away.
+
+        Submitting a job anew writes a file, for which there may be no room yet.
+        """
         for pause in _pauses():
             try:
                 self._try_to_requeue(decision)
@@ -163,24 +190,36 @@ class Leader:
             except ControllerAway as away:
                 say(f"{away}; trying again in {pause} s")
                 self._set_status(reason=f"waiting for Slurm's controller: {away}")
-                time.sleep(pause)
+            except OSError as error:
+                say(f"{error}; trying again in {pause} s")
+            time.sleep(pause)
 
     def _try_to_requeue(self, decision: Decision) -> None:
         job = scheduler.show_job(self._task.job_name)
         restarted = job is not None and job.restarts > self._task.start.restart and not job.waits
         if self._attempt.superseded or restarted:
             leave(Exit.SUPERSEDED)  # what runs now is a later attempt
-        if self._record.cancelled.exists() or (job is not None and job.state == "CANCELLED"):
+        if self._is_cancelled(job):
             self._end("cancelled", "cancelled while it ran", [])
             leave(0)
         self._set_status(state="pending", reason=decision.reason)
-        if self._requeued:
+        if not self._requeued:
+            try:
+                self._requeue(job, decision)
+            except Refused as refused:
+                self._submit_again(str(refused), decision)
+                return
+            self._requeued = True
+        self._delay(self._task.job_name, decision)
+
+    def _delay(self, job_name: str, decision: Decision) -> None:
+        if not decision.wait_seconds:
             return
         try:
-            self._requeue(job, decision)
+            scheduler.delay(job_name, decision.wait_seconds, decision.reason)
+            say(f"runs again in {decision.wait_seconds} s at the earliest")
         except Refused as refused:
-            self._submit_again(str(refused))
-        self._requeued = True
+            say(f"cannot let {job_name} wait: {refused}")
 
     def _requeue(self, job: Job | None, decision: Decision) -> None:
         if job is None:
@@ -195,7 +234,7 @@ class Leader:
             except Refused as refused:
                 say(f"cannot keep the job from {decision.avoid_node}: {refused}")
 
-    def _submit_again(self, why: str) -> None:
+    def _submit_again(self, why: str, decision: Decision) -> None:
         """Where the site does not requeue, submit the same run as a new job."""
         say(f"not requeued ({why}): submitting the run again")
         try:
@@ -204,8 +243,13 @@ class Leader:
             self._end("failed", f"not requeued ({why}) and not submitted again: {refused}", [])
             leave(Exit.CRASHED)
         self._code = Exit.STOPPED  # or who waits for this job would take the run for finished
-        self._record.add_job(job_id)
+        self._requeued = True
+        try:
+            self._record.add_job(job_id)
+        except OSError as error:
+            say(f"cannot write that job {job_id} has this run now: {error}")
         self._event("submitted again", job_id=job_id, reason=why)
+        self._delay(job_id, decision)
 
     def _end(self, state: str, reason: str, lines: list[str]) -> None:
         self._set_status(state=state, reason=reason, last_lines=lines)
@@ -214,9 +258,13 @@ class Leader:
             say(f"  | {line}")
 
     def _event(self, event: str, **facts: object) -> None:
-        if not self._attempt.superseded:
-            name, restart = self._task.job_name, self._task.start.restart
+        if self._attempt.superseded:
+            return
+        name, restart = self._task.job_name, self._task.start.restart
+        try:
             self._record.add_event(event, job_id=name, restart=restart, **facts)
+        except OSError as error:
+            say(f"cannot write the event {event}: {error}")
 
     def _set_status(self, **changes: object) -> None:
         if self._attempt.superseded:
@@ -232,14 +280,6 @@ def deadline(job: Job | None, delay: int) -> dict[str, str]:
     if job is None or job.end is None:
         return {}
     return {"CRITIC_DEADLINE": f"{job.end - delay:.0f}"}
-
-
-def _fruitless_before(record: Record, checkpoint: int) -> int:
-    """Attempts in a row, up to the last one, that brought no newer checkpoint."""
-    before = record.status()
-    if "attempt" not in before or checkpoint > before.get("first_checkpoint", 0):
-        return 0
-    return int(before.get("fruitless", 0)) + 1
 
 
 def _pauses() -> list[int]:

@@ -6,6 +6,7 @@
 | superseded by a newer attempt            | 73    | leaves, touching nothing                |
 | wrong input, or numerics beyond repair   | 78    | stops for good                          |
 | this node is unfit                       | 71    | is requeued, without this node          |
+| input or output failed                   | 74    | is requeued, and waits                  |
 | stopped on request, checkpoint committed | 75    | is requeued, or stops if a person asked |
 | killed by a signal                       | 128+n | is requeued                             |
 | anything else: a crash                   | other | is requeued from its last checkpoint    |
@@ -40,6 +41,7 @@ class Decision:
     reason: str
     code: int = 0
     avoid_node: str | None = None
+    wait_seconds: int = 0  # before it runs again
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,14 @@ class Budget:
     max_attempts: int
 
 
-_BEFORE_OTHERS = (Exit.SUPERSEDED, Exit.BAD_INPUT, Exit.UNFIT_NODE, 128 + signal.SIGKILL)
+_BEFORE_OTHERS = (
+    Exit.SUPERSEDED,
+    Exit.BAD_INPUT,
+    Exit.UNFIT_NODE,
+    128 + signal.SIGKILL,
+    Exit.IO_FAILED,  # who cannot write does not report
+)
+_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 60, 3600  # for a disk; twice as long each time
 _NOWHERE = "an unknown node"
 
 
@@ -78,10 +87,10 @@ def _order(outcome: Outcome) -> int:
     if status in _BEFORE_OTHERS:
         return _BEFORE_OTHERS.index(status)
     if status == Exit.STOPPED:
-        return 7
+        return 8
     if status - 128 in (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1):
-        return 6
-    return 4 if outcome.node == _NOWHERE else 5
+        return 7
+    return 5 if outcome.node == _NOWHERE else 6
 
 
 def decide(cause: Outcome | None, budget: Budget, *, by_a_person: bool = False) -> Decision:
@@ -100,7 +109,12 @@ def decide(cause: Outcome | None, budget: Budget, *, by_a_person: bool = False) 
         tried = f"{budget.fruitless} attempts in a row without progress; the last: "
         return Decision(Action.STOP, tried + reason, code)
     avoid = cause.node if code == Exit.UNFIT_NODE else None
-    return Decision(Action.REQUEUE, reason, code, avoid)
+    wait = _wait_seconds(budget.fruitless) if code == Exit.IO_FAILED else 0
+    return Decision(Action.REQUEUE, reason, code, avoid, wait)
+
+
+def _wait_seconds(fruitless: int) -> int:
+    return min(_FIRST_WAIT_SECONDS << max(0, fruitless - 1), _LONGEST_WAIT_SECONDS)
 
 
 def exit_status(code: int) -> int:

@@ -158,21 +158,33 @@ class Attempt:
     """
 
     def __init__(self, record: Record, number: int) -> None:
-        self.record, self.number = record, number
-        self.fence = Fence(record.run / "attempts", number)
-        self.folder = record.folder / "attempts" / attempt_name(number)
+        self.record = record
+        self._set(number)
+
+    def _set(self, number: int) -> None:
+        self.number = number
+        self.fence = Fence(self.record.run / "attempts", number)
+        self.folder = self.record.folder / "attempts" / attempt_name(number)
 
     @classmethod
-    def take(cls, record: Record) -> Attempt:
-        """The next attempt; all earlier ones are superseded from here on."""
-        attempt = cls(record, Fence.take(record.run).number)
-        attempt.folder.mkdir(parents=True, exist_ok=True)
-        return attempt
+    def next(cls, record: Record) -> Attempt:
+        """The attempt that is about to begin; its number is sure once it has."""
+        return cls(record, max(_numbers(record.run / "attempts"), default=0) + 1)
+
+    def begin(self) -> None:
+        """Take the run over: all earlier attempts are superseded from here on.
+
+        Raises:
+            OSError: the file system does not let it, or the run's folder was renamed.
+        """
+        self._set(Fence.take(self.record.run).number)
+        for folder in (self.record.folder, self.folder.parent, self.folder):
+            folder.mkdir(exist_ok=True)
 
     @classmethod
     def of(cls, record: Record, start: Start) -> Attempt | None:
         """The attempt that task 0 of this start has begun; None until it has said so."""
-        numbers = attempt_numbers(record.folder / "attempts")
+        numbers = _numbers(record.folder / "attempts")
         newest_first = (cls(record, number) for number in reversed(numbers[-_LOOKED_AT:]))
         said = (one for one in newest_first if one.meeting().get("start") == list(start))
         return next(said, None)
@@ -191,7 +203,7 @@ class Attempt:
     def meeting(self) -> dict[str, Any]:
         """What task 0 has told the others; empty until then."""
         # a listing, since an NFS client may remember for long that a name was not there
-        there = any(path.name == _MEETING for path in self.folder.glob("*"))
+        there = any(path.name == _MEETING for path in _found(self.folder))
         return (read_json(self.folder / _MEETING, dict) or {}) if there else {}
 
     def set_outcome(self, outcome: Outcome) -> None:
@@ -199,7 +211,7 @@ class Attempt:
         write_atomic(file, json.dumps(asdict(outcome)) + "\n")
 
     def outcomes(self) -> list[Outcome]:
-        files = sorted(f for f in self.folder.glob("*") if _OUTCOME.fullmatch(f.name))
+        files = sorted(f for f in _found(self.folder) if _OUTCOME.fullmatch(f.name))
         return [outcome for file in files if (outcome := _outcome(file))]
 
 
@@ -219,6 +231,20 @@ def _append(file: Path, line: str) -> None:
         begin = "\n" if stream.read(1) not in (b"\n", b"") else ""
         stream.write(f"{begin}{line}\n".encode())
     sync(file)
+
+
+def _found(folder: Path) -> list[Path]:
+    try:
+        return list(folder.glob("*"))
+    except OSError:  # a file system that is away for a moment tells nothing
+        return []
+
+
+def _numbers(folder: Path) -> list[int]:
+    try:
+        return attempt_numbers(folder)
+    except OSError:
+        return []
 
 
 def _outcome(file: Path) -> Outcome | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from job.common.errors import Ending, Exit
+from job.common.errors import Ending, Exit, first_line
 from slurm.cluster import time_limit_seconds
 
 _PATIENCE_SECONDS = 120  # a client gives up by itself within a minute
@@ -68,6 +68,7 @@ class Job:
     start: float | None
     end: float | None
     nodes: str
+    comment: str = ""  # what was written to it
 
     @property
     def waits(self) -> bool:
@@ -215,7 +216,9 @@ def _tasks(expression: str) -> set[int]:
 
 def parse_job(job_id: str, text: str) -> Job | None:
     """`scontrol show job -o`, with times in seconds; of an array, the first line is it."""
-    fields = _fields(text.partition("\n")[0])
+    line = text.partition("\n")[0]
+    before, comment = _commented(line)
+    fields = _fields(before)
     if "JobState" not in fields:
         return None
     completing = fields["JobState"] == "COMPLETING"
@@ -228,7 +231,14 @@ def parse_job(job_id: str, text: str) -> Job | None:
         start=_time(fields.get("StartTime", "")),
         end=_time(fields.get("EndTime", "")),
         nodes=fields.get("NodeList", ""),
+        comment=comment,
     )
+
+
+def _commented(line: str) -> tuple[str, str]:
+    """What comes before a job's comment, and the comment, which may hold anything."""
+    found = re.match(r"(.* WorkDir=.*?) Comment=(.*?)(?: [A-Za-z/:]+=|$)", line)
+    return (found[1], found[2]) if found else (line, "")
 
 
 def _fields(line: str) -> dict[str, str]:
@@ -280,6 +290,12 @@ def exclude_node(job_id: str, node: str) -> None:
     wanted = [node] if before in _MISSING else [f"{before},{node}", node]
     nodes = next((nodes for nodes in wanted if _leaves_others(script, nodes)), "")
     client("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={nodes}")
+
+
+def delay(job_id: str, seconds: int, why: str) -> None:
+    """Let a waiting job wait for so long at least; Slurm keeps the reason, as its comment."""
+    start, comment = f"StartTime=now+{seconds}", f"Comment={first_line(why)}"
+    client("scontrol", "update", f"JobId={job_id}", start, comment)
 
 
 def _leaves_others(script: str, excluded: str) -> bool:

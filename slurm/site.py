@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from job.common.config import merge_config
-from job.common.errors import InputError, listing
+from job.common.errors import InputError, file_error, listing
 from job.common.files import write_atomic
 from job.common.nested import filled, flatten, is_unset, to_dict
 from job.common.possible_values import impossible_values
@@ -144,7 +144,7 @@ def write_site(file: Path, values: SiteConfig) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, _HEAD + dump(_given(to_dict(values))))
     except OSError as error:
-        raise InputError(f"{file}: cannot write: {error.strerror}") from None
+        raise file_error(error, f"{file}: cannot write: {error.strerror}") from None
 
 
 def _load(file: Path) -> SiteConfig:

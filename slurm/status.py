@@ -128,7 +128,8 @@ def combine(
             "ran, or its node died. Go on with submit.py --resume"
         )
     if job.waits:
-        return "pending", f"{_why_waiting(job)}{'; ' + reason if reason else ''}"
+        said = job.comment if job.reason == "BeginTime" and job.comment else reason
+        return "pending", f"{_why_waiting(job)}{'; ' + said if said else ''}"
     if job.active:
         return "running", _silence(status, job, now)
     if job.completing:

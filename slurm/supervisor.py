@@ -15,7 +15,7 @@ from pathlib import Path
 from submitit.helpers import DelayedSubmission
 
 from job.common.errors import Exit
-from job.common.places import SCRATCH_BYTES, free_bytes, read_problem, write_problem
+from job.common.places import SCRATCH_BYTES, disk, free_bytes, read_problem, write_problem
 from slurm.leader import Leader
 from slurm.record import Outcome, Record
 from slurm.submission import Submission
@@ -35,14 +35,22 @@ class Supervisor:
     def __call__(self) -> str:
         post = Post.taken(Record(self.run))
         leader = Leader(self, self.submission, post) if post.task.rank == 0 else None
-        if leader is not None:
-            leader.begin()
-        outcome = _Watch(self.submission, post, leader).outcome()
+        outcome = self._outcome(post, leader)
         say(f"rank {post.task.rank}: {outcome.reason}")
-        post.attempt.set_outcome(outcome)
+        post.report(outcome)
         if leader is None:
             leave(0)  # without a result: only task 0's counts
-        return leader.conclude()
+        return leader.conclude(outcome)
+
+    def _outcome(self, post: Post, leader: Leader | None) -> Outcome:
+        """How this task's trainer has ended, or what this task could not write for it to begin."""
+        try:
+            if leader is not None:
+                leader.begin()
+            return _Watch(self.submission, post, leader).outcome()
+        except OSError as error:
+            problem = f"input or output failed: {error} ({disk(post.attempt.folder)})"
+            return post.failed(Exit.IO_FAILED, problem)
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit runs again if a signal comes between its handlers and ours."""
@@ -64,8 +72,10 @@ class _Watch:
         if "leave" in meeting:
             leave(0)
         config = str(attempt.record.config)
-        if unfit := unfitness(self.submission, config):
-            return self._failed(Exit.UNFIT_NODE, unfit)
+        if missing := read_problem(config):  # where this process comes from a moment ago
+            return self.post.failed(Exit.IO_FAILED, f"{missing}: was the run's folder renamed?")
+        if unfit := unfitness(self.submission):
+            return self.post.failed(Exit.UNFIT_NODE, unfit)
         given = self._environment(meeting["environment"])
         if self.submission.profile["preflight"]:
             # at an address of its own: who is faster must not meet those who still are there
@@ -75,10 +85,6 @@ class _Watch:
             if before.code != Exit.FINISHED:
                 return before
         return self._run(self.submission.command("train", "--config", config), given)
-
-    def _failed(self, code: int, problem: str) -> Outcome:
-        task = self.post.task
-        return Outcome(task.rank, task.node, code, time.time(), problem, [])
 
     def _environment(self, shared: dict[str, str]) -> dict[str, str]:
         """What the trainer's environment has besides this task's own."""
@@ -93,10 +99,11 @@ class _Watch:
         """Run a command of the job to its end."""
         environment = self.submission.task_environment(given)
         task, log = self.post.task, self.post.attempt.log(self.post.task.rank)
+        log.touch()  # what keeps it from being written is not the node's fault
         try:
             trainer = Trainer(command, environment, Path(self.submission.cwd), log)
         except OSError as error:
-            return self._failed(*_not_started(command[0], error))
+            return self.post.failed(*_not_started(command[0], error))
         self._wait_for_the_end(trainer)
         return trainer.outcome(task.rank, task.node)
 
@@ -126,9 +133,9 @@ def _not_started(program: str, error: OSError) -> tuple[int, str]:
     )
 
 
-def unfitness(submission: Submission, config: str) -> str | None:
+def unfitness(submission: Submission) -> str | None:
     """What this node lacks that other nodes may have."""
-    for path in filter(None, [submission.cwd, config, submission.image]):
+    for path in filter(None, [submission.cwd, submission.image]):
         if problem := read_problem(path):
             return problem
     return None if submission.scratch is None else _unfit_scratch(submission.scratch)
@@ -137,6 +144,6 @@ def unfitness(submission: Submission, config: str) -> str | None:
 def _unfit_scratch(name: str) -> str | None:
     scratch = Path(os.path.expandvars(name))
     if problem := write_problem(scratch):
-        return f"scratch {scratch}: {problem}"
+        return f"scratch {scratch}: {problem.strerror}"
     free = free_bytes(scratch)
     return f"scratch {scratch}: {free / 1e9:.1f} GB free" if free < SCRATCH_BYTES else None

@@ -8,12 +8,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
 from job.common.errors import Exit
 from slurm.policy import exit_status
-from slurm.record import Attempt, Record, Start
+from slurm.record import Attempt, Outcome, Record, Start
 from slurm.trainer import STOP_SIGNALS
 
 POLL_SECONDS = 0.2
@@ -76,18 +77,29 @@ class Post:
 
     @classmethod
     def taken(cls, record: Record) -> Post:
-        """The next attempt for task 0, and for the others the one that it has begun.
+        """The next attempt for task 0, which has it to begin; for the others the one it has begun.
 
         From here on signals are heard.
         """
         signals, task = Signals(), Task.here()
         if task.rank == 0:
-            return cls(task, Attempt.take(record), signals)
+            return cls(task, Attempt.next(record), signals)
         attempt = wait_for(lambda: Attempt.of(record, task.start), _MEETING_SECONDS)
         if attempt is None:
             say(f"task 0 did not say where to meet: nothing of it in {record.folder}/attempts")
             leave(Exit.CRASHED)
         return cls(task, attempt, signals)
+
+    def failed(self, code: int, problem: str) -> Outcome:
+        """The outcome of a task that has no trainer."""
+        return Outcome(self.task.rank, self.task.node, code, time.time(), problem, [])
+
+    def report(self, outcome: Outcome) -> None:
+        """Let the others know how this task's trainer has ended."""
+        try:
+            self.attempt.set_outcome(outcome)
+        except OSError as error:
+            say(f"cannot write the outcome: {error}")
 
 
 def wait_for(condition: Callable[[], Found], seconds: float) -> Found | None:
@@ -100,11 +112,13 @@ def wait_for(condition: Callable[[], Found], seconds: float) -> Found | None:
 
 
 def say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+    with suppress(OSError):  # the disk may be full that the log is on
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
 
 
 def leave(code: int) -> NoReturn:
     """End this task without a result for submitit, which would take it for the run's."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     os._exit(exit_status(code))

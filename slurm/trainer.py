@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from job.common.errors import Exit
+from job.common.places import disk
 from job.run.reader import last_lines
 from slurm.policy import exit_status
 from slurm.record import Outcome
@@ -20,6 +21,7 @@ STOP_SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM)
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 _GPU_OUT_OF_MEMORY = re.compile(r"CUDA out of memory|OutOfMemoryError")
+_ERROR = re.compile(r"^error: | ERROR ")
 _SMALLER = (
     "lower training.micro_batch_tokens, set distributed.fsdp.activation_checkpointing, "
     "unfreeze fewer blocks, or take more GPUs"
@@ -27,6 +29,7 @@ _SMALLER = (
 _MEANINGS: dict[int, str] = {
     Exit.UNFIT_NODE: "the node is unfit",
     Exit.SUPERSEDED: "a newer attempt has taken over",
+    Exit.IO_FAILED: "input or output failed",
     Exit.STOPPED: "stopped on request, with its state saved",
     Exit.BAD_INPUT: "wrong input or configuration",
 }
@@ -67,6 +70,8 @@ class Trainer:
         lines = last_lines(self._log)
         killed_for_memory = _out_of_memory_kills() > self._kills_before
         reason = describe(code, lines, killed_for_memory=killed_for_memory)
+        if code == Exit.IO_FAILED:  # which may have kept the log from saying so
+            reason = f"{reason} ({self._log.parent} is on {disk(self._log)})"
         return Outcome(rank, node, code, ended, reason, lines)
 
 
@@ -86,7 +91,10 @@ def describe(code: int, lines: Sequence[str], *, killed_for_memory: bool = False
         return f"killed by {names.get(-code, f'signal {-code}')}"
     if code == Exit.FINISHED:
         return "finished"
-    said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    told = [line.strip() for line in lines if line.strip()]
+    if code == Exit.IO_FAILED:  # what comes last may be half a line, on a full disk
+        told = [line for line in told if _ERROR.search(line)] or told
+    said = told[-1] if told else "it said nothing"
     if any(_GPU_OUT_OF_MEMORY.search(line) for line in lines):
         return f"the GPU's memory ran out: {_SMALLER}. {said}"
     meaning = _MEANINGS.get(code, "a crash")

@@ -21,7 +21,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from job.common.errors import InputError, first_line, listing, short
+from job.common.errors import InputError, file_error, first_line, listing, short
 from job.common.possible_values import impossible_values
 from job.common.text_values import hint_at, is_text, is_utf8, text_of, with_quotes
 
@@ -163,7 +163,7 @@ def _read_yaml(path: Path, schema: type) -> DictConfig:
         loaded = OmegaConf.load(io.StringIO(with_quotes(path.read_text("utf-8"), schema)))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise InputError(f"{path}: cannot read the configuration: {reason}") from None
+        raise file_error(error, f"{path}: cannot read the configuration: {reason}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {error}") from None
     except (OmegaConfBaseException, RecursionError, ValueError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from job.common.errors import InputError
+from job.common.errors import InputError, file_error
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".ndjson", ".parquet")
 
@@ -19,4 +19,4 @@ def check_readable(path: str | Path) -> None:
             if not stream.read(1):
                 raise InputError(f"{path}: the file is empty")
     except OSError as error:
-        raise InputError(f"{path}: cannot read the data: {error.strerror}") from None
+        raise file_error(error, f"{path}: cannot read the data: {error.strerror}") from None

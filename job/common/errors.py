@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import errno
 import logging
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn, Self
 
+from job.common.places import disk
+
 _WIDTH = 200  # characters that a message quotes of a text
+# What a file system says that is full, away, failing, read-only or lacks something: no file of
+# ours is wrong, and later or elsewhere it may do.
+_MAY_PASS = frozenset(
+    {
+        *(
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EROFS,
+            errno.EIO,
+            errno.EREMOTEIO,
+            errno.ESTALE,
+        ),
+        *(errno.ENOTCONN, errno.ESHUTDOWN, errno.ECOMM, errno.ETIMEDOUT, errno.EHOSTDOWN),
+        *(
+            errno.ENOSYS,
+            errno.EOPNOTSUPP,
+            errno.ENODEV,
+            errno.ENXIO,
+            errno.ENOLCK,
+            errno.ENFILE,
+            errno.EMFILE,
+        ),
+    }
+)
 
 
 class Exit(enum.IntEnum):
@@ -22,6 +52,7 @@ class Exit(enum.IntEnum):
     UNAVAILABLE = 69  # of slurm/submit.py alone: no Slurm answers
     UNFIT_NODE = 71
     SUPERSEDED = 73
+    IO_FAILED = 74
     STOPPED = 75
     BAD_INPUT = 78
 
@@ -44,6 +75,12 @@ class InputError(Ending):
     """Wrong input or configuration. The message says what, where and what to do."""
 
     code = Exit.BAD_INPUT
+
+
+class StorageError(Ending):
+    """Input or output failed for a reason that may pass: a full disk, a quota, a stale handle."""
+
+    code = Exit.IO_FAILED
 
 
 class Stopped(Ending):
@@ -69,7 +106,24 @@ class NoProgress(Ending):
 
 
 def exit_code(error: BaseException) -> Exit:
-    return error.code if isinstance(error, Ending) else Exit.CRASHED
+    if isinstance(error, Ending):
+        return error.code
+    return Exit.IO_FAILED if _may_pass(error) else Exit.CRASHED
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in _MAY_PASS
+
+
+def file_error(error: Exception, text: str) -> Ending:
+    """What a command ends with that cannot use a file: whose fault it is, the system has said."""
+    return StorageError(text + _on_disk(error)) if _may_pass(error) else InputError(text)
+
+
+def _on_disk(error: Exception) -> str:
+    """The disk of the file that an error is about; empty where it names none."""
+    file = getattr(error, "filename", None)
+    return f" ({disk(Path(os.fsdecode(file)))})" if isinstance(file, str | bytes) else ""
 
 
 def listing(lines: Sequence[str], shown: int = 10) -> str:
@@ -95,12 +149,20 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except Ending as ending:
-        kind = "error: " if isinstance(ending, InputError) else ""
-        print(f"{kind}{ending}", file=sys.stderr)
-        sys.exit(ending.code)
+        kind = "error: " if isinstance(ending, InputError | StorageError) else ""
+        _leave_saying(f"{kind}{ending}", ending.code)
     except KeyboardInterrupt:
-        print("ended by Ctrl-C", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        _leave_saying("ended by Ctrl-C", 128 + signal.SIGINT)
+    except OSError as error:
+        if not _may_pass(error):
+            raise
+        _leave_saying(f"error: {error}{_on_disk(error)}", Exit.IO_FAILED)
+
+
+def _leave_saying(text: str, code: int) -> NoReturn:
+    with contextlib.suppress(OSError):  # the disk may be full that stderr is on
+        print(text, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def run_and_leave(main: Callable[[], None]) -> NoReturn:
@@ -115,9 +177,11 @@ def run_and_leave(main: Callable[[], None]) -> NoReturn:
     except SystemExit as ending:
         code = int(ending.code or 0)
     except BaseException:
-        traceback.print_exc()
         code = Exit.CRASHED
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)

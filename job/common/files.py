@@ -11,13 +11,25 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 # How file systems say that they have no locks: NFS, Lustre, FUSE.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _log = logging.getLogger(__name__)
+
+
+@contextmanager
+def named(path: Path, scratch: Path | None = None) -> Iterator[None]:
+    """Let errors of the system name a file: those of writing do not, or name its `scratch`."""
+    try:
+        yield
+    except OSError as error:
+        known = error.filename
+        if known is None or (scratch is not None and str(known).startswith(str(scratch))):
+            error.filename = str(path)
+        raise
 
 
 def write_atomic(
@@ -29,10 +41,12 @@ def write_atomic(
     """
     scratch = path.with_name(f".{path.name}.{writer}{uuid.uuid4().hex}")
     try:
-        scratch.write_text(text, encoding="utf-8")
-        put_in_place(scratch, path, may_replace)
+        with named(path, scratch):
+            scratch.write_text(text, encoding="utf-8")
+            put_in_place(scratch, path, may_replace)
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not in the way
+            scratch.unlink()
 
 
 def put_in_place(scratch: Path, path: Path, may_replace: Callable[[], bool] = lambda: True) -> None:
@@ -75,9 +89,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()  # `.` has no name, and a link is no folder to rename onto
     scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
-        scratch.mkdir(parents=True)
-        yield scratch
-        _sync_tree(scratch)
+        with named(folder, scratch):
+            scratch.mkdir(parents=True)
+            yield scratch
+            _sync_tree(scratch)
         try:
             scratch.rename(folder)
             sync(folder.parent)

@@ -16,7 +16,7 @@ def read_problem(path: str | Path) -> str | None:
     return None if os.access(path, os.R_OK) else f"cannot read {path}"
 
 
-def write_problem(folder: Path) -> str | None:
+def write_problem(folder: Path) -> OSError | None:
     """Why a folder, made where it is missing, takes no file; None if it takes one.
 
     A full disk or a quota shows only when something is written.
@@ -28,7 +28,7 @@ def write_problem(folder: Path) -> str | None:
             probe.flush()
             os.fsync(probe.fileno())
     except OSError as error:
-        return error.strerror or str(error)
+        return error
     return None
 
 
@@ -36,3 +36,16 @@ def free_bytes(path: Path) -> int:
     """Free space where a path is, or will be."""
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     return shutil.disk_usage(there).free
+
+
+def disk(path: Path) -> str:
+    """The file system of a path that may be gone, for a message: where it begins, what is free."""
+    try:
+        there = next(
+            parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists()
+        )
+        mount = next(parent for parent in (there, *there.parents) if parent.is_mount())
+        usage = shutil.disk_usage(there)
+    except OSError as error:
+        return f"its disk does not answer: {error.strerror}"
+    return f"disk {mount}: {usage.free / 1e9:,.3f} of {usage.total / 1e9:,.3f} GB free"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 from job.common.data_file import check_readable
-from job.common.errors import InputError
+from job.common.errors import file_error
 
 ALPACA_FIELDS = {"prompt": "instruction", "response": "output", "reward": "is_correct"}
 Rewards = bool | Literal["optional"]  # whether rows must carry one
@@ -79,7 +79,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | Callable[[], dict[
     try:
         yield from _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
     except (OSError, EOFError, ValueError, zlib.error, _arrow_error()) as error:
-        raise InputError(f"{path}: damaged file: {error}") from None
+        raise file_error(error, f"{path}: damaged file: {error}") from None
 
 
 def _arrow_error() -> type[Exception]:

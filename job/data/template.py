@@ -21,7 +21,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from job.common.errors import InputError, first_line
+from job.common.errors import InputError, file_error, first_line
 from job.common.schema import CHAT, is_chat_template
 from job.data.rows import BadRow, Row
 from job.data.tokenizer import Tokenizer, token_setting
@@ -170,7 +170,7 @@ def _chat_source(tokenizer: Tokenizer) -> tuple[str, str]:
         try:
             return str(file), file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise InputError(f"{file}: cannot read the chat template: {error}") from None
+            raise file_error(error, f"{file}: cannot read the chat template: {error}") from None
     source = f"{tokenizer.folder}/tokenizer_config.json: chat_template"
     found = tokenizer.settings.get("chat_template")
     if isinstance(found, list):  # several, by name

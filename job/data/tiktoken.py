@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from job.common.errors import InputError
+from job.common.errors import InputError, file_error
 
 N_RANKS = 128_000
 _SPLIT = (
@@ -48,7 +48,7 @@ def as_tokenizer_json(file: Path) -> str:
         pairs = [line.split() for line in file.read_bytes().splitlines()]
         ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot read the tokenizer: {error}") from None
+        raise file_error(error, f"{file}: cannot read the tokenizer: {error}") from None
     if sorted(ranks.values()) != list(range(N_RANKS)):
         raise InputError(
             f"{file}: cannot read the tokenizer: a tiktoken vocabulary of {len(ranks)} tokens, not "

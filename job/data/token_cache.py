@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from job.common.data_file import check_readable
 from job.common.derived import find_or_make, remove
-from job.common.errors import InputError, listing
+from job.common.errors import InputError, file_error, listing
 from job.common.progress import progress
 from job.common.schema import (
     EMBEDDED,
@@ -175,7 +175,7 @@ def _find_or_write(
             find_or_make(folder, write, remove, verify=True)
             return TokenizedSet(folder)
     except OSError as error:
-        raise InputError(f"data.cache_dir: cannot use {folder}: {error.strerror}") from None
+        raise file_error(error, f"data.cache_dir: cannot use {folder}: {error.strerror}") from None
 
 
 def count_shared_problems(a: TokenizedSet, b: TokenizedSet) -> int:

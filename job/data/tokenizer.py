@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job.common.errors import InputError
+from job.common.errors import InputError, file_error
 from job.data.tiktoken import as_tokenizer_json, is_tiktoken
 
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>")
@@ -234,7 +234,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor = _load_sentencepiece(content)
             self._following = _load_sentencepiece(content + _NO_DUMMY_PREFIX)
         except (OSError, RuntimeError) as error:
-            raise InputError(f"{file}: cannot read the tokenizer: {error}") from None
+            raise file_error(error, f"{file}: cannot read the tokenizer: {error}") from None
         if self._processor.normalize("a") == "a▁":
             raise InputError(f"{file}: blanks as the ends of words are not supported")
         self._added = self._control_tokens() | self._added_tokens()
@@ -387,7 +387,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not valid JSON: {error}") from None
+        raise file_error(error, f"{file}: not valid JSON: {error}") from None
     if not isinstance(settings, dict):
         raise InputError(f"{file}: a tokenizer configuration is a JSON object")
     return settings

@@ -28,8 +28,8 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from job.common.errors import Ending, InputError
-from job.common.files import lock_file, put_in_place, write_atomic
+from job.common.errors import InputError, file_error
+from job.common.files import lock_file, named, put_in_place, write_atomic
 from job.common.nested import refuse_differences
 from job.common.state_files import name_unreadable, read_json
 from job.data.rows import BadRow
@@ -70,7 +70,9 @@ class ValuesFile:
                 self._lock(held.enter_context((self._parts / "lock").open("w")))
                 written = self._begin()
             except OSError as error:
-                raise InputError(f"{self.path}: cannot be written: {error.strerror}") from None
+                raise file_error(
+                    error, f"{self.path}: cannot be written: {error.strerror}"
+                ) from None
             yield written
 
     def _lock(self, file: TextIO) -> None:
@@ -127,11 +129,11 @@ class ValuesFile:
         """A stream whose content appears as `file` once it is on the disk."""
         scratch = self._parts / f"{file.name}.unfinished"
         try:
-            with scratch.open("wb") as stream:
+            with named(file), scratch.open("wb") as stream:
                 yield stream
             put_in_place(scratch, file)
         except OSError as error:
-            raise Ending(f"{file}: cannot write the values: {error.strerror}") from None
+            raise file_error(error, f"{file}: cannot write the values: {error.strerror}") from None
 
     def values(self) -> Iterator[list[Values]]:
         """The values of the finished file's sequences, in order, some at a time."""

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import Tensor
 
-from job.common.errors import Ending, InputError
+from job.common.errors import InputError, file_error
 from job.common.files import atomic_folder
 from job.common.progress import progress
 from job.common.signals import stop_if_asked
@@ -41,7 +40,7 @@ def export(trained: TrainedCritic, form: str, out: Path) -> None:
 
     Raises:
         InputError: the trunk or the tokenizer is another one, or the folder is there already.
-        Ending: it cannot be written.
+        Ending: it cannot be written; a disk that is full may pass (StorageError).
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: there already; choose another --out, or remove it")
@@ -55,9 +54,8 @@ def export(trained: TrainedCritic, form: str, out: Path) -> None:
             WRITERS[form](trained, tokenizer, folder)
             card = model_card(trained, form)
             (folder / "README.md").write_text(card, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise Ending(f"{out}: cannot be written: {reason}") from None
+    except OSError as error:
+        raise file_error(error, f"{out}: cannot be written: {error.strerror}") from None
     _log.info("%s: %s", out, form)
     if form == SEQUENCES and (note := bias_note(trained)):
         _log.warning("%s", note)

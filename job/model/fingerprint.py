@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from job.common.derived import sealed_text, sealed_value
-from job.common.errors import InputError
+from job.common.errors import InputError, file_error
 from job.common.files import write_atomic
 from job.common.progress import progress
 from job.common.signals import stop_if_asked
@@ -76,7 +76,7 @@ def _stamp(file: Path) -> list[str | int]:
     try:
         found = file.stat()
     except OSError as error:
-        raise InputError(f"{file}: cannot read the trunk: {error.strerror}") from None
+        raise file_error(error, f"{file}: cannot read the trunk: {error.strerror}") from None
     return [str(file.resolve()), found.st_size, found.st_mtime_ns]
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from job.common.errors import InputError, first_line
+from job.common.errors import file_error, first_line
 from job.model.layout import is_loaded, is_rotated, meta_name
 from job.model.stored import Mappings, StoredTensor, raise_misfits
 from job.model.trunk_folder import TrunkFolder, weight_map
@@ -64,7 +64,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         content = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
     except Exception as error:  # a damaged file can raise anything
         reason = first_line(error, named=True)
-        raise InputError(f"{file}: damaged, or no safetensors file: {reason}") from None
+        raise file_error(error, f"{file}: damaged, or no safetensors file: {reason}") from None
     strange = {name for name, entry in index.items() if entry["dtype"] not in _DTYPES}
     raise_misfits(file, [f"{name} is stored as {index[name]['dtype']}" for name in strange])
     mapped = content.untyped_storage()

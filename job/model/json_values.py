@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from job.common.errors import InputError
+from job.common.errors import InputError, file_error
 
 _LARGEST_SIZE = 10**7  # far above any model's, and nothing overflows
 
@@ -24,7 +24,7 @@ def read_object(file: Path, what: str) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{file}: cannot read {what}: {error.strerror}") from None
+        raise file_error(error, f"{file}: cannot read {what}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(values, dict):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from job.common.errors import InputError, first_line
+from job.common.errors import InputError, file_error, first_line
 
 Stored = TypeVar("Stored")
 
@@ -37,7 +37,7 @@ def read_named(
         ) from None
     except Exception as error:  # a damaged file can raise anything
         reason = first_line(error, named=True)
-        raise InputError(f"{file}: not a readable weight file: {reason}") from None
+        raise file_error(error, f"{file}: not a readable weight file: {reason}") from None
     if not isinstance(stored, dict) or not all(
         isinstance(k, str) and isinstance(v, kind) for k, v in stored.items()
     ):
@@ -50,7 +50,7 @@ def _check_zip(file: Path) -> None:
         with file.open("rb") as stream:
             zipped = zipfile.is_zipfile(stream)
     except OSError as error:
-        raise InputError(f"{file}: cannot read the weights: {error.strerror}") from None
+        raise file_error(error, f"{file}: cannot read the weights: {error.strerror}") from None
     if not zipped:
         raise InputError(f"{file}: truncated, or no zip file as torch.save writes it")
 

@@ -10,7 +10,7 @@ import enum
 from dataclasses import dataclass
 from pathlib import Path
 
-from job.common.errors import InputError, listing
+from job.common.errors import InputError, file_error, listing
 from job.model.json_values import read_object
 
 PARAMS, WEIGHTS = "params.json", "consolidated.pth"
@@ -72,7 +72,9 @@ def find_trunk(folder: str | Path) -> TrunkFolder:
     try:
         names = {file.name for file in folder.iterdir()}
     except OSError as error:
-        raise InputError(f"{folder}: cannot read the model: {error.strerror}; {_WANTED}") from None
+        raise file_error(
+            error, f"{folder}: cannot read the model: {error.strerror}; {_WANTED}"
+        ) from None
     pickled = WEIGHTS in names or any(folder.glob(_PARTS))
     hugging_face = bool(names & {CONFIG, SAFETENSORS, INDEX})
     if pickled and hugging_face:
@@ -138,8 +140,10 @@ def _check_there(files: list[Path]) -> None:
     for file in files:
         try:
             file.stat()
-        except OSError as error:
+        except FileNotFoundError as error:
             missing.append(f"{file}: cannot read the weights: {error.strerror}")
+        except OSError as error:
+            raise file_error(error, f"{file}: cannot read the weights: {error.strerror}") from None
     if len(missing) == 1:
         raise InputError(f"{missing[0]}; {_WANTED}")
     if missing:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from job.common.files import let_others_read
@@ -21,6 +20,7 @@ from job.model.architecture_file import check_window, read_architecture
 from job.model.hf_files import open_hugging_face
 from job.model.layout import hugging_face_name, to_hugging_face
 from job.model.meta_files import open_meta
+from job.model.safetensors_file import write_safetensors
 from job.model.shards import local_shard, shard_rows
 from job.model.stored import Shapes, StoredTensor, raise_misfits
 from job.model.transformer import Transformer, Trunk
@@ -135,7 +135,8 @@ def save_transformer(model: Transformer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     params = {k: v for k, v in sorted(asdict(model.config).items()) if v is not None}
     _write_json(folder / PARAMS, params)
-    torch.save({k: v.detach().cpu() for k, v in model.state_dict().items()}, folder / WEIGHTS)
+    with (folder / WEIGHTS).open("wb") as stream:  # whose errors are the system's
+        torch.save({k: v.detach().cpu() for k, v in model.state_dict().items()}, stream)
 
 
 def save_hugging_face(model: Transformer, folder: Path, max_positions: int) -> None:
@@ -155,9 +156,13 @@ def save_hugging_face(model: Transformer, folder: Path, max_positions: int) -> N
     save_tensors(tensors, folder / SAFETENSORS)
 
 
-def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write a safetensors file."""
-    save_file(tensors, file, metadata={"format": "pt"})
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_safetensors(tensors, file, {"format": "pt"})
     let_others_read(file)  # which the library does not, whatever the umask
 
 

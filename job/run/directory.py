@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from job.common.errors import InputError, Stopped
+from job.common.errors import InputError, Stopped, file_error
 from job.common.files import write_atomic
 from job.common.nested import refuse_differences
 from job.common.state_files import read_yaml
@@ -93,7 +93,9 @@ class RunDirectory(StoredRun):
             self._refuse_other(config)
             write_atomic(self.file("config.yaml"), dump(config))
         except OSError as error:
-            raise InputError(f"run.dir: cannot write {self.path}: {error.strerror}") from None
+            raise file_error(
+                error, f"run.dir: cannot write {self.path}: {error.strerror}"
+            ) from None
 
     def is_finished(self, max_steps: int) -> bool:
         """Whether the run has come to its end; a longer one goes on from there."""
@@ -116,9 +118,22 @@ class RunDirectory(StoredRun):
     def set_status(self, **changes: Any) -> None:
         """Change some entries of status.json, leaving the rest."""
         if self.writes:
-            known = self.status() if self._status is None else self._status
-            self._status = known | {"updated": time.time()} | changes
+            self._change_status(changes)
             self.write_json("status.json", self._status)
+
+    def finish(self, **changes: Any) -> None:
+        """Record the end of the run, without which it would not be known.
+
+        Raises:
+            OSError: the file system refuses.
+        """
+        if self.writes:
+            self._change_status({"state": "finished", **changes})
+            self.replace("status.json", _as_json(self._status))
+
+    def _change_status(self, changes: dict[str, Any]) -> None:
+        known = self.status() if self._status is None else self._status
+        self._status = known | {"updated": time.time()} | changes
 
     @contextmanager
     def recorded(self, **changes: Any) -> Iterator[None]:
@@ -137,11 +152,16 @@ class RunDirectory(StoredRun):
         if not self.writes:
             return
         try:
-            self._replace(name, json.dumps(content, indent=2) + "\n")
+            self.replace(name, _as_json(content))
         except OSError as error:
             _log.error("cannot write %s: %s; going on", self.file(name), error.strerror)
 
-    def _replace(self, name: str, text: str) -> None:
+    def replace(self, name: str, text: str) -> None:
+        """Replace a file whole; a newer attempt's stays as it is.
+
+        Raises:
+            OSError: the file system refuses.
+        """
         replace = write_atomic if self.fence is None else self.fence.replace
         replace(self.file(name), text)
 
@@ -155,7 +175,7 @@ class RunDirectory(StoredRun):
             return
         for name in ("metrics.jsonl", "telemetry.jsonl"):
             kept = [record for record in self.records(name) if record["step"] <= last]
-            self._replace(name, "".join(json.dumps(record) + "\n" for record in kept))
+            self.replace(name, "".join(json.dumps(record) + "\n" for record in kept))
         missing = last - len(self.records())
         if missing:
             _log.error("%s lacks %d of %d steps", self.file("metrics.jsonl"), missing, last)
@@ -168,6 +188,10 @@ def refuse_inside_another(path: Path) -> None:
         raise InputError(
             f"run.dir: {path} lies inside another run, {other}; choose another run.dir"
         )
+
+
+def _as_json(content: Any) -> str:
+    return json.dumps(content, indent=2) + "\n"
 
 
 def _ending(error: BaseException) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from job.common.files import named
+
 MANIFEST = "manifest.json"
 _FORMAT = 1
 
@@ -38,7 +40,8 @@ class Manifest:
     files: dict[str, FileSum]
 
     def write(self, folder: Path) -> None:
-        (folder / MANIFEST).write_text(self._text())
+        with named(folder / MANIFEST):
+            (folder / MANIFEST).write_text(self._text())
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from contextlib import suppress
 from types import TracebackType
 
 from job.data.packing import Batch
@@ -37,10 +37,11 @@ class Tracker:
         self._mirror = self._start_mirror() if run.writes else None
 
     def _open(self) -> None:
-        places = [self._run.file(name) for name in ("metrics.jsonl", "telemetry.jsonl")]
-        if not self._run.writes:
-            places = [Path(os.devnull)] * 2
-        self._metrics, self._telemetry = map(_Lines, places)
+        self._metrics = self._lines("metrics.jsonl")
+        self._telemetry = self._lines("telemetry.jsonl")
+
+    def _lines(self, name: str) -> _Lines | _Nowhere:
+        return _Lines(self._run, name) if self._run.writes else _Nowhere()
 
     def rewind(self, step: int) -> None:
         """Go on after `step`, whatever was written since."""
@@ -49,11 +50,7 @@ class Tracker:
         self._open()
 
     def flush(self) -> None:
-        """Have everything on the disk itself.
-
-        Raises:
-            OSError: the file system does not take it.
-        """
+        """Have everything on the disk itself, as far as it takes it: the rest stays in memory."""
         self._metrics.flush()
         self._telemetry.flush()
 
@@ -94,44 +91,110 @@ class Tracker:
         return f"python -m job.report --sync {self._run.path}"
 
 
-class _Lines:
-    """A JSON Lines file. What a full disk does not take waits for the next line."""
+class _Nowhere:
+    """Takes the lines of ranks that write nothing."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        self._waiting = b""
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class _Lines:
+    """A JSON Lines file whose lines stay in memory until the disk itself has them.
+
+    A descriptor can fail for good (a stale handle), and the name can come to lead elsewhere; then
+    the file is made anew. What a full disk does not take waits.
+    """
+
+    def __init__(self, run: RunDirectory, name: str) -> None:
+        self._run, self._name, self._path = run, name, run.file(name)
+        self._lines: list[bytes] = []  # of which the disk may know nothing yet
+        self._waiting = b""  # the end of them, which the system has not taken
+        self._failed = False
         self._lock = threading.Lock()  # checkpoints are committed by a thread of their own
+        self._open()
+
+    def _open(self) -> None:
+        self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        self._durable = os.fstat(self._file).st_size  # bytes before those of `_lines`
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        line = json.dumps({"step": step, **finite}).encode() + b"\n"
         with self._lock:
-            failed_before = bool(self._waiting)
-            self._waiting += json.dumps({"step": step, **finite}).encode() + b"\n"
+            self._lines.append(line)
+            self._waiting += line
             try:
                 self._write_waiting()
             except OSError as error:
-                if not failed_before:
+                if not self._failed:
                     _log.error("%s: %s; lines are kept in memory", self._path, error.strerror)
+                self._failed = True
 
     def flush(self) -> None:
+        """Have everything on the disk itself, or in memory."""
         with self._lock:
-            self._write_waiting()
-            if self._path != Path(os.devnull):
-                os.fsync(self._file)
+            try:
+                self._put_on_disk()
+            except OSError as error:
+                _log.error("%s: %s; lines are kept in memory", self._path, error.strerror)
+                self._failed = True
 
     def close(self) -> None:
         with self._lock:
             try:
-                self._write_waiting()
+                self._put_on_disk()
             except OSError as error:
                 _log.error("%s: lines are lost: %s", self._path, error.strerror)
-            os.close(self._file)
+            with suppress(OSError):
+                os.close(self._file)
 
     def _write_waiting(self) -> None:
         while self._waiting:
             written = os.write(self._file, self._waiting)
             self._waiting = self._waiting[written:]
+
+    def _put_on_disk(self) -> None:
+        try:
+            self._write_waiting()
+            os.fsync(self._file)
+            whole = os.path.samestat(os.fstat(self._file), self._path.stat())
+        except OSError as error:
+            _log.warning("%s: %s; making it anew", self._path, error.strerror)
+            whole = False
+        if not whole:
+            self._make_anew()
+            os.fsync(self._file)
+        self._durable += sum(map(len, self._lines))
+        self._lines, self._waiting, self._failed = [], b"", False
+
+    def _make_anew(self) -> None:
+        """Put a new file in place, from what can be read of the old one and the lines in memory.
+
+        After an error nobody knows which of these the disk has, and a second `fsync` may say that
+        all is well.
+        """
+        if not self._run.writes:  # the name is a newer attempt's
+            return
+        before = self._read_back()
+        self._run.replace(self._name, (before + b"".join(self._lines)).decode())
+        failed = self._file
+        self._open()
+        self._durable, self._waiting = len(before), b""
+        with suppress(OSError):
+            os.close(failed)
+
+    def _read_back(self) -> bytes:
+        """The lines before those in memory, from the descriptor or else by name."""
+        with suppress(OSError):
+            content = os.pread(self._file, self._durable, 0)
+            if len(content) == self._durable:
+                return content
+        content = self._path.read_bytes()[: self._durable] if self._path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if missing := self._durable - len(whole):
+            _log.error("%s was removed or cut: %d bytes are missing", self._path, missing)
+        return whole
 
 
 class Window:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from job.common.config import completed
-from job.common.errors import InputError
+from job.common.errors import Ending, InputError, file_error
 from job.common.schema import CriticConfig
 from job.common.state_files import name_unreadable, read_json, read_yaml
 from job.run.committed import committed
@@ -62,8 +62,17 @@ class StoredRun:
         """
         stored = next((one for file in self.config_files() if (one := read_yaml(file))), None)
         if stored is None:
-            raise InputError(f"{self.path}: not a run directory: no readable config.yaml")
+            raise self._no_config()
         return stored
+
+    def _no_config(self) -> Ending:
+        """What is wrong where no configuration can be read: perhaps only the file system."""
+        text = f"{self.path}: not a run directory: no readable config.yaml"
+        try:
+            self.file("config.yaml").read_bytes()
+        except OSError as error:
+            return file_error(error, text)
+        return InputError(text)
 
     def config_files(self) -> list[Path]:
         """Where the configuration is, the best place first."""

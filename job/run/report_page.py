@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from job.common.errors import InputError
+from job.common.errors import InputError, file_error
 from job.common.files import write_atomic
 from job.common.nested import flatten
 from job.run.alarm import is_constant
@@ -49,7 +49,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
         if out is None and len(runs) == 1:
             save_plots(plots, runs[0] / "plots")
     except OSError as error:
-        raise InputError(f"{path}: cannot write the report: {error.strerror}") from None
+        raise file_error(error, f"{path}: cannot write the report: {error.strerror}") from None
     return path
 
 

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from job.common.config import load_stored_config
-from job.common.errors import InputError, listing
+from job.common.errors import InputError, file_error, listing
 from job.common.nested import refuse_differences, to_dict
 from job.common.schema import CriticConfig
 from job.distributed.world import World
@@ -96,7 +96,7 @@ class _DeltaWeights(Weights):
         try:
             self._opened = safe_open(self._file, "pt")
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{self._file}: cannot read the delta: {error}") from None
+            raise file_error(error, f"{self._file}: cannot read the delta: {error}") from None
         names = self._opened.keys()
         self.shapes = {name: tuple(self._opened.get_slice(name).get_shape()) for name in names}
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from job.common.errors import InputError, NoProgress, Stopped, Superseded, first_line
+from job.common.errors import InputError, NoProgress, Stopped, Superseded, file_error, first_line
 from job.common.nested import to_dict
 from job.common.progress import log_file, only_warnings
 from job.common.schema import CriticConfig
@@ -82,7 +82,7 @@ def _claim(config: CriticConfig, run: RunDirectory, resume: bool) -> int | None:
     try:
         return (given or Fence.take(run.path)).number
     except OSError as error:
-        raise InputError(f"run.dir: cannot write {run.path}: {error.strerror}") from None
+        raise file_error(error, f"run.dir: cannot write {run.path}: {error.strerror}") from None
 
 
 @contextmanager

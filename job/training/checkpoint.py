@@ -35,8 +35,9 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from job.common.errors import Ending, first_line
-from job.common.files import sync
+from job.common.errors import Ending, Exit, StorageError, exit_code, first_line
+from job.common.files import named, sync
+from job.common.places import disk
 from job.common.schema import CheckpointConfig
 from job.common.version import commit
 from job.distributed.world import World
@@ -64,8 +65,12 @@ Result = TypeVar("Result")
 Tensors = dict[str, Tensor]
 
 
-class SaveError(Ending):
+class SaveError(StorageError):
     """A checkpoint could not be written; the ones before it are as they were."""
+
+    def __init__(self, text: str, code: Exit = Exit.IO_FAILED) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Checkpoints:
 
     Attributes:
         newest: the last committed step; 0 if there is none.
-        logs_written: makes metrics up to now durable, or raises OSError.
+        logs_written: makes metrics up to now durable, as far as that is possible.
     """
 
     def __init__(
@@ -103,7 +108,7 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._stager = _stager(world.device)
         self._saving: Future[int] | None = None
-        self._failed = False
+        self._failed: SaveError | None = None  # how the last save ended
         self._next = config.every_steps
         self.newest = 0
         self.logs_written: Callable[[], None] = lambda: None
@@ -115,7 +120,7 @@ class Checkpoints:
         self._report()
         if not self._wanted(state.step) or state.bad_steps:
             return
-        busy, failed = self._world.sum([self._saving is not None, self._failed])
+        busy, failed = self._world.sum([self._saving is not None, self._failed is not None])
         if busy or (state.step < self._next and not failed):
             return
         self._begin(learner, state, figures)
@@ -131,11 +136,12 @@ class Checkpoints:
             return
         self._begin(learner, state, figures)
         self.wait()
-        if self._failed:
+        if self._failed is not None:
             newer = self._world.is_main and self._fence.superseded()
             if self._world.sum([newer])[0]:
                 raise self._fence.ending().everywhere()
-            raise SaveError(f"step {state.step} could not be saved; see the log").everywhere()
+            text = f"step {state.step} could not be saved in {self._folder}: {self._failed}"
+            raise SaveError(f"{text} ({disk(self._folder)})", self._failed.code).everywhere()
 
     def wait(self) -> None:
         """Wait for the save that is under way."""
@@ -169,11 +175,11 @@ class Checkpoints:
         if self._saving is None or not self._saving.done():
             return
         error, saving, self._saving = self._saving.exception(), self._saving, None
-        self._failed = error is not None
         if error is None:
-            self.newest = saving.result()
+            self._failed, self.newest = None, saving.result()
             self._run.set_status(checkpoint=self.newest, checkpoint_error=None)
             return
+        self._failed = error if isinstance(error, SaveError) else SaveError(str(error))
         text = f"saving a checkpoint failed: {error}"
         _log.error("%s; training goes on, the last good one is step %d", text, self.newest)
         self._run.set_status(checkpoint_error=text)
@@ -188,7 +194,7 @@ class Checkpoints:
             save(snapshot.tensors, storage_writer=_writer(scratch), process_group=self._group)
         except (CheckpointException, Exception) as error:  # of whichever rank; the first is odd
             self._together(lambda: self._discard(scratch))
-            raise SaveError(_cause(error)) from None
+            raise SaveError(f"{_cause(error)} (in {scratch})") from None
         try:
             parts = self._together(lambda: self._write_state(scratch, snapshot))
             sums = {name: one for part in parts for name, one in part.items()}
@@ -204,12 +210,13 @@ class Checkpoints:
         try:
             result = work()
         except Exception as error:  # of any kind: the other ranks wait for this one's word
-            problem = f"rank {self._world.rank}: {error}"
+            code = exit_code(error) if isinstance(error, Ending) else Exit.IO_FAILED
+            problem = (f"rank {self._world.rank}: {error}", code)
         outcomes: list[Any] = [None] * self._world.size
         dist.all_gather_object(outcomes, (result, problem), group=self._group)
         problems = [problem for _, problem in outcomes if problem is not None]
         if problems:
-            raise SaveError(problems[0])
+            raise SaveError(*problems[0])
         return [result for result, _ in outcomes]
 
     def _prepare(self, scratch: Path, snapshot: Snapshot) -> None:
@@ -218,7 +225,7 @@ class Checkpoints:
             n for n, tensor in snapshot.tensors.items() if not local_shard(tensor).isfinite().all()
         ]
         if damaged:
-            raise ValueError(f"{damaged[0]} is not finite")
+            raise Ending(f"{damaged[0]} is not finite")  # no disk's fault
         if self._world.is_main:
             self._refuse_if_superseded()
             self._folder.mkdir(exist_ok=True)
@@ -385,5 +392,6 @@ def _in_background(work: Callable[[], Result]) -> Future[Result]:
 
 
 def _write_durably(file: Path, content: bytes) -> None:
-    file.write_bytes(content)
-    sync(file)
+    with named(file):
+        file.write_bytes(content)
+        sync(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import site
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from job.common.errors import Exit, InputError, UnfitNode
-from job.common.places import SCRATCH_BYTES, free_bytes, read_problem, write_problem
+from job.common.errors import Exit, InputError, StorageError, UnfitNode
+from job.common.places import SCRATCH_BYTES, disk, free_bytes, read_problem, write_problem
 from job.common.schema import EMBEDDED, CriticConfig
 from job.distributed.links import interface, library_log, pair_rates
 from job.distributed.world import World, joined_world
@@ -21,6 +22,7 @@ from job.model.weights import check_trunk
 from job.training.data import check_sources
 
 _SHARED_MEMORY_BYTES = 64 << 20  # NCCL's buffers between the GPUs of a node
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # on any node
 _SLOW = 0.25  # of the median pair: something is wrong with a link
 
 
@@ -50,7 +52,7 @@ def of_this_node(config: CriticConfig, gpus: int, scratch: Path | None) -> Itera
     yield _shared_memory()
     if scratch is not None:
         yield _scratch(scratch)
-    yield _writable("run.dir", Path(config.run.dir), "see that this node mounts it, and its quota")
+    yield _run_folder(Path(config.run.dir))
     weights = config.model.path if config.model.recipe is None else None
     yield _readable("weights", weights, lambda: _check_trunk(config))
     for name, source in (
@@ -128,9 +130,17 @@ def _scratch(folder: Path) -> Finding:
     return finding
 
 
+def _run_folder(folder: Path) -> Finding:
+    problem = write_problem(folder)
+    if problem is not None and problem.errno in _NO_ROOM:
+        seen = f"cannot write in {folder}: {problem.strerror} ({disk(folder)})"
+        return Finding("run.dir", seen, "make room there, or see its quota", Exit.IO_FAILED)
+    return _writable("run.dir", folder, "see that this node mounts it")
+
+
 def _writable(name: str, folder: Path, advice: str) -> Finding:
     if (problem := write_problem(folder)) is not None:
-        return unfit(name, f"cannot write in {folder}: {problem}", advice)
+        return unfit(name, f"cannot write in {folder}: {problem.strerror}", advice)
     return Finding(name, f"{folder}: {free_bytes(folder) / 1e9:,.1f} GB free")
 
 
@@ -146,8 +156,8 @@ def _readable(name: str, path: str | None, check: Callable[[], object]) -> Findi
         return unfit(name, problem, advice)
     try:
         check()
-    except InputError as error:
-        return Finding(name, str(error), fault=Exit.BAD_INPUT)
+    except (InputError, StorageError) as error:
+        return Finding(name, str(error), fault=error.code)
     return Finding(name, path or "made here")
 
 
@@ -182,9 +192,11 @@ def findings(config: CriticConfig, gpus: int, scratch: Path | None) -> list[Find
 
 
 def raise_worst(found: Sequence[Finding]) -> None:
-    """Raise InputError or UnfitNode by the finding that weighs most."""
+    """Raise InputError, StorageError or UnfitNode by the finding that weighs most."""
     worst = max(found, key=lambda finding: finding.fault)
     if worst.fault is Exit.BAD_INPUT:
         raise InputError(str(worst))
+    if worst.fault is Exit.IO_FAILED:
+        raise StorageError(str(worst))
     if worst.fault is Exit.UNFIT_NODE:
         raise UnfitNode(str(worst))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -142,14 +142,7 @@ class Training:
             self._run.set_status(alarm=text)
 
     def _save_the_end(self) -> None:
-        for pause in LAST_SAVE_PAUSES:
-            try:
-                self._save_now()
-                return
-            except SaveError:
-                _log.error("trying again in %d s", pause)
-                time.sleep(pause)
-        self._save_now()
+        try_to_save(self._save_now, SaveError)
 
     def _save_now(self) -> None:
         with self.recorder.phase("save"):
@@ -198,6 +191,18 @@ class Training:
         _log.error("%d bad steps in a row: went back to step %d", bad, restored.step)
         if restored.unfinished is not None:
             self._finish_step()
+
+
+def try_to_save(save: Callable[[], None], kind: type[Exception]) -> None:
+    """Save the end of a training, again after some pauses where that fails with `kind`."""
+    for pause in LAST_SAVE_PAUSES:
+        try:
+            save()
+            return
+        except kind as error:
+            _log.error("%s; trying again in %d s", error, pause)
+            time.sleep(pause)
+    save()
 
 
 _PASSED_OVER = StepResult(math.nan, math.nan, math.nan)

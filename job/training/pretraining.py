@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from job.common.config import completed, load_config
 from job.common.derived import SUMS, defect, find_or_make
-from job.common.errors import InputError
+from job.common.errors import InputError, file_error
 from job.common.nested import refuse_differences, to_dict
 from job.common.progress import progress
 from job.common.schema import EMBEDDED, PretrainConfig
@@ -73,7 +73,7 @@ def make_trunk(config: PretrainConfig, *, verify: bool = False) -> None:
     try:
         find_or_make(folder, lambda scratch: pretrain(config, scratch), set_aside, verify=verify)
     except OSError as error:
-        raise InputError(f"out: cannot write {folder}: {error.strerror}") from None
+        raise file_error(error, f"out: cannot write {folder}: {error.strerror}") from None
 
 
 def _defect(folder: Path, verify: bool) -> str | None:

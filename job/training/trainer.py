@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from job.common.files import put_in_place
+from torch import Tensor
+
+from job.common.files import named, put_in_place
+from job.common.places import disk
 from job.common.schema import CriticConfig
 from job.distributed.world import World
 from job.model.architecture_file import read_architecture
@@ -24,7 +28,7 @@ from job.training.attempt import Attempt, claimed_attempt
 from job.training.checkpoint import Checkpoints
 from job.training.data import CriticData, load_critic_data
 from job.training.learner import Learner
-from job.training.loop import Training
+from job.training.loop import Training, try_to_save
 from job.training.memory_report import MemoryAccount, choose_micro_batch
 from job.training.objective import Objective
 from job.training.preparation import load_critic, set_up_torch
@@ -72,7 +76,8 @@ def _train(attempt: Attempt) -> None:
         Training(attempt, learner, data, state, tracker, checkpoints).run()
         tracker.telemetry(config.training.max_steps, memory.close())
         _save_trained(critic, run)
-        run.set_status(state="finished", seconds=time.monotonic() - began)
+        seconds = time.monotonic() - began
+        try_to_save(lambda: run.finish(seconds=seconds), OSError)
         if config.report.enabled and run.writes:
             _write_report(run)
         elif run.writes:
@@ -132,9 +137,23 @@ def _save_trained(critic: Critic, run: RunDirectory) -> None:
     writes = run.writes
     trained = critic.trained_tensors(keep=writes)
     if writes:
-        scratch = run.file(".critic.safetensors")
-        save_tensors(trained, scratch)
-        put_in_place(scratch, run.file("critic.safetensors"))
+        size = sum(tensor.nbytes for tensor in trained.values())
+        try:
+            try_to_save(lambda: _write_trained(trained, run), OSError)
+        except OSError as error:  # the last checkpoint has all of it
+            text = "finished without critic.safetensors, %.3f GB: %s (%s)"
+            _log.warning(text, size / 1e9, error, disk(run.path))
+
+
+def _write_trained(trained: dict[str, Tensor], run: RunDirectory) -> None:
+    scratch, file = run.file(".critic.safetensors"), run.file("critic.safetensors")
+    try:
+        with named(file, scratch):
+            save_tensors(trained, scratch)
+            put_in_place(scratch, file)
+    finally:
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
 
 
 def _write_report(run: RunDirectory) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -413,6 +414,54 @@ ENDS = {
         LAST.format(2) + r"the host's memory ran out \(killed by the kernel\).* memory_per_gpu_gb",
     ),
 }
+
+
+@pytest.fixture
+def small_disk(job: ClusterJob) -> Iterator[Path]:
+    """A file system of its own, which can be filled up."""
+    folder = job.folder / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder], check=True)
+    yield folder
+    job.lab.cancel_all()
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def _fill(file: Path) -> None:
+    """Leave no byte free."""
+    with contextlib.suppress(OSError), file.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(512))
+
+
+def test_a_run_waits_for_a_full_disk_and_comes_back(
+    job: ClusterJob, one_rank: MicroRun, small_disk: Path
+) -> None:
+    settings = (f"run.dir={small_disk}/run", "checkpoint.keep_last=1")
+    run = job.submit("--gpus", "1", settings=settings, partition="low")
+    run.freeze_at(60)
+    job.preempt()
+    run.wait_until(lambda: run.count("signal"), "the signal")
+    run.send(signal.SIGCONT)
+    run.wait_until(lambda: run.results.status["state"] == "stopped", "the end of the attempt")
+    saved = run.results.checkpoints[-1]
+    assert saved >= 60
+    _fill(small_disk / "full")
+    run.wait_until(lambda: len(run.attempts) == 2, "its second attempt")
+    run.wait_until(lambda: run.queue == "PENDING BeginTime", "the wait for the disk")
+    facts = _facts(run)
+    assert facts["Restarts"] == "2", run.describe()
+    reason = run.status["reason"]
+    assert "No space left on device" in reason
+    assert f"disk {small_disk}: 0.000 of 0.013 GB free" in reason
+    start = time.mktime(time.strptime(facts["StartTime"], "%Y-%m-%dT%H:%M:%S"))
+    assert start - time.time() > 10
+    (small_disk / "full").unlink()
+    job.lab.run("scontrol", "update", f"JobId={run.job_id}", "StartTime=now")
+    status = run.wait_for("finished")
+    assert status["attempts"] == 3, run.describe()
+    assert run.results.attempts[-1]["resumed_step"] == saved
+    run.results.assert_equals(one_rank)
 
 
 @pytest.mark.parametrize("wrong", ENDS)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import dwell
+import faulty_calls
 
 # What a training imports, and what torch imports when an optimizer is made and takes a step.
 _IMPORTS = ("job.train", "torch._dynamo", "torch.onnx", "tokenizers", "numpy.random")
@@ -68,6 +69,7 @@ def _become(request: dict[str, Any]) -> None:
     os.environ.update(request["environment"])
     tempfile.tempdir = None
     dwell.if_asked()
+    faulty_calls.if_asked()
 
 
 def _run(command: list[str]) -> None:

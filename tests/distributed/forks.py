@@ -74,20 +74,24 @@ class Forked:
 
 
 class _Server:
-    """The process that forks, and what its forks have used so far."""
+    """The process that forks, with a library before all others, and what its forks have used."""
 
-    def __init__(self) -> None:
+    def __init__(self, preload: Path | None = None) -> None:
+        own = {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": THREADS}
+        if preload is not None:
+            own["LD_PRELOAD"] = str(preload)
         # In a session of its own: Ctrl-C is for the tests, at whose end it ends.
         self._process = subprocess.Popen(
             [sys.executable, str(_SERVER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": THREADS},
+            env=os.environ | own,
             start_new_session=True,
             text=True,
         )
         self._alone = threading.Lock()
         self.cpu_seconds = 0.0
+        _SERVERS.append(self)
         atexit.register(self._end)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -106,23 +110,27 @@ class _Server:
             pass
 
 
-@functools.cache
-def _server() -> _Server:
-    return _Server()
+_SERVERS: list[_Server] = []
+_server = functools.cache(_Server)
 
 
 def cpu_seconds() -> float:
     """What all forks that have ended used."""
-    return _server().cpu_seconds if _server.cache_info().currsize else 0.0
+    return sum(server.cpu_seconds for server in _SERVERS)
 
 
 def fork(
-    command: Sequence[str], cwd: Path, environment: Mapping[str, str], stdout: Path, stderr: Path
+    command: Sequence[str],
+    cwd: Path,
+    environment: Mapping[str, str],
+    stdout: Path,
+    stderr: Path,
+    preload: Path | None = None,
 ) -> Forked:
     """Run `python COMMAND` in a fork; its output is appended to files."""
     if environment.get("OMP_NUM_THREADS") != THREADS:
         raise ValueError(f"a fork has OMP_NUM_THREADS={THREADS}, set before the imports")
-    server = _server()
+    server = _server(preload)
     request = {
         "command": list(command),
         "cwd": str(cwd),

@@ -18,6 +18,7 @@ import pytest
 from launch import MicroJob, running
 from micro_job import MicroRun
 
+from job.common.errors import Exit
 from job.run.manifest import Manifest
 
 pytestmark = pytest.mark.slow
@@ -62,6 +63,8 @@ class Trouble:
         self._failures += 1
 
     def _look(self) -> None:
+        if self.kind == "renamed":
+            return
         error = json.loads((self.run / "status.json").read_text())["checkpoint_error"]
         if error is not None and error not in self.seen["errors"]:
             self.seen["errors"].append(error)
@@ -79,15 +82,23 @@ class Trouble:
                 if oldest is not None:
                     (oldest / "facts.json").write_bytes(b"")
                 return oldest is not None
+            case "renamed":
+                self.run.rename(_away(self.run))
             case "read-only":
                 return _remount(self.run / "checkpoints", "ro")
         return True
 
     def _end(self) -> None:
+        if self.kind == "renamed":
+            return  # for good
         if self.kind == "read-only":
             assert _remount(self.run / "checkpoints", "rw")
         else:
             (self.run / "filler").unlink(missing_ok=True)
+
+
+def _away(run: Path) -> Path:
+    return run.with_name(f"{run.name}-away")
 
 
 def _fill(file: Path, leave: int) -> None:
@@ -118,7 +129,7 @@ def _main() -> None:
     step, report = Learner.step, checkpoint.Checkpoints._report
 
     def paced(self: Learner, number: int, *arguments: Any) -> Any:
-        if rank == 0 and kind in ("nearly-full", "full", "read-only", "facts"):
+        if rank == 0 and kind in ("nearly-full", "full", "read-only", "facts", "renamed"):
             trouble.between_steps(number + 1)
         return step(self, number, *arguments)
 
@@ -132,7 +143,7 @@ def _main() -> None:
     checkpoint.Checkpoints._report = noticed  # type: ignore[method-assign]
     if kind == "one-rank" and rank == 1:
         _refuse_own_files(checkpoint)
-    if kind == "for-good":
+    if kind in ("for-good", "renamed"):
         loop.LAST_SAVE_PAUSES = (0, 0)  # type: ignore[assignment]
     job.train.run_and_leave(job.train.main)
 
@@ -277,7 +288,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_its_last_good_checkpoint(
     job: MicroJob, undisturbed: MicroRun, mounted: Mount
 ) -> None:
     mounted(job.run("for-good").path, 2 * MIB)  # enough for some checkpoints, not for all
-    run, log = _train(job, "for-good", "for-good", code=1)
+    run, log = _train(job, "for-good", "for-good", code=Exit.IO_FAILED)
     assert f"step {STEPS} could not be saved" in log
     assert log.count("trying again in 0 s") == 2 * 2  # on both ranks
     good = _good_checkpoints(run)
@@ -287,6 +298,19 @@ def test_a_disk_that_stays_full_ends_the_run_with_its_last_good_checkpoint(
     assert run.status["state"] == "failed"
     assert run.status["checkpoint"] == good[-1]
     assert run.lines == undisturbed.lines
+
+
+def test_a_run_whose_folder_is_renamed_says_so_and_goes_on_when_it_is_back(
+    job: MicroJob, undisturbed: MicroRun
+) -> None:
+    run, log = _train(job, "renamed", "renamed", code=Exit.IO_FAILED)
+    assert f"step {STEPS} could not be saved in runs/renamed/checkpoints" in log
+    assert "No such file or directory: 'runs/renamed/" in log
+    assert not run.path.exists()  # nothing is begun under the old name
+    _away(run.path).rename(run.path)
+    assert run.checkpoints
+    run, _ = _train(job, "renamed", "none")
+    _ended_well(run, undisturbed)
 
 
 def test_one_rank_that_cannot_write_costs_only_the_checkpoint_of_the_moment(

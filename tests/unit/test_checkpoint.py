@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import shutil
 import sys
 import threading
@@ -39,7 +40,6 @@ from job.run.committed import committed
 from job.run.directory import RunDirectory
 from job.run.fence import Fence
 from job.run.manifest import MANIFEST, DamagedError, Manifest
-from job.run.metrics_log import Tracker
 from job.run.trained import find_weights
 from job.training import checkpoint as checkpoint_module
 from job.training.checkpoint import Checkpoints, SaveError
@@ -1608,21 +1608,30 @@ def test_a_status_that_a_full_disk_did_not_take_is_written_with_the_next(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_not_committed_before_its_metrics_are_on_the_disk(
+def test_metrics_that_cannot_be_written_keep_no_checkpoint_from_being_saved(
     whole: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = RunDirectory("runs/metrics-first")
-    flush = Tracker.flush
+    run = RunDirectory("runs/metrics-lost")
+    dead = os.open("/dev/full", os.O_WRONLY)  # like a handle that has become stale
 
-    def full(self: Tracker) -> None:
-        if len(run.records()) in (6, 7):
-            raise OSError(28, "No space left on device")
-        flush(self)
+    def die(step: int, _: Learner) -> None:
+        if step == 3:
+            for file in _opened(run.file("metrics.jsonl")):
+                os.dup2(dead, file)
 
-    monkeypatch.setattr(Tracker, "flush", full)
-    run_training("metrics-first")
-    assert _steps(run) == [2, 4, 8]
+    _before_steps(monkeypatch, die)
+    run_training("metrics-lost")
+    assert _steps(run) == [2, 4, 6, 8]
+    assert "metrics.jsonl: No space left on device; lines are kept in memory" in _log(run)
+    assert "metrics.jsonl: No space left on device; making it anew" in _log(run)
     _same(run, whole)
+
+
+def _opened(path: Path) -> list[int]:
+    """This process's descriptors of a file."""
+    numbers = [int(link.name) for link in Path("/proc/self/fd").iterdir()]
+    places = {n: Path(f"/proc/self/fd/{n}") for n in numbers}
+    return [n for n, link in places.items() if link.exists() and link.samefile(path)]
 
 
 @pytest.mark.slow
@@ -1635,7 +1644,9 @@ def test_a_last_save_that_fails_for_good_ends_the_run_and_loses_no_other_checkpo
         _at_step(patch, {7: lambda: _block(run)})
         with pytest.raises(SaveError, match="step 8 could not be saved") as caught:
             run_training("last")
-    assert exit_code(caught.value) == 1
+    assert exit_code(caught.value) == Exit.IO_FAILED
+    assert "runs/last/checkpoints" in str(caught.value)
+    assert "(disk /" in str(caught.value)
     assert _log(run).count("trying again in 0 s") == 3
     assert run.status()["state"] == "failed"
     assert "could not be saved" in run.status()["error"]

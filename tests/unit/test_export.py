@@ -334,7 +334,7 @@ def test_an_export_that_fails_leaves_nothing(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("the machine burns")
 
-    monkeypatch.setattr(whole_critic, "save_file", broken)
+    monkeypatch.setattr(whole_critic, "write_safetensors", broken)
     with pytest.raises(RuntimeError, match="burns"):
         _export(run.path, "token-classification", tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -361,7 +361,7 @@ def test_a_full_disk_leaves_nothing(run: MicroRun, form: str, size: int, tmp_pat
     form = form.replace("token-", "token-classification")
     command = ["-c", limited, "--format", form, "--out", "out", "--critic", str(run.path)]
     full = ended(command, tmp_path)
-    assert full.returncode == 1
+    assert full.returncode == 74
     assert "out: cannot be written: " in full.stderr
     assert "File too large" in full.stderr
     assert "Traceback" not in full.stderr

@@ -32,6 +32,7 @@ def _outcomes(codes: Sequence[int | None]) -> list[Outcome]:
         (Exit.SUPERSEDED, Action.LEAVE, 73),
         (Exit.BAD_INPUT, Action.STOP, 78),
         (Exit.UNFIT_NODE, Action.REQUEUE, 71),
+        (Exit.IO_FAILED, Action.REQUEUE, 74),
         (Exit.STOPPED, Action.REQUEUE, 75),
         (KILL, Action.REQUEUE, 137),
         (TERM, Action.REQUEUE, 143),
@@ -73,7 +74,16 @@ def test_a_stop_that_a_person_asked_for_is_final() -> None:
 # Budgets
 
 
-@pytest.mark.parametrize("code", [Exit.UNFIT_NODE, Exit.STOPPED, KILL, 1])
+def test_who_waits_for_a_disk_waits_twice_as_long_each_time_up_to_an_hour() -> None:
+    waits = [
+        decide(_outcome(0, Exit.IO_FAILED), Budget(n, 99)).wait_seconds for n in (0, 1, 2, 3, 7, 50)
+    ]
+    assert waits == [60, 60, 120, 240, 3600, 3600]
+    for code in (1, KILL, Exit.UNFIT_NODE, Exit.STOPPED):
+        assert decide(_outcome(0, code), PLENTY).wait_seconds == 0
+
+
+@pytest.mark.parametrize("code", [Exit.UNFIT_NODE, Exit.IO_FAILED, Exit.STOPPED, KILL, 1])
 def test_the_last_attempt_without_progress_is_the_last(code: int) -> None:
     assert decide(_outcome(0, code), Budget(2, 3)).action is Action.REQUEUE
     for fruitless in (3, 4):

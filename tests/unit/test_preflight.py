@@ -15,11 +15,11 @@ from micro_job import write_job
 
 from job.common import places
 from job.common.config import load_config
-from job.common.errors import Exit
+from job.common.errors import Exit, StorageError
 from job.common.schema import CriticConfig
 from job.distributed import links
 from job.training import fitness
-from job.training.fitness import Finding
+from job.training.fitness import Finding, raise_worst, unfit
 
 GOOD, UNFIT, WRONG = Exit.FINISHED, Exit.UNFIT_NODE, Exit.BAD_INPUT
 
@@ -132,8 +132,10 @@ def test_a_scratch_folder_that_cannot_be_made(config: CriticConfig, tmp_path: Pa
 def test_a_full_disk(config: CriticConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places.tempfile, "TemporaryFile", lambda dir: open("/dev/full", "wb"))  # noqa: SIM115, PTH123
     found = _found(config)["run.dir"]
-    assert found.fault is UNFIT
-    assert found.seen.endswith("No space left on device")
+    assert found.fault is Exit.IO_FAILED  # on each node: none is to be avoided for it
+    assert "No space left on device (disk /" in found.seen
+    with pytest.raises(StorageError, match="cannot write in"):
+        raise_worst([found, unfit("scratch", "full", "")])
 
 
 def test_little_space_in_scratch(

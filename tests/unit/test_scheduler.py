@@ -67,6 +67,15 @@ def _job(**changes: object) -> Job:
 # Jobs
 
 
+def test_what_was_written_to_a_job_is_read_with_its_blanks_and_changes_nothing_else() -> None:
+    text = "rank 0: No space left on device: '/runs/a b' JobState=FAILED Restarts=9"
+    line = _line(state="PENDING", restarts=2).replace(" StdErr=", f" Comment={text} StdErr=")
+    job = parse_job("7", line)
+    assert job is not None
+    assert (job.state, job.restarts, _job().comment) == ("PENDING", 2, "")
+    assert job.comment.startswith("rank 0: No space left on device: '/runs/a b'")
+
+
 def test_a_running_job() -> None:
     start, end = float(START), START + 86400.0
     assert _job() == Job("7", "RUNNING", False, "None", 0, start, end, "critic7")
@@ -301,6 +310,12 @@ def test_a_job_that_waits_already_need_not_be_requeued(slurm: FakeSlurm) -> None
     slurm.says("scontrol", stderr="Job is pending execution for job 7\n", code=1)
     scheduler.requeue("7")
     assert slurm.calls == ["scontrol requeue 7"]
+
+
+def test_a_job_that_is_to_wait_is_told_until_when_and_why(slurm: FakeSlurm) -> None:
+    slurm.says("scontrol")
+    scheduler.delay("7_2", 120, "no space left")
+    assert slurm.calls == ["scontrol update JobId=7_2 StartTime=now+120 Comment=no space left"]
 
 
 def test_a_requeue_that_is_refused_says_why(slurm: FakeSlurm) -> None:

@@ -356,7 +356,7 @@ def test_a_full_disk_ends_a_scoring_and_keeps_its_parts(
     command = _command(run, many, "values.parquet")
     command[1] = limit + command[1].replace("MICRO_BATCHES = 1", "MICRO_BATCHES = 64")
     done = ended(command, tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 74
     assert "cannot write the values: File too large" in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "values.parquet.parts").exists()

@@ -130,6 +130,13 @@ def test_who_said_nothing_is_said_to_have_said_nothing() -> None:
     assert describe(1, []) == "a crash (exit code 1): it said nothing"
 
 
+def test_where_the_disk_was_full_the_last_error_counts_and_not_half_a_line() -> None:
+    lines = ["12:00 ERROR cannot write /run/status.json: No space left on device", "12:01 INFO ste"]
+    reason = "input or output failed (exit code 74): " + lines[0]
+    assert describe(74, lines) == reason
+    assert describe(74, [*lines[1:]]).endswith(lines[1])
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ def test_a_job_that_waits_is_pending_whatever_was_said_before(own: str) -> None:
     found = combine({"state": own, "reason": "preempted by Slurm"}, job, None, NOW)
     assert found == ("pending", "waits in the queue (BeginTime); preempted by Slurm")
     assert combine({"state": own}, job, None, NOW)[1] == "waits in the queue (BeginTime)"
+    # where the disk was full, the run's record may be old, and Slurm has been told
+    told = replace(job, comment="No space left on device: '/run'")
+    found = combine({"state": own, "reason": "preempted by Slurm"}, told, None, NOW)
+    assert found[1] == "waits in the queue (BeginTime); No space left on device: '/run'"
 
 
 @pytest.mark.parametrize("own", ["pending", "running"])
