@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from slurm.record import Record
+from slurm.record import Attempt, Record
 from slurm.submission import Submission, store
 
 # A trunk of seven billion parameters that predicts four tokens, as Meta's params.json has it.
@@ -131,3 +131,10 @@ def submitted(run: Path, inputs: list[str], job_id: str | None = "7", **status: 
     if job_id is not None:
         record.add_job(job_id)
     return record
+
+
+def begun(record: Record) -> Attempt:
+    """The next attempt at a run, begun."""
+    attempt = Attempt.next(record)
+    attempt.begin()
+    return attempt

@@ -12,15 +12,15 @@ from fake_slurm import FakeSlurm, submission
 from job.common.errors import Exit
 from slurm import supervisor
 from slurm.leader import Leader
-from slurm.record import Attempt, Outcome, Record
+from slurm.record import Attempt, Outcome, Record, Start
 from slurm.supervisor import Supervisor
 from slurm.task import Post, Signals, Task
 
 
 def _post(run: Path, restart: int = 0) -> Post:
-    task = Task(0, 1, 0, 1, "node1", 7, "7", restart)
+    task = Task(0, 1, 0, 1, "node1", Start(7, restart, 0), "7")
     signals = cast(Signals, SimpleNamespace(received=[]))
-    return Post(task, Attempt(Record(run), 7, restart), signals)
+    return Post(task, Attempt.next(Record(run)), signals)
 
 
 def _leader(run: Path, restart: int = 0) -> Leader:
@@ -37,12 +37,12 @@ def _record(run: Path, **status: Any) -> None:
 def test_attempts_that_could_not_even_write_that_they_had_begun_count(
     restart: int, fruitless: int, tmp_path: Path
 ) -> None:
-    _record(tmp_path, attempt=[7, 0], first_checkpoint=0, fruitless=1)
+    _record(tmp_path, attempt=1, start=[7, 0, 0], first_checkpoint=0, fruitless=1)
     assert _leader(tmp_path, restart)._fruitless_before() == fruitless
 
 
 def test_only_attempts_since_the_last_progress_count(tmp_path: Path) -> None:
-    _record(tmp_path, attempt=[7, 2], first_checkpoint=-1, fruitless=3)
+    _record(tmp_path, attempt=1, start=[7, 2, 0], first_checkpoint=-1, fruitless=3)
     assert _leader(tmp_path, 3)._fruitless_before() == 0
     assert _leader(tmp_path, 5)._fruitless_before() == 2
 
@@ -67,7 +67,7 @@ def test_an_attempt_whose_files_cannot_be_made_fails_with_path_and_disk(
     supervisor = Supervisor(str(run), submission(run))
     outcome = supervisor._outcome(post, Leader(supervisor, supervisor.submission, post))
     assert outcome.code == Exit.IO_FAILED
-    assert f"'{run}/slurm" in outcome.reason
+    assert f"'{run}/" in outcome.reason
     assert "GB free)" in outcome.reason
     post.report(outcome)  # cannot be written either, and ends nothing
     assert not (run / "slurm" / "status.json").exists()
@@ -76,7 +76,7 @@ def test_an_attempt_whose_files_cannot_be_made_fails_with_path_and_disk(
 def test_a_run_that_is_renamed_after_its_start_is_no_fault_of_the_node(tmp_path: Path) -> None:
     post = _post(tmp_path)
     post.attempt.begin()
-    post.attempt.set_meeting(MASTER_ADDR="node1")
+    post.attempt.set_meeting(post.task.start, environment={"MASTER_ADDR": "node1"})
     outcome = supervisor._Watch(submission(tmp_path), post, None).outcome()
     assert outcome.code == Exit.IO_FAILED
     assert f"cannot read {tmp_path}/slurm/config.yaml" in outcome.reason

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_slurm import begun
 
 from job.common.errors import InputError
 from job.run.fence import Fence
@@ -162,9 +163,9 @@ def test_an_event_that_was_damaged_does_not_count(record: Record) -> None:
 
 
 def test_attempts_have_an_order_of_their_own(record: Record) -> None:
-    first = Attempt.take(record)
+    first = begun(record)
     assert not first.superseded
-    second = Attempt.take(record)
+    second = begun(record)
     assert (first.number, second.number) == (1, 2)
     assert first.superseded
     assert not second.superseded
@@ -172,16 +173,16 @@ def test_attempts_have_an_order_of_their_own(record: Record) -> None:
 
 
 def test_a_supervisor_and_trainers_that_are_started_by_hand_share_one_order(record: Record) -> None:
-    ours = Attempt.take(record)
+    ours = begun(record)
     assert Fence.take(record.run).number == 2
     assert ours.superseded
-    assert Attempt.take(record).number == 3
+    assert begun(record).number == 3
 
 
 def test_attempts_of_before_they_had_numbers_come_first(record: Record) -> None:
     for name in ("9-0", "99876543-0", "10-10", "10-9"):
         (record.folder / "attempts" / name).mkdir(parents=True)
-    new = Attempt.take(record)
+    new = begun(record)
     assert not new.superseded
     names = [folder.name for folder in attempt_folders(record)]
     assert names == ["9-0", "10-9", "10-10", "99876543-0", "0001"]
@@ -189,7 +190,7 @@ def test_attempts_of_before_they_had_numbers_come_first(record: Record) -> None:
 
 def test_other_names_among_the_attempts_do_not_matter(record: Record) -> None:
     assert attempt_folders(record) == []
-    attempt = Attempt.take(record)
+    attempt = begun(record)
     for name in ("notes", "99", "x-99", "99-", ".nfs-99", "9-9.bak", "0009.bak", "0009 old"):
         (attempt.folder.parent / name).mkdir()
     assert not attempt.superseded
@@ -199,7 +200,7 @@ def test_other_names_among_the_attempts_do_not_matter(record: Record) -> None:
 def test_where_to_meet_is_empty_until_it_is_said(record: Record) -> None:
     start = Start(9, 0, 0)
     assert Attempt.of(record, start) is None
-    attempt = Attempt.take(record)
+    attempt = begun(record)
     assert attempt.meeting() == {}
     assert Attempt.of(record, start) is None
     attempt.set_meeting(start, environment={"MASTER_ADDR": "node1"})
@@ -212,7 +213,7 @@ def test_where_to_meet_is_empty_until_it_is_said(record: Record) -> None:
 def test_a_task_meets_in_the_attempt_of_its_own_start(
     record: Record, other: tuple[int, int, int]
 ) -> None:
-    ours, theirs = Attempt.take(record), Attempt.take(record)
+    ours, theirs = begun(record), begun(record)
     ours.set_meeting(Start(9, 0, 0), environment={})
     theirs.set_meeting(Start(*other), environment={})
     found = Attempt.of(record, Start(9, 0, 0))
@@ -223,7 +224,7 @@ def test_a_task_meets_in_the_attempt_of_its_own_start(
 
 
 def test_outcomes_are_read_back_in_the_order_of_ranks(record: Record) -> None:
-    attempt = Attempt.take(record)
+    attempt = begun(record)
     outcomes = [Outcome(rank, "node1", -9, 1.5, "killed", ["a", "b"]) for rank in range(12)]
     for outcome in reversed(outcomes):
         attempt.set_outcome(outcome)
@@ -231,7 +232,7 @@ def test_outcomes_are_read_back_in_the_order_of_ranks(record: Record) -> None:
 
 
 def test_a_torn_outcome_is_as_if_missing(record: Record) -> None:
-    attempt = Attempt.take(record)
+    attempt = begun(record)
     assert attempt.outcomes() == []
     attempt.set_outcome(Outcome(0, "node1", 0, 1.5, "finished", []))
     (attempt.folder / "outcome-00001.json").write_text(json.dumps({"rank": 1})[:-3])
@@ -245,7 +246,7 @@ def test_logs_of_ranks_are_apart(record: Record) -> None:
 
 
 def test_copies_of_outcomes_do_not_count(record: Record) -> None:
-    attempt = Attempt.take(record)
+    attempt = begun(record)
     attempt.set_outcome(Outcome(0, "node1", 0, 1.5, "finished", []))
     content = (attempt.folder / "outcome-00000.json").read_bytes()
     for name in ("outcome-00000 copy.json", "outcome-0.json", "outcome-00000.json.bak"):

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_slurm import FakeSlurm, submitted, write_inputs
+from fake_slurm import FakeSlurm, begun, submitted, write_inputs
 
 from job.common.errors import InputError
 from job.run.reader import StoredRun
-from slurm.record import Attempt, Record
+from slurm.record import Record
 from slurm.scheduler import Job
 from slurm.status import SILENT_SECONDS, combine, log_file, runs_of, standing, standings
 
@@ -165,7 +165,7 @@ def test_without_a_file_there_are_no_values(tmp_path: Path) -> None:
 def test_a_run_that_trains(tmp_path: Path, slurm: FakeSlurm, inputs: list[str]) -> None:
     record = submitted(tmp_path / "run", inputs, state="running")
     for _ in range(2):
-        attempt = Attempt.take(record)
+        attempt = begun(record)
     attempt.log(0).write_text("1\n2\n3\n4\n5\n6\n")
     (record.run / "checkpoints" / "step-00000004").mkdir(parents=True)
     trainer = {"step": 3, "max_steps": 20, "alarm": "constant"}
@@ -227,7 +227,7 @@ def test_of_a_run_that_failed_the_last_words_are_those_of_the_cause(
     tmp_path: Path, slurm: FakeSlurm, inputs: list[str]
 ) -> None:
     record = submitted(tmp_path / "run", inputs, state="failed", last_lines=["of rank 3"])
-    Attempt.take(record).log(0).write_text("of rank 0\n")
+    begun(record).log(0).write_text("of rank 0\n")
     slurm.says("scontrol", stderr="Invalid job id specified", code=1)
     found = standing(record.run)
     assert found.last_lines == ["of rank 3"]
@@ -283,7 +283,7 @@ def test_the_log_is_that_of_the_newest_attempt(tmp_path: Path) -> None:
     (tmp_path / "slurm" / "attempts" / "7-10").mkdir(parents=True)  # as 0.1.0 named them
     assert log_file(record, 2) == tmp_path / "slurm" / "attempts" / "7-10" / "rank-00002.log"
     for _ in range(2):
-        Attempt.take(record)
+        begun(record)
     assert log_file(record, 2) == tmp_path / "slurm" / "attempts" / "0002" / "rank-00002.log"
 
 

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_slurm import SEVEN_B, STARTS, FakeSlurm, submitted, write_inputs
+from fake_slurm import SEVEN_B, STARTS, FakeSlurm, begun, submitted, write_inputs
 
 from job.common.errors import run_command
-from slurm.record import Attempt, Record
+from slurm.record import Record
 from slurm.submission import PROJECT
 
 pytestmark = pytest.mark.slow
@@ -426,7 +426,7 @@ def test_of_two_submissions_of_one_run_at_once_one_wins_and_the_other_says_so(
 ) -> None:
     """The other comes while the one makes its checks, or while it asks Slurm."""
     _takes_jobs(slurm)
-    main = importlib.import_module("slurm.submit")
+    main = importlib.import_module("slurm.commands")
     arguments = ("--json", "--override", *given, "run.dir=runs/mine")
     others: list[Result] = []
     original = getattr(main, moment)
@@ -491,7 +491,7 @@ def test_a_run_is_watched_to_its_end(
 
 def test_the_log_of_a_rank_is_on_stdout(submit: Submit, given: list[str], here: Path) -> None:
     record = submitted(here / "mine", given, state="finished")
-    attempt = Attempt.take(record)
+    attempt = begun(record)
     attempt.log(2).write_bytes(b"first\nlast \xff\n")
     done = submit("logs", "mine", "--rank", "2")
     assert (done.code, done.out, done.err) == (0, "first\nlast \ufffd\n", "")
@@ -505,7 +505,7 @@ def test_a_log_is_followed_to_the_runs_end(
 ) -> None:
     record = submitted(here / "mine", given, state="finished")
     slurm.says("scontrol", stderr=FORGOTTEN, code=1)
-    Attempt.take(record).log(0).write_text("all\n")
+    begun(record).log(0).write_text("all\n")
     assert submit("logs", "mine", "--follow").out == "all\n"
 
 
