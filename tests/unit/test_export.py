@@ -334,7 +334,7 @@ def test_an_export_that_fails_leaves_nothing(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("the machine burns")
 
-    monkeypatch.setattr(whole_critic, "write_safetensors", broken)
+    monkeypatch.setattr(whole_critic, "save_tensors", broken)
     with pytest.raises(RuntimeError, match="burns"):
         _export(run.path, "token-classification", tmp_path / "out")
     assert not list(tmp_path.iterdir())
