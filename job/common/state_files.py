@@ -50,7 +50,7 @@ def read_yaml(file: Path) -> dict[str, Any] | None:
 
 def name_unreadable(file: Path, error: object) -> None:
     """Warn, once, of a file that counts as absent."""
-    if file not in _named:
-        _named.add(file)
+    if file.absolute() not in _named:
+        _named.add(file.absolute())
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         _log.warning("%s: not readable, and taken as absent: %s", file, reason)

@@ -37,6 +37,7 @@ from job.data.tokenizer import write_character_tokenizer
 from job.model.architecture import TransformerConfig
 from job.model.transformer import Transformer
 from job.model.weights import save_transformer
+from job.training.trainer import train
 
 pytestmark = pytest.mark.slow
 
@@ -215,7 +216,7 @@ CONFIG_FILES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "code": (f"{CRITIC}logging: !!python/object/apply:os.abort []", ("not valid YAML", "line 9")),
     "list": ("- run\n- model\n", ("a mapping of keys to values",)),
     "text": ("train the critic", ("train the critic",)),
-    "no integer": (f"{CRITIC}logging: !!int three", ("critic.yaml", "three")),
+    "no integer": (f"{CRITIC}logging: !!int three", ("invalid literal", "three")),
     "two documents": (f"{CRITIC}---\n{CRITIC}", ("not valid YAML", "another document")),
     "duplicate section": (f"{CRITIC}run: {{name: b}}", ("duplicate key run", "line 9")),
     "duplicate key": (f"{CRITIC}logging:\n  every_steps: 1\n  every_steps: 2", ("line 11",)),
@@ -698,7 +699,6 @@ RUN_FILES: dict[str, tuple[str, bytes]] = {
     "configuration is binary": ("config.yaml", b"\xff\xfe"),
     "configuration is empty": ("config.yaml", b""),
     "configuration is a list": ("config.yaml", b"[1]"),
-    "configuration is nearly empty": ("config.yaml", b"run: {name: tiny}"),
     "status is garbage": ("status.json", b"{"),
     "status is binary": ("status.json", b"\xff\xfe"),
     "status is a list": ("status.json", b"[1]"),
@@ -706,10 +706,22 @@ RUN_FILES: dict[str, tuple[str, bytes]] = {
 
 
 @pytest.mark.parametrize("case", RUN_FILES)
-def test_run_directory_is_damaged(case: str, workplace: Path, refused: Callable[..., None]) -> None:
+def test_a_damaged_file_of_a_run_counts_as_absent_and_is_named(
+    case: str, workplace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     name, content = RUN_FILES[case]
-    (_unfinished(workplace) / name).write_bytes(content)
-    refused("runs/tiny", name if "nearly" not in case else "different configuration")
+    run = _unfinished(workplace)
+    (run / name).write_bytes(content)
+    train(load_config(CriticConfig, "critic.yaml", ["report.enabled=false"]))
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    assert f"runs/tiny/{name}: not readable, and taken as absent" in caplog.text
+
+
+def test_run_directory_with_hardly_any_configuration(
+    workplace: Path, refused: Callable[..., None]
+) -> None:
+    (_unfinished(workplace) / "config.yaml").write_bytes(b"run: {name: tiny}")
+    refused("runs/tiny", "different configuration")
 
 
 def test_an_attempt_on_bad_data_keeps_what_the_last_one_measured(

@@ -616,12 +616,20 @@ def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         ("metrics.jsonl", '{"step": 1, "train/l\n{"step": 2}\n'),
         ("status.json", "{"),
         ("parameters.json", ""),
-        ("config.yaml", "{"),
     ],
 )
-def test_damaged_file_is_an_input_error(tmp_path: Path, name: str, content: str) -> None:
+def test_a_damaged_file_counts_as_absent_and_is_named(
+    tmp_path: Path, name: str, content: str, no_plots: None, caplog: pytest.LogCaptureFixture
+) -> None:
     run = write_run(tmp_path / "critic", steps=5)
     (run / name).write_text(content)
+    assert write_report([run]).exists()
+    assert f"{run / name}: not readable, and taken as absent" in caplog.text
+
+
+def test_a_run_without_a_readable_configuration_is_none(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "critic", steps=5)
+    (run / "config.yaml").write_text("{")
     with pytest.raises(InputError, match=str(run)):
         write_report([run])
 

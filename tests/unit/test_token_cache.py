@@ -742,12 +742,12 @@ def test_a_killed_builder_leaves_no_set_and_the_next_one_builds_it(
     assert found.offsets[-1] == len(found.tokens)
 
 
-def test_a_full_disk_ends_in_an_input_error_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_is_no_wrong_input_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "go").touch()
     prelude = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
     builder = start_builder(tmp_path, 20_000, prelude=prelude)
     _, said = builder.communicate(timeout=60)
-    assert builder.returncode == 78
+    assert builder.returncode == 74
     assert said.startswith("error: data.cache_dir: cannot use ")
     assert "File too large" in said
     assert entries(tmp_path) == []

@@ -271,7 +271,7 @@ def test_skipped_rows_are_listed_beside_the_run(folder: Path) -> None:
     _write(folder / "train.jsonl", [*good, {"prompt": "1+1?", "response": "A2", "reward": 7}])
     _write(folder / "validation.jsonl", good)
     run = _train("data.train=train.jsonl", "data.validation=validation.jsonl", "data.bad_rows=skip")
-    (row,) = run.records("bad_rows.train.jsonl")
+    (row,) = map(json.loads, run.file("bad_rows.train.jsonl").read_text().splitlines())
     assert (row["line"], row["reason"]) == (7, "reward 7 lies outside [0, 1]")
     assert not run.file("bad_rows.validation.jsonl").exists()
 

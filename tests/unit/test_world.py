@@ -229,6 +229,7 @@ def test_exit_codes_are_those_that_the_supervisor_reads() -> None:
         "UNAVAILABLE": 69,
         "UNFIT_NODE": 71,
         "SUPERSEDED": 73,
+        "IO_FAILED": 74,
         "STOPPED": 75,
         "BAD_INPUT": 78,
     }
