@@ -136,20 +136,6 @@ def test_a_signal_saves_the_last_complete_step_and_ends_every_rank(
         assert run.checkpoints[-1] == run.step + 1
 
 
-def test_a_second_ctrl_c_ends_at_once_and_loses_no_checkpoint(job: MicroJob, run: MicroRun) -> None:
-    start, saved = run.step, run.checkpoints
-    with job.start(run.path.name, dwell=SAVE) as ranks:
-        ranks.freeze_when(lambda: run.step >= start + 2, "a step")
-        for _ in range(2):  # the second one comes while nothing else in the process runs
-            ranks.signal(signal.SIGINT)
-            ranks.signal(signal.SIGCONT)
-            ranks.wait_until(lambda: True, "a moment")
-            time.sleep(0.5)
-        codes = ranks.wait(60)
-        assert codes == [-signal.SIGINT] * len(codes), ranks.log()
-    assert run.checkpoints[: len(saved)] == saved
-
-
 ALSO = pytest.mark.all  # another variant of the same behaviour
 
 
@@ -199,6 +185,20 @@ def _listens(pid: int) -> bool:
     status = Path(f"/proc/{pid}/status").read_text()
     caught = int(status.split("SigCgt:")[1].split()[0], 16)
     return bool(caught >> (signal.SIGTERM - 1) & 1)
+
+
+def test_a_second_ctrl_c_ends_at_once_and_loses_no_checkpoint(job: MicroJob, run: MicroRun) -> None:
+    start, saved = run.step, run.checkpoints
+    with job.start(run.path.name, dwell=SAVE) as ranks:
+        ranks.freeze_when(lambda: run.step >= start + 2, "a step")
+        for _ in range(2):  # the second one comes while nothing else in the process runs
+            ranks.signal(signal.SIGINT)
+            ranks.signal(signal.SIGCONT)
+            ranks.wait_until(lambda: True, "a moment")
+            time.sleep(0.5)
+        codes = ranks.wait(60)
+        assert codes == [-signal.SIGINT] * len(codes), ranks.log()
+    assert run.checkpoints[: len(saved)] == saved
 
 
 # Other ways to ask
