@@ -89,16 +89,18 @@ class Submission:
         """How a task starts a command of the job."""
         if self.image is None:
             return [self.python, "-m", f"job.{name}", *arguments]
-        binds = [option for bind in self._binds() for option in ("--bind", bind)]
-        inside = ["--nv", "--containall", "--pwd", self.cwd, *binds]
+        inside = ["--nv", "--containall", "--pwd", self.cwd, *self._binds()]
         return ["apptainer", "run", *inside, self.image, name, *arguments]
 
     def _binds(self) -> list[str]:
-        """What `--bind` is given: the profile's entries as they stand, and paths."""
+        """Options for the folders inside: the profile's entries as they stand, and paths."""
         given = self.profile.get("binds", ())
-        binds = [os.path.expandvars(b) if b in given else _as_bind(b) for b in self.binds]
-        scratch = [] if self.scratch is None else [_as_bind(os.path.expandvars(self.scratch))]
-        return binds + scratch
+        scratch = [] if self.scratch is None else [self.scratch]
+        options: list[str] = []
+        for bind in [*self.binds, *scratch]:
+            path = os.path.expandvars(bind) if bind in (*given, *scratch) else bind
+            options += ["--bind", path] if bind in given else _bind_option(path)
+        return options
 
     def task_environment(self, given: Mapping[str, str]) -> dict[str, str]:
         """This task's environment with `given`, and what of it a container lets in."""
@@ -144,9 +146,16 @@ class Submission:
         return [*self.profile["setup"], here, _AGAIN]
 
 
-def _as_bind(path: str) -> str:
-    """A path for Apptainer's --bind, which would take a colon or a comma for its own."""
-    return re.sub("[:,]", r"\\\g<0>", path)
+def _bind_option(path: str) -> list[str]:
+    """Apptainer's option that binds a path, whichever signs it has.
+
+    --bind has colons and commas of its own, which no escape brings through in all places; --mount
+    (Apptainer 1.0) takes the fields of a line of CSV.
+    """
+    if not set(path) & set(':,\\"'):
+        return ["--bind", path]
+    quoted = path.replace('"', '""')
+    return ["--mount", f'type=bind,"source={quoted}","destination={quoted}"']
 
 
 class _Executor(submitit.SlurmExecutor):

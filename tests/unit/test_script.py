@@ -211,20 +211,23 @@ def test_in_an_image_the_trainer_sees_its_folders(monkeypatch: pytest.MonkeyPatc
         assert pair in pairs
 
 
-def test_what_apptainer_would_take_for_its_own_is_escaped_in_paths(
+def test_paths_with_the_signs_of_apptainers_own_options_are_mounted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("JOB", "7:x")
     own = profile(scratch="/fast/$JOB", binds=["/a:/b:ro"])
-    binds = ["/a:/b:ro", "/runs/12:30:00", "/runs/exp,lr=1e-5", "/runs/$JOB"]
+    binds = ["/a:/b:ro", "/runs/12:30:00", '/runs/"exp",lr=1e-5', "/runs/$JOB"]
     given = submission(Path("/runs/mine"), image="/critic.sif", binds=binds, profile=own)
     pairs = itertools.pairwise(given.command("train"))
-    assert [value for option, value in pairs if option == "--bind"] == [
-        "/a:/b:ro",
-        r"/runs/12\:30\:00",
-        r"/runs/exp\,lr=1e-5",
-        "/runs/$JOB",
-        r"/fast/7\:x",
+    assert [pair for pair in pairs if pair[0] in ("--bind", "--mount")] == [
+        ("--bind", "/a:/b:ro"),
+        ("--mount", 'type=bind,"source=/runs/12:30:00","destination=/runs/12:30:00"'),
+        (
+            "--mount",
+            'type=bind,"source=/runs/""exp"",lr=1e-5","destination=/runs/""exp"",lr=1e-5"',
+        ),
+        ("--bind", "/runs/$JOB"),
+        ("--mount", 'type=bind,"source=/fast/7:x","destination=/fast/7:x"'),
     ]
 
 
