@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from job.common.data_file import check_readable
 from job.common.errors import InputError
 from job.common.schema import EMBEDDED, CriticConfig, Loss
-from job.data.packing import Indices, Packer, balanced_pairs, single_units
+from job.data.packing import Indices, Packer, single_units
+from job.data.pairs import balanced_pairs
 from job.data.token_cache import TokenizedSet, count_shared_problems, load_split
 from job.data.tokenizer import load_tokenizer
 from job.distributed.world import World
