@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import reprlib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from job.common.errors import InputError
+from job.common.errors import InputError, quoted
 from job.model import hf_config
 from job.model.architecture import LinearScaling, RopeScaling, TransformerConfig, config_field_names
 from job.model.json_values import check_complete, check_values, read_object
@@ -76,7 +75,7 @@ def _rope_scaling(file: Path, values: object) -> RopeScaling | LinearScaling | N
     schema = LinearScaling if linear else RopeScaling
     known = [f.name for f in fields(schema)]
     if not isinstance(values, dict) or not values.keys() <= set(known):
-        found = reprlib.repr(values)
+        found = quoted(values)
         raise InputError(f"{file}: rope_scaling must hold {', '.join(known)}; not {found}")
     check_values(file, values, schema)
     check_complete(file, values, schema)

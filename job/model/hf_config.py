@@ -6,13 +6,12 @@ default is the same in all its versions; any other key must be there.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.common.errors import InputError
+from job.common.errors import InputError, quoted
 from job.model.json_values import check_complete, check_values, read_object
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def _architecture(file: Path, config: Mapping[str, Any]) -> str:
     if isinstance(named, list) and len(named) == 1 and named[0] in _MODEL_TYPES:
         return str(named[0])
     raise InputError(
-        f"{file}: architectures: {reprlib.repr(named)} is not supported; "
+        f"{file}: architectures: {quoted(named)} is not supported; "
         f"supported are {', '.join(_MODEL_TYPES)}"
     )
 
@@ -99,7 +98,7 @@ def _check_supported(file: Path, config: Mapping[str, Any]) -> None:
         if found != supported:
             wanted = "no such key" if supported is None else repr(supported)
             raise InputError(
-                f"{file}: {key}: {reprlib.repr(found)} is not supported; supported is {wanted}"
+                f"{file}: {key}: {quoted(found)} is not supported; supported is {wanted}"
             )
 
 
@@ -134,7 +133,7 @@ def _rope(file: Path, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | 
     theta = _agreed_theta(file, config, scaling)
     if kind not in _ROPE_TYPES or scaling.pop("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(
-            f"{file}: RoPE of type {kind!r} in {reprlib.repr(given)} is not supported; supported "
+            f"{file}: RoPE of type {kind!r} in {quoted(given)} is not supported; supported "
             f"are {', '.join(_ROPE_TYPES)}, over all channels"
         )
     return theta, _scaling(file, kind, scaling)
@@ -163,7 +162,7 @@ def _scaling(file: Path, kind: str, values: dict[str, Any]) -> dict[str, Any] | 
 
 def _window(file: Path, config: Mapping[str, Any], architecture: str) -> int | None:
     if not set(config.get("layer_types") or ()) <= _LAYER_TYPES:
-        found = reprlib.repr(config["layer_types"])
+        found = quoted(config["layer_types"])
         raise InputError(f"{file}: layer_types: {found} is not supported")
     if architecture == LLAMA:
         return None
