@@ -59,6 +59,7 @@ class ModelConfig:
     path: str = MISSING  # folder of a language model, in Meta's layout or Hugging Face's
     init_from: str | None = None  # a run, checkpoint or delta whose trained weights to begin with
     recipe: str | None = None  # pre-training config that makes the trunk where path is missing
+    keep_head: bool = False  # begin with the head of one label that lies beside the trunk
 
 
 @dataclass
