@@ -140,7 +140,7 @@ class ObjectiveConfig:
 @dataclass
 class EvaluationConfig:
     every_steps: int = 100
-    max_sequences: int | None = None  # the first so many of the validation set
+    max_sequences: int | None = None  # at most so many for validation, problem by problem
     alarm_evaluations: int = 3  # constant predictions in a row before the alarm
 
 
