@@ -21,6 +21,7 @@ from pathlib import Path
 from job.common.config import add_verify, command_line
 from job.common.errors import run_and_leave
 from job.common.progress import set_up_logging
+from job.data.values_text import SUFFIXES, check_suffix
 from job.run.trained import TrainedCritic
 from job.training.scoring import score
 
@@ -28,9 +29,11 @@ from job.training.scoring import score
 def main() -> None:
     parser = command_line(__doc__ or "", of_a_critic=True)
     parser.add_argument("--data", required=True, metavar="FILE", help="as for training")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="a Parquet file")
+    kinds = ", ".join(SUFFIXES)
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help=f"one in {kinds}")
     add_verify(parser)
     options = parser.parse_args()
+    check_suffix(options.out)
     set_up_logging()
     find = functools.partial(
         TrainedCritic.find, options.critic, options.trunk, tuple(options.override)

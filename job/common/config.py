@@ -11,7 +11,6 @@ import difflib
 import enum
 import functools
 import io
-import reprlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from job.common.errors import InputError, file_error, first_line, listing, short
+from job.common.errors import InputError, file_error, first_line, listing, quoted, short
 from job.common.possible_values import impossible_values
 from job.common.text_values import hint_at, is_text, is_utf8, text_of, with_quotes
 
@@ -236,9 +235,9 @@ def _unknown_keys(tree: dict[Any, Any], schema: type, prefix: str = "") -> Itera
             yield from _unknown_keys(value, sections[key], f"{prefix}{key}.")
         elif key in sections:
             inside = ", ".join(f.name for f in dataclasses.fields(sections[key]))
-            yield f"{prefix}{key}: a section with {inside}; not {reprlib.repr(value)}"
+            yield f"{prefix}{key}: a section with {inside}; not {quoted(value)}"
         elif isinstance(value, dict) and not str(types[key]).startswith(("Any", "dict")):
-            yield f"{prefix}{key}: a single value, not the section {reprlib.repr(value)}"
+            yield f"{prefix}{key}: a single value, not the section {quoted(value)}"
         elif types[key] == "bool" and type(value) in (int, float):  # else 2 would be true
             yield f"{prefix}{key}: true or false, not {value}"
 

@@ -7,6 +7,7 @@ import enum
 import errno
 import logging
 import os
+import reprlib
 import signal
 import sys
 import traceback
@@ -135,6 +136,17 @@ def listing(lines: Sequence[str], shown: int = 10) -> str:
 def short(text: str) -> str:
     """What a message quotes of a text of any length."""
     return text if len(text) <= _WIDTH else f"{text[:_WIDTH]}..."
+
+
+class _Quoted(reprlib.Repr):
+    """Short, and cut at the end: a name whose middle is missing cannot be searched for."""
+
+    def repr_str(self, text: str, level: int) -> str:
+        whole = repr(text[: _WIDTH // 2])
+        return whole if len(text) <= _WIDTH // 2 else f"{whole[:-1]}..."
+
+
+quoted = _Quoted().repr  # what a message quotes of a value of any kind and size
 
 
 def first_line(error: object, *, named: bool = False) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Iterator
 from typing import Any
 
-from job.common.errors import short
+from job.common.errors import quoted, short
 from job.common.nested import flatten, to_dict
 from job.common.schema import (
     AUTO,
@@ -121,7 +120,7 @@ def _impossible_data(config: CriticConfig | PretrainConfig) -> Iterator[str]:
             if key not in _FIELD_NAMES:
                 yield f"data.fields.{key}: unknown field; valid: {', '.join(_FIELD_NAMES)}"
             elif not isinstance(name, str):
-                yield f"data.fields.{key}: the name of a field, not {reprlib.repr(name)}"
+                yield f"data.fields.{key}: the name of a field, not {quoted(name)}"
     elif data.fields is not None and not isinstance(data.fields, str):
         yield f"data.fields: a mapping or the preset alpaca, not {data.fields!r}"
 

@@ -59,6 +59,7 @@ class ModelConfig:
     path: str = MISSING  # folder of a language model, in Meta's layout or Hugging Face's
     init_from: str | None = None  # a run, checkpoint or delta whose trained weights to begin with
     recipe: str | None = None  # pre-training config that makes the trunk where path is missing
+    keep_head: bool = False  # begin with the head of one label that lies beside the trunk
 
 
 @dataclass
@@ -139,7 +140,7 @@ class ObjectiveConfig:
 @dataclass
 class EvaluationConfig:
     every_steps: int = 100
-    max_sequences: int | None = None  # the first so many of the validation set
+    max_sequences: int | None = None  # at most so many for validation, problem by problem
     alarm_evaluations: int = 3  # constant predictions in a row before the alarm
 
 

@@ -7,7 +7,6 @@ same data. A unit is what must stay together in one micro-batch: a sequence, or 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -215,41 +214,3 @@ def _no_pairs() -> Indices:
 def single_units(n: int) -> Indices:
     """Each sequence is a unit of its own: int64 [n, 1]."""
     return np.arange(n)[:, None]
-
-
-def balanced_pairs(
-    rewards: NDArray[np.float64], problems: NDArray[np.uint64], lengths: Indices
-) -> Indices:
-    """(better, worse) sequences of one problem, in which length says nothing: int64 [pairs, 2].
-
-    Within a problem the pairs closest in length come first, each sequence in one pair at most.
-    Over all, as many winners are longer as are shorter than their losers: the surplus side's
-    pairs of greatest length difference are dropped.
-    """
-    order = np.argsort(problems, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(problems[order])) + 1)
-    found = [pair for group in groups for pair in _match(group, rewards, lengths)]
-    pairs = np.asarray(sorted(found), np.int64).reshape(-1, 2)
-    difference = lengths[pairs[:, 0]] - lengths[pairs[:, 1]]
-    surplus = int((difference > 0).sum() - (difference < 0).sum())
-    side = np.flatnonzero(difference > 0 if surplus > 0 else difference < 0)
-    widest = side[np.argsort(-np.abs(difference[side]), kind="stable")][: abs(surplus)]
-    return np.delete(pairs, widest, 0)
-
-
-def _match(
-    group: Indices, rewards: NDArray[np.float64], lengths: Indices
-) -> Sequence[tuple[int, int]]:
-    candidates = sorted(
-        (abs(int(lengths[i] - lengths[j])), int(i), int(j))
-        for i in group
-        for j in group
-        if rewards[i] > rewards[j]
-    )
-    used: set[int] = set()
-    pairs = []
-    for _, i, j in candidates:
-        if i not in used and j not in used:
-            used |= {i, j}
-            pairs.append((i, j))
-    return pairs

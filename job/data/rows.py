@@ -1,32 +1,38 @@
-"""Labelled solutions from JSONL (plain, .gz, .zst) and Parquet, row by row."""
+"""Labelled solutions from JSON lines or one array (plain, .gz, .zst) and Parquet, row by row."""
 
 from __future__ import annotations
 
+import difflib
 import functools
 import gzip
 import hashlib
 import io
 import json
 import math
-import reprlib
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, Literal, cast
 
 from job.common.data_file import check_readable
-from job.common.errors import file_error
+from job.common.errors import file_error, quoted, short
+from job.data.json_array import array_items, begins_array
 
 ALPACA_FIELDS = {"prompt": "instruction", "response": "output", "reward": "is_correct"}
 Rewards = bool | Literal["optional"]  # whether rows must carry one
+_ROUNDING = 1e-6  # by which labels that were computed in float32 may lie outside [0, 1]
+_NAMES = 12  # of a row's fields, in a message
+_LOOKED_AT = 4096  # bytes: blanks before an array, or an object
 
 
 @dataclass(frozen=True)
 class Row:
     """A solution and its label, NaN where it has none.
 
-    `optimal[i]` is the best value after response character i.
+    `optimal[i]` is the best value after response character i; `odd_label` says why a label that is
+    there is not used.
     """
 
     prompt: str
@@ -34,6 +40,7 @@ class Row:
     reward: float
     problem_id: str
     optimal: tuple[float, ...] | None = None
+    odd_label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,13 @@ def read_rows(
 ) -> Iterator[tuple[int, Row | BadRow]]:
     """Line number and Row or BadRow for each row of a file, few in memory at a time.
 
+    Rows of an array and of Parquet are counted as lines are.
+
     Args:
         fields: None, a mapping from `prompt`, `response`, `reward`, `problem_id` to the file's
-            names, or `alpaca`.
+            names (`a.b` is b within a), or `alpaca`.
         rewards: whether rows must carry a reward. If not, it is 0, and with `optional` that of
-            the row or NaN.
+            the row, or NaN where that is none between 0 and 1.
 
     Raises:
         InputError: the file is missing, of an unknown kind, or damaged.
@@ -90,18 +99,23 @@ def _arrow_error() -> type[Exception]:
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:
     with path.open("rb") as raw, _decompressed(path, raw) as stream:
+        if begins_array(stream.peek(_LOOKED_AT)[:_LOOKED_AT]):
+            with io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
+                for number, item in enumerate(array_items(text), 1):
+                    yield number, functools.partial(_object, item)
+            return
         for number, line in enumerate(stream, 1):
             if line.strip():
                 yield number, functools.partial(_parse_json, line)
 
 
-def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
+def _decompressed(path: Path, raw: io.BufferedReader) -> io.BufferedReader:
     if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+        return cast(io.BufferedReader, gzip.GzipFile(fileobj=raw))  # it can all that is asked for
     if path.suffix == ".zst":
         import pyarrow  # its reader refuses a cut-off frame, zstandard's takes it for the end
 
-        return cast(BinaryIO, io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd")))
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
     return raw
 
 
@@ -114,6 +128,10 @@ def _parse_json(line: bytes) -> dict[str, Any]:
         raise _RowError(f"broken JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:  # thousands of digits or of brackets
         raise _RowError(f"broken JSON: {error}") from None
+    return _object(row)
+
+
+def _object(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise _RowError(f"a row must be a JSON object, not {type(row).__name__}")
     return row
@@ -143,16 +161,36 @@ def _row_parser(fields: Any, rewards: Rewards) -> Callable[[dict[str, Any]], Row
         response = _text(row, response_field)
         if not response.strip():
             raise _RowError(f"field {response_field!r} is empty")
-        reward = _reward(row, names.get("reward", "reward"), rewards) if rewards else 0.0
-        return Row(prompt, response, reward, _problem(row, problem_field, prompt))
+        name = names.get("reward", "reward")
+        reward, odd = _reward(row, name, rewards) if rewards else (0.0, None)
+        problem = _problem(row, problem_field, prompt)
+        return Row(prompt, response, reward, problem, odd_label=odd)
 
     return parse
 
 
 def _field(row: dict[str, Any], name: str) -> Any:
-    if name not in row:
-        raise _RowError(f"field {name!r} is missing; the row has {', '.join(map(repr, row))}")
-    return row[name]
+    """A field by its name, or within others by `a.b`.
+
+    Raises:
+        _RowError: there is none; the names most like it come first.
+    """
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise _RowError(f"field {name!r} is missing; the row has {_names(row, name)}")
+        value = value[part]
+    return value
+
+
+def _names(row: dict[str, Any], wanted: str) -> str:
+    if len(row) <= _NAMES:
+        return ", ".join(map(short, map(repr, row)))
+    near = difflib.get_close_matches(wanted, row, _NAMES // 2)
+    first = list(dict.fromkeys([*near, *row]))[:_NAMES]
+    return f"{', '.join(map(short, map(repr, first)))} and {len(row) - _NAMES} more"
 
 
 def _text(row: dict[str, Any], name: str) -> str:
@@ -167,26 +205,40 @@ def _text(row: dict[str, Any], name: str) -> str:
     return value
 
 
-def _reward(row: dict[str, Any], name: str, rewards: Rewards) -> float:
-    if rewards == "optional" and row.get(name) is None:
-        return math.nan
-    value = _field(row, name)
-    if not isinstance(value, int | float) or value != value:  # NaN
-        shown = reprlib.repr(value)
-        raise _RowError(f"field {name!r} must be a number or true/false, not {shown}")
-    if not 0 <= value <= 1:
-        raise _RowError(f"{name} {reprlib.repr(value)} lies outside [0, 1]")
-    return float(value)
+def _reward(row: dict[str, Any], name: str, rewards: Rewards) -> tuple[float, str | None]:
+    """A row's label; where none is needed, NaN and the reason for one that is none."""
+    if rewards != "optional":
+        return _label(_field(row, name), name), None
+    try:
+        value = _field(row, name)
+    except _RowError:
+        return math.nan, None
+    if value is None or value != value:
+        return math.nan, None
+    try:
+        return _label(value, name), None
+    except _RowError as error:
+        return math.nan, str(error)
+
+
+def _label(value: Any, name: str) -> float:
+    if not isinstance(value, int | float | Decimal) or value != value:  # NaN
+        raise _RowError(f"field {name!r} must be a number or true/false, not {quoted(value)}")
+    if not -_ROUNDING <= value <= 1 + _ROUNDING:
+        raise _RowError(f"{name} {quoted(value)} lies outside [0, 1]")
+    return min(max(float(value), 0.0), 1.0)
 
 
 def _problem(row: dict[str, Any], field: str | None, prompt: str) -> str:
     """The row's problem; rows without one belong together if their prompts are equal."""
     value = _field(row, field) if field else row.get("problem_id")
-    if value is None:
+    if value is None or value != value:  # pandas writes NaN for none, and 7.0 for 7 beside one
         return hashlib.blake2b(prompt.encode(), digest_size=16).hexdigest()
-    if not isinstance(value, str | int):
+    if isinstance(value, float | Decimal) and value == value // 1:
+        value = int(value)
+    if not isinstance(value, str | int | float | Decimal):
         name = repr(field or "problem_id")
-        raise _RowError(f"field {name} must be text or an integer, not {type(value).__name__}")
+        raise _RowError(f"field {name} must be text or a number, not {type(value).__name__}")
     return str(value)
 
 

@@ -1,8 +1,9 @@
-"""Token values of a data file: written part by part, at the end one Parquet file.
+"""Token values of a data file: written part by part, at the end one file, Parquet or text.
 
     OUT.parts/              while it is being written
         plan.json           what is scored with what
         START-STOP.parquet  sequences START to STOP of the set, committed by a rename
+    OUT.plan.json           beside text, which has no place for it: what was scored with what
 
 A row for each row of the data, in its order, those that were left out among them:
 
@@ -34,10 +35,12 @@ from job.common.nested import refuse_differences
 from job.common.state_files import name_unreadable, read_json
 from job.data.rows import BadRow
 from job.data.token_cache import TokenizedSet
+from job.data.values_text import PARQUET, read_values, write_rows
 
 Values = NDArray[np.float32]
 _PART = re.compile("([0-9]{12})-([0-9]{12})[.]parquet")
 _PLAN = b"critic-job"  # key of the plan in the file's metadata
+_AT_ONCE = 1024  # rows that are read together
 
 
 class ValuesFile:
@@ -60,7 +63,8 @@ class ValuesFile:
             InputError: the file or its parts are another scoring's, or a process is at it.
         """
         if self.path.exists():
-            self._refuse_other(self.path, _plan_of(self.path))
+            plan = _plan_beside(self.path, self._sidecar) if self._is_text else _plan_of(self.path)
+            self._refuse_other(self.path, plan)
             shutil.rmtree(self._parts, ignore_errors=True)
             yield len(self._data)
             return
@@ -114,15 +118,30 @@ class ValuesFile:
         import pyarrow.parquet
 
         files = [file for file, _ in self._written()]
-        metadata = {_PLAN: json.dumps(self._plan)}
-        schema = pyarrow.parquet.read_schema(files[0]).with_metadata(metadata)
-        with (
-            self._committed(self.path) as stream,
-            pyarrow.parquet.ParquetWriter(stream, schema) as writer,
-        ):
-            for file in files:
-                writer.write_table(pyarrow.parquet.read_table(file, schema=schema))
+        schema = pyarrow.parquet.read_schema(files[0])
+        tables = (pyarrow.parquet.read_table(file, schema=schema) for file in files)
+        if self._is_text:
+            write_atomic(self._sidecar, json.dumps(self._plan, indent=2) + "\n")
+            rows = (row for table in tables for row in table.to_pylist())
+            with self._committed(self.path) as stream:
+                write_rows(self.path, stream, schema.names, rows)
+        else:
+            schema = schema.with_metadata({_PLAN: json.dumps(self._plan)})
+            with (
+                self._committed(self.path) as stream,
+                pyarrow.parquet.ParquetWriter(stream, schema) as writer,
+            ):
+                for table in tables:
+                    writer.write_table(table.cast(schema))
         shutil.rmtree(self._parts, ignore_errors=True)
+
+    @property
+    def _is_text(self) -> bool:
+        return self.path.suffix != PARQUET
+
+    @property
+    def _sidecar(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.plan.json")
 
     @contextmanager
     def _committed(self, file: Path) -> Iterator[BinaryIO]:
@@ -139,8 +158,13 @@ class ValuesFile:
         """The values of the finished file's sequences, in order, some at a time."""
         import pyarrow.parquet
 
+        if self._is_text:
+            found = read_values(self.path)
+            while some := list(itertools.islice(found, _AT_ONCE)):
+                yield some
+            return
         with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False) as file:
-            for batch in file.iter_batches(1024, columns=["values"]):
+            for batch in file.iter_batches(_AT_ONCE, columns=["values"]):
                 yield [row.values.to_numpy() for row in batch.column(0) if row.is_valid]
 
     def _written(self) -> list[tuple[Path, int]]:
@@ -201,6 +225,16 @@ class ValuesFile:
 
 def _left_out(bad: BadRow) -> dict[str, Any]:
     return {"line": bad.line, "error": bad.reason}
+
+
+def _plan_beside(file: Path, sidecar: Path) -> dict[str, Any]:
+    try:
+        plan: dict[str, Any] = json.loads(sidecar.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(
+            f"{file}: is there already, and {sidecar.name} does not say of what"
+        ) from None
+    return plan
 
 
 def _plan_of(file: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from job.common.errors import InputError, file_error
 from job.common.files import atomic_folder
 from job.common.progress import progress
+from job.common.schema import Loss
 from job.common.signals import stop_if_asked
 from job.data.tokenizer import Tokenizer, load_tokenizer
 from job.data.tokenizer_files import copy_tokenizer, write_settings
@@ -86,9 +87,13 @@ def _write_hugging_face(
 ) -> None:
     config = trained.config
     described = one_label_config(
-        config.model.path, trained.architecture, task, config.data.max_length
+        config.model.path,
+        trained.architecture,
+        task,
+        config.data.max_length,
+        outputs_are_values=config.objective.loss is not Loss.bce,
     )
-    described |= write_settings(tokenizer, folder)
+    described |= write_settings(tokenizer, folder, trained.architecture.vocab_size)
     with _whole(trained) as critic:
         write_hugging_face(critic, described, named(critic.head()), folder)
 

@@ -13,41 +13,63 @@ from job.model.trunk_folder import Layout, find_trunk
 
 Task = Literal["TokenClassification", "SequenceClassification"]
 _LABEL = "value"
+# Of the trunk's own description: where it came from, and another head that stood on it.
+_NOT_COPIED = (
+    "_name_or_path",
+    "dtype",
+    "transformers_version",
+    "num_labels",
+    "problem_type",
+)
 
 
 def one_label_config(
-    trunk: str | Path, architecture: TransformerConfig, task: Task, max_positions: int
+    trunk: str | Path,
+    architecture: TransformerConfig,
+    task: Task,
+    max_positions: int,
+    *,
+    outputs_are_values: bool,
 ) -> dict[str, Any]:
     """What describes a critic on a trunk to transformers; keys that all its versions read.
 
     Args:
         max_positions: tokens of the longest sequence, where the trunk does not say.
+        outputs_are_values: so that nothing may be applied to them; logits, otherwise.
 
     Raises:
         InputError: no supported architecture of transformers is such a trunk.
     """
-    config = _trunk_config(trunk, architecture, max_positions)
-    (language_model,) = config["architectures"]
-    config["architectures"] = [language_model.replace("CausalLM", task)]
-    for name in ("_name_or_path", "dtype", "transformers_version"):
+    file, config = _trunk_config(trunk, architecture, max_positions)
+    family = hf_config.model_family(file, config)
+    config["architectures"] = [f"{family}For{task}"]
+    for name in _NOT_COPIED:
         config.pop(name, None)
-    return config | {
-        "torch_dtype": "float32",  # of the trained tensors
-        "tie_word_embeddings": False,
-        "id2label": {"0": _LABEL},
-        "label2id": {_LABEL: 0},
-        # where nothing is said, transformers drops a tenth of what goes into the head
-        "classifier_dropout": 0.0,
-    }
+    if outputs_are_values:
+        # of a single label a pipeline, and vLLM after it, takes the sigmoid unless this is said
+        config["problem_type"] = "regression"
+    return (
+        config
+        | hf_config.rope_keys(architecture)
+        | {
+            "torch_dtype": "float32",  # of the trained tensors
+            "tie_word_embeddings": False,
+            "id2label": {"0": _LABEL},
+            "label2id": {_LABEL: 0},
+            # where nothing is said, transformers drops a tenth of what goes into the head
+            "classifier_dropout": 0.0,
+        }
+    )
 
 
 def _trunk_config(
     trunk: str | Path, architecture: TransformerConfig, max_positions: int
-) -> dict[str, Any]:
+) -> tuple[Path, dict[str, Any]]:
+    """The file that describes a trunk, and what config.json says of it."""
     found = find_trunk(trunk)
     if found.layout is Layout.HUGGING_FACE:
-        return read_object(found.description, "the architecture")
+        return found.description, read_object(found.description, "the architecture")
     try:
-        return hf_config.write(architecture, "float32", max_positions)
+        return found.description, hf_config.write(architecture, "float32", max_positions)
     except ValueError as error:
         raise InputError(f"{trunk}: {error}") from None

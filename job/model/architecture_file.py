@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import reprlib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from job.common.errors import InputError
+from job.common.errors import InputError, quoted
 from job.model import hf_config
 from job.model.architecture import LinearScaling, RopeScaling, TransformerConfig, config_field_names
 from job.model.json_values import check_complete, check_values, read_object
 from job.model.pickle_shapes import StoredShape, read_named, stored_shapes
 from job.model.trunk_folder import Layout, TrunkFolder, find_trunk
 
+# Meta's params.json says `use_scaled_rope` and no factor. Those of the published models, by width
+# and blocks: Llama 3.1 and 3.3 (8B, 70B, 405B), and Llama 3.2 (1B, 3B).
+_PUBLISHED_FACTORS = {
+    (4096, 32): 8.0,
+    (8192, 80): 8.0,
+    (16384, 126): 8.0,
+    (2048, 16): 32.0,
+    (3072, 28): 32.0,
+}
 # Keys of params.json that say nothing about the architecture.
 _IGNORED_PARAMS = {"use_scaled_rope", "rope_scaling", "max_seq_len", "max_batch_size"}
 _EMBEDDING = "tok_embeddings.weight"
@@ -64,8 +72,22 @@ def _meta_values(trunk: TrunkFolder) -> dict[str, Any]:
     scaled = params.get("use_scaled_rope", False)
     if not isinstance(scaled, bool):
         raise InputError(f"{file}: use_scaled_rope must be true or false, not {scaled!r}")
-    known["rope_scaling"] = params.get("rope_scaling", {} if scaled else None)
+    if scaled and "rope_scaling" not in params:
+        known["rope_scaling"] = {"factor": _published_factor(file, params)}
+    else:
+        known["rope_scaling"] = params.get("rope_scaling")
     return known
+
+
+def _published_factor(file: Path, params: dict[str, Any]) -> float:
+    shape = params.get("dim"), params.get("n_layers")
+    if shape not in _PUBLISHED_FACTORS:
+        raise InputError(
+            f"{file}: use_scaled_rope without a factor, and no published model has dim {shape[0]} "
+            f'and n_layers {shape[1]}; add "rope_scaling": {{"factor": 8.0}}, with its factor '
+            "(rope_scaling in config.json of the same model)"
+        )
+    return _PUBLISHED_FACTORS[shape]
 
 
 def _rope_scaling(file: Path, values: object) -> RopeScaling | LinearScaling | None:
@@ -76,7 +98,7 @@ def _rope_scaling(file: Path, values: object) -> RopeScaling | LinearScaling | N
     schema = LinearScaling if linear else RopeScaling
     known = [f.name for f in fields(schema)]
     if not isinstance(values, dict) or not values.keys() <= set(known):
-        found = reprlib.repr(values)
+        found = quoted(values)
         raise InputError(f"{file}: rope_scaling must hold {', '.join(known)}; not {found}")
     check_values(file, values, schema)
     check_complete(file, values, schema)

@@ -47,6 +47,13 @@ class Critic(nn.Module):
         if self.value_head.bias is not None:
             fill(self.value_head.bias, torch.full((1,), bias))
 
+    @torch.no_grad()
+    def set_head(self, weight: Tensor, bias: Tensor) -> None:
+        """Begin with the given head: weight [1, d] and, where this head has one, bias [1]."""
+        fill(self.value_head.weight, weight)
+        if self.value_head.bias is not None:
+            fill(self.value_head.bias, bias)
+
     def trained_tensors(self, *, keep: bool = True) -> dict[str, Tensor]:
         """The trainable parameters, whole and on the host, or none where `keep` is false.
 

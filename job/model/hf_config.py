@@ -6,21 +6,22 @@ default is the same in all its versions; any other key must be there.
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.common.errors import InputError
+from job.common.errors import InputError, quoted
 from job.model.json_values import check_complete, check_values, read_object
 
 if TYPE_CHECKING:
     from job.model.architecture import TransformerConfig
 
-LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
-QWEN2, QWEN3 = "Qwen2ForCausalLM", "Qwen3ForCausalLM"
+LLAMA, MISTRAL, QWEN2, QWEN3 = "Llama", "Mistral", "Qwen2", "Qwen3"
 _MODEL_TYPES = {LLAMA: "llama", MISTRAL: "mistral", QWEN2: "qwen2", QWEN3: "qwen3"}
+_LANGUAGE_MODEL = "ForCausalLM"
+# What may stand on a family's blocks; the trunk is the same.
+_HEADS = (_LANGUAGE_MODEL, "Model", "ForSequenceClassification", "ForTokenClassification")
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _ROPE_TYPES = ("default", "linear", "llama3")
 # Keys that change what a model computes, and the only value that is supported.
@@ -62,9 +63,9 @@ def read(file: Path) -> HuggingFaceModel:
         InputError: it cannot be read, lacks a key, or describes what is not supported.
     """
     config = read_object(file, "the architecture")
-    architecture = _architecture(file, config)
+    family = model_family(file, config)
     _check_supported(file, config)
-    sizes = _sizes(file, config, architecture)
+    sizes = _sizes(file, config, family)
     theta, scaling = _rope(file, config)
     values = {
         "dim": sizes.hidden_size,
@@ -77,19 +78,27 @@ def read(file: Path) -> HuggingFaceModel:
         "norm_eps": sizes.rms_norm_eps,
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "qkv_bias": architecture == QWEN2,
-        "qk_norm": architecture == QWEN3,
+        "qkv_bias": family == QWEN2,
+        "qk_norm": family == QWEN3,
     }
-    return HuggingFaceModel(values, _window(file, config, architecture))
+    return HuggingFaceModel(values, _window(file, config, family))
 
 
-def _architecture(file: Path, config: Mapping[str, Any]) -> str:
+def model_family(file: Path, config: Mapping[str, Any]) -> str:
+    """The family that a config.json's architecture is of, whichever head stands on it.
+
+    Raises:
+        InputError: none that is supported.
+    """
     named = config.get("architectures")
-    if isinstance(named, list) and len(named) == 1 and named[0] in _MODEL_TYPES:
-        return str(named[0])
+    if isinstance(named, list) and len(named) == 1:
+        for family in _MODEL_TYPES:
+            if named[0] in [family + head for head in _HEADS]:
+                return family
     raise InputError(
-        f"{file}: architectures: {reprlib.repr(named)} is not supported; "
-        f"supported are {', '.join(_MODEL_TYPES)}"
+        f"{file}: architectures: {quoted(named)} is not supported; supported are "
+        f"{', '.join(family + _LANGUAGE_MODEL for family in _MODEL_TYPES)}, and these with "
+        f"{', '.join(_HEADS[1:])} in place of {_LANGUAGE_MODEL}"
     )
 
 
@@ -99,18 +108,18 @@ def _check_supported(file: Path, config: Mapping[str, Any]) -> None:
         if found != supported:
             wanted = "no such key" if supported is None else repr(supported)
             raise InputError(
-                f"{file}: {key}: {reprlib.repr(found)} is not supported; supported is {wanted}"
+                f"{file}: {key}: {quoted(found)} is not supported; supported is {wanted}"
             )
 
 
-def _sizes(file: Path, config: Mapping[str, Any], architecture: str) -> _Keys:
+def _sizes(file: Path, config: Mapping[str, Any], family: str) -> _Keys:
     found = {name: config[name] for name in _Keys.__annotations__ if name in config}
-    if architecture == LLAMA and found.get("num_key_value_heads") is None:
+    if family == LLAMA and found.get("num_key_value_heads") is None:
         # Llama 1 and 2, from before there were grouped heads
         found["num_key_value_heads"] = found.get("num_attention_heads")
     check_values(file, found, _Keys)
     check_complete(file, found, _Keys)
-    if architecture == QWEN3 and found.get("head_dim") is None:
+    if family == QWEN3 and found.get("head_dim") is None:
         raise InputError(f"{file}: no value for head_dim")
     sizes = _Keys(**found)
     # newer versions write what older ones derive
@@ -126,27 +135,30 @@ def _rope(file: Path, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | 
     given = [config.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
     if not all(isinstance(values, dict) for values in given):
         raise InputError(f"{file}: rope_parameters and rope_scaling must be objects")
-    if all(given) and given[0] != given[1]:
+    scalings = [dict(values) for values in given if values]
+    theta = _agreed_theta(file, config, scalings)
+    for scaling in scalings:
+        scaling["rope_type"] = scaling.pop("rope_type", scaling.get("type", "default"))
+        scaling.pop("type", None)
+    if len(scalings) == 2 and scalings[0] != scalings[1]:
         raise InputError(f"{file}: rope_parameters and rope_scaling do not agree")
-    scaling = dict(given[0] or given[1])
-    kind = scaling.pop("rope_type", scaling.get("type", "default"))
-    scaling.pop("type", None)
-    theta = _agreed_theta(file, config, scaling)
+    scaling = scalings[0] if scalings else {}
+    kind = scaling.pop("rope_type", "default")
     if kind not in _ROPE_TYPES or scaling.pop("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(
-            f"{file}: RoPE of type {kind!r} in {reprlib.repr(given)} is not supported; supported "
+            f"{file}: RoPE of type {kind!r} in {quoted(given)} is not supported; supported "
             f"are {', '.join(_ROPE_TYPES)}, over all channels"
         )
     return theta, _scaling(file, kind, scaling)
 
 
-def _agreed_theta(file: Path, config: Mapping[str, Any], scaling: dict[str, Any]) -> Any:
-    inner = scaling.pop("rope_theta", None)
-    outer = config.get("rope_theta")
-    if inner is not None and outer is not None and inner != outer:
-        raise InputError(f"{file}: rope_theta is {outer!r} and {inner!r}")
-    found = outer if inner is None else inner
-    return 10000.0 if found is None else found
+def _agreed_theta(file: Path, config: Mapping[str, Any], scalings: Sequence[dict[str, Any]]) -> Any:
+    """The one theta of all places that name one; it is taken out of the scalings."""
+    named = [config.get("rope_theta"), *(scaling.pop("rope_theta", None) for scaling in scalings)]
+    found = [theta for theta in named if theta is not None]
+    if any(theta != found[0] for theta in found):
+        raise InputError(f"{file}: rope_theta is {' and '.join(map(repr, found))}")
+    return found[0] if found else 10000.0
 
 
 def _scaling(file: Path, kind: str, values: dict[str, Any]) -> dict[str, Any] | None:
@@ -161,16 +173,16 @@ def _scaling(file: Path, kind: str, values: dict[str, Any]) -> dict[str, Any] | 
     return found | {"rope_type": kind} if kind == "linear" else found
 
 
-def _window(file: Path, config: Mapping[str, Any], architecture: str) -> int | None:
+def _window(file: Path, config: Mapping[str, Any], family: str) -> int | None:
     if not set(config.get("layer_types") or ()) <= _LAYER_TYPES:
-        found = reprlib.repr(config["layer_types"])
+        found = quoted(config["layer_types"])
         raise InputError(f"{file}: layer_types: {found} is not supported")
-    if architecture == LLAMA:
+    if family == LLAMA:
         return None
-    if architecture == MISTRAL and "sliding_window" not in config:
+    if family == MISTRAL and "sliding_window" not in config:
         raise InputError(f"{file}: no value for sliding_window")
     window = config.get("sliding_window")
-    if architecture != MISTRAL and not config.get("use_sliding_window", False):
+    if family != MISTRAL and not config.get("use_sliding_window", False):
         return None
     if window is not None and not (type(window) is int and window > 0):
         raise InputError(f"{file}: sliding_window must be a positive integer, not {window!r}")
@@ -189,10 +201,10 @@ def write(config: TransformerConfig, dtype: str, max_positions: int) -> dict[str
     """
     if config.qkv_bias and config.qk_norm:
         raise ValueError("no Hugging Face architecture here has biases and norms of q and k")
-    architecture = QWEN3 if config.qk_norm else QWEN2 if config.qkv_bias else LLAMA
+    family = QWEN3 if config.qk_norm else QWEN2 if config.qkv_bias else LLAMA
     return {
-        "architectures": [architecture],
-        "model_type": _MODEL_TYPES[architecture],
+        "architectures": [family + _LANGUAGE_MODEL],
+        "model_type": _MODEL_TYPES[family],
         "torch_dtype": dtype,
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
@@ -203,8 +215,7 @@ def write(config: TransformerConfig, dtype: str, max_positions: int) -> dict[str
         "head_dim": config.head_width,
         "max_position_embeddings": max_positions,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": _written_scaling(config),
+        **rope_keys(config),
         "hidden_act": "silu",
         "attention_bias": False,
         "tie_word_embeddings": False,
@@ -212,7 +223,13 @@ def write(config: TransformerConfig, dtype: str, max_positions: int) -> dict[str
     }
 
 
-def _written_scaling(config: TransformerConfig) -> dict[str, Any] | None:
-    if config.rope_scaling is None:
-        return None
-    return {"rope_type": "llama3", **vars(config.rope_scaling)}
+def rope_keys(config: TransformerConfig) -> dict[str, Any]:
+    """RoPE as transformers 4 reads it, and as 5 does; each takes no notice of the other's keys."""
+    given = config.rope_scaling
+    scaling = None if given is None else {"rope_type": "llama3", **vars(given)}
+    parameters = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
+    return {
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": parameters,
+    }

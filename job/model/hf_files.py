@@ -38,7 +38,7 @@ def open_hugging_face(trunk: TrunkFolder, head_width: int) -> dict[str, StoredTe
     Raises:
         InputError: a file is missing or damaged, or the index does not agree with the shards.
     """
-    found = {file: _tensors(file) for file in trunk.weight_files()}
+    found = {file: file_tensors(file) for file in trunk.weight_files()}
     if trunk.index is not None:
         _check_index(trunk.index, {file.name: named.keys() for file, named in found.items()})
     mappings, opened = Mappings(), {}
@@ -46,13 +46,15 @@ def open_hugging_face(trunk: TrunkFolder, head_width: int) -> dict[str, StoredTe
         for stored_name, part in named.items():
             if is_loaded(stored_name):
                 name = _known_name(stored_name)
+                if name in opened:  # as `model.norm.weight` and as `norm.weight`
+                    name = f"twice: {stored_name}"
                 width = head_width if is_rotated(name) else None
                 mapped = mappings.hold(part, file)
                 opened[name] = StoredTensor(stored_name, (file,), (part,), mapped, head_width=width)
     return opened
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+def file_tensors(file: Path) -> dict[str, Tensor]:
     """What a file holds, memory-mapped.
 
     Nothing of it is read: safetensors' own `get_tensor` touches each tensor, which on a cold file

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from job.common.errors import InputError, file_error
+from job.common.errors import InputError, file_error, quoted
 
 _LARGEST_SIZE = 10**7  # far above any model's, and nothing overflows
 
@@ -39,7 +38,7 @@ def check_values(file: Path, values: Mapping[str, Any], schema: type) -> None:
         kind, _, optional = types[name]
         if optional and value is None:
             continue
-        found = reprlib.repr(value)
+        found = quoted(value)
         if kind == "bool" and not isinstance(value, bool):
             raise InputError(f"{file}: {name} must be true or false, not {found}")
         if kind == "int" and not (type(value) is int and 0 < value <= _LARGEST_SIZE):

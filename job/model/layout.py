@@ -36,8 +36,9 @@ _IN_BLOCK = {
 _TO_META = {theirs: ours for ours, theirs in _IN_BLOCK.items()}
 _ROTATED = ("attention.wq", "attention.wk", "attention.q_norm", "attention.k_norm")
 _BLOCK = re.compile(r"layers\.(\d+)\.(.+)\.(weight|bias)")
-# In the files, and no part of a critic: LM head, multi-token heads, a stored RoPE table.
-_NOT_LOADED = ("output.", "extra_heads.", "rope.", "lm_head.")
+# In the files, and no part of a trunk: LM head, multi-token heads, a classifier's or TRL's value
+# head, a stored RoPE table.
+_NOT_LOADED = ("output.", "extra_heads.", "rope.", "lm_head.", "score.", "v_head.")
 _ROPE_TABLES = (".rope.freqs", ".rotary_emb.inv_freq")
 
 
@@ -63,14 +64,17 @@ def hugging_face_name(name: str) -> str:
 def meta_name(name: str) -> str:
     """What Meta calls a tensor of Hugging Face's layout.
 
+    A model that was saved without any head names its tensors without `model.`.
+
     Raises:
         KeyError: it has no such tensor.
     """
+    within = name.removeprefix("model.")
     for ours, theirs in _OUTSIDE.items():
-        if theirs == name:
+        if theirs in (name, f"model.{within}"):
             return ours
-    block = _BLOCK.fullmatch(name.removeprefix("model."))
-    if block is None or block[2] not in _TO_META or not name.startswith("model."):
+    block = _BLOCK.fullmatch(within)
+    if block is None or block[2] not in _TO_META:
         raise KeyError(name)
     return f"layers.{block[1]}.{_TO_META[block[2]]}.{block[3]}"
 

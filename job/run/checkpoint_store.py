@@ -34,7 +34,10 @@ def retained(folders: Sequence[Path], config: CheckpointConfig) -> list[Path]:
 
 
 def best(folders: Sequence[Path], metric: str) -> list[Path]:
-    """The checkpoint with the best value of an evaluation's metric; none if none has one."""
+    """The checkpoint with the best value of an evaluation's metric; none if none has one.
+
+    Evaluations on solutions that all have one reward are none: the best would be a constant.
+    """
     values = {path: _evaluation(path).get(metric) for path in folders}
     known = {path: value for path, value in values.items() if value is not None}
     choose = min if metric.endswith(_LOWER_IS_BETTER) else max
@@ -42,11 +45,13 @@ def best(folders: Sequence[Path], metric: str) -> list[Path]:
 
 
 def _evaluation(folder: Path) -> dict[str, Any]:
-    """The figures of a checkpoint's evaluation; none if they can no longer be read."""
+    """The figures of a checkpoint's evaluation; none if they cannot be read or tell nothing."""
     try:
-        return dict(read_facts(folder)["evaluation"])
+        figures = dict(read_facts(folder)["evaluation"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+    constant = figures.get("validation/value/mse_constant", 1.0)
+    return figures if constant > 1e-12 else {}
 
 
 def check_metric(metric: str | None) -> None:

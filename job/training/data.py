@@ -7,10 +7,14 @@ import logging
 import shutil
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from job.common.data_file import check_readable
 from job.common.errors import InputError
 from job.common.schema import EMBEDDED, CriticConfig, Loss
-from job.data.packing import Indices, Packer, balanced_pairs, single_units
+from job.data.packing import Indices, Packer, single_units
+from job.data.pairs import balanced_pairs
 from job.data.token_cache import TokenizedSet, count_shared_problems, load_split
 from job.data.tokenizer import load_tokenizer
 from job.distributed.world import World
@@ -59,7 +63,8 @@ def load_critic_data(
         "%d training and %d validation sequences, mean reward %.3f and %.3f",
         *(len(train), len(validation), train.rewards.mean(), validation.rewards.mean()),
     )
-    kept = single_units(min(len(validation), config.evaluation.max_sequences or len(validation)))
+    kept = sample_of_problems(validation.problems, config.evaluation.max_sequences)
+    warn_of_one_label(validation.rewards[kept])
     pack = functools.partial(
         Packer,
         dim=architecture.dim,
@@ -70,10 +75,33 @@ def load_critic_data(
     )
     return CriticData(
         pack(train, _training_units(config, train)),
-        pack(validation, kept),
+        pack(validation, kept[:, None]),
         float(train.rewards.mean()),
         tokenizer.fingerprint,
     )
+
+
+def sample_of_problems(problems: NDArray[np.uint64], most: int | None) -> Indices:
+    """At most so many rows, problem by problem in an order of chance, ascending: int64 [n].
+
+    The first rows of a file may be of few problems, or the easy ones. The chance is the same in
+    every run, so that evaluations of different runs are of the same rows.
+    """
+    if most is None or most >= len(problems):
+        return np.arange(len(problems))
+    _, problem_of_row = np.unique(problems, return_inverse=True)
+    order = np.random.default_rng(0).permutation(problem_of_row.max() + 1)
+    return np.sort(np.argsort(order[problem_of_row], kind="stable")[:most])
+
+
+def warn_of_one_label(rewards: NDArray[np.float64]) -> None:
+    if np.ptp(rewards) == 0:
+        _log.warning(
+            "all %d solutions of the evaluations have the reward %g: no figure of theirs tells a "
+            "good critic from a constant, and checkpoint.keep_best keeps none by them",
+            len(rewards),
+            rewards[0],
+        )
 
 
 def check_tokens(found: TokenizedSet, vocab_size: int) -> None:

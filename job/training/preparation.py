@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from job.common.errors import InputError
 from job.common.schema import CriticConfig
 from job.distributed.fsdp import shard
 from job.distributed.world import World
 from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
+from job.model.stored_head import StoredHead, head_names, read_head
 from job.model.weights import check_trunk, load_trunk
 from job.training.data import CriticData, check_sources
 from job.training.objective import Objective
 from job.training.pretraining import ensure_trunk
+
+_log = logging.getLogger("job.train")
 
 
 def prepare_inputs(config: CriticConfig, *, verify: bool = False) -> None:
@@ -25,6 +30,11 @@ def prepare_inputs(config: CriticConfig, *, verify: bool = False) -> None:
     if config.model.recipe is not None:
         ensure_trunk(Path(config.model.path), config.model.recipe, verify=verify)
     check_trunk(config.model.path, config.data.max_length)
+    if config.model.keep_head:
+        _kept_head(config)
+    elif beside := head_names(config.model.path):
+        names = ", ".join(beside)
+        _log.info("%s: not read, for model.keep_head is false: %s", config.model.path, names)
 
 
 def load_critic(
@@ -43,11 +53,34 @@ def load_critic(
         critic.trunk.recompute_trainable_blocks()
     shard(critic, config.distributed.fsdp, world)
     load_trunk(critic.trunk, config.model.path, at_boundary)
+    _begin_head(critic, config, data.mean_reward)
+    return critic
+
+
+def _begin_head(critic: Critic, config: CriticConfig, mean_reward: float) -> None:
+    if config.model.keep_head:
+        head = _kept_head(config)
+        critic.set_head(head.weight, torch.zeros(1) if head.bias is None else head.bias)
+        return
     bias = config.training.value_head.bias_init
     if bias is None:
-        bias = Objective(config.objective).initial_bias(data.mean_reward)
+        bias = Objective(config.objective).initial_bias(mean_reward)
     critic.initialise_head(bias, config.training.seed)
-    return critic
+
+
+def _kept_head(config: CriticConfig) -> StoredHead:
+    """The head in the trunk's folder.
+
+    Raises:
+        InputError: none of one label is there, or it has a bias and the critic's is to have none.
+    """
+    head = read_head(config.model.path, read_architecture(config.model.path).dim)
+    if head.bias is not None and head.bias.item() and not config.training.value_head.bias:
+        raise InputError(
+            f"{config.model.path}: model.keep_head: its head has the bias {head.bias.item():g}, "
+            "and training.value_head.bias is false"
+        )
+    return head
 
 
 def set_up_torch(config: CriticConfig) -> None:

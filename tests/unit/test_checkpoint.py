@@ -800,6 +800,14 @@ def test_checkpoints_without_an_evaluation_are_not_the_best(tmp_path: Path) -> N
     assert _names(retained(folders, CheckpointConfig(keep_last=1, keep_best="mse"))) == [4]
 
 
+def test_an_evaluation_of_one_label_makes_no_checkpoint_the_best(tmp_path: Path) -> None:
+    mse, constant = "validation/value/mse", "validation/value/mse_constant"
+    values = {1: {mse: 0.0, constant: 0.0}, 2: {mse: 0.1, constant: 0.2}, 3: {mse: 0.15}}
+    folders = _evaluated(tmp_path, values)
+    assert _names(best(folders, mse)) == [2]
+    assert best(folders[:1], mse) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("metric", "choose"), [("validation/value/mse", min), ("validation/value/r2", max)]

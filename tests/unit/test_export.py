@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
+import tokenizers
 import torch
 from launch import PYTHONPATH, ended
 from micro_critic import MicroCritics, write_rows
@@ -390,9 +391,18 @@ def test_padding_is_never_the_end_token(tmp_path: Path) -> None:
         file.write_text(json.dumps(json.loads(file.read_text()) | settings))
         return tmp_path / name
 
-    assert padding(load_tokenizer(folder("plain"))) == "<s>"
-    assert padding(load_tokenizer(folder("eos", pad_token="</s>"))) == "<s>"
-    assert padding(load_tokenizer(folder("named", pad_token="a"))) == "a"
-    assert padding(load_tokenizer(folder("lone", bos_token=None))) == "<s>"
+    assert padding(load_tokenizer(folder("plain")), 300) == "<s>"
+    assert padding(load_tokenizer(folder("eos", pad_token="</s>")), 300) == "<s>"
+    assert padding(load_tokenizer(folder("named", pad_token="a")), 300) == "a"
+    assert padding(load_tokenizer(folder("lone", bos_token=None)), 300) == "<s>"
+    beyond = folder("beyond", pad_token="[PAD]")
+    raw = tokenizers.Tokenizer.from_file(str(beyond / "tokenizer.json"))
+    raw.add_special_tokens(["[PAD]"])
+    raw.save(str(beyond / "tokenizer.json"))
+    known = load_tokenizer(beyond)
+    last = known.token_id("[PAD]")
+    assert last is not None
+    assert padding(known, last + 1) == "[PAD]"
+    assert padding(known, last) == "<s>", "the model has no row for it"
     both = folder("both", bos_token="</s>", eos_token="</s>")
-    assert padding(load_tokenizer(both)) not in ("</s>", None)
+    assert padding(load_tokenizer(both), 300) not in ("</s>", None)

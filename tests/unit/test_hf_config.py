@@ -60,6 +60,23 @@ READ: dict[str, tuple[dict[str, Any], TransformerConfig]] = {
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA_3}},
         replace(LLAMA_2, rope_theta=5e5, rope_scaling=RopeScaling(factor=32.0)),
     ),
+    "keys of both versions": (
+        {
+            "rope_theta": 5e5,
+            "rope_scaling": {"rope_type": "llama3", **LLAMA_3},
+            "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA_3},
+        },
+        replace(LLAMA_2, rope_theta=5e5, rope_scaling=RopeScaling(factor=32.0)),
+    ),
+    "classifier of sequences": ({"architectures": ["LlamaForSequenceClassification"]}, LLAMA_2),
+    "classifier of tokens": (
+        QWEN3 | {"architectures": ["Qwen3ForTokenClassification"]},
+        replace(LLAMA_2, n_kv_heads=8, qk_norm=True),
+    ),
+    "no head": (
+        MISTRAL | {"architectures": ["MistralModel"], "sliding_window": None},
+        replace(LLAMA_2, n_kv_heads=8),
+    ),
     "linear": (
         {"rope_theta": 1e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
         replace(LLAMA_2, rope_theta=1e5, rope_scaling=LinearScaling(4.0)),
@@ -83,6 +100,17 @@ def test_what_is_written_is_read_again(case: str, tmp_path: Path) -> None:
     written = hf_config.write(config, "bfloat16", 4096)
     (tmp_path / "config.json").write_text(json.dumps(written))
     assert read_architecture(tmp_path) == READ[case][1]
+
+
+def test_rope_is_written_as_each_version_of_transformers_reads_it() -> None:
+    scaled = replace(LLAMA_2, rope_theta=5e5, rope_scaling=RopeScaling(factor=32.0))
+    written = hf_config.write(scaled, "float32", 1)
+    scaling = {"rope_type": "llama3", **LLAMA_3}
+    assert (written["rope_theta"], written["rope_scaling"]) == (5e5, scaling)
+    assert written["rope_parameters"] == scaling | {"rope_theta": 5e5}
+    plain = hf_config.write(LLAMA_2, "float32", 1)
+    assert (plain["rope_theta"], plain["rope_scaling"]) == (1e4, None)
+    assert plain["rope_parameters"] == {"rope_type": "default", "rope_theta": 1e4}
 
 
 def test_biases_with_norms_of_heads_have_no_architecture() -> None:

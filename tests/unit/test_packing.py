@@ -17,12 +17,12 @@ from job.data.packing import (
     Indices,
     Packer,
     assemble,
-    balanced_pairs,
     distribute,
     sequence_cost,
     single_units,
     step_units,
 )
+from job.data.pairs import balanced_pairs
 from job.data.token_cache import TokenizedSet, load_split
 from job.data.tokenizer import load_tokenizer, write_character_tokenizer
 
@@ -378,81 +378,3 @@ def test_a_step_is_the_same_each_time(embedded: TokenizedSet) -> None:
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.tokens, b.tokens)
         assert torch.equal(a.responses, b.responses)
-
-
-# --- pairs -----------------------------------------------------------------------------------
-
-
-def random_solutions(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rewards, problems and lengths; wrong solutions tend to be longer."""
-    rewards = rng.choice([0.0, 0.0, 0.5, 1.0], n)
-    problems = rng.choice(rng.integers(0, 2**64, max(1, n // 5), np.uint64), n)
-    lengths = rng.integers(1, 60, n) + (10 * (1 - rewards)).astype(np.int64)
-    return rewards, problems, lengths
-
-
-def test_pairs_are_of_one_problem_with_the_better_one_first_and_each_sequence_once() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        rewards, problems, lengths = random_solutions(rng, int(rng.integers(1, 120)))
-        pairs = balanced_pairs(rewards, problems, lengths)
-        assert pairs.shape[1] == 2
-        assert pairs.dtype == np.int64
-        assert (rewards[pairs[:, 0]] > rewards[pairs[:, 1]]).all()
-        assert (problems[pairs[:, 0]] == problems[pairs[:, 1]]).all()
-        assert len(np.unique(pairs)) == pairs.size
-
-
-def test_length_does_not_tell_the_better_one() -> None:
-    rng = np.random.default_rng(1)
-    found = 0
-    for _ in range(200):
-        rewards, problems, lengths = random_solutions(rng, int(rng.integers(1, 120)))
-        pairs = balanced_pairs(rewards, problems, lengths)
-        difference = lengths[pairs[:, 0]] - lengths[pairs[:, 1]]
-        assert (difference > 0).sum() == (difference < 0).sum()
-        found += len(pairs)
-    assert found > 1000
-
-
-def test_solutions_of_equal_length_are_all_paired() -> None:
-    rng = np.random.default_rng(2)
-    for _ in range(100):
-        n = int(rng.integers(1, 100))
-        rewards, problems = rng.integers(0, 2, n).astype(float), rng.integers(0, 9, n, np.uint64)
-        pairs = balanced_pairs(rewards, problems, np.full(n, 7))
-        groups = [rewards[problems == problem] for problem in np.unique(problems)]
-        assert len(pairs) == sum(min((g == 0).sum(), (g == 1).sum()) for g in groups)
-
-
-def test_the_order_of_the_rows_does_not_matter_where_no_two_pairs_are_alike() -> None:
-    rng = np.random.default_rng(3)
-    for _ in range(50):
-        rewards, problems, _ = random_solutions(rng, 40)
-        lengths = 2 ** rng.permutation(40)  # so that all differences differ
-        order = rng.permutation(40)
-        pairs = balanced_pairs(rewards, problems, lengths)
-        moved = order[balanced_pairs(rewards[order], problems[order], lengths[order])]
-        assert sorted(moved.tolist()) == sorted(pairs.tolist())
-
-
-def test_the_closest_in_length_are_paired_and_the_widest_dropped() -> None:
-    # One problem each: pairs with differences -1, -5 and +2; one of the shorter winners must go.
-    rewards = np.array([1, 0, 1, 0, 1, 0, 0], float)
-    lengths = np.array([10, 11, 10, 15, 12, 10, 40])
-    problems = np.array([1, 1, 2, 2, 3, 3, 1], np.uint64)
-    assert balanced_pairs(rewards, problems, lengths).tolist() == [[0, 1], [4, 5]]
-
-
-def test_without_two_different_rewards_there_are_no_pairs() -> None:
-    lengths = np.array([3, 4, 5])
-    same, apart = np.ones(3), np.array([0.0, 1.0, 0.5])
-    one, each = np.zeros(3, np.uint64), np.arange(3, dtype=np.uint64)
-    assert balanced_pairs(same, one, lengths).shape == (0, 2)
-    assert balanced_pairs(apart, each, lengths).shape == (0, 2)
-
-
-def test_problems_at_both_ends_of_the_numbers_are_told_apart() -> None:
-    problems = np.array([0, 2**64 - 1, 2**63, 0, 2**64 - 1, 2**63], np.uint64)
-    rewards, lengths = np.array([1, 1, 1, 0, 0, 0], float), np.full(6, 5)
-    assert balanced_pairs(rewards, problems, lengths).tolist() == [[0, 3], [1, 4], [2, 5]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import itertools
 import json
 import re
@@ -18,6 +19,7 @@ import pytest
 
 from job.common.data_file import check_readable
 from job.common.errors import InputError
+from job.data.json_array import array_items
 from job.data.rows import ALPACA_FIELDS, BadRow, Row, read_rows
 
 RawRow = dict[str, Any]
@@ -205,11 +207,73 @@ def test_an_optional_reward_is_taken_where_there_is_one(tmp_path: Path) -> None:
     given = rows(4)
     del given[0]["reward"]
     given[1]["reward"] = None
-    given[3]["reward"] = 7
-    *found, last = read_rows(write(tmp_path / "a.jsonl", lines(given)), rewards="optional")
-    rewards = [row.reward for _, row in found if isinstance(row, Row)]
-    np.testing.assert_array_equal(rewards, [np.nan, np.nan, given[2]["reward"]])
-    assert isinstance(last[1], BadRow)
+    given[3]["reward"] = float("nan")
+    found = read(write(tmp_path / "a.jsonl", lines(given)), rewards="optional")
+    rewards = [row.reward for row in found]
+    np.testing.assert_array_equal(rewards, [np.nan, np.nan, given[2]["reward"], np.nan])
+    assert [row.odd_label for row in found] == [None] * 4
+
+
+@pytest.mark.parametrize("label", [7, -1, 1.01, "right", [1], {"score": 1}, float("inf")])
+def test_a_row_whose_label_is_not_needed_is_not_refused_for_it(
+    tmp_path: Path, label: object
+) -> None:
+    given = [rows(1)[0] | {"reward": label}]
+    (found,) = read(write(tmp_path / "a.jsonl", lines(given)), rewards="optional")
+    assert np.isnan(found.reward)
+    assert found.odd_label is not None
+    assert found.odd_label.startswith(("reward ", "field 'reward' must be a number"))
+    ((_, bad),) = read_rows(tmp_path / "a.jsonl")
+    assert isinstance(bad, BadRow)
+    assert bad.reason == found.odd_label
+
+
+def test_a_number_means_the_same_in_each_type_that_holds_it(tmp_path: Path) -> None:
+    columns = {
+        "reward": pa.array(["0.25", "1.00", "0.00"]).cast(pa.decimal128(5, 2)),
+        "problem_id": pa.array([3.0, None, 4.5]),
+        "prompt": ["p", "q", "r"],
+        "response": ["a", "b", "c"],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    found = read(tmp_path / "a.parquet")
+    assert [row.reward for row in found] == [0.25, 1.0, 0.0]
+    assert [row.problem_id for row in found][::2] == ["3", "4.5"]
+    assert len(found[1].problem_id) == 32, "of the prompt, as without the field"
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [(1.0000001192092896, 1.0), (-9e-7, 0.0), (1.000002, None), (-1.1e-6, None)],
+)
+def test_a_label_may_be_off_by_what_float32_rounds(
+    tmp_path: Path, label: float, expected: float | None
+) -> None:
+    file = write(tmp_path / "a.jsonl", lines([rows(1)[0] | {"reward": label}]))
+    ((_, found),) = read_rows(file)
+    assert (found.reward if isinstance(found, Row) else None) == expected
+
+
+def test_a_field_may_lie_within_others_and_the_exact_name_comes_first(tmp_path: Path) -> None:
+    inner = {"prompt": "p", "response": "r", "extra": {"score": {"value": 0.5}}}
+    fields = {"reward": "extra.score.value"}
+    (found,) = read(write(tmp_path / "a.jsonl", lines([inner])), fields)
+    assert found.reward == 0.5
+    exact = inner | {"extra.score.value": 0.25}
+    (found,) = read(write(tmp_path / "b.jsonl", lines([exact])), fields)
+    assert found.reward == 0.25
+    wrong = inner | {"extra": {"score": 3}}
+    ((_, bad),) = read_rows(write(tmp_path / "c.jsonl", lines([wrong])), fields)
+    assert isinstance(bad, BadRow)
+    assert "field 'extra.score.value' is missing" in bad.reason
+
+
+def test_a_row_of_thousands_of_columns_is_told_of_on_one_screen(tmp_path: Path) -> None:
+    row = {f"column_{i}": i for i in range(3000)} | {"response": "r", "promt": "p", "reward": 1}
+    said = reason(tmp_path, json.dumps(row))
+    assert said.startswith("field 'prompt' is missing; the row has 'promt', 'column_0', ")
+    assert said.endswith(" and 2991 more")
+    assert len(said) < 400
 
 
 def test_problem_ids_may_be_numbers_or_text(tmp_path: Path) -> None:
@@ -304,12 +368,8 @@ BAD_ROWS: list[tuple[str | bytes, str]] = [
     (r'{"prompt": "p", "response": "ab\udc00", "reward": 1}', f"'response', character 3: {HALF}"),
     (b'{"prompt": "\xed\xa0\x80", "response": "r", "reward": 1}', f"'prompt', character 1: {HALF}"),
     (
-        '{"prompt": "p", "response": "r", "reward": 1, "problem_id": 1.5}',
-        "field 'problem_id' must be text or an integer, not float",
-    ),
-    (
         '{"prompt": "p", "response": "r", "reward": 1, "problem_id": ["a"]}',
-        "field 'problem_id' must be text or an integer, not list",
+        "field 'problem_id' must be text or a number, not list",
     ),
 ]
 BAD_REWARDS = {
@@ -322,7 +382,7 @@ BAD_REWARDS = {
     "Infinity": "inf lies outside",
     "-1e999": "-inf lies outside",
     "9" * 400: r"999\.\.\.9+ lies outside",
-    '"' + "long" * 1000 + '"': r"must be a number or true/false, not 'long.{1,20}\.\.\..{1,20}'$",
+    '"' + "long" * 1000 + '"': r"must be a number or true/false, not '(long){25}\.\.\.$",
 }
 
 
@@ -402,6 +462,70 @@ def test_bad_parquet_rows_have_their_number_and_a_reason(tmp_path: Path) -> None
         "field 'reward' must be a number or true/false, not nan",
         "reward 2.0 lies outside [0, 1]",
     ]
+
+
+# --- one array -------------------------------------------------------------------------------
+
+ARRAYS: dict[str, Callable[[list[RawRow]], str]] = {
+    "one line": json.dumps,
+    "indented": lambda r: json.dumps(r, indent=2, ensure_ascii=False),
+    "a row a line": lambda r: "[\n" + ",\n".join(map(json.dumps, r)) + "\n]\n",
+    "byte order mark and blanks": lambda r: "\ufeff \n\t" + json.dumps(r) + "\n\n",
+}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize("layout", ARRAYS)
+def test_an_array_holds_the_rows_that_lines_hold(tmp_path: Path, layout: str, suffix: str) -> None:
+    content = ARRAYS[layout](rows()).encode()
+    packed = gzip.compress(content) if suffix.endswith("gz") else content
+    assert read(write(tmp_path / f"a{suffix}", packed)) == expected(rows())
+
+
+def test_an_array_is_read_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("job.data.json_array._CHUNK", 7)  # so that each value is cut somewhere
+    given = [*rows(12), {"prompt": "long" * 999, "response": "r", "reward": 1, "problem_id": "x"}]
+    assert read(write(tmp_path / "a.json", json.dumps(given).encode())) == expected(given)
+    assert list(array_items(io.StringIO("[ 1234567, true,null ,[2] ] "))) == [
+        1234567,
+        True,
+        None,
+        [2],
+    ]
+    assert list(array_items(io.StringIO("[]"))) == []
+
+
+def test_items_of_an_array_that_are_no_rows_are_bad_rows(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.json", json.dumps([rows(1)[0], 7, {"prompt": "p"}, []]).encode())
+    found = list(read_rows(file))
+    assert [number for number, _ in found] == [1, 2, 3, 4]
+    assert [str(row).partition(": ")[2] for _, row in found[1:]] == [
+        "a row must be a JSON object, not int",
+        "field 'response' is missing; the row has 'prompt'",
+        "a row must be a JSON object, not list",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('[{"a": 1}, {"a": ', "item 2 of the array: Expecting value"),
+        ('[{"a": 1} {"a": 2}]', "item 2 of the array: ',' is expected, not '{'"),
+        ('[{"a": 1},', "item 2 of the array: Expecting value"),
+        ('[{"a": 1}', "the end: it is cut off"),
+        ('[{"a": 1}]\n[{"a": 2}]', "more follows behind the array of 1 items"),
+        ("[" * 99_999, "item 1 of the array: "),
+        ("[1, 2,, 3]", "item 3 of the array: Expecting value"),
+    ],
+)
+def test_a_damaged_array_is_refused_where_it_ends(tmp_path: Path, content: str, said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)) as caught:
+        list(read_rows(write(tmp_path / "a.json", content.encode())))
+    assert str(caught.value).startswith(f"{tmp_path}/a.json: damaged file: ")
+
+
+def test_an_array_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    assert "damaged file" in refused(write(tmp_path / "a.json", b'[{"prompt": "\xff"}]'))
 
 
 # --- damaged and impossible files ------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import os
 import shutil
@@ -309,6 +311,56 @@ def test_a_finished_file_is_left_as_it_is_and_measured_again(
     _score(run.path, data, out)
     assert out.stat() == before
     assert capsys.readouterr().out == table
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".csv"])
+def test_text_holds_what_parquet_holds(
+    run: MicroRun, data: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*data.read_text().splitlines(), '{"prompt": "1+1?", "response": ""}']
+    data.write_text("\n".join(rows) + "\n")
+    expected = _score(run.path, data, tmp_path / "values.parquet", "data.bad_rows=skip")
+    table = capsys.readouterr().out
+    out = tmp_path / f"values{suffix}"
+    for _ in range(2):  # the second time it is finished already
+        score(lambda: TrainedCritic.find(run.path, None, ("data.bad_rows=skip",)), str(data), out)
+        assert capsys.readouterr().out == table
+    opened = gzip.open if suffix.endswith("gz") else open
+    with opened(out, "rt", encoding="utf-8", newline="") as text:
+        found = (
+            [_typed(row) for row in csv.DictReader(text)]
+            if suffix == ".csv"
+            else [json.loads(line) for line in text]
+        )
+    assert [row | {"values": None, "final_value": None} for row in found] == [
+        row | {"values": None, "final_value": None} for row in expected
+    ]
+    for row, other in zip(found, expected, strict=True):
+        assert np.array_equal(
+            np.asarray(row["values"] or [], np.float32),
+            np.asarray(other["values"] or [], np.float32),
+        )
+    assert found[0]["final_value"] == found[0]["values"][-1]
+    assert found[-1]["error"] == "field 'response' is empty"
+    with pytest.raises(InputError, match=r"(?s)values of something else.*step: 6 -> 3"):
+        _score(run.path / "checkpoints/step-00000003", data, out, "data.bad_rows=skip")
+    (tmp_path / f"values{suffix}.plan.json").unlink()
+    with pytest.raises(InputError, match="does not say of what"):
+        _score(run.path, data, out, "data.bad_rows=skip")
+
+
+def _typed(row: dict[str, str]) -> dict[str, Any]:
+    """A row of a table as JSON has it."""
+    return {k: v if k == "error" and v else json.loads(v) if v else None for k, v in row.items()}
+
+
+def test_a_suffix_that_is_no_format_is_refused_before_the_critic_is_looked_for(
+    tmp_path: Path,
+) -> None:
+    command = ("-m", "job.score", "--critic", "nowhere", "--data", "none.jsonl", "--out", "a.txt")
+    done = ended([*command], tmp_path)
+    assert done.returncode == 78
+    assert "a.txt: --out is a file that ends in .parquet, .jsonl, .jsonl.gz, .csv" in done.stderr
 
 
 def test_values_of_something_else_are_refused(

@@ -151,7 +151,6 @@ LLAMA_3 = RopeScaling(8.0, 1.0, 4.0, 8192)
     [
         ({}, None),
         ({"use_scaled_rope": False}, None),
-        ({"use_scaled_rope": True}, LLAMA_3),
         ({"rope_scaling": None}, None),
         ({"rope_scaling": {}}, LLAMA_3),
         ({"rope_scaling": {"factor": 32}}, replace(LLAMA_3, factor=32)),
@@ -165,6 +164,26 @@ def test_rope_scaling(params: dict[str, Any], scaling: RopeScaling | None, tmp_p
     found = read_architecture(tmp_path)
     assert found == replace(TINY, rope_scaling=scaling)
     assert rope_frequencies(found).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "factor"),
+    [((4096, 32), 8), ((8192, 80), 8), ((2048, 16), 32), ((3072, 28), 32), ((2048, 32), None)],
+)
+def test_a_factor_that_is_not_written_is_that_of_the_published_model(
+    shape: tuple[int, int], factor: float | None, tmp_path: Path
+) -> None:
+    _saved(TINY, tmp_path)
+    dim, n_layers = shape
+    sizes = {"dim": dim, "n_layers": n_layers, "n_heads": 8, "n_kv_heads": 8, "head_dim": 64}
+    sizes |= {"ffn_hidden": 64, "n_future_tokens": 1}
+    _change_params(tmp_path, sizes | {"use_scaled_rope": True})
+    if factor is None:
+        with pytest.raises(InputError, match=r'add "rope_scaling": \{"factor": 8\.0\}'):
+            read_architecture(tmp_path)
+    else:
+        scaling = read_architecture(tmp_path).rope_scaling
+        assert scaling == replace(LLAMA_3, factor=factor)
 
 
 def test_params_that_say_nothing_about_the_model(tmp_path: Path) -> None:
