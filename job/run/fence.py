@@ -11,12 +11,14 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from job.common.errors import Superseded
 from job.common.files import write_atomic
 
 _RECORD = "attempt.json"
+MACHINE = "machine.json"
 
 
 class Fence:
@@ -75,6 +77,10 @@ class Fence:
             "time": time.time(),
         }
         write_atomic(self.folder / _RECORD, json.dumps(facts, indent=2) + "\n")
+
+    def describe(self, machine: Mapping[str, str]) -> None:
+        """Note where this attempt runs."""
+        write_atomic(self.folder / MACHINE, json.dumps(machine, indent=2) + "\n")
 
     def includes(self, attempt: int, step: int) -> bool:
         """Whether what `attempt` committed at `step` is part of the run.
