@@ -10,7 +10,7 @@ import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,9 @@ class Baseline:
 
 def baseline_file(folder: Path, matrix: str, key: Mapping[str, str]) -> Path:
     """Where the baseline of a kind of machine is, or would be."""
-    words = [re.sub(r"[^a-z0-9.+]+", "-", one.lower()).strip("-") for one in (matrix, *key.values())]
+    words = [
+        re.sub(r"[^a-z0-9.+]+", "-", one.lower()).strip("-") for one in (matrix, *key.values())
+    ]
     return folder / f"{'_'.join(words)}.json"
 
 
@@ -143,17 +145,17 @@ def _accepted(
 ) -> Accepted | str:
     """The figure as a baseline, or why it cannot be one yet."""
     when = time.strftime("%Y-%m-%d", time.gmtime())
-    told = {"commit": result.commit or night.plan.commit, "reason": reason, "when": when}
+    told = Accepted(result.commit or night.plan.commit, reason, when)
     value = result.figures[name]
     if FIGURES[name].rule is Rule.SERIES:
-        return Accepted(**told, since=night.plan.began)
+        return replace(told, since=night.plan.began)
     if FIGURES[name].rule is Rule.QUALITY and isinstance(value, list):
         values = _pooled([*earlier, night], result, name)
         if len(values) < LEAST_VALUES:
             return f"{len(values)} values so far; a spread takes {LEAST_VALUES}"
-        spread = statistics.stdev(values)
-        return Accepted(**told, mean=statistics.mean(values), spread=spread, count=len(values))
-    return Accepted(**told, value=value)
+        mean, spread = statistics.mean(values), statistics.stdev(values)
+        return replace(told, mean=mean, spread=spread, count=len(values))
+    return replace(told, value=value)
 
 
 def _pooled(nights: Sequence[Night], like: Result, name: str) -> list[float]:

@@ -149,7 +149,9 @@ def _trained(name: str, entry: Entry, paths: Sequence[Path]) -> Result:
     if entry.stop_at is not None:
         taken = _taken(_signal_to_saved, runs, "signal_to_saved_seconds", notes)
         figures |= {} if taken is None else {"signal_to_saved_seconds": taken}
-    return Result(name, True, None, _key(runs), _commit(runs[0]), figures, notes)
+    ranks = runs[0].memory.get("ranks", [])
+    on_gpu = bool(ranks) and ranks[0]["backend"] != "process"
+    return Result(name, True, None, _key(runs), _commit(runs[0]), on_gpu, figures, notes)
 
 
 class _NotTakenError(Exception):

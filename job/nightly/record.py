@@ -90,6 +90,7 @@ class Result:
     reason: str | None = None
     key: dict[str, str] | None = None
     commit: str | None = None
+    on_gpu: bool = False
     figures: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 

@@ -25,11 +25,11 @@ Array = NDArray[np.float64]
 # Newest nights, and how much less their p counts: the longer window has almost all of the rate.
 WINDOWS = ((5, 200.0), (10, 1.005))
 MOST_NEWEST = WINDOWS[-1][0]
-LEAST_BEFORE, MOST_BEFORE = 20, 60
-SHIFT = 0.035
+LEAST_BEFORE, MOST_BEFORE = 20, 100
+SHIFT = 0.034
 RANK_P = 0.01
 CORRELATION = 0.4  # of a night with the next one, on one kind of node
-FALSE_DISCOVERIES = 0.2
+FALSE_DISCOVERIES = 0.1
 _FAR = 3.5  # spreads from the median
 _LEAST_SPREAD = 1e-3  # of the mean: a figure that hardly varies is still not held to be constant
 _SPREAD_OF_MAD = 1.4826  # of a normal distribution
@@ -47,7 +47,7 @@ class Fall(NamedTuple):
     shift: Array
 
 
-def fall(nights: Array) -> Fall:
+def fall(nights: Array, least_shift: float = SHIFT) -> Fall:
     """Whether a series has fallen, as of its last night.
 
     Args:
@@ -57,7 +57,7 @@ def fall(nights: Array) -> Fall:
     for newest, weight in WINDOWS:
         if nights.shape[-1] >= newest + LEAST_BEFORE:
             before = nights[..., -newest - MOST_BEFORE : -newest]
-            seen = _fall(before, nights[..., -newest:])
+            seen = _fall(before, nights[..., -newest:], least_shift)
             shift = np.where(weight * seen.p < p, seen.shift, shift)
             p = np.minimum(p, weight * seen.p)
     return Fall(p, shift)
@@ -79,17 +79,19 @@ def step(nights: Array) -> int:
     return 1 + int(np.argmin(np.add(errors[::2], errors[1::2])))
 
 
-def _fall(before: Array, newest: Array) -> Fall:
+def _fall(before: Array, newest: Array, least_shift: float) -> Fall:
     known = _count(before)
     before, spread = _without_outliers(before)
     newest = _near(newest, _median(newest), spread)
     mean, now = _mean(before), _mean(newest)
-    shift = 1 - now / mean
+    shift = 1 - now / np.where(mean == 0, 1, mean)
     of_before, of_newest = _alike(MOST_BEFORE), _alike(newest.shape[-1])
     left = _count(before)
-    error = spread * np.sqrt(of_before / left + of_newest / _count(newest))
+    error = spread * np.sqrt(
+        of_before / np.maximum(left, 1) + of_newest / np.maximum(_count(newest), 1)
+    )
     p = stats.t.sf((mean - now) / error, np.maximum(left / of_before - 1, 1))
-    large = (known >= LEAST_BEFORE) & (shift >= SHIFT)
+    large = (known >= LEAST_BEFORE) & (shift >= least_shift)
     return Fall(np.where(large & (_rank_p(before, newest) < RANK_P), p, 1.0), shift)
 
 
