@@ -29,7 +29,7 @@ class Rule(enum.Enum):
 
     EXACT = "the same each night"
     QUALITY = "exact for one seed; by its spread over three or more"
-    MEMORY = "within 3 % of the prediction, and exact, on a GPU; a series without"
+    MEMORY = "within 3 % of the prediction, and exact, on a GPU; without one not judged"
     SERIES = "over nights"
     HOLDS = "no problems"
     SHOWN = "not judged"

@@ -205,8 +205,7 @@ def _series(judged: Sequence[Judged], plan: Plan) -> Iterator[Finding]:
 def _is_series(one: Judged) -> bool:
     if not isinstance(one.value, int | float) or one.value <= 0:
         return False
-    on_cpu = one.figure.rule is Rule.MEMORY and not one.result.on_gpu
-    return one.figure.rule is Rule.SERIES or on_cpu
+    return one.figure.rule is Rule.SERIES
 
 
 @dataclass(frozen=True)
