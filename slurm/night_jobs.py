@@ -48,11 +48,11 @@ class NightSubmission(Submission):
     """Entries of one size: behind everybody else, and given up before the next night."""
 
     nice: int = 0
-    deadline_hours: int = 20
+    deadline_hours: float = 20
 
     def parameters(self) -> dict[str, Any]:
         given = super().parameters()
-        more = {"nice": self.nice, "deadline": f"now+{self.deadline_hours}hours"}
+        more = {"nice": self.nice, "deadline": f"now+{int(60 * self.deadline_hours)}minutes"}
         return given | {"additional_parameters": given["additional_parameters"] | more}
 
 
@@ -107,7 +107,7 @@ class Command:
     words: list[str]
     submission: Submission
 
-    def __call__(self) -> None:
+    def __call__(self) -> str:
         Signals()  # a command that is ended is begun again, if Slurm requeues the job
         if os.environ["SLURM_PROCID"] != "0":
             leave(0)
@@ -159,7 +159,7 @@ class Collector:
     submission: Submission
     channels: Channels
 
-    def __call__(self) -> None:
+    def __call__(self) -> str:
         Signals()
         leave(collect(NightFolder(Path(self.night)), self.submission, self.channels))
 
@@ -182,7 +182,7 @@ def collect(night: NightFolder, submission: Submission, channels: Channels) -> i
 
 
 def arrays(
-    runs: Sequence[NightRun], nice: int, deadline_hours: int, night: NightFolder
+    runs: Sequence[NightRun], nice: int, deadline_hours: float, night: NightFolder
 ) -> list[tuple[NightSubmission, list[NightRun]]]:
     """What is asked of Slurm for the entries of each size."""
     found = []

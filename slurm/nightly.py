@@ -123,7 +123,7 @@ def _file(named: str | None) -> str | None:
 
 def _planned(
     options: Namespace, night: NightFolder
-) -> tuple[list[NightRun], Plan, tuple[int, int]]:
+) -> tuple[list[NightRun], Plan, tuple[int, float]]:
     """The runs, the plan that is kept of them, and what Slurm is told of their importance."""
     matrix, entries = load_matrix(options.matrix)
     if unknown := [name for name in options.only or () if name not in entries]:

@@ -47,7 +47,7 @@ class Matrix:
     config: str = "configs/critic/critic_1gpu.yaml"
     time: str = "2:00:00"
     nice: int = 1000  # of the jobs' priority
-    deadline_hours: int = 20  # what has not started in time to end by then is given up
+    deadline_hours: float = 20  # what has not started in time to end by then is given up
     override: list[str] = field(default_factory=list)  # of every entry; {night}: its folder
     entries: dict[str, Any] = field(default_factory=dict)
 
