@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-import re
 import signal
 import subprocess
 import threading
@@ -15,12 +16,12 @@ from typing import Any
 
 from submitit.helpers import DelayedSubmission
 
-from job.common.errors import Ending, Exit
+from job.common.errors import Exit
 from job.nightly.figures import TOLD_TO_STOP
 from job.nightly.matrix import Kind
 from job.nightly.record import NightFolder, Verdict
 from slurm import scheduler
-from slurm.night_plan import NightRun, binds, by_size
+from slurm.night_plan import FULL, NightRun, QueueFull, binds, by_size
 from slurm.record import Record
 from slurm.scheduler import ControllerAway, Refused
 from slurm.submission import Submission, script, submit
@@ -30,17 +31,6 @@ from slurm.telling import Channels, tell
 from slurm.trainer import Trainer, rank_environment, threads
 
 _COLLECTOR_TIME = "1:00:00"
-_FULL = re.compile(
-    "Resource temporarily unavailable|temporarily unable to accept|MaxSubmit|MaxJobCount|"
-    "job submit limit|submit limit|too many jobs",
-    re.IGNORECASE,
-)
-
-
-class QueueFull(Ending):
-    """Slurm takes no more jobs now."""
-
-    code = Exit.STOPPED  # 75, which sysexits calls a temporary failure
 
 
 @dataclass(frozen=True)
@@ -220,17 +210,23 @@ def submit_night(
     ids: dict[Path, str] = {}
     try:
         for submission, group in of_night:
-            jobs = submit([_job(run, submission) for run in group], submission)
+            jobs = _submit([_job(run, submission) for run in group], submission)
             ids |= dict(zip([run.path for run in group], jobs, strict=True))
         return ids, _submit_collector(of_night[0][0], ids, night, channels)
     except (ControllerAway, Refused) as error:
         _take_back(ids)
-        if _FULL.search(str(error)):
+        if FULL.search(str(error)):
             raise QueueFull(f"the queue is full, and nothing was submitted: {error}") from None
         raise
 
 
-def _job(run: NightRun, submission: NightSubmission) -> Callable[[], Any]:
+def _submit(jobs: Sequence[Callable[[], str]], submission: Submission) -> list[str]:
+    """As submit.py does, without what submitit prints before it raises: cron mails one line."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return submit(jobs, submission)
+
+
+def _job(run: NightRun, submission: NightSubmission) -> Callable[[], str]:
     if run.entry.kind is Kind.train:
         return Training(Supervisor(str(run.path), submission), run.entry.stop_at)
     return Command(str(run.path), command_of(run), submission)
@@ -250,7 +246,7 @@ def _submit_collector(
         binds=[*like.binds, str(night.path.parent)],
     )
     submission = CollectorSubmission(**_values(base), after_any=arrays_of_it)
-    return submit([Collector(str(night.path), submission, channels)], submission)[0]
+    return _submit([Collector(str(night.path), submission, channels)], submission)[0]
 
 
 def _take_back(ids: dict[Path, str]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from job.common.errors import InputError, listing
+from job.common.errors import Ending, Exit, InputError, listing
 from job.nightly.matrix import Entry, Matrix
 from job.nightly.record import NightFolder, PlannedRun
 from slurm.checks import check
@@ -20,6 +21,17 @@ from slurm.submission import PROJECT
 # The job is an ordinary one; MLflow has it from the collector, where no node writes a database.
 _ALWAYS = ("logging.product_rate=true", "mlflow.enabled=false", "report.enabled=false")
 _EXPERIMENT = "mlflow.experiment=critic-nightly"
+FULL = re.compile(
+    "Resource temporarily unavailable|temporarily unable to accept|MaxSubmit|MaxJobCount|"
+    "job submit limit|submit limit|too many jobs",
+    re.IGNORECASE,
+)
+
+
+class QueueFull(Ending):
+    """Slurm takes no more jobs now."""
+
+    code = Exit.STOPPED  # 75, which sysexits calls a temporary failure
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ def plan_runs(
 
     Raises:
         InputError: none of them can be submitted.
+        QueueFull: Slurm takes no more jobs.
     """
     runs = [
         _planned(options, matrix, name, entry, seed, night)
@@ -86,6 +99,8 @@ def _planned(
         problems = [] if options.local else [one for one in check(plan) if one.state == "error"]
     except InputError as error:
         return NightRun(name, entry, seed, path, None, str(error))
+    if full := [one.text for one in problems if one.name == "Slurm" and FULL.search(one.text)]:
+        raise QueueFull(f"the queue is full, and nothing was submitted: {full[0]}")
     refused = "; ".join(f"{one.name}: {one.text}" for one in problems) or None
     return NightRun(name, entry, seed, path, plan, refused)
 

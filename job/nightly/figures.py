@@ -14,9 +14,8 @@ from typing import Any
 from job.common.errors import InputError
 from job.nightly.matrix import Entry, Kind
 from job.nightly.record import Plan, PlannedRun, Result
-from job.run.checkpoint_store import FACTS
 from job.run.fence import MACHINE
-from job.run.manifest import MANIFEST
+from job.run.manifest import FACTS, MANIFEST
 from job.run.reader import Snapshot, StoredRun
 
 TOLD_TO_STOP = "told to stop"  # an event of the run, beside submitted, started and so on

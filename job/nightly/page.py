@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from job.nightly.figures import FIGURES, Rule
@@ -32,7 +33,10 @@ def page(nights: Sequence[Night]) -> str:
             *(tag("p", note, class_="alarm") for note in night.notes),
             *_told(night),
             *(_entry(nights, result) for result in night.results.values()),
-            tag("footer", "Hollow points: other machines. Vertical lines: regressions."),
+            tag(
+                "footer",
+                "Hollow: another machine. A vertical line: a regression was first found there.",
+            ),
         ]
     )
     return document(headline(night), body, _CSS)
@@ -47,13 +51,13 @@ def _told(night: Night) -> Iterator[Html]:
 
 
 def _finding(found: Finding) -> Html:
-    parts: list[object] = [tag("strong", found.name), f": {found.text}"]
+    line = tag("p", tag("strong", found.name), f": {found.text}", class_="found")
+    between = ""
     if found.between is not None:
         good, bad = found.between
-        parts += [tag("br"), f"between {good[:_SHORT]} (good) and {bad[:_SHORT]} (bad)"]
-    line = tag("p", *parts, class_="found")
+        between = tag("p", f"between {good[:_SHORT]} (good) and {bad[:_SHORT]} (bad)")
     how = fold("how to find it", found.bisect) if found.bisect else ""
-    return tag("div", line, how)
+    return tag("div", line, between, how, class_="finding")
 
 
 def _entry(nights: Sequence[Night], result: Result) -> Html:
@@ -76,6 +80,8 @@ def _row(nights: Sequence[Night], result: Result, name: str) -> list[object]:
         verdict = "too few nights"
     bad = found is not None and found.verdict is Verdict.REGRESSED
     shown = tag("span", verdict, class_="bad" if bad else "", title=found.rule if found else "")
+    if found is not None and found.between is not None:
+        shown = join([shown, tag("small", f"since {found.between[1][:_SHORT]}")])
     figure = FIGURES[name]
     value = _shown(result.figures[name], figure.unit)
     return [name, value, shown, _course(nights, result, name), figure.meaning]
@@ -99,45 +105,67 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
+@dataclass(frozen=True)
+class _Point:
+    """A figure in one night, at its place in the plot."""
+
+    x: float
+    y: float
+    value: float
+    same_machine: bool
+    regressed: bool
+    commit: str
+
+
 def _course(nights: Sequence[Night], result: Result, name: str) -> Html:
     """A figure over nights as a small plot that takes the page's colours."""
-    points = []
-    for place, night in enumerate(nights[-NIGHTS:]):
-        then = night.results.get(result.entry)
-        value = _number(then.figures.get(name)) if then else None
-        if then is not None and value is not None and math.isfinite(value):
-            found = night.found(result.entry, name)
-            points.append((place, value, then.key == result.key, found, then.commit))
+    points = list(_points(nights[-NIGHTS:], result, name))
     if not points:
         return Html("")
-    low, high = min(p[1] for p in points), max(p[1] for p in points)
-    marks = [_mark(p, _at(p[0], p[1], low, high, len(nights[-NIGHTS:]))) for p in points]
-    same = [_at(p[0], p[1], low, high, len(nights[-NIGHTS:])) for p in points if p[2]]
-    line = tag("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in same))
-    label = f"{name} over {len(points)} night(s), from {low:.5g} to {high:.5g}"
+    first = [not (before.regressed) for before in points[:-1]]
+    marks = [_mark(p, begins) for p, begins in zip(points, [True, *first], strict=True)]
+    line = " ".join(f"{p.x:.1f},{p.y:.1f}" for p in points if p.same_machine)
+    values = [p.value for p in points]
+    label = f"{name} over {len(points)} night(s), from {min(values):.5g} to {max(values):.5g}"
     size = f"0 0 {_WIDTH:g} {_HEIGHT:g}"
-    return tag("svg", tag("title", label), line, *marks, viewBox=size, role="img")
+    course = tag("polyline", points=line)
+    return tag("svg", tag("title", label), course, *marks, viewBox=size, role="img")
 
 
-def _at(place: int, value: float, low: float, high: float, count: int) -> tuple[float, float]:
-    across = place / (count - 1) if count > 1 else 0.5
-    up = (value - low) / (high - low) if high > low else 0.5
-    inner = _WIDTH - 2 * _EDGE, _HEIGHT - 2 * _EDGE
-    return _EDGE + across * inner[0], _HEIGHT - _EDGE - up * inner[1]
+def _points(nights: Sequence[Night], result: Result, name: str) -> Iterator[_Point]:
+    values = [_value(night, result.entry, name) for night in nights]
+    known = [value for value in values if value is not None]
+    low, high = min(known, default=0.0), max(known, default=0.0)
+    for place, (night, value) in enumerate(zip(nights, values, strict=True)):
+        if value is not None:
+            then, found = night.results[result.entry], night.found(result.entry, name)
+            across = place / (len(nights) - 1) if len(nights) > 1 else 0.5
+            up = (value - low) / (high - low) if high > low else 0.5
+            yield _Point(
+                _EDGE + across * (_WIDTH - 2 * _EDGE),
+                _HEIGHT - _EDGE - up * (_HEIGHT - 2 * _EDGE),
+                value,
+                then.key == result.key,
+                found is not None and found.verdict is Verdict.REGRESSED,
+                (then.commit or night.plan.commit or "unknown")[:_SHORT],
+            )
 
 
-def _mark(
-    point: tuple[int, float, bool, Finding | None, str | None], at: tuple[float, float]
-) -> Html:
-    _, value, same, found, commit = point
-    x, y = f"{at[0]:.1f}", f"{at[1]:.1f}"
-    regressed = found is not None and found.verdict is Verdict.REGRESSED
-    title = tag("title", f"{value:.6g}, commit {(commit or 'unknown')[:_SHORT]}")
-    kind = "bad" if regressed else "" if same else "other"
+def _value(night: Night, entry: str, name: str) -> float | None:
+    then = night.results.get(entry)
+    value = _number(then.figures.get(name)) if then is not None else None
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _mark(point: _Point, begins: bool) -> Html:
+    """A night's dot, and a line where a regression begins."""
+    x, y = f"{point.x:.1f}", f"{point.y:.1f}"
+    title = tag("title", f"{point.value:.6g}, commit {point.commit}")
+    kind = "bad" if point.regressed else "" if point.same_machine else "other"
     dot = tag("circle", title, cx=x, cy=y, r="2.2", class_=kind)
-    if not regressed:
+    if not (point.regressed and begins):
         return dot
-    return join([tag("line", x1=x, x2=x, y1="0", y2=f"{_HEIGHT:g}", class_="bad"), dot])
+    return join([tag("line", title, x1=x, x2=x, y1="0", y2=f"{_HEIGHT:g}", class_="bad"), dot])
 
 
 _CSS = """
@@ -150,6 +178,16 @@ _CSS = """
 .nights span.bad { stroke: none; }
 .nights line.bad { stroke-opacity: .5; }
 .nights td:nth-child(2), .nights td:nth-child(3) { white-space: nowrap; }
+.nights small { display: block; color: var(--faint); }
+.finding { margin-bottom: .8rem; }
 .found, .machine { overflow-wrap: anywhere; }
+@media (max-width: 44rem) {
+  .nights, .nights tbody { display: block; }
+  .nights thead { display: none; }
+  .nights tr { display: grid; grid-template-columns: 1fr auto; column-gap: 1rem; padding: .4rem 0;
+    border-bottom: 1px solid var(--line); }
+  .nights tr > * { border: 0; padding: .1rem 0; }
+  .nights td:last-child { grid-column: 1 / 3; color: var(--faint); }
+}
 .machine { color: var(--faint); }
 """

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+FACTS = "facts.json"  # what the checkpoint belongs to
 _FORMAT = 1
 
 

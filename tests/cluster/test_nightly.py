@@ -163,8 +163,8 @@ def test_one_entry_is_preempted_one_crashes_and_one_never_starts(site: Site) -> 
     done = site.run(*site.options(matrix, partition="low", max_attempts=1))
     assert done.returncode == 0, done.stderr
     preempted, crashing = site.entry("preempted"), site.entry("crashing")
-    preempted.freeze_at(20)
-    crashing.wait_for_step(5)
+    preempted.freeze_when(lambda: preempted.results.step >= 20, "step 20", 240)
+    crashing.wait_for_step(5, 240)
     crashing.send(9)
     site.job.lab.run(
         "sbatch", "-p", "high", "--exclusive", "-w", first, "-o/dev/null", "--wrap", "true"
