@@ -105,8 +105,8 @@ def _unfinished(entry: Entry, run: PlannedRun) -> str | None:
 
 
 def _told(state: str, reason: str | None) -> str:
-    if state == "pending" and not reason:
-        return "it never started"
+    if state == "pending":
+        return f"given up in the queue, after: {reason}" if reason else "it never started"
     return f"{state}: {reason}" if reason else f"{state}, without a word"
 
 

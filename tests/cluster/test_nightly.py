@@ -149,12 +149,13 @@ def test_cron_submits_a_night_that_judges_itself(site: Site) -> None:
 
 
 @pytest.mark.all
+@pytest.mark.timeout(1800)
 def test_one_entry_is_preempted_one_crashes_and_one_never_starts(site: Site) -> None:
     lab = site.job.lab
     first, second = lab.nodes
     lab.run("sbatch", "--exclusive", "-o/dev/null", "-w", second, "--wrap", "exec sleep 900")
     matrix = site.matrix(
-        hours=0.12,  # two minutes more than their time limit
+        hours=0.25,  # ten minutes more than their time limit
         steps=200,
         preempted={"unfreeze": [1]},
         crashing={"unfreeze": [0]},
@@ -166,6 +167,8 @@ def test_one_entry_is_preempted_one_crashes_and_one_never_starts(site: Site) -> 
     preempted.freeze_when(lambda: preempted.results.step >= 20, "step 20", 240)
     crashing.wait_for_step(5, 240)
     crashing.send(9)
+    failed = crashing.path / "slurm/status.json"
+    crashing.wait_until(lambda: json.loads(failed.read_text())["state"] == "failed", "a crash")
     site.job.lab.run(
         "sbatch", "-p", "high", "--exclusive", "-w", first, "-o/dev/null", "--wrap", "true"
     )
@@ -174,7 +177,7 @@ def test_one_entry_is_preempted_one_crashes_and_one_never_starts(site: Site) -> 
     again = site.run(*site.options(matrix))
     assert (again.returncode, again.stdout) == (0, "")
     assert "still goes on" in again.stderr
-    record = site.wait_for_record(400)
+    record = site.wait_for_record(900)
     results = record["results"]
     assert results["preempted"]["complete"], record
     assert len(preempted.attempts) == 2
