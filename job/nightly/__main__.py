@@ -55,12 +55,12 @@ def judge_night(folder: NightFolder) -> Night:
     write_atomic(folder.path / "summary.md", markdown(night))
     write_atomic(folder.path / "junit.xml", junit(night))
     write_atomic(folder.path / "index.html", page([*earlier, night]))
-    _track(night)
+    _track(folder, night)
     _thin_out(folder)
     return night
 
 
-def _track(night: Night) -> None:
+def _track(folder: NightFolder, night: Night) -> None:
     """Send it to MLflow where its runs are sent; whatever is wrong there changes no verdict."""
     trained = [run for run in night.plan.runs if night.plan.entries[run.entry].kind is Kind.train]
     there = (stored for run in trained if (stored := StoredRun(run.path)).has_config)
@@ -68,7 +68,7 @@ def _track(night: Night) -> None:
         uri = next(there).config()["mlflow"]["tracking_uri"]
         from job.nightly.tracking import track
 
-        track(night, uri)
+        track(night, folder.path, uri)
     except StopIteration:
         _log.warning("MLflow: nothing was trained")
     except Exception as error:

@@ -17,8 +17,8 @@ EXPERIMENT = "critic-nightly"
 _PARENT = "mlflow.parentRunId"
 
 
-def track(night: Night, uri: str) -> str:
-    """Send a night to MLflow; the parent run's id.
+def track(night: Night, folder: Path, uri: str) -> str:
+    """Send a night to MLflow; the parent run's id, which stays when it is judged again.
 
     The trainings of an entry are sent as any run is, and become children; an entry without any is
     a run of its own.
@@ -30,13 +30,22 @@ def track(night: Night, uri: str) -> str:
     with database_lock(uri):
         experiment = experiment_id(client, EXPERIMENT, uri)
         began, plan = round(1000 * night.plan.began), night.plan
-        tags = {"verdict": night.verdict.value, "commit": str(plan.commit), "matrix": plan.matrix}
         name = f"{plan.matrix}-night-{night.number}"
-        parent = str(client.create_run(experiment, began, tags, name).info.run_id)
+        known = client.search_runs([experiment], f"tags.night = '{folder}'")
+        made = (
+            known[0]
+            if known
+            else client.create_run(experiment, began, {"night": str(folder)}, name)
+        )
+        parent = str(made.info.run_id)
+        client.set_tag(parent, "verdict", night.verdict.value)
+        client.set_tag(parent, "commit", str(plan.commit))
         for result in night.results.values():
             _log(client, parent, result, f"{result.entry}/")
     for result in night.results.values():
-        for child in [*_trainings(night, result)] or [_made(client, uri, experiment, result)]:
+        if not (children := [*_trainings(night, result)]) and not known:
+            children = [_made(client, uri, experiment, result)]
+        for child in children:
             with database_lock(uri):
                 client.set_tag(child, _PARENT, parent)
                 client.set_tag(child, "entry", result.entry)

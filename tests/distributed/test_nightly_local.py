@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 import subprocess
 import sys
 import time
@@ -37,6 +39,17 @@ def _verdicts(record: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def _in_mlflow(folder: Path) -> list[tuple[str, str, str]]:
+    """Each child run, its parent, and how its training has ended."""
+    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        return database.execute(
+            "SELECT child.name, parent.name, state.value FROM runs child"
+            " JOIN tags own ON own.run_uuid = child.run_uuid AND own.key = 'mlflow.parentRunId'"
+            " JOIN runs parent ON parent.run_uuid = own.value"
+            " JOIN tags state ON state.run_uuid = child.run_uuid AND state.key = 'state'"
+        ).fetchall()
+
+
 def test_one_entry_has_the_same_bits_in_the_second_night(tmp_path: Path) -> None:
     night = ("--local", "--only", "n4")
     first = _nightly(tmp_path, *night)
@@ -45,6 +58,7 @@ def test_one_entry_has_the_same_bits_in_the_second_night(tmp_path: Path) -> None
     assert len(figures["loss"]) == 60
     assert {"mse", "r2", "pairwise_accuracy", "ece", "achievable_share"} <= set(figures)
     assert min(figures[k] for k in ("speed", "startup_seconds", "checkpoint_bytes")) > 0
+    assert _in_mlflow(tmp_path) == [("n4", "small-night-1", "finished")]
     accepted = _nightly(tmp_path, "accept", "*", "--reason", "the first night")
     assert accepted.returncode == 0, accepted.stderr
     second = _nightly(tmp_path, *night)
