@@ -68,8 +68,8 @@ def find_night(folder: Path, asked: str | None) -> NightFolder:
         InputError: there is none.
     """
     if asked is not None:
-        named = Path(asked) if "/" in asked else folder / f"night-{int(asked or 0):06}"
-        return NightFolder(named.absolute())
+        named = folder / f"night-{int(asked):06}" if asked.isdigit() else Path(asked).absolute()
+        return NightFolder(named)
     done = [one for one in nights(folder) if one.record_file.exists()]
     if not done:
         raise InputError(f"{folder}: no night has been judged here")

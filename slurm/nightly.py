@@ -47,6 +47,7 @@ from slurm.night_plan import NightRun, gpu_hours, plan_runs
 from slurm.plan import write_config
 from slurm.record import Record
 from slurm.scheduler import outside_of_jobs
+from slurm.site import find_site
 from slurm.submission import PROJECT, store
 from slurm.telling import Channels
 
@@ -239,6 +240,8 @@ def _install_line(options: Namespace) -> None:
     words += ["--folder", str(options.folder)]
     if options.baseline != BASELINES:
         words += ["--baseline", str(options.baseline)]
+    if options.site is None and (own := find_site(None).file) is not None:
+        options.site = str(own)  # which cron, without HOME, would not find
     for name in ("site", "cluster", "image", "webhook", "mail"):
         if (value := getattr(options, name)) is not None:
             words += [f"--{name}", value]
@@ -277,7 +280,7 @@ def _side(options: Namespace) -> int:
     found = night.found(entry, figure)
     if found is None or found.before is None:
         raise InputError(f"night {night.number} holds nothing against {options.bisect}")
-    options.local, options.only = True, [entry]
+    options.local, options.image = True, "none"  # the checkout's code, not an image's
     with tempfile.TemporaryDirectory() as scratch:
         place = NightFolder(Path(scratch, "night-000001"))
         place.path.mkdir()

@@ -271,6 +271,17 @@ def test_the_lines_for_cron_need_nothing_of_cron(
     assert f"--matrix {matrix}" in lines[0]
     assert lines[0].endswith("/nights/cron.log 2>&1")
     assert "#SCRON --time=15" in done.out
+    assert "--site" not in done.out
+
+
+def test_the_line_for_cron_names_the_site_file_that_cron_would_not_find(
+    nightly: Nightly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "critic-job/site.yaml"
+    site.parent.mkdir()
+    site.write_text("cluster: localhost\n")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert f"--site {site} " in nightly("--install-line").out
 
 
 # Reports
