@@ -158,7 +158,7 @@ def test_one_entry_is_preempted_one_crashes_and_one_never_starts(site: Site) -> 
         hours=0.25,  # ten minutes more than their time limit
         steps=200,
         preempted={"unfreeze": [1]},
-        crashing={"unfreeze": [0]},
+        crashing={"unfreeze": [0], "override": ["checkpoint.every_steps=1000"]},  # no progress
         never={"unfreeze": [1], "gpus": 4, "nodes": 2},
     )
     done = site.run(*site.options(matrix, partition="low", max_attempts=1))
