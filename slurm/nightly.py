@@ -228,9 +228,11 @@ def _accept(options: Namespace) -> None:
     folder = find_night(options.folder, options.night)
     night = folder.night()
     earlier = list(judged(folder.path.parent, night.plan.matrix, night.number))
-    taken = accept(options.baseline, night, earlier, options.figure, options.reason)
+    taken, refused = accept(options.baseline, night, earlier, options.figure, options.reason)
     for file, names in taken.items():
         print(f"{file}: {len(names)} figure(s): {', '.join(names)}")
+    for one in refused:
+        print(f"not yet: {one}")
     print("commit this file, so that the next night has it")
 
 

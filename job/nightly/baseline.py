@@ -94,8 +94,11 @@ def load_baseline(folder: Path, matrix: str, key: dict[str, str]) -> Baseline:
 
 def accept(
     folder: Path, night: Night, earlier: Sequence[Night], pattern: str, reason: str
-) -> dict[Path, list[str]]:
-    """Make a night's figures the baseline; the files written, and the figures in each.
+) -> tuple[dict[Path, list[str]], list[str]]:
+    """Make a night's figures the baseline.
+
+    Returns:
+        The figures in each file that was written, and why others of the pattern are not in any.
 
     Raises:
         InputError: no figure of this name can be accepted, or a file cannot be used.
@@ -120,7 +123,7 @@ def accept(
         _refuse(night, pattern, refused)
     for file, baseline in wanted.items():
         _write(file, baseline)
-    return taken
+    return taken, refused
 
 
 def _refuse(night: Night, pattern: str, refused: Sequence[str]) -> None:
@@ -136,6 +139,7 @@ def _acceptable(result: Result, pattern: str) -> list[str]:
         f"{result.entry}/{name}"
         for name in result.figures
         if name in FIGURES and FIGURES[name].rule is not Rule.SHOWN
+        if FIGURES[name].rule is not Rule.MEMORY or result.on_gpu
     ]
     return [name for name in names if fnmatchcase(name, pattern)] if result.complete else []
 

@@ -291,6 +291,12 @@ def test_what_cannot_be_accepted_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="seeds/r2: 3 values so far; a spread takes 12"):
         site.accept("seeds/r2")
     assert not site.baselines.exists()
+    earlier: list[Night] = []
+    taken, refused = accept(
+        site.baselines, NightFolder(tmp_path / "night-000001").night(), earlier, "*", "x"
+    )
+    assert "plain/loss" in taken[site.file]
+    assert [one.partition(":")[0] for one in refused] == ["seeds/r2", "seeds/mse"]
 
 
 def test_verdicts_are_ordered_by_gravity() -> None:
