@@ -19,9 +19,11 @@ ROOT = Path(__file__).parents[2]
 BARE = {"LANG": "C.UTF-8"}  # neither PATH nor HOME
 
 
-def _nightly(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _nightly(
+    folder: Path, *arguments: str, checkout: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     where = ["--folder", str(folder), "--baseline", str(folder / "accepted")]
-    words = [sys.executable, str(ROOT / "slurm/nightly.py"), *arguments, *where]
+    words = [sys.executable, str(checkout / "slurm/nightly.py"), *arguments, *where]
     return subprocess.run(
         [*words, "--cluster", "localhost"], cwd="/", env=BARE, capture_output=True, text=True
     )
@@ -86,3 +88,39 @@ def test_the_whole_of_small_takes_less_than_ten_minutes(tmp_path: Path) -> None:
     assert bisected.returncode == 0, bisected.stderr
     unknown = _nightly(tmp_path, "--bisect", "n8/loss", "--night", "2")
     assert unknown.returncode == 125
+
+
+@pytest.mark.all
+def test_the_line_of_a_regression_finds_its_commit(tmp_path: Path) -> None:
+    checkout, night = tmp_path / "checkout", ("--local", "--only", "n4")
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=nobody", "-c", "user.email=nobody@nowhere"]
+        command = ["git", *who, "-C", str(checkout), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def commit(name: str) -> str:
+        (checkout / "CHANGELOG.md").write_text(name)
+        git("commit", "-qam", name)
+        return git("rev-parse", "HEAD").strip()
+
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(checkout)], check=True)
+    commit("as it was")
+    assert _nightly(tmp_path, *night, checkout=checkout).returncode == 4
+    accept = ("accept", "n4/*", "--reason", "looked at")
+    assert _nightly(tmp_path, *accept, checkout=checkout).returncode == 0
+    assert _nightly(tmp_path, *night, checkout=checkout).returncode == 0
+    commit("nothing")
+    optimizer = checkout / "job/training/optimizer.py"
+    code = optimizer.read_text()
+    assert "(step + 1) / config.warmup_steps" in code
+    optimizer.write_text(code.replace("(step + 1) / config.warmup", "(step + 2) / config.warmup"))
+    guilty = commit("the planted one")
+    commit("nothing again")
+    assert _nightly(tmp_path, *night, checkout=checkout).returncode == 1
+    findings = _record(tmp_path, 3)["findings"]
+    line = next(one["bisect"] for one in findings if one["figure"] == "loss")
+    done = subprocess.run(line, shell=True, cwd=checkout, capture_output=True, text=True)
+    assert f"{guilty} is the first bad commit" in done.stdout, done.stdout + done.stderr
