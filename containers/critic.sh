@@ -10,7 +10,7 @@ configs=/opt/critic/configs
 scratch=${TMPDIR:-/tmp}
 
 commands=
-for name in train pretrain compare report preflight score memory export; do
+for name in train pretrain compare report preflight score memory export nightly; do
   if [ -f "$package/$name.py" ] || [ -f "$package/$name/__main__.py" ]; then commands="$commands $name"; fi
 done
 

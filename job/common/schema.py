@@ -147,6 +147,7 @@ class EvaluationConfig:
 @dataclass
 class LoggingConfig:
     every_steps: int = 10
+    product_rate: bool = False  # also how fast matrix products are, at each log line
 
 
 @dataclass

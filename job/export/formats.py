@@ -28,8 +28,7 @@ from job.export.whole_critic import (
     write_meta,
 )
 from job.model.weights import save_tensors
-from job.run.checkpoint_store import FACTS
-from job.run.manifest import FileSum, Manifest
+from job.run.manifest import FACTS, FileSum, Manifest
 from job.run.trained import TENSORS, TrainedCritic
 
 HEAD = "value_head.safetensors"

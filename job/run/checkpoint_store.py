@@ -14,11 +14,10 @@ from job.common.errors import InputError
 from job.common.nested import refuse_differences
 from job.common.schema import CheckpointConfig
 from job.run.committed import committed
-from job.run.manifest import MANIFEST, DamagedError, Manifest
+from job.run.manifest import FACTS, MANIFEST, DamagedError, Manifest
 from job.run.names import checkpoint_step, removed_name
 from job.run.value_metrics import metric_names
 
-FACTS = "facts.json"
 _LOWER_IS_BETTER = ("mse", "ece")
 _log = logging.getLogger(__name__)
 

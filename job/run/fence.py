@@ -15,6 +15,7 @@ import math
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from job.common.errors import InputError, Superseded
@@ -24,6 +25,7 @@ from job.run.names import attempt_name, attempt_numbers, scratch_files, scratch_
 
 ATTEMPT = "CRITIC_ATTEMPT"  # environment: the number that a supervisor has taken
 _RECORD = "attempt.json"
+MACHINE = "machine.json"
 
 
 class Fence:
@@ -103,6 +105,10 @@ class Fence:
             "time": time.time(),
         }
         write_atomic(self.folder / _RECORD, json.dumps(facts, indent=2) + "\n")
+
+    def describe(self, machine: Mapping[str, str]) -> None:
+        """Note where this attempt runs."""
+        write_atomic(self.folder / MACHINE, json.dumps(machine, indent=2) + "\n")
 
     def includes(self, attempt: int, step: int) -> bool:
         """Whether what `attempt` committed at `step` is part of the run.

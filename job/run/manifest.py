@@ -10,6 +10,7 @@ from pathlib import Path
 from job.common.files import named
 
 MANIFEST = "manifest.json"
+FACTS = "facts.json"  # what the checkpoint belongs to
 _FORMAT = 1
 
 

@@ -102,7 +102,7 @@ def sync_run(run_dir: Path, *, artifacts: bool = True) -> SyncResult:
     stored = StoredRun(run_dir)
     uri = tracking_uri_of(stored)
     with _exclusive(stored.file("mlflow.lock")), database_lock(uri):
-        return _Syncer(stored, uri, _connect(uri)).sync(artifacts)
+        return _Syncer(stored, uri, connect(uri)).sync(artifacts)
 
 
 def tracking_uri_of(stored: StoredRun) -> str:
@@ -116,12 +116,28 @@ def tracking_uri_of(stored: StoredRun) -> str:
     return tracking_uri(config | {"run": {"dir": stored.path}})
 
 
-def _connect(uri: str) -> MlflowClient:
+def connect(uri: str) -> MlflowClient:
+    """A client with our limits on how long MLflow may take."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
+
+
+def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
+    """The experiment of this name, made where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return client.create_experiment(name, _artifact_location(uri))
+        except MlflowException:
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise  # otherwise another run made it in the meantime
+    return str(experiment.experiment_id)
 
 
 @contextmanager
@@ -255,18 +271,7 @@ class _Syncer:
         self._client.create_run(experiment, _milliseconds(first["time"]), tags, name)
 
     def _experiment(self) -> str:
-        from mlflow.exceptions import MlflowException
-
-        name = self._config["mlflow"]["experiment"]
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is None:
-            try:
-                return self._client.create_experiment(name, _artifact_location(self._uri))
-            except MlflowException:
-                experiment = self._client.get_experiment_by_name(name)
-                if experiment is None:
-                    raise  # otherwise another run made it in the meantime
-        return str(experiment.experiment_id)
+        return experiment_id(self._client, self._config["mlflow"]["experiment"], self._uri)
 
     def _send_params(self, run: Run) -> int:
         from mlflow.entities import Param

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import base64
-import html
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from job.common.files import write_atomic
 from job.common.nested import flatten
 from job.run.alarm import is_constant
 from job.run.figure import run_colour
+from job.run.html import Html, document, fold, join, section, table, tag
 from job.run.plots import draw_plots, save_plots
 from job.run.reader import Snapshot, snapshots
 
@@ -87,91 +87,45 @@ def _default_page(runs: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([run.resolve().parent for run in runs])) / _PAGE
 
 
-# --- HTML ------------------------------------------------------------------------------------
-
-
-class _Html(str):
-    """Text that is HTML already; any other text is escaped where it enters the page."""
-
-
-def _html(content: object) -> _Html:
-    return content if isinstance(content, _Html) else _Html(html.escape(str(content)))
-
-
-def _tag(name: str, *children: object, **attributes: object) -> _Html:
-    """An element; an attribute's trailing underscore is dropped, so that `class_` can be said."""
-    said = "".join(f' {key.rstrip("_")}="{_html(value)}"' for key, value in attributes.items())
-    return _Html(f"<{name}{said}>{_join(children)}</{name}>")
-
-
-def _join(parts: Iterable[object]) -> _Html:
-    return _Html("".join(map(_html, parts)))
-
-
-def _section(title: str, *children: object) -> _Html:
-    return _tag("section", _tag("h2", title), *children)
-
-
-def _fold(title: object, text: str, **attributes: object) -> _Html:
-    return _tag("details", _tag("summary", title), _tag("pre", text), **attributes)
-
-
-def _table(head: Sequence[object], rows: Iterable[Sequence[object]], kind: str = "") -> _Html:
-    """A table of numbers, or of what `kind` says; its first column names the rows."""
-    body = [
-        _tag("tr", _tag("th", first, scope="row"), *(_tag("td", cell) for cell in rest))
-        for first, *rest in rows
-    ]
-    top = _tag("tr", *(_tag("th", cell, scope="col") for cell in head))
-    table = _tag("table", _tag("thead", top), _tag("tbody", *body), class_=kind)
-    return _tag("div", table, class_="wide")
-
-
 def _page(runs: Sequence[Snapshot], plots: Mapping[str, bytes]) -> str:
     several = len(runs) > 1
     title = f"Comparison of {len(runs)} runs" if several else runs[0].name
-    body = _join(
+    body = join(
         [
-            _tag("h1", title),
+            tag("h1", title),
             *(_headline(i, run, several) for i, run in enumerate(runs)),
             *(_failure(run, several) for run in runs if run.failed),
             _validation(runs),
             _plots(plots),
             _parameters(runs),
             _configuration(runs),
-            _tag("footer", "written ", _moment(time.time()), " by python -m job.report"),
+            tag("footer", "written ", _moment(time.time()), " by python -m job.report"),
         ]
     )
-    head = _Html(
-        '<meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"{_tag('title', title)}<style>{_CSS}</style>"
-    )
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
+    return document(title, body)
 
 
 # --- headline --------------------------------------------------------------------------------
 
 
-def _headline(index: int, run: Snapshot, several: bool) -> _Html:
+def _headline(index: int, run: Snapshot, several: bool) -> Html:
     """Verdict, state and size of a run, and its alarm."""
-    facts = [_tag("span", fact) for fact in _facts(run)]
-    state = _tag("span", run.state, class_="state bad" if run.failed else "state")
+    facts = [tag("span", fact) for fact in _facts(run)]
+    state = tag("span", run.state, class_="state bad" if run.failed else "state")
     parts = [
-        _tag("p", verdict(run.final), class_="verdict"),
-        _tag("p", state, *facts, class_="facts"),
+        tag("p", verdict(run.final), class_="verdict"),
+        tag("p", state, *facts, class_="facts"),
     ]
     if several:
-        parts.insert(0, _tag("h3", _swatch(index), run.name))
+        parts.insert(0, tag("h3", _swatch(index), run.name))
     for key, title in (("alarm", "Alarm: "), ("checkpoint_error", "Not saved: ")):
         if text := run.status.get(key):
-            parts.append(_tag("p", _tag("strong", title), text, class_="alarm", role="alert"))
-    return _tag("section", *parts, class_="run")
+            parts.append(tag("p", tag("strong", title), text, class_="alarm", role="alert"))
+    return tag("section", *parts, class_="run")
 
 
-def _swatch(index: int) -> _Html:
-    return _tag("i", style=f"background:{run_colour(index)}", class_="swatch")
+def _swatch(index: int) -> Html:
+    return tag("i", style=f"background:{run_colour(index)}", class_="swatch")
 
 
 def _facts(run: Snapshot) -> Iterator[str]:
@@ -195,15 +149,15 @@ def _facts(run: Snapshot) -> Iterator[str]:
         yield f"updated {_moment(run.status['updated'])}"
 
 
-def _failure(run: Snapshot, several: bool) -> _Html:
+def _failure(run: Snapshot, several: bool) -> Html:
     lines = run.stored.log_tail(_LOG_LINES)
     error = run.status.get("error") or "no error was recorded"
     opened = {} if several else {"open": ""}
-    log = _fold(f"last {len(lines)} log lines", "\n".join(lines), **opened)
-    return _section(
+    log = fold(f"last {len(lines)} log lines", "\n".join(lines), **opened)
+    return section(
         f"Failed: {run.name}",
-        _tag("p", error, class_="alarm"),
-        log if lines else _tag("p", "There is no train.log."),
+        tag("p", error, class_="alarm"),
+        log if lines else tag("p", "There is no train.log."),
     )
 
 
@@ -248,24 +202,24 @@ _METRICS = (
 )
 
 
-def _validation(runs: Sequence[Snapshot]) -> _Html:
+def _validation(runs: Sequence[Snapshot]) -> Html:
     """Final metrics beside those of the best constant and of the optimal predictor."""
     judged = [(i, run) for i, run in enumerate(runs) if run.final]
     if not judged:
-        return _section("Validation", _tag("p", "There is no evaluation yet."))
+        return section("Validation", tag("p", "There is no evaluation yet."))
     references = list(_references([run for _, run in judged]))
     if len(runs) == 1:
         table = _single_table(runs[0], references)
     else:
         table = _comparison_table(judged, references)
-    return _section("Validation", table, *(_tag("p", note) for note in _notes(runs)))
+    return section("Validation", table, *(tag("p", note) for note in _notes(runs)))
 
 
-def _single_table(run: Snapshot, references: Sequence[tuple[str, dict[str, float]]]) -> _Html:
+def _single_table(run: Snapshot, references: Sequence[tuple[str, dict[str, float]]]) -> Html:
     """One row per metric."""
     columns = [run.final, *(metrics for _, metrics in references)]
     head = ["metric", "this run", *(name for name, _ in references), "meaning"]
-    return _table(
+    return table(
         head,
         (
             [metric.label, *(metric.show(column) for column in columns), metric.meaning]
@@ -278,17 +232,17 @@ def _single_table(run: Snapshot, references: Sequence[tuple[str, dict[str, float
 
 def _comparison_table(
     judged: Sequence[tuple[int, Snapshot]], references: Sequence[tuple[str, dict[str, float]]]
-) -> _Html:
+) -> Html:
     """One row per run."""
     shown = [metric for metric in _METRICS if any(metric.key in run.final for _, run in judged)]
     rows: list[list[object]] = []
     for i, run in judged:
-        name, step = _join([_swatch(i), run.name]), run.validation()[0]
+        name, step = join([_swatch(i), run.name]), run.validation()[0]
         rows.append([name, _unfrozen(run), f"{step:,}", *(m.show(run.final) for m in shown)])
     for reference, metrics in references:
         rows.append([reference, _NONE, _NONE, *(m.show(metrics) for m in shown)])
-    head = ["run", "N", "step", *(_tag("span", m.label, title=m.meaning) for m in shown)]
-    return _table(head, rows)
+    head = ["run", "N", "step", *(tag("span", m.label, title=m.meaning) for m in shown)]
+    return table(head, rows)
 
 
 def _references(runs: Sequence[Snapshot]) -> Iterator[tuple[str, dict[str, float]]]:
@@ -338,32 +292,32 @@ def _notes(runs: Sequence[Snapshot]) -> Iterator[str]:
 # --- plots, parameters, configuration --------------------------------------------------------
 
 
-def _plots(plots: Mapping[str, bytes]) -> _Html:
+def _plots(plots: Mapping[str, bytes]) -> Html:
     if not plots:
-        return _section("Curves", _tag("p", "There is nothing to plot yet."))
+        return section("Curves", tag("p", "There is nothing to plot yet."))
     images = [
-        _tag("img", src=f"data:image/png;base64,{base64.b64encode(png).decode()}", alt=name)
+        tag("img", src=f"data:image/png;base64,{base64.b64encode(png).decode()}", alt=name)
         for name, png in plots.items()
     ]
-    return _section("Curves", _tag("div", *images, class_="plots"))
+    return section("Curves", tag("div", *images, class_="plots"))
 
 
-def _parameters(runs: Sequence[Snapshot]) -> _Html:
-    parts: list[_Html] = []
+def _parameters(runs: Sequence[Snapshot]) -> Html:
+    parts: list[Html] = []
     for i, run in enumerate(runs):
         if len(runs) > 1:
-            parts.append(_tag("h3", _swatch(i), run.name))
+            parts.append(tag("h3", _swatch(i), run.name))
         components = run.parameters.get("components")
-        missing = _tag("p", "There is no parameter report yet.")
+        missing = tag("p", "There is no parameter report yet.")
         parts.append(_component_table(components) if components else missing)
-    return _section("Parameters", *parts)
+    return section("Parameters", *parts)
 
 
-def _component_table(components: Sequence[Mapping[str, Any]]) -> _Html:
+def _component_table(components: Sequence[Mapping[str, Any]]) -> Html:
     counts = ("total", "trainable", "weight_bytes", "gradient_bytes", "optimizer_bytes")
     sums = {key: sum(part[key] for part in components) for key in counts}
     head = ["component", "parameters", "trainable", "share", "weights", "gradients", "optimizer"]
-    return _table(
+    return table(
         [*head, "together"],
         [
             _component_row(str(part["name"]).replace("_", " "), part)
@@ -385,25 +339,25 @@ def _component_row(name: str, part: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _configuration(runs: Sequence[Snapshot]) -> _Html:
+def _configuration(runs: Sequence[Snapshot]) -> Html:
     full = [
-        _fold(f"full configuration of {run.name}", _yaml(run.config)) for run in runs if run.config
+        fold(f"full configuration of {run.name}", _yaml(run.config)) for run in runs if run.config
     ]
-    return _section(
+    return section(
         "Configuration",
         *([_differing_keys(runs)] * (len(runs) > 1)),
-        *(full or [_tag("p", "There is no config.yaml.")]),
+        *(full or [tag("p", "There is no config.yaml.")]),
     )
 
 
-def _differing_keys(runs: Sequence[Snapshot]) -> _Html:
+def _differing_keys(runs: Sequence[Snapshot]) -> Html:
     flat = [flatten(run.config) for run in runs]
     keys = list(dict.fromkeys(key for config in flat for key in config))
     rows = [(key, *(config.get(key, _NONE) for config in flat)) for key in keys]
     differing = [row for row in rows if any(value != row[1] for value in row[2:])]
     if not differing:
-        return _tag("p", "The configurations are equal.")
-    return _table(["differing key", *(run.name for run in runs)], differing, "texts")
+        return tag("p", "The configurations are equal.")
+    return table(["differing key", *(run.name for run in runs)], differing, "texts")
 
 
 def _yaml(config: dict[str, Any]) -> str:
@@ -420,48 +374,3 @@ def _bytes(count: float) -> str:
 
 def _moment(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
-
-
-_CSS = """
-:root { --ink: #1c1c1c; --paper: #fff; --faint: #6b6b6b; --line: #ddd; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e6e6; --paper: #16181b; --faint: #a0a0a0; --line: #3a3d42; --bad: #ff8a80; }
-}
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 76rem; margin: 2rem auto; padding: 0 1.5rem; }
-h1, h2, h3 { line-height: 1.2; overflow-wrap: anywhere; }
-h1 { margin-bottom: .5rem; }
-h2 { margin: 2.5rem 0 .75rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line); }
-h3 { margin: 1.25rem 0 .25rem; font-size: 1rem; }
-p { margin: .4rem 0; }
-footer { margin: 3rem 0 1rem; color: var(--faint); }
-.verdict { font-size: 1.25rem; }
-.run h3 + .verdict { font-size: 1.05rem; }
-.facts span { display: inline-block; margin-right: 1.25rem; color: var(--faint); }
-.facts .state { padding: .1rem .6rem; border: 1px solid; border-radius: 1rem; color: var(--ink); }
-.facts .bad { color: var(--bad); font-weight: 600; }
-.alarm { padding: .6rem .9rem; border: 2px solid var(--bad); border-radius: .4rem;
-  color: var(--bad); overflow-wrap: anywhere; }
-.swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em;
-  border-radius: .2em; print-color-adjust: exact; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem 1.1rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, .texts *, .explained :last-child { text-align: left; }
-thead th { color: var(--faint); font-weight: 500; vertical-align: bottom; }
-tbody th { min-width: 8.5rem; font-weight: 500; }
-.sum tr:last-child > * { font-weight: 600; }
-.plots { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); }
-img { width: 100%; background: #fff; border: 1px solid var(--line); border-radius: .4rem; }
-pre { overflow-x: auto; padding: .75rem; border: 1px solid var(--line); border-radius: .4rem;
-  font-size: .85rem; }
-summary { cursor: pointer; }
-@media print {
-  :root { --ink: #000; --paper: #fff; --faint: #444; --line: #bbb; --bad: #b3261e; }
-  body { margin: 0; max-width: none; font-size: 11px; }
-  img, tr, .run { break-inside: avoid; }
-  .plots { grid-template-columns: 1fr 1fr; }
-  pre { white-space: pre-wrap; }
-}
-"""

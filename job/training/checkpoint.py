@@ -43,7 +43,6 @@ from job.common.version import commit
 from job.distributed.world import World
 from job.model.shards import local_shard
 from job.run.checkpoint_store import (
-    FACTS,
     read_facts,
     refuse_other,
     remove,
@@ -53,7 +52,7 @@ from job.run.checkpoint_store import (
 from job.run.committed import committed, folders
 from job.run.directory import RunDirectory
 from job.run.fence import Fence
-from job.run.manifest import MANIFEST, DamagedError, FileSum, Manifest
+from job.run.manifest import FACTS, MANIFEST, DamagedError, FileSum, Manifest
 from job.run.names import checkpoint_name, is_leftover, unfinished_name
 from job.training.learner import Learner
 from job.training.state import TrainingState

@@ -17,6 +17,7 @@ from job.training.attempt import Attempt
 from job.training.checkpoint import Checkpoints, SaveError
 from job.training.data import CriticData
 from job.training.learner import ADVICE, Learner, StepResult
+from job.training.machine import product_rate
 from job.training.state import TrainingState
 
 LAST_SAVE_PAUSES = (1, 10, 60)  # seconds between attempts to save the end of a training
@@ -41,6 +42,7 @@ class Training:
         self._run, self._world = attempt.run, attempt.world
         self._evaluated: dict[str, float] = {}  # the evaluation of the current step
         self._note = ""
+        self._save_seconds = 0.0  # that saving has held up training, since the last log line
         self._passed_over: list[int] = self._world.main_decides(self._run.bad_steps)
         checkpoints.logs_written = tracker.flush
 
@@ -102,14 +104,19 @@ class Training:
             self._evaluated = self._evaluate()
         self.tracker.metrics(state.step, metrics | self._evaluated)
         state.unfinished = None
+        began = time.monotonic()
         with self.recorder.phase("save"):
             self.checkpoints.save_if_due(self.learner, state, self._evaluated)
+        self._save_seconds += time.monotonic() - began
 
     def _window_metrics(self) -> dict[str, float]:
         """Metrics since the last log line; a new window begins."""
         state = self.state
         figures = self.learner.merged(state.window.metrics).compute()
         speed = state.window.telemetry(self._world)
+        if self.config.logging.product_rate:
+            speed["product_rate"] = product_rate(self._world.device)
+        speed["save_seconds"], self._save_seconds = self._save_seconds, 0.0
         memory = {"memory_bytes": self.recorder.peak_bytes(), **self.recorder.telemetry()}
         self.tracker.telemetry(state.step, speed | memory)
         self._run.set_status(step=state.step)

@@ -29,6 +29,7 @@ from job.training.checkpoint import Checkpoints
 from job.training.data import CriticData, load_critic_data
 from job.training.learner import Learner
 from job.training.loop import Training, try_to_save
+from job.training.machine import describe
 from job.training.memory_report import MemoryAccount, choose_micro_batch
 from job.training.objective import Objective
 from job.training.preparation import load_critic, set_up_torch
@@ -117,6 +118,7 @@ def _go_on_from(state: TrainingState, attempt: Attempt, checkpoints: Checkpoints
         if not state.step and run.records():
             _log.warning("no checkpoint to go on from: starting over")
         attempt.fence.record(world.size, state.step)
+        attempt.fence.describe(describe(world.device))
         checkpoints.remove_leftovers()
         run.keep_lines(state.recorded_step)
     changes = {} if state.step else {"alarm": None}

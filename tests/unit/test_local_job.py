@@ -61,9 +61,9 @@ def test_two_unfrozen_blocks_explain_what_a_frozen_trunk_cannot(folder: Path) ->
 
 
 def test_a_shorter_training_reaches_half_of_what_is_achievable(folder: Path) -> None:
-    trunk = ("out=short/trunk", "training.max_steps=400")
+    trunk = ("out=short/trunk", "training.max_steps=600")
     _run(folder, "job.pretrain", "--config", RECIPE, "--override", *trunk)
-    settings = ("model.path=short/trunk", "run.dir=short/${run.name}", "training.max_steps=500")
+    settings = ("model.path=short/trunk", "run.dir=short/${run.name}", "training.max_steps=400")
     without = ("model.recipe=null", "mlflow.enabled=false", "report.enabled=false")
     options = ("--config", LOCAL, "--unfreeze", "0", "2", "--override", *settings, *without)
     _run(folder, "job.compare", *options)

@@ -13,7 +13,7 @@ from job.common.packages import require
 
 ROOT = Path(__file__).parents[2]
 BAD_INPUT = 78
-READ_BY_ANY_PYTHON = ("job/__init__.py", "slurm/submit.py")
+READ_BY_ANY_PYTHON = ("job/__init__.py", "slurm/submit.py", "slurm/nightly.py")
 # Syntax that Python 2.7 has not, beyond what `feature_version` knows.
 NEWER = (
     ast.JoinedStr,
@@ -38,7 +38,7 @@ def _old(version: tuple[int, ...], *command: str) -> subprocess.CompletedProcess
 
 
 @pytest.mark.parametrize("version", [(2, 7, 18), (3, 6, 15), (3, 10, 14)])
-@pytest.mark.parametrize("command", ["slurm/submit.py", "job.train", "job.report"])
+@pytest.mark.parametrize("command", ["slurm/submit.py", "slurm/nightly.py", "job.train"])
 def test_a_python_that_is_too_old_is_told_so_in_one_line(
     command: str, version: tuple[int, ...]
 ) -> None:

@@ -1,0 +1,179 @@
+"""What figures are held against: files under version control, one a matrix and kind of machine.
+
+Nothing but `nightly.py accept` writes them, with a reason. Free of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from job.common.errors import InputError, listing
+from job.common.files import write_atomic
+from job.nightly.figures import FIGURES, Rule
+from job.nightly.matrix import MATRICES
+from job.nightly.record import Night, Result
+
+FOLDER = MATRICES / "baseline"
+VERSION = 1
+LEAST_VALUES = 12  # of a noisy quality: four nights of three seeds
+_MOST_NIGHTS = 7
+
+
+class BaselineError(InputError):
+    """A baseline that is there and cannot be used."""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """One figure's baseline.
+
+    Attributes:
+        value: of an exact figure.
+        mean, spread, count: of a noisy one, over seeds.
+        since: of a series: nights that began earlier (seconds since 1970) are not held against.
+    """
+
+    commit: str | None
+    reason: str
+    when: str
+    value: Any = None
+    mean: float | None = None
+    spread: float | None = None
+    count: int = 0
+    since: float | None = None
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What is accepted on one kind of machine, by ENTRY/FIGURE."""
+
+    key: dict[str, str]
+    figures: dict[str, Accepted] = field(default_factory=dict)
+
+
+def baseline_file(folder: Path, matrix: str, key: Mapping[str, str]) -> Path:
+    """Where the baseline of a kind of machine is, or would be."""
+    words = [
+        re.sub(r"[^a-z0-9.+]+", "-", one.lower()).strip("-") for one in (matrix, *key.values())
+    ]
+    return folder / f"{'_'.join(words)}.json"
+
+
+def load_baseline(folder: Path, matrix: str, key: dict[str, str]) -> Baseline:
+    """The baseline of a kind of machine; empty if there is none yet.
+
+    Raises:
+        BaselineError: it is there, but damaged, of another version or of another machine.
+    """
+    file = baseline_file(folder, matrix, key)
+    restore = f"restore it: git checkout -- configs/nightly/baseline/{file.name}"
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        version, of = stored["version"], stored["key"]
+        if version == VERSION:
+            figures = {name: Accepted(**one) for name, one in stored["figures"].items()}
+    except FileNotFoundError:
+        return Baseline(key)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise BaselineError(f"the baseline {file.name} is damaged; {restore}") from None
+    if version != VERSION:
+        text = f"the baseline {file.name} is of version {version}, and this code reads {VERSION}"
+        raise BaselineError(f"{text}: check out the code that goes with it, or {restore}")
+    if of != key:
+        raise BaselineError(f"the baseline {file.name} is of another machine, {of}; {restore}")
+    return Baseline(key, figures)
+
+
+def accept(
+    folder: Path, night: Night, earlier: Sequence[Night], pattern: str, reason: str
+) -> tuple[dict[Path, list[str]], list[str]]:
+    """Make a night's figures the baseline.
+
+    Returns:
+        The figures in each file that was written, and why others of the pattern are not in any.
+
+    Raises:
+        InputError: no figure of this name can be accepted, or a file cannot be used.
+    """
+    wanted: dict[Path, Baseline] = {}
+    taken: dict[Path, list[str]] = {}
+    refused = []
+    for result in night.results.values():
+        if result.key is None:
+            continue
+        file = baseline_file(folder, night.plan.matrix, result.key)
+        for name in _acceptable(result, pattern):
+            accepted = _accepted(night, earlier, result, name.partition("/")[2], reason)
+            if isinstance(accepted, str):
+                refused.append(f"{name}: {accepted}")
+                continue
+            if file not in wanted:
+                wanted[file] = load_baseline(folder, night.plan.matrix, result.key)
+            wanted[file].figures[name] = accepted
+            taken.setdefault(file, []).append(name)
+    if not wanted:
+        _refuse(night, pattern, refused)
+    for file, baseline in wanted.items():
+        _write(file, baseline)
+    return taken, refused
+
+
+def _refuse(night: Night, pattern: str, refused: Sequence[str]) -> None:
+    if refused:
+        raise InputError("nothing was accepted" + listing(refused))
+    there = [name for result in night.results.values() for name in _acceptable(result, "*")]
+    listed = listing(there, 50) if there else ": none of its entries is complete"
+    raise InputError(f"no figure {pattern} in night {night.number}; there are{listed}")
+
+
+def _acceptable(result: Result, pattern: str) -> list[str]:
+    names = [
+        f"{result.entry}/{name}"
+        for name in result.figures
+        if name in FIGURES and FIGURES[name].rule is not Rule.SHOWN
+        if FIGURES[name].rule is not Rule.MEMORY or result.on_gpu
+    ]
+    return [name for name in names if fnmatchcase(name, pattern)] if result.complete else []
+
+
+def _accepted(
+    night: Night, earlier: Sequence[Night], result: Result, name: str, reason: str
+) -> Accepted | str:
+    """The figure as a baseline, or why it cannot be one yet."""
+    when = time.strftime("%Y-%m-%d", time.gmtime())
+    told = Accepted(result.commit or night.plan.commit, reason, when)
+    value = result.figures[name]
+    if FIGURES[name].rule is Rule.SERIES:
+        return replace(told, since=night.plan.began)
+    if FIGURES[name].rule is Rule.QUALITY and isinstance(value, list):
+        values = _pooled([*earlier, night], result, name)
+        if len(values) < LEAST_VALUES:
+            return f"{len(values)} values so far; a spread takes {LEAST_VALUES}"
+        mean, spread = statistics.mean(values), statistics.stdev(values)
+        return replace(told, mean=mean, spread=spread, count=len(values))
+    return replace(told, value=value)
+
+
+def _pooled(nights: Sequence[Night], like: Result, name: str) -> list[float]:
+    """The newest nights' values over seeds, on the same kind of machine."""
+    of_all = (night.results.get(like.entry) for night in nights)
+    same = [one for one in of_all if one and one.key == like.key and name in one.figures]
+    return [value for one in same[-_MOST_NIGHTS:] for value in one.figures[name]]
+
+
+def _write(file: Path, baseline: Baseline) -> None:
+    content = {"version": VERSION, **asdict(baseline)}
+    content["figures"] = dict(sorted(content["figures"].items()))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"{file}: cannot write: {error.strerror}") from None

@@ -1,0 +1,270 @@
+"""The figures of an entry, read from what its runs have left. Free of torch."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from job.common.errors import InputError
+from job.nightly.matrix import Entry, Kind
+from job.nightly.record import Plan, PlannedRun, Result
+from job.run.fence import MACHINE
+from job.run.manifest import FACTS, MANIFEST
+from job.run.reader import Snapshot, StoredRun
+
+TOLD_TO_STOP = "told to stop"  # an event of the run, beside submitted, started and so on
+_UNWARMED = 1  # log lines before speeds count
+_VALIDATION = "memory-validation.json"
+
+
+class Rule(enum.Enum):
+    """How a figure is judged."""
+
+    EXACT = "the same each night"
+    QUALITY = "exact for one seed; by its spread over three or more"
+    MEMORY = "within 3 % of the prediction, and exact, on a GPU; without one not judged"
+    SERIES = "over nights"
+    HOLDS = "no problems"
+    SHOWN = "not judged"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure: what it means, and which way is better (1: more, -1: less, 0: neither)."""
+
+    rule: Rule
+    better: int
+    unit: str
+    meaning: str
+
+
+FIGURES: dict[str, Figure] = {
+    "loss": Figure(Rule.EXACT, 0, "", "training loss of each step"),
+    "parameters": Figure(Rule.EXACT, 0, "", "checksum of the trained parameters"),
+    "mse": Figure(Rule.QUALITY, -1, "", "mean squared error on validation"),
+    "r2": Figure(Rule.QUALITY, 1, "", "explained share of the variance"),
+    "std_prediction": Figure(Rule.QUALITY, 0, "", "spread of the predictions"),
+    "pairwise_accuracy": Figure(Rule.QUALITY, 1, "", "pairs of answers ranked rightly"),
+    "ece": Figure(Rule.QUALITY, -1, "", "expected calibration error"),
+    "achievable_share": Figure(Rule.QUALITY, 1, "", "share of the achievable variance"),
+    "memory_predicted": Figure(Rule.EXACT, -1, "B", "peak of a rank, by the closed form"),
+    "memory_measured": Figure(Rule.MEMORY, -1, "B", "peak of the fullest rank"),
+    "memory_validation": Figure(Rule.HOLDS, 0, "", "prediction against measurement, by N"),
+    "speed": Figure(Rule.SERIES, 1, "tokens/GFLOP", "tokens by operations of matrix products"),
+    "startup_seconds": Figure(Rule.SERIES, -1, "s", "from its start to the first step"),
+    "save_seconds": Figure(Rule.SERIES, -1, "s", "for which saving held up training"),
+    "signal_to_saved_seconds": Figure(Rule.SERIES, -1, "s", "from the signal to the checkpoint"),
+    "checkpoint_bytes": Figure(Rule.EXACT, -1, "B", "parameters and moments of a checkpoint"),
+    "preflight": Figure(Rule.HOLDS, 0, "", "what is wrong with the node, its GPUs or files"),
+    "tokens_per_second": Figure(Rule.SHOWN, 1, "1/s", "of all ranks"),
+    "product_rate": Figure(Rule.SHOWN, 1, "FLOP/s", "of rank 0's matrix products, in the same job"),
+}
+QUALITY = tuple(name for name, one in FIGURES.items() if one.rule is Rule.QUALITY)
+
+
+def result(plan: Plan, name: str) -> Result:
+    """What an entry has left; it is not complete unless all of its runs are."""
+    entry, runs = plan.entries[name], [run for run in plan.runs if run.entry == name]
+    for run in runs:
+        if (reason := _unfinished(entry, run)) is not None:
+            return Result(name, complete=False, reason=reason)
+    try:
+        if entry.kind is Kind.memory:
+            return Result(name, True, figures={"memory_validation": _validated(runs[0])})
+        if entry.kind is Kind.preflight:
+            return Result(name, True, figures={"preflight": []})
+        return _trained(name, entry, [Path(run.path) for run in runs])
+    except (InputError, OSError, ValueError, KeyError, TypeError) as error:
+        text = f"{type(error).__name__}: {error}" if not isinstance(error, InputError) else error
+        return Result(name, complete=False, reason=f"what it has left cannot be read: {text}")
+
+
+def _unfinished(entry: Entry, run: PlannedRun) -> str | None:
+    """Why a run is not complete; None if it is."""
+    which = f"seed {run.seed}: " if len(entry.seeds) > 1 else ""
+    if run.refused is not None:
+        return f"{which}not submitted: {run.refused}"
+    stored = StoredRun(run.path)
+    job = _object(stored.file("slurm/status.json"))
+    state = job.get("state", "pending")
+    if entry.kind is not Kind.train:
+        done = state == "finished"
+        return None if done else f"{which}{_told(state, job.get('reason'))}"
+    trainer = _object(stored.file("status.json"))
+    if trainer.get("state") != "finished":
+        return f"{which}{_told(state, job.get('reason') or trainer.get('error'))}"
+    if entry.stop_at is not None and not _resumed(stored):
+        return f"{which}it was to be stopped at step {entry.stop_at} and to go on, and was not"
+    return None
+
+
+def _told(state: str, reason: str | None) -> str:
+    if state == "pending":
+        return f"given up in the queue, after: {reason}" if reason else "it never started"
+    return f"{state}: {reason}" if reason else f"{state}, without a word"
+
+
+def _resumed(stored: StoredRun) -> list[int]:
+    """The steps from which attempts went on."""
+    attempts = [_object(file) for file in sorted(stored.path.glob("attempts/*/attempt.json"))]
+    return [one["resumed_step"] for one in attempts if one.get("resumed_step")]
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """A JSON object; empty if it cannot be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _validated(run: PlannedRun) -> list[str]:
+    content = json.loads((Path(run.path) / _VALIDATION).read_text(encoding="utf-8"))
+    return [str(one) for one in content["disagreements"]]
+
+
+def _trained(name: str, entry: Entry, paths: Sequence[Path]) -> Result:
+    runs = [Snapshot.read(path, path.name) for path in paths]
+    figures: dict[str, Any] = {}
+    for quality in QUALITY:
+        values = [run.final[quality] for run in runs if quality in run.final]
+        if len(values) == len(runs):
+            figures[quality] = values if len(runs) > 1 else values[0]
+    notes: dict[str, str] = {}
+    for figure, of_run in _OF_EACH.items():
+        taken = _taken(of_run, runs, figure, notes)
+        if taken is not None:
+            figures[figure] = taken
+    if len(runs) == 1:
+        figures["loss"] = runs[0].series("train/loss")[1]
+        figures["parameters"] = _digest(runs[0].stored.file("critic.safetensors"))
+    if entry.stop_at is not None:
+        taken = _taken(_signal_to_saved, runs, "signal_to_saved_seconds", notes)
+        figures |= {} if taken is None else {"signal_to_saved_seconds": taken}
+    ranks = runs[0].memory.get("ranks", [])
+    on_gpu = bool(ranks) and ranks[0]["backend"] != "process"
+    return Result(name, True, None, _key(runs), _commit(runs[0]), on_gpu, figures, notes)
+
+
+class _NotTakenError(Exception):
+    """Why a figure could not be taken."""
+
+
+def _taken(
+    of_run: Callable[[Snapshot], float | None],
+    runs: Sequence[Snapshot],
+    figure: str,
+    notes: dict[str, str],
+) -> float | None:
+    """The median over an entry's runs; None if one has none, and a note if that is a fault."""
+    try:
+        values = [of_run(run) for run in runs]
+    except _NotTakenError as reason:
+        notes[figure] = str(reason)
+        return None
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if len(known) == len(runs) else None
+
+
+def _key(runs: Sequence[Snapshot]) -> dict[str, str]:
+    """Where all attempts of all runs ran; where they differ, all of it."""
+    places = [
+        _object(file)
+        for run in runs
+        for file in sorted(run.stored.path.glob(f"attempts/*/{MACHINE}"))
+    ]
+    names = ("device", "instructions", "torch", "image")
+    return {n: " and ".join(sorted({str(one.get(n, "unknown")) for one in places})) for n in names}
+
+
+def _commit(run: Snapshot) -> str | None:
+    """The code that trained it, as its newest checkpoint says."""
+    files = sorted(run.stored.path.glob(f"checkpoints/step-*/{FACTS}"))
+    commit = _object(files[-1]).get("commit") if files else None
+    return None if commit is None else str(commit)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _median(run: Snapshot, key: str) -> float | None:
+    values = run.series(key)[1][_UNWARMED:]
+    return statistics.median(values) if values else None
+
+
+def _speed(run: Snapshot) -> float | None:
+    """Tokens a billion operations of matrix products at the same moment: clocks cancel."""
+    lines = [one for one in run.telemetry if one.get("product_rate")][_UNWARMED:]
+    ratios = [one["tokens_per_second"] / one["product_rate"] * 1e9 for one in lines]
+    return statistics.median(ratios) if ratios else None
+
+
+def _memory(name: str) -> Callable[[Snapshot], float | None]:
+    def last(run: Snapshot) -> float | None:
+        values = run.series(f"memory/{name}_peak")[1]
+        return values[-1] if values else None
+
+    return last
+
+
+def _startup(run: Snapshot) -> float | None:
+    began = _event(run, "started")
+    first = _object(run.stored.file("attempts/0001/attempt.json")).get("time")
+    return None if began is None or first is None else _lasted(began, float(first))
+
+
+def _signal_to_saved(run: Snapshot) -> float | None:
+    told = _event(run, TOLD_TO_STOP)
+    steps = _resumed(run.stored)
+    file = run.stored.file(f"checkpoints/step-{steps[0]:08}/{MANIFEST}")
+    if told is None or not file.exists():
+        raise _NotTakenError("the checkpoint that followed the signal is gone")
+    return _lasted(told, file.stat().st_mtime)
+
+
+def _lasted(began: float, ended: float) -> float:
+    if ended < began:
+        raise _NotTakenError(f"the clock went back by {began - ended:.0f} s or more meanwhile")
+    return ended - began
+
+
+def _event(run: Snapshot, name: str) -> float | None:
+    events = run.stored.records("slurm/events.jsonl")
+    times = (float(one["time"]) for one in events if one.get("event") == name)
+    return next(times, None)
+
+
+def _save_seconds(run: Snapshot) -> float | None:
+    return sum(run.series("save_seconds")[1])
+
+
+def _checkpoint_bytes(run: Snapshot) -> float | None:
+    """Of tensors: the other files have times and paths in them."""
+    folders = sorted(run.stored.path.glob("checkpoints/step-*"))
+    return float(sum(_tensor_bytes(folders[-1]))) if folders else None
+
+
+def _tensor_bytes(folder: Path) -> Iterator[int]:
+    files = _object(folder / MANIFEST).get("files", {})
+    yield from (one["bytes"] for name, one in files.items() if name.endswith(".distcp"))
+
+
+_OF_EACH: dict[str, Callable[[Snapshot], float | None]] = {
+    "memory_predicted": _memory("predicted"),
+    "memory_measured": _memory("measured"),
+    "speed": _speed,
+    "startup_seconds": _startup,
+    "save_seconds": _save_seconds,
+    "checkpoint_bytes": _checkpoint_bytes,
+    "tokens_per_second": lambda run: _median(run, "tokens_per_second"),
+    "product_rate": lambda run: _median(run, "product_rate"),
+}

@@ -1,0 +1,320 @@
+"""A night's results against baselines, predictions and earlier nights: its findings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from job.nightly import rules, series
+from job.nightly.baseline import Baseline, BaselineError, load_baseline
+from job.nightly.figures import FIGURES, Figure, Rule
+from job.nightly.record import Finding, Night, NightFolder, Plan, Result, Verdict
+
+LEAST_NIGHTS = series.LEAST_BEFORE + series.WINDOWS[0][0]
+SECONDS_SHIFT = 0.2  # times vary more than speeds
+_SAME = ("loss", "parameters")  # what `same_as` means
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A figure on its way to a finding."""
+
+    result: Result
+    name: str
+    accepted: Any  # its Accepted, or None
+    nights: Sequence[Night]  # earlier ones, oldest first
+
+    @property
+    def value(self) -> Any:
+        return self.result.figures[self.name]
+
+    @property
+    def figure(self) -> Figure:
+        return FIGURES[self.name]
+
+    def finding(self, verdict: Verdict, text: str, rule: str, **more: Any) -> Finding:
+        return Finding(self.result.entry, self.name, verdict, text, rule, self.value, **more)
+
+
+def judge(
+    folder: NightFolder, plan: Plan, results: dict[str, Result], nights: list[Night]
+) -> Night:
+    """The night as judged; `nights` are the earlier ones of its matrix, the oldest first."""
+    findings: list[Finding] = []
+    judged: list[Judged] = []
+    notes = list(_moved(results, nights))
+    broken: set[str] = set()
+    for result in results.values():
+        if not result.complete:
+            text = result.reason or "without a word"
+            findings.append(Finding(result.entry, "", Verdict.INCOMPLETE, text))
+            continue
+        baseline = _baseline(folder, plan, result, broken)
+        judged += [_judged(result, name, baseline, nights) for name in result.figures]
+        findings += [
+            Finding(result.entry, name, Verdict.INCOMPLETE, text)
+            for name, text in result.notes.items()
+        ]
+        findings += _same_as(plan, result, results)
+    findings += [Finding("baseline", "", Verdict.INCOMPLETE, text) for text in sorted(broken)]
+    findings += [found for one in judged for found in _alone(one, plan, bool(broken))]
+    findings += [*_qualities(judged, plan), *_series(judged, plan)]
+    order = list(results)
+    findings.sort(key=lambda one: order.index(one.entry) if one.entry in order else -1)
+    found = [_located(one, folder, plan, results, nights) for one in findings]
+    return Night(plan, results, found, notes)
+
+
+def _baseline(folder: NightFolder, plan: Plan, result: Result, broken: set[str]) -> Baseline:
+    if result.key is None:
+        return Baseline({})
+    try:
+        return load_baseline(folder.baselines, plan.matrix, result.key)
+    except BaselineError as error:
+        broken.add(str(error))
+        return Baseline(result.key)
+
+
+def _judged(result: Result, name: str, baseline: Baseline, nights: Sequence[Night]) -> Judged:
+    return Judged(result, name, baseline.figures.get(f"{result.entry}/{name}"), nights)
+
+
+def _moved(results: dict[str, Result], nights: Sequence[Night]) -> Iterator[str]:
+    """Entries that ran on another kind of machine than in the night before."""
+    before = nights[-1].results if nights else {}
+    for name, result in results.items():
+        last = before[name].key if name in before else None
+        if result.key is not None and last is not None and result.key != last:
+            changes = [f"{k} {last[k]} -> {v}" for k, v in result.key.items() if v != last[k]]
+            yield f"{name}: {'; '.join(changes)}: a series of its own begins"
+
+
+# One figure by itself
+
+
+def _alone(one: Judged, plan: Plan, broken: bool) -> Iterator[Finding]:
+    rule, several = one.figure.rule, isinstance(one.value, list) and one.name != "loss"
+    if (below := _beyond_floor(one, plan)) is not None:
+        yield one.finding(Verdict.REGRESSED, below, rules.FLOOR)
+    elif rule is Rule.HOLDS:
+        bad = bool(one.value)
+        text = "; ".join(one.value) if bad else "as it should be"
+        yield one.finding(Verdict.REGRESSED if bad else Verdict.PASSED, text, rules.HOLDS)
+    elif rule is Rule.EXACT or (rule is Rule.QUALITY and not several):
+        yield from _exact(one, rules.EXACT, broken)
+    elif rule is Rule.MEMORY and one.result.on_gpu:
+        predicted = one.result.figures["memory_predicted"]
+        parted = rules.parted(predicted, one.value)
+        if parted is not None:
+            yield one.finding(Verdict.REGRESSED, parted, rules.MEMORY, before=predicted)
+        else:
+            yield from _exact(one, rules.MEMORY, broken)
+    elif rule is Rule.QUALITY and one.accepted is None and not broken:
+        yield one.finding(Verdict.NO_BASELINE, "no baseline on this kind of machine", rules.QUALITY)
+
+
+def _beyond_floor(one: Judged, plan: Plan) -> str | None:
+    floor = plan.entries[one.result.entry].floor.get(one.name)
+    if floor is None:
+        return None
+    return rules.beyond_floor(np.atleast_1d(one.value).tolist(), floor, one.figure.better)
+
+
+def _exact(one: Judged, rule: str, broken: bool) -> Iterator[Finding]:
+    if one.accepted is not None:
+        yield _held_against(one, one.accepted.value, rule)
+    elif not broken:  # else that is what is told
+        yield one.finding(Verdict.NO_BASELINE, "no baseline on this kind of machine", rule)
+
+
+def _held_against(one: Judged, before: Any, rule: str) -> Finding:
+    text = rules.different(one.value, before)
+    if text is None:
+        return one.finding(Verdict.PASSED, "as accepted", rule, before=before)
+    better = one.figure.better if not isinstance(one.value, list) else 0
+    improved = better and better * (one.value - before) > 0
+    verdict = Verdict.IMPROVED if improved else Verdict.REGRESSED
+    return one.finding(verdict, text, rule, before=before)
+
+
+def _same_as(plan: Plan, result: Result, results: dict[str, Result]) -> Iterator[Finding]:
+    """Whether an entry has the bits of another one, which was not interrupted for instance."""
+    other = plan.entries[result.entry].same_as
+    if other is None or not results[other].complete:
+        return
+    for name in _SAME:
+        value, before = result.figures.get(name), results[other].figures.get(name)
+        text = rules.different(value, before)
+        if text is not None:
+            told = f"not as {other}: {text}"
+            yield Finding(result.entry, name, Verdict.REGRESSED, told, rules.SAME, value, before)
+
+
+# Figures of a night together
+
+
+def _qualities(judged: Sequence[Judged], plan: Plan) -> Iterator[Finding]:
+    """Noisy qualities against their accepted mean and spread."""
+    noisy = {
+        f"{one.result.entry}/{one.name}": one
+        for one in judged
+        if one.figure.rule is Rule.QUALITY and isinstance(one.value, list)
+        if one.accepted is not None and one.accepted.mean is not None
+        if _beyond_floor(one, plan) is None
+    }
+    down = {name: _worse_p(one, one.figure.better) for name, one in noisy.items()}
+    up = {name: _worse_p(one, -one.figure.better) for name, one in noisy.items()}
+    worse, better = rules.worse(down), rules.worse(up)
+    for name, one in noisy.items():
+        verdict = Verdict.PASSED
+        if name in worse or name in better:
+            verdict = Verdict.REGRESSED if name in worse else Verdict.IMPROVED
+        text = rules.spreads(one.value, one.accepted.mean, one.accepted.spread)
+        yield one.finding(verdict, text, rules.QUALITY, before=one.accepted.mean)
+
+
+def _worse_p(one: Judged, better: int) -> float:
+    if not better:
+        return 1.0
+    accepted = one.accepted
+    return rules.worse_p(one.value, accepted.mean, accepted.spread, accepted.count, better)
+
+
+def _series(judged: Sequence[Judged], plan: Plan) -> Iterator[Finding]:
+    """Figures over nights, all of them together under one false-discovery rate."""
+    histories = [_History.of(one, plan) for one in judged if _is_series(one)]
+    fallen, risen = (_moved_together(histories, sign) for sign in (1, -1))
+    for history, worse, better in zip(histories, fallen, risen, strict=True):
+        one, (before, now) = history.of_figure, history.around
+        if len(history.values) < LEAST_NIGHTS:
+            text = f"{now:.4g} {one.figure.unit}; {len(history.values)} of {LEAST_NIGHTS} nights"
+            yield one.finding(Verdict.NO_BASELINE, text, rules.SERIES, waits=True)
+            continue
+        text = f"{now:.4g} {one.figure.unit} instead of {before:.4g}{rules.relative(now, before)}"
+        verdict = Verdict.PASSED
+        if worse or better:
+            verdict = Verdict.REGRESSED if worse else Verdict.IMPROVED
+            text += f", from night {history.first.number} on"
+        more = {"before": before, "between": history.between if worse else None}
+        yield one.finding(verdict, text, rules.SERIES, **more)
+
+
+def _is_series(one: Judged) -> bool:
+    if not isinstance(one.value, int | float) or one.value <= 0:
+        return False
+    return one.figure.rule is Rule.SERIES
+
+
+@dataclass(frozen=True)
+class _History:
+    """A figure on one kind of machine, night by night, tonight last.
+
+    Nights that were found to have moved are held against those before them, but nothing is held
+    against them: what is not accepted does not become the rule by lasting.
+    """
+
+    of_figure: Judged
+    plans: list[Plan]
+    commits: list[str | None]
+    values: list[float]
+
+    @classmethod
+    def of(cls, one: Judged, plan: Plan) -> _History:
+        since = one.accepted.since if one.accepted is not None else None
+        nights = [night for night in one.nights if since is None or night.plan.began >= since]
+        same = [night for night in nights if _value(night, one) is not None]
+        newest = same[1 - series.MOST_NEWEST :]
+        kept = [night for night in same if night in newest or not _had_moved(night, one)]
+        commits = [night.results[one.result.entry].commit or night.plan.commit for night in kept]
+        values = [_value(night, one) or 0.0 for night in kept]
+        return cls(
+            one,
+            [*(night.plan for night in kept), plan],
+            [*commits, one.result.commit or plan.commit],
+            [*values, float(one.value)],
+        )
+
+    @property
+    def newest(self) -> int:
+        """How many nights lie behind the step, if there is one."""
+        return series.step(np.array(self.values)) if len(self.values) > 1 else 1
+
+    @property
+    def first(self) -> Plan:
+        return self.plans[-self.newest]
+
+    @property
+    def around(self) -> tuple[float, float]:
+        """Typical values before and after the step."""
+        before = self.values[: -self.newest] or self.values
+        return float(np.median(before)), float(np.median(self.values[-self.newest :]))
+
+    @property
+    def between(self) -> tuple[str, str] | None:
+        """The commits of the last night before the step and of the first one after it."""
+        good, bad = self.commits[-self.newest - 1], self.commits[-self.newest]
+        return None if good is None or bad is None else (good, bad)
+
+    def p(self, sign: int) -> float:
+        """That it has moved for the worse (sign 1) or the better (-1) by chance."""
+        figure, values = self.of_figure.figure, np.array(self.values)
+        if figure.unit == "s":  # of short times, what matters is more than a share of them
+            return float(series.fall((values + 1) ** (sign * figure.better), SECONDS_SHIFT).p)
+        return float(series.fall(values ** (sign * figure.better)).p)
+
+
+def _value(night: Night, one: Judged) -> float | None:
+    result = night.results.get(one.result.entry)
+    if result is None or result.key != one.result.key:
+        return None
+    value = result.figures.get(one.name)
+    return value if isinstance(value, int | float) and value > 0 else None
+
+
+def _had_moved(night: Night, one: Judged) -> bool:
+    found = night.found(one.result.entry, one.name)
+    return found is not None and found.verdict in (Verdict.REGRESSED, Verdict.IMPROVED)
+
+
+def _moved_together(histories: Sequence[_History], sign: int) -> list[bool]:
+    p = np.array([history.p(sign) for history in histories])
+    return [bool(moved) for moved in series.discovered(p)] if histories else []
+
+
+# Which commits
+
+
+def _located(
+    found: Finding, folder: NightFolder, plan: Plan, results: dict[str, Result], nights: list[Night]
+) -> Finding:
+    """A regression with the commits that it lies between, and how to find the one that did it."""
+    if found.verdict is not Verdict.REGRESSED or found.entry not in results:
+        return found
+    between = found.between or _since_it_passed(found, plan, results[found.entry], nights)
+    if between is None or between[0] == between[1]:
+        return replace(found, between=between)
+    command = f"{plan.python} slurm/nightly.py --bisect {found.name} --night {folder.path}"
+    good, bad = between
+    bisect = f"git bisect start {bad} {good} && git bisect run {command}"
+    return replace(found, between=between, bisect=bisect)
+
+
+def _since_it_passed(
+    found: Finding, plan: Plan, result: Result, nights: list[Night]
+) -> tuple[str, str] | None:
+    """The commit of the last night in which the figure passed, and of the first one after it."""
+    bad = result.commit or plan.commit
+    for night in reversed(nights):
+        before = night.results.get(found.entry)
+        earlier = night.found(found.entry, found.figure)
+        if before is None or before.key != result.key or earlier is None:
+            continue
+        commit = before.commit or night.plan.commit
+        if earlier.verdict is Verdict.PASSED and commit is not None and bad is not None:
+            return commit, bad
+        if earlier.verdict is Verdict.REGRESSED:
+            bad = commit
+    return None

@@ -1,0 +1,236 @@
+"""What is kept of a night, as JSON in a folder of its own. Free of torch.
+
+night-000012/
+    plan.json     what was submitted: entries, runs, commit; before the night
+    runs/         the run directories: ENTRY, or ENTRY-sSEED
+    baseline/     the baselines of the checkout that submitted it
+    record.json   what was measured, and the findings
+    summary.md, junit.xml, index.html, told.json
+
+Nights are ordered by their number, since clocks jump.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from job.common.errors import InputError
+from job.common.files import write_atomic
+from job.nightly.matrix import Entry, Kind
+
+VERSION = 1
+_NAME = re.compile(r"night-(\d{6,})$")
+
+
+class Verdict(enum.Enum):
+    """Of a figure, an entry or a night, the gravest first."""
+
+    REGRESSED = "regressed"
+    INCOMPLETE = "incomplete"
+    NO_BASELINE = "no baseline yet"
+    IMPROVED = "improved"
+    PASSED = "passed"
+
+    @property
+    def exit_code(self) -> int:
+        return {"regressed": 1, "incomplete": 3, "no baseline yet": 4}.get(self.value, 0)
+
+
+def gravest(verdicts: Sequence[Verdict]) -> Verdict:
+    """Of none: passed."""
+    order = list(Verdict)
+    return min(verdicts, key=order.index, default=Verdict.PASSED)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of an entry; `refused` says why it was not submitted."""
+
+    entry: str
+    path: str
+    seed: int
+    config: str  # file that it is started with
+    refused: str | None = None
+    job_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A night as it was submitted."""
+
+    number: int
+    matrix: str
+    commit: str | None
+    began: float  # seconds since 1970
+    entries: dict[str, Entry]
+    runs: list[PlannedRun]
+    python: str  # that submitted it
+    collector: str | None = None  # its job
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an entry has left. An entry that is not complete has a reason.
+
+    Attributes:
+        key: kind of device, instruction set, torch and image; None where nothing trained.
+        figures: numbers, lists of them (losses by step, quality by seed), or texts.
+        notes: figures that could not be taken, and why.
+    """
+
+    entry: str
+    complete: bool
+    reason: str | None = None
+    key: dict[str, str] | None = None
+    commit: str | None = None
+    on_gpu: bool = False
+    figures: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The verdict on a figure, or on a whole entry where `figure` is empty.
+
+    Attributes:
+        text: what, and by how much.
+        rule: how it was judged, with the rule's rate of false alarms.
+        value, before: tonight's, and what it was held against.
+        between: commits, the last good one and the first bad one.
+        waits: more nights are needed, and nothing of a person.
+    """
+
+    entry: str
+    figure: str
+    verdict: Verdict
+    text: str
+    rule: str = ""
+    value: Any = None
+    before: Any = None
+    between: tuple[str, str] | None = None
+    bisect: str | None = None
+    waits: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.entry}/{self.figure}" if self.figure else self.entry
+
+
+@dataclass(frozen=True)
+class Night:
+    """A night as it was judged."""
+
+    plan: Plan
+    results: dict[str, Result]
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def number(self) -> int:
+        return self.plan.number
+
+    @property
+    def verdict(self) -> Verdict:
+        return gravest([one.verdict for one in self.findings if not one.waits])
+
+    def found(self, entry: str, figure: str) -> Finding | None:
+        named = (one for one in self.findings if (one.entry, one.figure) == (entry, figure))
+        return next(named, None)
+
+
+class NightFolder:
+    """The folder of one night."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.plan_file, self.record_file = path / "plan.json", path / "record.json"
+        self.baselines = path / "baseline"
+
+    @property
+    def number(self) -> int:
+        match = _NAME.match(self.path.name)
+        return int(match[1]) if match else 0
+
+    def run(self, entry: str, seed: int, seeds: int) -> Path:
+        name = entry if seeds == 1 else f"{entry}-s{seed}"
+        return self.path / "runs" / name
+
+    def write_plan(self, plan: Plan) -> None:
+        write_atomic(self.plan_file, _text(plan))
+
+    def plan(self) -> Plan:
+        """Raises InputError if there is none that can be read."""
+        stored = _read(self.plan_file, "submit a new night")
+        entries = {name: _entry(one) for name, one in stored.pop("entries").items()}
+        return Plan(**stored | {"entries": entries, "runs": _all(PlannedRun, stored["runs"])})
+
+    def write(self, night: Night) -> None:
+        write_atomic(self.record_file, _text(night))
+
+    def night(self) -> Night:
+        """Raises InputError if it was not judged, or cannot be read."""
+        stored = _read(self.record_file, f"judge it again: python -m job.nightly {self.path}")
+        results = {name: Result(**one) for name, one in stored["results"].items()}
+        findings = [_finding(one) for one in stored["findings"]]
+        return Night(self.plan(), results, findings, stored["notes"])
+
+
+def nights(folder: Path) -> list[NightFolder]:
+    """Every night of a folder, the oldest first."""
+    found = [NightFolder(path) for path in folder.glob("night-*") if _NAME.match(path.name)]
+    return sorted(found, key=lambda one: one.number)
+
+
+def judged(folder: Path, matrix: str, before: int) -> Iterator[Night]:
+    """The nights of a matrix before this one that can be read, the oldest first."""
+    for one in nights(folder):
+        if one.number < before and one.record_file.exists():
+            try:
+                night = one.night()
+            except InputError:  # its own report has told; it is no history
+                continue
+            if night.plan.matrix == matrix:
+                yield night
+
+
+def _text(content: Any) -> str:
+    return json.dumps(asdict(content) | {"version": VERSION}, indent=1, default=_value) + "\n"
+
+
+def _value(one: object) -> object:
+    if isinstance(one, enum.Enum):
+        return one.value
+    raise TypeError(type(one).__name__)
+
+
+def _read(file: Path, advice: str) -> dict[str, Any]:
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        version = stored["version"]
+    except FileNotFoundError:
+        raise InputError(f"{file}: is not there; {advice}") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{file}: damaged; {advice}") from None
+    if version != VERSION:
+        raise InputError(f"{file}: of version {version}, and this code reads {VERSION}")
+    return dict(stored)
+
+
+def _entry(stored: dict[str, Any]) -> Entry:
+    return Entry(**stored | {"kind": Kind(stored["kind"])})
+
+
+def _finding(stored: dict[str, Any]) -> Finding:
+    between = tuple(stored["between"]) if stored["between"] else None
+    return Finding(**stored | {"verdict": Verdict(stored["verdict"]), "between": between})
+
+
+def _all(of: type[PlannedRun], stored: Sequence[dict[str, Any]]) -> list[PlannedRun]:
+    return [of(**one) for one in stored]

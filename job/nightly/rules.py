@@ -1,0 +1,113 @@
+"""Rules for one figure of one night: functions on numbers alone.
+
+Each returns what is wrong as a text, or None.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+GPU_TOLERANCE = 0.03  # between predicted and measured memory
+FALSE_DISCOVERIES_OF_QUALITY = 0.005
+
+# What each rule names as its rate of false alarms (docs/nightly.md has where it comes from).
+EXACT = "exact: false alarms only where the same code gives other bits on the same kind of machine"
+MEMORY = "within 3 % of the prediction, and exact against the baseline: as `exact`"
+SAME = "exact against another entry of this night: as `exact`"
+HOLDS = "what the command itself found"
+FLOOR = "hard floor: false alarms never, while the figure is above it"
+QUALITY = (
+    "t-test of the seeds' mean against the accepted mean and spread, false-discovery rate 0.005 "
+    "over a night's noisy qualities: 0.5 false alarms a quarter"
+)
+SERIES = (
+    "last 5 and last 10 nights against up to 100 before (Mann and Whitney, t-test, at least "
+    "3.4 %, false-discovery rate 0.1 over a night's series): about one false alarm a quarter at "
+    "most, for all figures together"
+)
+
+
+def different(value: Any, accepted: Any) -> str | None:
+    """How a figure that must be the same differs: a number, a text, or one number a step."""
+    if isinstance(value, list) and isinstance(accepted, list):
+        return _different_steps(value, accepted)
+    if value == accepted:
+        return None
+    if _is_number(value) and _is_number(accepted):
+        return f"{value!r} instead of {accepted!r}{relative(value, accepted)}"
+    return f"{str(value)[:12]} instead of {str(accepted)[:12]}"
+
+
+def _different_steps(values: Sequence[float], accepted: Sequence[float]) -> str | None:
+    if len(values) != len(accepted):
+        return f"{len(values)} steps instead of {len(accepted)}"
+    steps = [k for k, (a, b) in enumerate(zip(values, accepted, strict=True), 1) if a != b]
+    if not steps:
+        return None
+    first = steps[0]
+    a, b = values[first - 1], accepted[first - 1]
+    others = f"; {len(steps)} of {len(values)} steps differ" if len(steps) > 1 else ""
+    return f"step {first}: {a!r} instead of {b!r}{relative(a, b)}{others}"
+
+
+def relative(value: float, before: float) -> str:
+    """By how much, as ` (+1.2 %)`; empty where it cannot be said."""
+    if not before or not math.isfinite(value / before):
+        return ""
+    share = 100 * (value / before - 1)
+    return f" ({share:+.2g} %)" if abs(share) < 1 else f" ({share:+.1f} %)"
+
+
+def parted(predicted: float, measured: float) -> str | None:
+    """Whether memory is not what was predicted, on a GPU; bytes."""
+    if abs(predicted - measured) <= GPU_TOLERANCE * measured:
+        return None
+    return f"{measured / 1e9:.3f} GB instead of {predicted / 1e9:.3f} GB as predicted" + relative(
+        measured, predicted
+    )
+
+
+def beyond_floor(values: Sequence[float], floor: float, better: int) -> str | None:
+    mean = float(np.mean(values))
+    if better * (mean - floor) >= 0:
+        return None
+    return f"{mean:.4g}, {'below' if better > 0 else 'above'} the hard floor of {floor:g}"
+
+
+def worse_p(values: Sequence[float], mean: float, spread: float, count: int, better: int) -> float:
+    """The probability that seeds with the accepted mean and spread do as badly by chance.
+
+    The spread is of `count` values, so that the mean of k others is distributed as t.
+    """
+    lower = better * (mean - float(np.mean(values)))
+    error = spread * math.sqrt(1 / len(values) + 1 / count)
+    if error == 0:
+        return 0.0 if lower > 0 else 1.0
+    return float(stats.t.sf(lower / error, count - 1))
+
+
+def worse(probabilities: Mapping[str, float]) -> set[str]:
+    """Which noisy qualities of a night are worse, when all are looked at together."""
+    if not probabilities:
+        return set()
+    p: NDArray[np.float64] = np.array([*probabilities.values()])
+    adjusted = stats.false_discovery_control(p)
+    found = zip(probabilities, adjusted, strict=True)
+    return {name for name, one in found if one <= FALSE_DISCOVERIES_OF_QUALITY}
+
+
+def spreads(values: Sequence[float], mean: float, spread: float) -> str:
+    """Where the seeds' mean lies, for people."""
+    now = float(np.mean(values))
+    away = f", {abs(now - mean) / spread:.1f} spreads away" if spread else ""
+    return f"{now:.4g} instead of {mean:.4g}{relative(now, mean)}{away}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,394 @@
+"""slurm/nightly.py: what it asks of Slurm, how it ends, and that failures leave nothing behind."""
+
+from __future__ import annotations
+
+import http.server
+import importlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from fake_slurm import FakeSlurm, partition
+from micro_job import write_job
+
+from job.common.errors import InputError, run_command
+from job.nightly.judge import judge
+from job.nightly.matrix import Entry, load_matrix
+from job.nightly.page import page
+from job.nightly.record import NightFolder, Plan, Result, Verdict
+from job.nightly.summary import junit, markdown
+from slurm.submission import PROJECT
+from slurm.telling import Channels, tell
+
+COMMAND = PROJECT / "slurm" / "nightly.py"
+FULL = (
+    "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit "
+    "limit, user's size and/or time limits)"
+)
+AWAY = "sbatch: error: Batch job submission failed: Unable to contact slurm controller"
+ACTIVE = "JobId=9 JobState=PENDING Reason=Dependency Restarts=0 StartTime=Unknown EndTime=Unknown"
+HEAVY = {"torch", "numpy", "scipy", "mlflow", "matplotlib", "pyarrow"}
+KEY = {"device": "A100", "instructions": "AVX512", "torch": "2.11", "image": "none"}
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+Nightly = Callable[..., Done]
+
+
+@pytest.fixture
+def matrix(tmp_path: Path) -> Path:
+    """Two sizes of resources, and an entry of each kind."""
+    write_job(tmp_path)
+    entries: dict[str, Any] = {
+        "one": {"unfreeze": [1]},
+        "seeds": {"unfreeze": [1], "seeds": [0, 1, 2]},
+        "four": {"unfreeze": [0], "gpus": 4},
+        "memory": {"kind": "memory", "unfreeze": [0, 1]},
+        "preflight": {"kind": "preflight"},
+    }
+    content = {
+        "config": str(tmp_path / "critic.yaml"),
+        "time": "0:30:00",
+        "nice": 77,
+        "override": ["model.path={night}/trunk", f"model.recipe={tmp_path}/pretrain.yaml"],
+        "entries": entries,
+    }
+    file = tmp_path / "little.yaml"
+    file.write_text(json.dumps(content))
+    return file
+
+
+@pytest.fixture
+def nightly(
+    tmp_path: Path,
+    matrix: Path,
+    slurm: FakeSlurm,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Nightly:
+    """The command, inside this process, on a folder of nights of its own."""
+    monkeypatch.setattr(sys, "path", ["", *sys.path])  # of which it replaces the first
+    monkeypatch.chdir(tmp_path)  # which it leaves
+    main = importlib.import_module("slurm.nightly").main
+
+    def called(*arguments: str) -> Done:
+        code = 0
+        try:
+            nights = ("--folder", str(tmp_path / "nights"), "--cluster", "localhost")
+            run_command(lambda: main([*arguments, "--matrix", str(matrix), *nights]))
+        except SystemExit as ending:
+            code = int(ending.code or 0)
+        return Done(code, *capsys.readouterr())
+
+    return called
+
+
+def _knows(slurm: FakeSlurm, job: str, code: int = 0) -> None:
+    """Let the controller say this of each job."""
+    of_job = f"echo '{job}' >&{1 + (code > 0)}; exit {code}"
+    of_partition = f"echo '{partition('main', default=True)}'"
+    slurm.runs("scontrol", f'[ "$2" = partition ] && {of_partition} || {{ {of_job}; }}')
+
+
+def _takes_jobs(slurm: FakeSlurm, then: str = "") -> None:
+    """Let Slurm take arrays, with ids that count up."""
+    count = slurm.folder / "count"
+    slurm.says("srun")
+    _knows(slurm, ACTIVE)
+    slurm.says("scancel")
+    slurm.runs(
+        "sbatch",
+        f'[ "$1" = --test-only ] && exit 0\necho x >> {count}\n'
+        f'n=$(/usr/bin/wc -l < {count})\n{then}\necho "Submitted batch job $((40 + n))"',
+    )
+
+
+def _nights(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "nights").glob("night-*"))
+
+
+def test_a_dry_run_shows_entries_hours_and_scripts_and_writes_nothing(
+    nightly: Nightly, tmp_path: Path
+) -> None:
+    done = nightly("--dry-run")
+    assert done.code == 0, done.err
+    assert "little: 7 runs, 5.0 GPU-hours at most" in done.out  # (6 x 1 + 4) x 0.5
+    assert done.out.count("#!/bin/bash") == 2
+    assert done.out.count("#SBATCH --nice=77") == 2
+    assert done.out.count("#SBATCH --deadline=now+1200minutes") == 2
+    assert "#SBATCH --array=0-5" in done.out
+    assert not (tmp_path / "nights").exists()
+
+
+def test_it_is_light() -> None:
+    words = [sys.executable, "-X", "importtime", str(COMMAND), "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+    assert not HEAVY & imported
+
+
+def test_a_night_is_an_array_a_size_and_a_job_that_judges_it(
+    nightly: Nightly, slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    _takes_jobs(slurm)
+    done = nightly()
+    assert (done.code, done.err) == (0, "")
+    (night,) = _nights(tmp_path)
+    plan = json.loads((night / "plan.json").read_text())
+    assert plan["collector"] == "43"
+    jobs = {Path(run["path"]).name: run["job_id"] for run in plan["runs"]}
+    assert {name: job.partition("_")[0] for name, job in jobs.items()} == {
+        **dict.fromkeys(("one", "seeds-s0", "seeds-s1", "seeds-s2", "memory", "preflight"), "41"),
+        "four": "42",
+    }
+    script = next((night / "slurm/collector").glob("*.sh")).read_text()
+    assert "#SBATCH --dependency=afterany:41:42" in script
+    assert "gpus" not in script
+    config = (night / "runs/seeds-s2/slurm/config.yaml").read_text()
+    assert "seed: 2" in config
+    assert f"{tmp_path}/nights/mlflow.db" in config
+
+
+def test_two_nights_never_overlap(nightly: Nightly, slurm: FakeSlurm, tmp_path: Path) -> None:
+    _takes_jobs(slurm)
+    assert nightly().code == 0
+    again = nightly()
+    assert (again.code, again.out) == (0, "")
+    assert "still goes on (job 43, pending); left out" in again.err
+    _knows(slurm, "slurm_load_jobs error: Invalid job id specified", 1)
+    assert nightly().code == 0
+    assert [night.name for night in _nights(tmp_path)] == ["night-000001", "night-000002"]
+
+
+@pytest.mark.parametrize(("said", "code", "text"), [(FULL, 75, "queue is full"), (AWAY, 69, "")])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_what_slurm_does_not_take_leaves_nothing(
+    nightly: Nightly, slurm: FakeSlurm, tmp_path: Path, said: str, code: int, text: str, at: int
+) -> None:
+    _takes_jobs(slurm, f'[ "$n" = {at} ] && {{ echo "{said}" >&2; exit 1; }}')
+    done = nightly()
+    assert done.code == code, done.err
+    assert text in done.err
+    assert len(done.err.splitlines()) == 1
+    assert not _nights(tmp_path)
+    cancelled = sorted(call for call in slurm.calls if call.startswith("scancel"))
+    assert cancelled == [f"scancel {41 + k}" for k in range(at - 1)]
+
+
+def test_without_slurm(nightly: Nightly, tmp_path: Path) -> None:
+    done = nightly()
+    assert done.code == 69
+    assert "sbatch is not installed here" in done.err
+    assert not _nights(tmp_path)
+
+
+def test_an_entry_that_cannot_run_leaves_the_others(
+    nightly: Nightly, slurm: FakeSlurm, matrix: Path, tmp_path: Path
+) -> None:
+    content = json.loads(matrix.read_text())
+    content["entries"]["one"]["override"] = [
+        "data.train=/nowhere.jsonl",
+        "data.validation=/nowhere.jsonl",
+    ]
+    matrix.write_text(json.dumps(content))
+    _takes_jobs(slurm)
+    done = nightly()
+    assert done.code == 0, done.err
+    assert "1 of 7 runs could not be" in done.out
+    plan = json.loads((_nights(tmp_path)[0] / "plan.json").read_text())
+    refused = {run["entry"]: run["refused"] for run in plan["runs"] if run["refused"]}
+    assert list(refused) == ["one"]
+    assert "/nowhere.jsonl" in refused["one"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"entries": {}}, "entries: none"),
+        ({"entries": {"a": {"sead": 1}}}, "entries.a: unknown key sead (valid here: kind, config"),
+        ({"entries": {"a": {"seeds": "x"}}}, "entries.a"),
+        ({"entries": {"a": 3}}, "entries.a: a section with kind"),
+        ({"entries": {"a": {"seeds": [1, 2]}}}, "a: seeds: one, or three or more"),
+        ({"entries": {"a": {"unfreeze": [1, 2]}}}, "a: unfreeze: one number"),
+        ({"entries": {"a": {"same_as": "b"}}}, "a: same_as: no entry b; there are a"),
+        ({"entries": {"a/b": {}}}, "it names a folder"),
+        ({"nicer": 3}, "nicer: unknown key"),
+    ],
+)
+def test_a_wrong_matrix_is_refused_by_its_key(
+    nightly: Nightly, matrix: Path, change: dict[str, Any], message: str
+) -> None:
+    matrix.write_text(json.dumps(json.loads(matrix.read_text()) | change))
+    done = nightly("--dry-run")
+    assert done.code == 78
+    assert message in done.err
+    assert str(matrix) in done.err
+
+
+def test_an_unknown_matrix_names_those_that_there_are() -> None:
+    with pytest.raises(InputError, match=r"--matrix none: no file .*; there are small, standard"):
+        load_matrix("none")
+
+
+@pytest.mark.parametrize("name", ["small", "standard"])
+def test_the_matrices_of_the_project_are_whole(name: str) -> None:
+    matrix, entries = load_matrix(name)
+    assert {one.unfreeze[0] for one in entries.values()} >= {0, 4, 8}
+    assert {one.gpus for one in entries.values()} == {1, 4}
+    assert any(one.stop_at for one in entries.values())
+    assert any(len(one.seeds) >= 3 for one in entries.values())
+    for one in entries.values():
+        assert (PROJECT / (one.config or matrix.config)).exists()
+
+
+def test_the_lines_for_cron_need_nothing_of_cron(
+    nightly: Nightly, slurm: FakeSlurm, matrix: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm.says("sbatch")
+    monkeypatch.setenv("SLURM_CONF", "/etc/50%/slurm.conf")
+    done = nightly("--install-line", "--mail", "who@where")
+    lines = [line for line in done.out.splitlines() if line.startswith("17 2 * * * ")]
+    assert len(lines) == 2
+    assert f"cd {PROJECT} && SLURM_CONF='/etc/50\\%/slurm.conf'" in lines[0] or (
+        f"cd {PROJECT} && SLURM_CONF=/etc/50\\%/slurm.conf" in lines[0]
+    )
+    assert f"PATH={slurm.folder}:/usr/bin:/bin {sys.executable} slurm/nightly.py" in lines[0]
+    assert f"--matrix {matrix}" in lines[0]
+    assert lines[0].endswith("/nights/cron.log 2>&1")
+    assert "#SCRON --time=15" in done.out
+    assert "--site" not in done.out
+
+
+def test_the_line_for_cron_names_the_site_file_that_cron_would_not_find(
+    nightly: Nightly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "critic-job/site.yaml"
+    site.parent.mkdir()
+    site.write_text("cluster: localhost\n")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert f"--site {site} " in nightly("--install-line").out
+
+
+# Reports
+
+
+def _night(folder: Path, number: int = 1, **changes: Any) -> NightFolder:
+    """A judged night of one entry."""
+    night = NightFolder(folder / f"night-{number:06}")
+    night.path.mkdir(parents=True)
+    plan = Plan(number, "little", "abc", 1e9, {"one": Entry()}, [], "python")
+    figures = {"loss": [0.5, 0.25], "speed": 3.0 + number / 100}
+    result = Result("one", **{"complete": True, "key": KEY, "figures": figures} | changes)
+    night.write_plan(plan)
+    judged = judge(night, plan, {"one": result}, [])
+    night.write(judged)
+    (night.path / "summary.md").write_text(markdown(judged))
+    return night
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [({}, 4), ({"complete": False, "reason": "no <node> & no \x01 word"}, 3)],
+)
+def test_the_report_has_the_verdicts_exit_code(
+    nightly: Nightly, tmp_path: Path, changes: dict[str, Any], code: int
+) -> None:
+    assert nightly("report").code == 78
+    night = _night(tmp_path / "nights", **changes)
+    done = nightly("report")
+    assert done.code == code
+    assert done.out == (night.path / "summary.md").read_text()
+    suite = ElementTree.fromstring(junit(night.night()))
+    assert int(suite.attrib["tests"]) == len(night.night().findings)
+    assert (suite.attrib["errors"] == "1") == (code == 3)
+    assert "<script" not in page([night.night()])
+
+
+def test_the_page_has_thirty_nights_and_marks_regressions(tmp_path: Path) -> None:
+    nights = [_night(tmp_path, number).night() for number in range(1, 41)]
+    found = nights[-1].findings
+    bad = next(one for one in found if one.figure == "speed")
+    nights[-1].findings[found.index(bad)] = type(bad)(**vars(bad) | {"verdict": Verdict.REGRESSED})
+    text = page(nights)
+    speed = text[text.index("speed over") :]
+    assert speed.startswith("speed over 30 night(s), from 3.11 to 3.4")
+    assert text.count("<line ") == 1  # where it begins
+    assert "http" not in text
+
+
+def test_accepting_needs_a_figure_and_a_reason(nightly: Nightly, tmp_path: Path) -> None:
+    _night(tmp_path / "nights")
+    accepted = ("--baseline", str(tmp_path / "accepted"))
+    assert "nothing moves without one" in nightly("accept", "one/loss", *accepted).err
+    done = nightly("accept", "one/loss", "--reason", "looked at", *accepted)
+    assert done.code == 0, done.err
+    (file,) = (tmp_path / "accepted").iterdir()
+    assert file.name == "little_a100_avx512_2.11_none.json"
+    stored = json.loads(file.read_text())["figures"]["one/loss"]
+    assert (stored["value"], stored["commit"], stored["reason"]) == (
+        [0.5, 0.25],
+        "abc",
+        "looked at",
+    )
+
+
+# Telling
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[Any]]]:
+    received: list[Any] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(500 if self.path == "/broken" else 200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as one:
+        thread = threading.Thread(target=one.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{one.server_port}", received
+        one.shutdown()
+        thread.join()
+
+
+def test_channels_are_told_and_a_failing_one_is_noted(
+    server: tuple[str, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, received = server
+    night = _night(tmp_path)
+    sent = tmp_path / "sent"
+    sendmail = tmp_path / "bin/sendmail"
+    sendmail.parent.mkdir()
+    sendmail.write_text(f"#!/bin/sh\n/bin/cat > {sent}\n")
+    sendmail.chmod(0o755)
+    monkeypatch.setenv("PATH", str(sendmail.parent))
+    tell(night, Channels(url, "who@where"))
+    assert json.loads((night.path / "told.json").read_text()) == {"webhook": None, "mail": None}
+    assert received[0]["verdict"] == "no baseline yet"
+    assert "Subject: little night 1: no baseline yet" in sent.read_text()
+    monkeypatch.setattr("slurm.telling._SENDMAIL", os.devnull)
+    monkeypatch.setenv("PATH", "/nowhere")
+    tell(night, Channels(f"{url}/broken", "who@where"))
+    told = json.loads((night.path / "told.json").read_text())
+    assert "500" in told["webhook"]
+    assert "no sendmail" in told["mail"]

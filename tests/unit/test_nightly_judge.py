@@ -1,0 +1,303 @@
+"""Nights with planted faults: each is told as what it is, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from job.common.errors import InputError
+from job.nightly.baseline import VERSION, accept, baseline_file
+from job.nightly.judge import judge
+from job.nightly.matrix import Entry
+from job.nightly.record import (
+    Finding,
+    Night,
+    NightFolder,
+    Plan,
+    Result,
+    Verdict,
+    judged,
+    nights,
+)
+
+KEY = {"device": "A100", "instructions": "AVX512", "torch": "2.11", "image": "none"}
+ENTRIES = {
+    "plain": Entry(),
+    "stopped": Entry(stop_at=5, same_as="plain"),
+    "seeds": Entry(seeds=[0, 1, 2], floor={"r2": 0.3}),
+}
+LOSSES = [0.25 / (1 + k) for k in range(10)]
+SPREAD = 0.01
+FIGURES: dict[str, dict[str, Any]] = {
+    "plain": {"loss": LOSSES, "parameters": "ab12", "mse": 0.1, "r2": 0.5},
+    "stopped": {"loss": LOSSES, "parameters": "ab12", "signal_to_saved_seconds": 2.0},
+    "seeds": {"r2": [0.5, 0.51, 0.49], "mse": [0.1, 0.11, 0.09]},
+}
+FIGURES["plain"] |= {"memory_predicted": 10e9, "memory_measured": 10.1e9, "speed": 20.0}
+Change = Callable[[dict[str, Result]], None]
+
+
+def _plan(number: int) -> Plan:
+    began = 1e9 + 86400.0 * number
+    return Plan(number, "small", f"commit{number}", began, ENTRIES, [], "python")
+
+
+def _results(number: int, variation: float = 0.005) -> dict[str, Result]:
+    """A night in which nothing is wrong; speed and quality vary as they do."""
+    rng = np.random.default_rng(number)
+    results = {}
+    for entry, figures in FIGURES.items():
+        own = dict(figures)
+        for name in ("speed", "signal_to_saved_seconds"):
+            if name in own:
+                own[name] *= 1 + variation * rng.standard_normal()
+        if entry == "seeds":
+            noise = SPREAD * rng.standard_normal(3)
+            own |= {"r2": [*(0.5 + noise)], "mse": [*(0.1 - noise / 5)]}
+        commit = f"commit{number}"
+        results[entry] = Result(entry, True, None, KEY, commit, on_gpu=True, figures=own)
+    return results
+
+
+class Site:
+    """A folder of nights."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.baselines = folder, folder / "accepted"
+
+    def night(self, number: int, change: Change | None = None) -> Night:
+        folder = NightFolder(self.folder / f"night-{number:06}")
+        folder.path.mkdir(parents=True, exist_ok=True)
+        plan, results = _plan(number), _results(number)
+        if change is not None:
+            change(results)
+        folder.write_plan(plan)
+        if self.baselines.exists():
+            folder.baselines.mkdir(exist_ok=True)
+            for file in self.baselines.iterdir():
+                (folder.baselines / file.name).write_text(file.read_text())
+        earlier = list(judged(self.folder, "small", number))
+        night = judge(folder, plan, results, earlier)
+        folder.write(night)
+        return folder.night()
+
+    def accept(self, pattern: str = "*", reason: str = "looked at") -> None:
+        *earlier, night = (one.night() for one in nights(self.folder))
+        accept(self.baselines, night, earlier, pattern, reason)
+
+    @property
+    def file(self) -> Path:
+        return baseline_file(self.baselines, "small", KEY)
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """Thirty nights, accepted after the fifth."""
+    site = Site(tmp_path_factory.mktemp("site"))
+    for number in range(1, 6):
+        site.night(number)
+    site.accept()
+    for number in range(6, 31):
+        site.night(number)
+    return site
+
+
+@pytest.fixture
+def site(history: Site, tmp_path: Path) -> Site:
+    """The same thirty nights, to add to."""
+    copy = Site(tmp_path)
+    for one in [*nights(history.folder)]:
+        (tmp_path / one.path.name).symlink_to(one.path)
+    copy.baselines.mkdir()
+    (copy.baselines / history.file.name).write_text(history.file.read_text())
+    return copy
+
+
+def _figure(entry: str, name: str, value: Any) -> Change:
+    def change(results: dict[str, Result]) -> None:
+        results[entry].figures[name] = value
+
+    return change
+
+
+def _bad(night: Night) -> list[Finding]:
+    return [one for one in night.findings if one.verdict is not Verdict.PASSED]
+
+
+def _only(night: Night, verdict: Verdict, name: str) -> Finding:
+    (found,) = _bad(night)
+    assert (found.verdict, found.name) == (verdict, name), found
+    assert night.verdict is verdict
+    return found
+
+
+def test_a_night_in_which_nothing_is_wrong_passes(site: Site) -> None:
+    night = site.night(31)
+    assert not _bad(night)
+    assert night.verdict.exit_code == 0
+    assert {one.name for one in night.findings} >= {"plain/loss", "plain/speed", "seeds/r2"}
+
+
+def test_another_loss_by_one_bit(site: Site) -> None:
+    losses = [*LOSSES]
+    losses[6] = math.nextafter(losses[6], 1)
+    night = site.night(31, _figure("plain", "loss", losses))
+    plain, stopped = _bad(night)
+    assert (plain.name, plain.verdict) == ("plain/loss", Verdict.REGRESSED)
+    assert plain.text.startswith(f"step 7: {losses[6]!r} instead of {LOSSES[6]!r}")
+    assert plain.between == ("commit30", "commit31")
+    assert plain.bisect is not None
+    assert plain.bisect.startswith("git bisect start commit31 commit30 && git bisect run python")
+    assert stopped.name == "stopped/loss"
+    assert "not as plain: step 7" in stopped.text
+    assert night.verdict.exit_code == 1
+
+
+def test_a_resumed_training_with_other_bits(site: Site) -> None:
+    other = _figure("stopped", "parameters", "cd34")
+    assert [one.name for one in _bad(site.night(31, other))] == ["stopped/parameters"] * 2
+
+
+def test_a_leak_of_memory(site: Site) -> None:
+    night = site.night(31, _figure("plain", "memory_measured", 10.5e9))
+    found = _only(night, Verdict.REGRESSED, "plain/memory_measured")
+    assert found.text == "10.500 GB instead of 10.000 GB as predicted (+5.0 %)"
+
+
+def test_memory_within_the_prediction_must_be_exact_too(site: Site) -> None:
+    night = site.night(31, _figure("plain", "memory_measured", 10.1e9 + 512))
+    assert "instead of" in _only(night, Verdict.REGRESSED, "plain/memory_measured").text
+
+
+def test_a_quality_lower_by_three_spreads(site: Site) -> None:
+    low = [0.5 - 3 * SPREAD + noise for noise in (-SPREAD, 0.0, SPREAD)]
+    found = _only(site.night(31, _figure("seeds", "r2", low)), Verdict.REGRESSED, "seeds/r2")
+    assert "spreads away" in found.text
+
+
+def test_a_quality_below_its_floor(site: Site) -> None:
+    low = [0.29, 0.3, 0.28]
+    found = _only(site.night(31, _figure("seeds", "r2", low)), Verdict.REGRESSED, "seeds/r2")
+    assert found.text == "0.29, below the hard floor of 0.3"
+
+
+def test_a_better_quality_is_kept_only_once_it_is_accepted(site: Site) -> None:
+    better = _figure("plain", "mse", 0.09)
+    found = _only(site.night(31, better), Verdict.IMPROVED, "plain/mse")
+    assert found.text == "0.09 instead of 0.1 (-10.0 %)"
+    assert site.night(32, better).verdict is Verdict.IMPROVED
+    site.accept("plain/mse", "a better head")
+    assert site.night(33, better).verdict is Verdict.PASSED
+    stored = json.loads(site.file.read_text())["figures"]["plain/mse"]
+    assert (stored["value"], stored["commit"]) == (0.09, "commit32")
+    assert stored["reason"] == "a better head"
+
+
+def test_a_slow_down_from_night_31_on(site: Site) -> None:
+    def slow(results: dict[str, Result]) -> None:
+        results["plain"].figures["speed"] *= 0.95
+
+    told = {number: _bad(site.night(number, slow)) for number in range(31, 60)}
+    first = next(number for number, found in told.items() if found)
+    assert first <= 35
+    for number in range(first, 60):  # for as long as nobody has accepted it
+        (found,) = told[number]
+        assert (found.name, found.verdict) == ("plain/speed", Verdict.REGRESSED)
+    (found,) = told[first]
+    assert found.between == ("commit30", "commit31")
+    assert "from night 31 on" in found.text
+    site.accept("plain/speed", "a check that is worth it")
+    assert not [one for one in site.night(60, slow).findings if one.verdict is Verdict.REGRESSED]
+
+
+def test_a_clock_that_goes_back_is_told_and_moves_nothing_else(site: Site) -> None:
+    def back(results: dict[str, Result]) -> None:
+        figures = dict(results["stopped"].figures)
+        del figures["signal_to_saved_seconds"]
+        notes = {"signal_to_saved_seconds": "the clock went back by 3600 s or more meanwhile"}
+        results["stopped"] = replace(results["stopped"], figures=figures, notes=notes)
+
+    found = _only(site.night(31, back), Verdict.INCOMPLETE, "stopped/signal_to_saved_seconds")
+    assert "clock went back" in found.text
+
+
+def test_an_entry_that_is_not_complete_is_never_a_pass(site: Site) -> None:
+    def dead(results: dict[str, Result]) -> None:
+        results["seeds"] = Result("seeds", False, "failed: rank 0 was killed")
+
+    night = site.night(31, dead)
+    assert _only(night, Verdict.INCOMPLETE, "seeds").text == "failed: rank 0 was killed"
+    assert night.verdict.exit_code == 3
+
+
+def test_another_machine_starts_a_series_of_its_own(site: Site) -> None:
+    def moved(results: dict[str, Result]) -> None:
+        for name, one in results.items():
+            results[name] = replace(one, key=KEY | {"device": "H100"})
+        results["plain"].figures["speed"] *= 0.5
+
+    night = site.night(31, moved)
+    assert {one.verdict for one in _bad(night)} == {Verdict.NO_BASELINE}
+    assert night.verdict.exit_code == 4
+    assert night.notes[0] == "plain: device A100 -> H100: a series of its own begins"
+    back = site.night(32)
+    assert back.verdict is Verdict.PASSED
+
+
+# Baselines
+
+
+def test_without_a_baseline_nothing_is_held_against_anything(site: Site) -> None:
+    site.file.unlink()
+    night = site.night(31)
+    assert {one.verdict for one in _bad(night)} == {Verdict.NO_BASELINE}
+    assert night.verdict.exit_code == 4
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"version": 1, "key": {}}'])
+def test_a_damaged_baseline(site: Site, content: str) -> None:
+    site.file.write_text(content)
+    found = _only(site.night(31), Verdict.INCOMPLETE, "baseline")
+    assert f"{site.file.name} is damaged" in found.text
+    assert "git checkout" in found.text
+    with pytest.raises(InputError, match="damaged"):
+        site.accept()
+
+
+def test_a_baseline_of_another_version(site: Site) -> None:
+    site.file.write_text(json.dumps(json.loads(site.file.read_text()) | {"version": VERSION + 1}))
+    found = _only(site.night(31), Verdict.INCOMPLETE, "baseline")
+    assert f"of version {VERSION + 1}, and this code reads {VERSION}" in found.text
+
+
+def test_a_baseline_of_another_machine(site: Site) -> None:
+    stored = json.loads(site.file.read_text())
+    site.file.write_text(json.dumps(stored | {"key": KEY | {"torch": "1"}}))
+    assert "another machine" in _only(site.night(31), Verdict.INCOMPLETE, "baseline").text
+
+
+def test_what_cannot_be_accepted_is_named(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    site.night(1)
+    with pytest.raises(InputError, match=r"no figure plain/lost in night 1; there are\n  plain"):
+        site.accept("plain/lost")
+    with pytest.raises(InputError, match="seeds/r2: 3 values so far; a spread takes 12"):
+        site.accept("seeds/r2")
+    assert not site.baselines.exists()
+    earlier: list[Night] = []
+    taken, refused = accept(
+        site.baselines, NightFolder(tmp_path / "night-000001").night(), earlier, "*", "x"
+    )
+    assert "plain/loss" in taken[site.file]
+    assert [one.partition(":")[0] for one in refused] == ["seeds/r2", "seeds/mse"]
+
+
+def test_verdicts_are_ordered_by_gravity() -> None:
+    assert [one.exit_code for one in Verdict] == [1, 3, 4, 0, 0]
