@@ -35,7 +35,7 @@ from job.data.rows import BadRow, Rewards, Row, read_rows
 from job.data.template import Template, load_template, render_rows
 from job.data.tokenizer import Encoded, Tokenizer
 
-FORMAT = 5  # part of the key: raise it when the stored form changes
+FORMAT = 6  # part of the key: raise it when the stored form changes
 _BATCH = 1024  # examples tokenised together
 
 
@@ -261,8 +261,10 @@ class _SetWriter:
         policy: _Policy,
     ) -> None:
         self.n_seen += len(chunk)
-        texts = [(row.prompt, row.response) for _, row in chunk if isinstance(row, Row)]
-        encoded = iter(tokenizer.encode(texts, framed=self.framed))
+        good = [row for _, row in chunk if isinstance(row, Row)]
+        texts = [(row.prompt, row.response) for row in good]
+        ended = [not row.truncated for row in good]
+        encoded = iter(tokenizer.encode(texts, framed=self.framed, ended=ended))
         for line, row in chunk:
             if isinstance(row, BadRow):
                 self._leave_out(row, skip=policy.bad_rows is BadRows.skip)
