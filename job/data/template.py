@@ -33,6 +33,7 @@ _MAX_LENGTH = 10_000_000  # characters of one text
 _MARK = re.compile(r"[<\[](/?)([^\s<>\[\]/]+)[>\]]")  # <think>, [THINK] and their ends
 _LAST_MARK = re.compile(_MARK.pattern + r"\s*\Z")
 _PROBE = ("1 + 1?", "2.")
+DAY = datetime.date(2024, 7, 26)  # Llama 3's own date where there is no clock
 
 
 class TemplateError(ValueError):
@@ -70,13 +71,13 @@ class PlainTemplate(Template):
     def __init__(self, text: str, tokenizer: Tokenizer) -> None:
         self.identity = text
         self._tokenizer = tokenizer
-        self._before, _, rest = text.partition("{prompt}")
-        self._between, _, self._after = rest.partition("{response}")
+        self.before, _, rest = text.partition("{prompt}")
+        self.between, _, self.after = rest.partition("{response}")
 
     def render(self, prompt: str, response: str, *, truncated: bool = False) -> tuple[str, str]:
         said = self._tokenizer.without_end(response)
-        after = "" if truncated else self._after
-        return self._before + prompt + self._between, said + after
+        after = "" if truncated else self.after
+        return self.before + prompt + self.between, said + after
 
 
 class ChatTemplate(Template):
@@ -129,11 +130,11 @@ class ChatTemplate(Template):
         for core in (said, said.strip()):
             if answer.endswith(core + self._after):
                 return answer[: len(answer) - len(core + self._after)], core, self._after
-        for core in (said, said.strip()):
-            lead, found, after = answer.rpartition(core) if core else ("", "", "")
-            if found:
-                return lead, core, after
-        self._fail("it changes the response or leaves it out")
+        core = next((core for core in (said, said.strip()) if core and core in answer), None)
+        if core is None:
+            self._fail("it changes the response or leaves it out")
+        lead, _, after = answer.rpartition(core)
+        return lead, core, after
 
     def _without_end(self, response: str) -> str:
         response = self._tokenizer.without_end(response)
@@ -147,10 +148,8 @@ class ChatTemplate(Template):
 
     def _parts(self, prompt: str, response: str) -> tuple[str, str]:
         """The text that asks for an answer, and what the answer adds to it."""
-        user = {"role": "user", "content": prompt}
-        asked = self._run([user], add_generation_prompt=True)
-        assistant = {"role": "assistant", "content": response}
-        whole = self._run([user, assistant], add_generation_prompt=False)
+        asked = self._run(_messages(prompt), add_generation_prompt=True)
+        whole = self.whole(prompt, response)
         if not whole.startswith(asked):
             self._fail(
                 "the text with an answer does not begin with the text that asks for one; "
@@ -159,6 +158,10 @@ class ChatTemplate(Template):
         if prompt.strip() not in asked:
             self._fail("it changes the prompt or leaves it out")
         return asked, whole[len(asked) :]
+
+    def whole(self, prompt: str, response: str) -> str:
+        """What the template makes of a chat."""
+        return self._run(_messages(prompt, response), add_generation_prompt=False)
 
     def _run(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         given = {"tools": None, "documents": None, "range": _bounded_range()} | self._variables
@@ -198,6 +201,13 @@ def load_template(template: str | None, tokenizer: Tokenizer) -> PlainTemplate |
     return found
 
 
+def _messages(*texts: str) -> list[dict[str, str]]:
+    return [
+        {"role": role, "content": text}
+        for role, text in zip(("user", "assistant"), texts, strict=False)
+    ]
+
+
 def _is_open_thought(asked: str, lead: str, said: str) -> bool:
     """Whether `lead` closes a thought that goes on in what was said.
 
@@ -225,9 +235,7 @@ def render_rows(
             yield line, row
             continue
         try:
-            prompt, response = template.render(
-                row.prompt, row.response, truncated=row.truncated
-            )
+            prompt, response = template.render(row.prompt, row.response, truncated=row.truncated)
         except TemplateError as error:
             yield line, BadRow(file, line, str(error))
         else:
@@ -295,9 +303,7 @@ def _environment() -> jinja2.Environment:
         undefined=_Undefined,
         extensions=["jinja2.ext.loopcontrols", _GenerationBlock],
     )
-    # Llama 3's own date where there is no clock.
-    day = datetime.date(2024, 7, 26)
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": day.strftime}
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": DAY.strftime}
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     del environment.globals["lipsum"], environment.filters["random"]
     return environment

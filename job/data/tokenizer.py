@@ -48,6 +48,7 @@ class Tokenizer(ABC):
     """What the data pipeline needs of a tokenizer.
 
     Attributes:
+        file: its tokenizer.json or tokenizer.model.
         folder: where it lies, with what else describes it.
         settings: of the tokenizer_config.json there.
         named: the texts of `bos_token`, `eos_token` and others, as far as there are such tokens.
@@ -55,6 +56,7 @@ class Tokenizer(ABC):
         special: the texts of its special tokens.
     """
 
+    file: Path
     folder: Path
     settings: dict[str, Any]
     named: dict[str, str]
@@ -66,9 +68,14 @@ class Tokenizer(ABC):
     _end_takes_blanks = False  # whether the end token swallows the blanks before it
 
     def __init__(self, file: Path) -> None:
-        self.folder = file.parent
+        self.file, self.folder = file, file.parent
         self._declared = TokenizerSettings.read(file.parent)
         self.settings = self._declared.values
+
+    @property
+    def is_like_llama(self) -> bool:
+        """Whether its class puts a begin token before a text, whatever tokenizer.json says."""
+        return self._declared.is_like_llama
 
     @property
     @abstractmethod
@@ -124,8 +131,7 @@ class Tokenizer(ABC):
         for i, response in zip(apart, responses, strict=True):
             joined[i] = _append(prompts[i], response, len(pairs[i][0]))
         found = [
-            _encoded(len(prompt), *whole)
-            for (prompt, _), whole in zip(pairs, joined, strict=True)
+            _encoded(len(prompt), *whole) for (prompt, _), whole in zip(pairs, joined, strict=True)
         ]
         return list(map(self._frame, found, ended)) if framed else found
 
@@ -235,9 +241,7 @@ class JsonTokenizer(Tokenizer):
                 "write it into added_tokens_decoder of tokenizer_config.json"
             )
         older = "added_tokens_decoder" not in self.settings
-        self._add(
-            (t for t in self._declared.added if not (older and t.text in there)), anew=True
-        )
+        self._add((t for t in self._declared.added if not (older and t.text in there)), anew=True)
 
     def _add(self, tokens: Iterable[Added], *, anew: bool = False) -> None:
         """Add tokens, those of the vocabulary with their ids; `anew`: with other flags too."""
@@ -245,7 +249,9 @@ class JsonTokenizer(Tokenizer):
 
         known = set() if anew else self._readings().keys()
         new = [token for token in tokens if token.text not in known]
-        for special, group in itertools.groupby(new, lambda token: token.flags.get("special", False)):
+        for special, group in itertools.groupby(
+            new, lambda token: token.flags.get("special", False)
+        ):
             library = [tokenizers.AddedToken(token.text, **token.flags) for token in group]
             add = self._tokenizer.add_special_tokens if special else self._tokenizer.add_tokens
             add(library)
@@ -386,9 +392,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._added = self._control_tokens() | self._added_tokens()
         of_text = json.dumps(sorted(self._added.items()))
         bos, eos = self._processor.bos_id(), self._processor.eos_id()
-        begin, self.eos_id = self._find_named(
-            bos if bos >= 0 else None, eos if eos >= 0 else None
-        )
+        begin, self.eos_id = self._find_named(bos if bos >= 0 else None, eos if eos >= 0 else None)
         self.bos_id = None if self.settings.get("add_bos_token") is False else begin
         for token in self._declared.special():
             self._added.setdefault(token.text, self._id_of(token.text))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from job.data.tokenizer_settings import ADDED, CONFIG, MAP
 _JSON, _MODEL = "tokenizer.json", "tokenizer.model"
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _NAMES = (_JSON, _MODEL, CONFIG, MAP, ADDED, "vocab.json", "merges.txt", *_TEMPLATES)
+_CLASS = "PreTrainedTokenizerFast"
 _FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 # Of tokenizer_config.json: what is said of tokens elsewhere, or would be read by some versions.
 _NOT_COPIED = (
@@ -24,15 +25,26 @@ _NOT_COPIED = (
 _log = logging.getLogger("job.export")
 
 
-def copy_tokenizer(path: str | Path, folder: Path) -> None:
-    """Copy a tokenizer, from its file or folder, as it is."""
-    path = Path(path)
-    there = path if path.is_dir() else path.parent
-    for file in map(there.joinpath, _NAMES):
+def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Copy a tokenizer as it is, with what its class is where that stands in the model's config."""
+    for file in map(tokenizer.folder.joinpath, _NAMES):
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
-    if path.is_file():
-        shutil.copyfile(path, folder / (_MODEL if ".model" in path.name else _JSON))
+    file = tokenizer.file
+    shutil.copyfile(file, folder / (_MODEL if ".model" in file.name else _JSON))
+    if "tokenizer_class" not in tokenizer.settings and not tokenizer.is_like_llama:
+        _write(folder / CONFIG, {"tokenizer_class": _CLASS} | tokenizer.settings)
+
+
+def reader_of(tokenizer: Tokenizer, folder: Path) -> Callable[[str], list[int]]:
+    """How what has been written to a folder reads a text, without tokens that it does not have."""
+    import tokenizers
+
+    file = folder / _JSON
+    if not file.exists():
+        return lambda text: tokenizer.encode([("", text)], framed=False)[0].ids
+    library = tokenizers.Tokenizer.from_file(str(file))
+    return lambda text: library.encode(text, add_special_tokens=False).ids
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> dict[str, int | None]:
@@ -52,9 +64,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> dict
     named = {k: v for k, v in tokenizer.named.items() if k != "pad_token"}
     named |= {} if pad is None else {"pad_token": pad}
     settings = {k: v for k, v in tokenizer.settings.items() if k not in _NOT_COPIED} | named
+    if ".model" in tokenizer.file.name:
+        shutil.copyfile(tokenizer.file, folder / _MODEL)
     text = tokenizer.tokenizer_json
     if text is None:
-        shutil.copyfile(tokenizer.folder / _MODEL, folder / _MODEL)
         settings = {"tokenizer_class": "LlamaTokenizer"} | settings
         _log.warning(
             "no tokenizer.json reads texts just as this tokenizer.model, and transformers may "
@@ -113,7 +126,7 @@ def _settings(description: dict[str, Any], tokenizer: Tokenizer) -> dict[str, An
     tokens = description["added_tokens"]
     first = description.get("pre_tokenizer") or {}
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": _CLASS,
         "add_bos_token": tokenizer.bos_id is not None,
         "add_eos_token": False,
         # transformers 4 changes the file's to this

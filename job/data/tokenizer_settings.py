@@ -98,16 +98,19 @@ class TokenizerSettings:
         return _text(self.named.get(name))
 
     @property
+    def is_like_llama(self) -> bool:
+        """Whether the tokenizer's class, or that of the model beside it, is one of Llama's kind."""
+        kind = self.values.get("tokenizer_class")
+        if kind is not None:
+            return str(kind).removesuffix("Fast") in _LLAMA_LIKE
+        model = read_settings(self.folder / "config.json").get("model_type")
+        return model is None or model in _LLAMA_MODELS
+
+    @property
     def puts_begin_token(self) -> bool | None:
         """Whether a begin token stands before a text; None where tokenizer.json decides."""
         told = self.values.get("add_bos_token")
-        kind = self.values.get("tokenizer_class")
-        if kind is None:
-            model = read_settings(self.folder / "config.json").get("model_type")
-            like_llama = model is None or model in _LLAMA_MODELS
-        else:
-            like_llama = str(kind).removesuffix("Fast") in _LLAMA_LIKE
-        if like_llama:
+        if self.is_like_llama:
             return told is not False
         return True if told is True else None
 
