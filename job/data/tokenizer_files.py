@@ -14,7 +14,7 @@ from job.data.tokenizer_settings import ADDED, CONFIG, MAP
 
 _JSON, _MODEL = "tokenizer.json", "tokenizer.model"
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
-_NAMES = (_JSON, _MODEL, CONFIG, MAP, ADDED, "vocab.json", "merges.txt", *_TEMPLATES)
+_BESIDE = (CONFIG, MAP, ADDED, *_TEMPLATES)
 _CLASS = "PreTrainedTokenizerFast"
 _FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 # Of tokenizer_config.json: what is said of tokens elsewhere, or would be read by some versions.
@@ -27,11 +27,11 @@ _log = logging.getLogger("job.export")
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Copy a tokenizer as it is, with what its class is where that stands in the model's config."""
-    for file in map(tokenizer.folder.joinpath, _NAMES):
+    name = _MODEL if ".model" in tokenizer.file.name else _JSON
+    for file in map(tokenizer.folder.joinpath, _BESIDE):
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
-    file = tokenizer.file
-    shutil.copyfile(file, folder / (_MODEL if ".model" in file.name else _JSON))
+    shutil.copyfile(tokenizer.file, folder / name)
     if "tokenizer_class" not in tokenizer.settings and not tokenizer.is_like_llama:
         _write(folder / CONFIG, {"tokenizer_class": _CLASS} | tokenizer.settings)
 

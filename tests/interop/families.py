@@ -194,12 +194,49 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def with_declared(folder: Path, *, normalizes: bool, **settings: Any) -> None:
-    """A tokenizer.json without `<step>`, and settings that declare it."""
+_STEP = {"content": "<step>", "special": True, "normalized": False}
+_END = _STEP | {"content": "</s>"}
+# Settings, and other files beside them, that declare tokens which tokenizer.json does not have.
+DECLARED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "decoder": ({"added_tokens_decoder": {"901": {"content": "<b>"}, "900": _STEP}}, {}),
+    "flags": ({"added_tokens_decoder": {"900": _STEP | {"lstrip": True, "special": False}}}, {}),
+    "normalized": ({"added_tokens_decoder": {"900": _STEP | {"normalized": True}}}, {}),
+    "of the file": (
+        {"added_tokens_decoder": {"2": _STEP | {"content": "</s>", "rstrip": True}}},
+        {},
+    ),
+    "added_tokens.json": ({}, {"added_tokens.json": {"<step>": 901, "<b>": 900, "</s>": 2}}),
+    "map": (
+        {"pad_token": "<b>"},
+        {
+            "special_tokens_map.json": {
+                "pad_token": _STEP | {"lstrip": True},
+                "additional_special_tokens": ["<c>"],
+                "eos_token": "<b>",
+            },
+            "added_tokens.json": {"<b>": 900},
+        },
+    ),
+    "not read": (
+        {"added_tokens_decoder": {}},
+        {"added_tokens.json": {"<step>": 900}, "special_tokens_map.json": {"eos_token": "<unk>"}},
+    ),
+    "lists": ({"additional_special_tokens": ["<c>", "<b>"], "pad_token": "<step>"}, {}),
+    "by name": ({"extra_special_tokens": {"a_token": "<step>", "b_token": "<b>"}}, {}),
+    "names": ({"mask_token": "<b>", "cls_token": "<step>", "sep_token": "<c>"}, {}),
+}
+
+
+def write_declared(folder: Path, name: str, *, normalizes: bool) -> None:
+    """A tokenizer with `<s>` and `</s>`, and what is declared beside it."""
     if normalizes:
         llama_2(folder)
     else:
-        smollm(folder)
+        tokenizer = _byte_level(["<unk>", "<s>", "</s>"])
+        _save(folder, tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    settings, files = DECLARED[name]
     file = folder / "tokenizer_config.json"
-    named = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    file.write_text(json.dumps(named | settings))
+    told = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    file.write_text(json.dumps(told | settings))
+    for other, content in files.items():
+        (folder / other).write_text(json.dumps(content))

@@ -30,6 +30,7 @@ def read(folder: Path) -> dict[str, Any]:
             for chat in cases["chats"]
         ],
         "pad": tokenizer.pad_token_id,
+        "end": tokenizer.eos_token,
     }
     if (folder / "critic" / "config.json").exists():
         cls = transformers.AutoModelForTokenClassification

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from families import FAMILIES, SIZE, Family
+from families import DECLARED, FAMILIES, SIZE, Family, write_declared
 from micro_critic import write_rows
 from versions import ALL, read_with
 
@@ -114,6 +114,29 @@ def test_only_what_puts_a_begin_token_before_prompts_does_so(written: dict[str, 
         again = load_tokenizer(one.folder / "critic")  # an export is a base
         ours = load_tokenizer(one.folder / "base")
         assert (again.bos_id, again.eos_id) == (ours.bos_id, ours.eos_id), name
+
+
+MARKED = ["we<step>need </s> <step> to <b>add", "<c>3<b><step> and</s>", "<s>we <c> need"]
+
+
+@pytest.mark.parametrize("version", ALL)
+def test_declared_tokens_are_those_of_transformers(tmp_path: Path, version: str) -> None:
+    folders = {
+        (name, normalizes): tmp_path / f"{name} {normalizes}".replace(" ", "-")
+        for name in DECLARED
+        for normalizes in (False, True)
+    }
+    for (name, normalizes), folder in folders.items():
+        write_declared(folder / "critic", name, normalizes=normalizes)
+        (folder / "cases.json").write_text(json.dumps({"texts": MARKED, "chats": []}))
+    for (what, folder), theirs in zip(
+        folders.items(), read_with(version, list(folders.values())), strict=True
+    ):
+        ours = load_tokenizer(folder / "critic")
+        found = [e.ids for e in ours.encode([("", text) for text in MARKED], framed=False)]
+        begin = [] if ours.bos_id is None else [ours.bos_id]
+        assert [begin + ids for ids in found] == theirs["texts"], what
+        assert ours.token_text(ours.eos_id or 0) == theirs["end"], what
 
 
 # --- values -----------------------------------------------------------------------------------

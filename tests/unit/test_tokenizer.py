@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -954,6 +955,21 @@ def test_the_fingerprint_depends_on_content_and_on_begin_and_end_token(
     write_bpe_tokenizer(tmp_path / "smaller", sentences(), 270)
     found.add(load_tokenizer(tmp_path / "smaller").fingerprint)
     assert len(found) == 2 + len(variants)
+
+
+def test_the_fingerprint_is_of_the_file_and_of_what_stands_around_a_text(
+    tmp_path: Path, bpe_folder: Path
+) -> None:
+    content = (bpe_folder / "tokenizer.json").read_text()
+
+    def expected(around: str) -> str:
+        return hashlib.blake2b(f"{content}|{around}".encode(), digest_size=16).hexdigest()
+
+    named = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "GPT2Tokenizer"}
+    assert with_settings(tmp_path, bpe_folder, named).fingerprint == expected("None|1")
+    # and so a run whose prompts had a merely named begin token can go on
+    told = named | {"add_bos_token": True}
+    assert with_settings(tmp_path, bpe_folder, told).fingerprint == expected("0|1")
 
 
 def test_the_fingerprint_does_not_depend_on_the_place(
