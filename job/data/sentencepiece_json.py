@@ -22,11 +22,13 @@ def equal_json(processor: Any, added: Mapping[str, int]) -> str | None:
     Args:
         added: the tokens that are found in a text before anything else.
     """
-    pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
+    named = {i: text for text, i in added.items()}
+    pieces = [named.get(i) or processor.id_to_piece(i) for i in range(processor.vocab_size())]
     scores = [processor.get_score(i) for i in range(len(pieces))]
+    words = [i for i in range(len(pieces)) if i not in named and _is_word(processor, i)]
     for model in (_bpe, _unigram):
-        text = json.dumps(_description(processor, model(processor, pieces, scores), added))
-        if _reads_alike(text, processor, pieces):
+        text = json.dumps(_description(processor, model(processor, pieces, scores, words), added))
+        if _reads_alike(text, processor, [pieces[i] for i in words], added):
             return text
     return None
 
@@ -61,10 +63,11 @@ def _description(
     }
 
 
-def _bpe(processor: Any, pieces: list[str], scores: list[float]) -> dict[str, Any]:
+def _bpe(
+    processor: Any, pieces: list[str], scores: list[float], words: list[int]
+) -> dict[str, Any]:
     """Each way to make a piece of two; the higher its score, the earlier."""
     ids = {piece: i for i, piece in enumerate(pieces)}
-    words = [i for i, piece in enumerate(pieces) if len(piece) > 1 and _is_word(processor, i)]
     merges = []
     for i in sorted(words, key=lambda i: -scores[i]):
         halves = [(pieces[i][:n], pieces[i][n:]) for n in range(1, len(pieces[i]))]
@@ -75,7 +78,9 @@ def _bpe(processor: Any, pieces: list[str], scores: list[float]) -> dict[str, An
     return {**model, "fuse_unk": True, "byte_fallback": fallback}
 
 
-def _unigram(processor: Any, pieces: list[str], scores: list[float]) -> dict[str, Any]:
+def _unigram(
+    processor: Any, pieces: list[str], scores: list[float], words: list[int]
+) -> dict[str, Any]:
     fallback = any(map(processor.is_byte, range(len(pieces))))
     vocabulary = list(zip(pieces, scores, strict=True))
     model = {"type": "Unigram", "unk_id": processor.unk_id(), "vocab": vocabulary}
@@ -89,12 +94,14 @@ def _is_word(processor: Any, i: int) -> bool:
     return not any(kind(i) for kind in kinds)
 
 
-def _reads_alike(text: str, processor: Any, pieces: list[str]) -> bool:
-    """Whether both give the same ids to texts of the vocabulary's words and others."""
+def _reads_alike(text: str, processor: Any, words: list[str], added: Mapping[str, int]) -> bool:
+    """Whether both give the same ids to added tokens, and to texts of these words and others."""
     import tokenizers
 
     found = tokenizers.Tokenizer.from_str(text)
-    words = [p.replace(_BLANK, " ") for i, p in enumerate(pieces) if _is_word(processor, i)]
+    if any(found.token_to_id(token) != i for token, i in added.items()):
+        return False
+    words = [word.replace(_BLANK, " ") for word in words]
     words += ["\n", "  ", "é", "漢", "😀", "ﬁ", "½", "12", "\t"]
     drawn = random.Random(0)
     for _ in range(_TRIALS):

@@ -115,7 +115,9 @@ class ChatTemplate(Template):
         self.blanks = self._after[len(self._after.rstrip()) :] if self.end else ""
 
     def render(self, prompt: str, response: str, *, truncated: bool = False) -> tuple[str, str]:
-        said = self._without_end(response) if self.end or truncated else response
+        said = self._without_end(response)
+        if said != response and not self.end and not truncated:
+            said += self._tokenizer.end_text  # which the template does not write
         asked, answer = self._parts(prompt, said)
         lead, core, after = self._split(answer, said)
         if _is_open_thought(asked, lead, core):
@@ -130,11 +132,11 @@ class ChatTemplate(Template):
         for core in (said, said.strip()):
             if answer.endswith(core + self._after):
                 return answer[: len(answer) - len(core + self._after)], core, self._after
-        core = next((core for core in (said, said.strip()) if core and core in answer), None)
-        if core is None:
+        found = next((core for core in (said, said.strip()) if core and core in answer), None)
+        if found is None:
             self._fail("it changes the response or leaves it out")
-        lead, _, after = answer.rpartition(core)
-        return lead, core, after
+        lead, _, after = answer.rpartition(found)
+        return lead, found, after
 
     def _without_end(self, response: str) -> str:
         response = self._tokenizer.without_end(response)

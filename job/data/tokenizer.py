@@ -135,12 +135,20 @@ class Tokenizer(ABC):
         ]
         return list(map(self._frame, found, ended)) if framed else found
 
+    @property
+    def begin_text(self) -> str:
+        """The begin token that is put before a text; empty where none is."""
+        return "" if self.bos_id is None else self.token_text(self.bos_id)
+
+    @property
+    def end_text(self) -> str:
+        return "" if self.eos_id is None else self.token_text(self.eos_id)
+
     def without_end(self, response: str) -> str:
         """A response without the end token that it brings, and without blanks behind that."""
-        if self.eos_id is not None:
-            end = self.token_text(self.eos_id)
-            while (bare := response.rstrip()).endswith(end):
-                response = bare.removesuffix(end)
+        end = self.end_text
+        while end and (bare := response.rstrip()).endswith(end):
+            response = bare.removesuffix(end)
         return response
 
     def _body(self, response: str, ended: bool) -> str:

@@ -54,8 +54,10 @@ class ReadText:
                 yield f"the user's message{name}", prompt
             return
         for name, prompt in self._prompts() or [("", _PROMPT)]:
-            text = "".join(self._form.render(prompt, _RESPONSE))
-            yield f"the text{name}", self._begin(text) + text + self._end
+            text = self._tokenizer.without_end("".join(self._form.render(prompt, _RESPONSE)))
+            begin = self._tokenizer.begin_text
+            begin = "" if text.startswith(begin) else begin
+            yield f"the text{name}", begin + text + self._tokenizer.end_text
 
     def jinja(self, reads: Reader) -> str | None:
         """The chat template that makes the run's tokens of a chat; None where none does."""
@@ -64,16 +66,6 @@ class ReadText:
             if self._is_alike(text, reads):
                 return text
         return None
-
-    @property
-    def _end(self) -> str:
-        eos = self._tokenizer.eos_id
-        return "" if eos is None else self._tokenizer.token_text(eos)
-
-    def _begin(self, text: str = "") -> str:
-        bos = self._tokenizer.bos_id
-        begin = "" if bos is None else self._tokenizer.token_text(bos)
-        return "" if text.startswith(begin) else begin
 
     def _prompts(self) -> list[tuple[str, str]]:
         if not self._alpaca:
@@ -92,9 +84,9 @@ class ReadText:
 
     def _of_text(self, form: Form) -> Iterator[str]:
         assert isinstance(form, PlainTemplate)
-        begin = self._begin()
+        begin = self._tokenizer.begin_text
         prompt = f"{_quoted(form.before)} + {self._content()} + {_quoted(form.between)}"
-        answer = _answer(self._tokenizer.without_end(form.after), self._end)
+        answer = _answer(self._tokenizer.without_end(form.after), self._tokenizer.end_text)
         for added, written in (("", ""), (" ", ""), (" ", " ")):
             lines = [f"set prompt = {prompt}"]
             if begin:

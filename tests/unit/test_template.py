@@ -183,7 +183,8 @@ def test_a_chat_has_one_end_token_whatever_the_response_brings(folder: Path, tex
 
 def test_an_end_token_that_the_template_does_not_write_stays_the_last(folder: Path) -> None:
     template = chat(folder, "{% for m in messages %}{{ m.content + '\\n' }}{% endfor %}")
-    assert template.render("q", "r</s>") == ("q\n", "r</s>")
+    for brought in ("</s>", "</s>\n", "</s></s>"):
+        assert template.render("q", "r" + brought) == ("q\n", "r</s>")
     assert template.render("q", "r") == ("q\n", "r\n")
 
 
