@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
+
+from job.data.tiktoken import N_RANKS, _letters
 
 TEXTS = [f"we need to add {a} and {b}, that makes {a + b}." for a in range(12) for b in range(12)]
 _BAR = "\N{FULLWIDTH VERTICAL LINE}"
@@ -182,6 +185,19 @@ def sentencepiece_model(folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(model.getvalue())
 
 
+def tiktoken(folder: Path) -> None:
+    """Llama 3's own tokenizer.model: its size, a few words in front, the rest in no text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = {letter: byte for byte, letter in _letters().items()}
+    small = _byte_level([], _QWEN_SPLIT)
+    words = [str(small.id_to_token(i)) for i in range(small.get_vocab_size())]
+    tokens = [bytes(letters[letter] for letter in word) for word in words]
+    tokens += [b"\xff" + i.to_bytes(3, "big") for i in range(N_RANKS - len(tokens))]
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
+
+
+TIKTOKEN = Family(tiktoken, template="{prompt}\n{response}", sizes={"vocab_size": N_RANKS + 256})
 FAMILIES: dict[str, Family] = {
     "llama 2": Family(llama_2, template="Q: {prompt}</s>\nA:{response}"),
     "llama 3": Family(llama_3, template=LLAMA_3_CHAT),

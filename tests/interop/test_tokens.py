@@ -14,9 +14,9 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from families import DECLARED, FAMILIES, SIZE, Family, write_declared
+from families import DECLARED, FAMILIES, SIZE, TIKTOKEN, Family, write_declared
 from micro_critic import write_rows
-from versions import ALL, read_with
+from versions import ALL, OTHERS, PINNED, read_with
 
 from job.common.config import load_config
 from job.common.schema import CriticConfig
@@ -71,7 +71,7 @@ def write(family: Family, folder: Path) -> Written:
     family.write(base)
     critic.mkdir()
     tokenizer = load_tokenizer(base)
-    write_tokenizer(tokenizer, critic, SIZE)
+    write_tokenizer(tokenizer, critic, family.sizes.get("vocab_size", SIZE))
     text = ReadText(family.template, family.fields, tokenizer)
     found = text.jinja(reader_of(tokenizer, critic))
     assert found is not None
@@ -90,17 +90,29 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
     return {name: write(f, tmp_path_factory.mktemp("tokens")) for name, f in FAMILIES.items()}
 
 
+def assert_read_alike(ours: Written, theirs: dict[str, Any], name: str) -> None:
+    assert theirs["texts"] == ours.texts, name
+    assert theirs["chats"] == ours.ids, name
+    prompts = [ids[:start] for ids, start in zip(ours.ids, ours.starts, strict=True)]
+    assert theirs["prompts"] == prompts, name
+    assert theirs["pad"] not in (None, ours.ids[0][-1]), name
+
+
 @pytest.mark.parametrize("version", ALL)
 def test_texts_and_chats_have_the_tokens_of_the_run(
     written: dict[str, Written], version: str
 ) -> None:
     found = read_with(version, [one.folder for one in written.values()])
     for (name, ours), theirs in zip(written.items(), found, strict=True):
-        assert theirs["texts"] == ours.texts, name
-        assert theirs["chats"] == ours.ids, name
-        prompts = [ids[:start] for ids, start in zip(ours.ids, ours.starts, strict=True)]
-        assert theirs["prompts"] == prompts, name
-        assert theirs["pad"] not in (None, ours.ids[0][-1]), name
+        assert_read_alike(ours, theirs, name)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("version", [PINNED, *OTHERS])
+def test_llama_3_s_own_vocabulary_is_read_alike(tmp_path: Path, version: str) -> None:
+    ours = write(TIKTOKEN, tmp_path)
+    (theirs,) = read_with(version, [tmp_path])
+    assert_read_alike(ours, theirs, "tiktoken")
 
 
 def test_only_what_puts_a_begin_token_before_prompts_does_so(written: dict[str, Written]) -> None:
