@@ -35,7 +35,8 @@ from job.data.rows import BadRow, Rewards, Row, read_rows
 from job.data.template import Template, load_template, render_rows
 from job.data.tokenizer import Encoded, Tokenizer
 
-FORMAT = 6  # part of the key: raise it when the stored form changes
+FORMAT = 5  # part of the key: raise it when the stored form changes
+_READING = 2  # raise it when some rows become other tokens; runs go on all the same
 _BATCH = 1024  # examples tokenised together
 
 
@@ -69,6 +70,11 @@ class TokenizedSet:
 
     def __len__(self) -> int:
         return len(self.rewards)
+
+    @property
+    def key(self) -> str:
+        """What a run knows the set by: everything that it depends on, but for `_READING`."""
+        return self.folder.name.partition(".")[0]
 
     def bad_rows(self) -> Iterator[BadRow]:
         """The rows left out, in order."""
@@ -140,7 +146,7 @@ def _find_or_write(
         "policy": {k: getattr(v, "name", v) for k, v in asdict(policy).items()},
     }
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
-    folder = Path(data.cache_dir) / digest
+    folder = Path(data.cache_dir) / f"{digest}.{_READING}"
     try:
         if not folder.exists():
             with atomic_folder(folder) as scratch:

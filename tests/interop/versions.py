@@ -22,7 +22,10 @@ from read_critics import read
 PINNED = transformers.__version__
 OTHERS = {
     "4.57.3": ("tokenizers==0.22.2", "huggingface_hub==0.36.2"),
-    "5.3.0": ("tokenizers==0.22.2", "huggingface_hub==1.33.0"),
+    "5.3.0": (
+        *("tokenizers==0.22.2", "huggingface_hub==1.33.0"),
+        *("httpx==0.28.1", "httpcore==1.0.9", "h11==0.16.0", "anyio==4.16.0"),
+    ),
 }
 ALL = [PINNED, *(pytest.param(version, marks=pytest.mark.all) for version in OTHERS)]
 _SCRIPT = Path(__file__).with_name("read_critics.py")
@@ -47,11 +50,11 @@ def read_with(version: str, folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 def _packages(version: str) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = base / "critic-transformers" / version
+    wanted = [f"transformers=={version}", *OTHERS[version]]
+    folder = base / "critic-transformers" / "_".join(wanted).replace("==", "-")
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    wanted = [f"transformers=={version}", *OTHERS[version]]
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         target = Path(scratch) / "packages"
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target)]

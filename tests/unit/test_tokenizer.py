@@ -780,9 +780,8 @@ def test_a_declared_flag_counts_and_what_changes_nothing_keeps_the_fingerprint(
 
     same, strips = told("same"), told("strips", rstrip=True)
     assert same.fingerprint == bpe.fingerprint != strips.fingerprint
-    assert len(encode(same, "the</s> cat", "").ids) == 1 + len(
-        encode(strips, "the</s> cat", "").ids
-    )
+    text = "the</s> cat"
+    assert encode(same, text, "").ids != encode(strips, text, "").ids
 
 
 def test_names_in_the_older_map_count_where_no_newer_list_is_there(
