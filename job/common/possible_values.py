@@ -72,7 +72,7 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "architecture.rope_theta": (1, None),
     "architecture.n_future_tokens": (1, None),
 }
-_FIELD_NAMES = ("prompt", "response", "reward", "problem_id")
+_FIELD_NAMES = ("prompt", "response", "reward", "problem_id", "truncated")
 
 
 def impossible_values(config: Any) -> Iterator[str]:

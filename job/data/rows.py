@@ -31,8 +31,8 @@ _LOOKED_AT = 4096  # bytes: blanks before an array, or an object
 class Row:
     """A solution and its label, NaN where it has none.
 
-    `optimal[i]` is the best value after response character i; `odd_label` says why a label that is
-    there is not used.
+    `optimal[i]` is the best value after response character i; `truncated` says that the answer was
+    cut off, and `odd_label` why a label that is there is not used.
     """
 
     prompt: str
@@ -40,6 +40,7 @@ class Row:
     reward: float
     problem_id: str
     optimal: tuple[float, ...] | None = None
+    truncated: bool = False
     odd_label: str | None = None
 
 
@@ -67,8 +68,8 @@ def read_rows(
     Rows of an array and of Parquet are counted as lines are.
 
     Args:
-        fields: None, a mapping from `prompt`, `response`, `reward`, `problem_id` to the file's
-            names (`a.b` is b within a), or `alpaca`.
+        fields: None, a mapping from `prompt`, `response`, `reward`, `problem_id`, `truncated` to
+            the file's names (`a.b` is b within a), or `alpaca`.
         rewards: whether rows must carry a reward. If not, it is 0, and with `optional` that of
             the row, or NaN where that is none between 0 and 1.
 
@@ -156,7 +157,7 @@ def _row_parser(fields: Any, rewards: Rewards) -> Callable[[dict[str, Any]], Row
     def parse(row: dict[str, Any]) -> Row:
         prompt = _text(row, names.get("prompt", "prompt"))
         if fields == "alpaca":
-            prompt = _alpaca_prompt(prompt, row)
+            prompt = alpaca_prompt(prompt, row)
         response_field = names.get("response", "response")
         response = _text(row, response_field)
         if not response.strip():
@@ -164,7 +165,8 @@ def _row_parser(fields: Any, rewards: Rewards) -> Callable[[dict[str, Any]], Row
         name = names.get("reward", "reward")
         reward, odd = _reward(row, name, rewards) if rewards else (0.0, None)
         problem = _problem(row, problem_field, prompt)
-        return Row(prompt, response, reward, problem, odd_label=odd)
+        cut = _truncated(row, names.get("truncated"))
+        return Row(prompt, response, reward, problem, truncated=cut, odd_label=odd)
 
     return parse
 
@@ -242,7 +244,18 @@ def _problem(row: dict[str, Any], field: str | None, prompt: str) -> str:
     return str(value)
 
 
-def _alpaca_prompt(instruction: str, row: dict[str, Any]) -> str:
+def _truncated(row: dict[str, Any], field: str | None) -> bool:
+    """Whether the row's answer was cut off; where it does not say, it was not."""
+    value = _field(row, field) if field else row.get("truncated")
+    if value is None or value != value:  # pandas writes NaN for none
+        return False
+    if not isinstance(value, int | float) or value not in (0, 1):
+        name = repr(field or "truncated")
+        raise _RowError(f"field {name} must be true or false, not {quoted(value)}")
+    return bool(value)
+
+
+def alpaca_prompt(instruction: str, row: dict[str, Any]) -> str:
     """The instruction template of Stanford Alpaca (Taori et al. 2023), with or without input."""
     context = _text(row, "input") if row.get("input") else ""
     lead = "Below is an instruction that describes a task"

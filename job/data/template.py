@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -24,11 +25,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from job.common.errors import InputError, file_error, first_line
 from job.common.schema import CHAT, is_chat_template
 from job.data.rows import BadRow, Row
-from job.data.tokenizer import Tokenizer, token_setting
+from job.data.tokenizer import Tokenizer
+from job.data.tokenizer_settings import NAMES
 
 _MAX_LOOPS = 100_000  # over ranges, in one text
 _MAX_LENGTH = 10_000_000  # characters of one text
-_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_MARK = re.compile(r"[<\[](/?)([^\s<>\[\]/]+)[>\]]")  # <think>, [THINK] and their ends
+_LAST_MARK = re.compile(_MARK.pattern + r"\s*\Z")
+_PROBE = ("1 + 1?", "2.")
+DAY = datetime.date(2024, 7, 26)  # Llama 3's own date where there is no clock
 
 
 class TemplateError(ValueError):
@@ -47,8 +52,11 @@ class Template(ABC):
     identity: Any
 
     @abstractmethod
-    def render(self, prompt: str, response: str) -> tuple[str, str]:
+    def render(self, prompt: str, response: str, *, truncated: bool = False) -> tuple[str, str]:
         """What the model is given, and what it says then.
+
+        Args:
+            truncated: the response was cut off; nothing stands behind it.
 
         Raises:
             TemplateError: the template cannot do that, or drops something.
@@ -60,13 +68,16 @@ class PlainTemplate(Template):
 
     framed = True
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, tokenizer: Tokenizer) -> None:
         self.identity = text
-        self._before, _, rest = text.partition("{prompt}")
-        self._between, _, self._after = rest.partition("{response}")
+        self._tokenizer = tokenizer
+        self.before, _, rest = text.partition("{prompt}")
+        self.between, _, self.after = rest.partition("{response}")
 
-    def render(self, prompt: str, response: str) -> tuple[str, str]:
-        return self._before + prompt + self._between, response + self._after
+    def render(self, prompt: str, response: str, *, truncated: bool = False) -> tuple[str, str]:
+        said = self._tokenizer.without_end(response)
+        after = "" if truncated else self.after
+        return self.before + prompt + self.between, said + after
 
 
 class ChatTemplate(Template):
@@ -74,40 +85,85 @@ class ChatTemplate(Template):
 
     The prompt is the user's message up to where the assistant is to speak, the response all that
     the assistant's message adds. Blanks behind an end token are left out: no model says them.
+
+    A response that is a thought without an end, and so was cut off, stands right behind the prompt:
+    templates take it for an answer, and put a thought before it that the model never had.
+
+    Attributes:
+        text: the template.
+        end: the token that it puts behind a response, with blanks behind that; both may be empty.
     """
 
     framed = False
 
     def __init__(self, source: str, text: str, tokenizer: Tokenizer) -> None:
+        self.text = text
         self._source = source
-        self._variables = _token_variables(tokenizer)
-        self._ends = tuple(sorted(tokenizer.special))
-        self.identity = {"chat": text, "variables": self._variables, "ends": self._ends}
+        self._tokenizer = tokenizer
+        self._variables = tokenizer.named  # as templates know them
+        self._ends = tuple(sorted(tokenizer.special, key=len, reverse=True))
+        self.identity = {"chat": text, "variables": self._variables, "ends": sorted(self._ends)}
         try:
             self._template = _environment().from_string(text)
         except jinja2.TemplateSyntaxError as error:
             raise InputError(f"{source}: line {error.lineno}: {error.message}") from None
         except Exception as error:  # what a broken template raises is anybody's guess
             raise InputError(f"{source}: {first_line(error)}") from None
+        _, answer = self._parts(*_PROBE)
+        self._after = answer.rpartition(_PROBE[1])[2]
+        self.end = self._end_of(self._after)
+        self.blanks = self._after[len(self._after.rstrip()) :] if self.end else ""
 
-    def render(self, prompt: str, response: str) -> tuple[str, str]:
-        user = {"role": "user", "content": prompt}
-        asked = self._run([user], add_generation_prompt=True)
-        assistant = {"role": "assistant", "content": response}
-        whole = self._run([user, assistant], add_generation_prompt=False)
+    def render(self, prompt: str, response: str, *, truncated: bool = False) -> tuple[str, str]:
+        said = self._without_end(response)
+        if said != response and not self.end and not truncated:
+            said += self._tokenizer.end_text  # which the template does not write
+        asked, answer = self._parts(prompt, said)
+        lead, core, after = self._split(answer, said)
+        if _is_open_thought(asked, lead, core):
+            lead = ""
+        if truncated:
+            return asked, lead + core
+        whole = lead + core + after
+        return asked, whole.rstrip() if self._end_of(whole) else whole
+
+    def _split(self, answer: str, said: str) -> tuple[str, str, str]:
+        """What the template puts before a response, the response, and what it puts behind it."""
+        for core in (said, said.strip()):
+            if answer.endswith(core + self._after):
+                return answer[: len(answer) - len(core + self._after)], core, self._after
+        found = next((core for core in (said, said.strip()) if core and core in answer), None)
+        if found is None:
+            self._fail("it changes the response or leaves it out")
+        lead, _, after = answer.rpartition(found)
+        return lead, found, after
+
+    def _without_end(self, response: str) -> str:
+        response = self._tokenizer.without_end(response)
+        while self.end and (bare := response.rstrip()).endswith(self.end):
+            response = self._tokenizer.without_end(bare.removesuffix(self.end))
+        return response
+
+    def _end_of(self, text: str) -> str:
+        """The special token that a text ends with, but for blanks."""
+        return next((end for end in self._ends if text.rstrip().endswith(end)), "")
+
+    def _parts(self, prompt: str, response: str) -> tuple[str, str]:
+        """The text that asks for an answer, and what the answer adds to it."""
+        asked = self._run(_messages(prompt), add_generation_prompt=True)
+        whole = self.whole(prompt, response)
         if not whole.startswith(asked):
             self._fail(
                 "the text with an answer does not begin with the text that asks for one; "
                 "where the response begins is unknown"
             )
-        answer = whole[len(asked) :]
-        if answer.rstrip().endswith(self._ends):
-            answer = answer.rstrip()
         if prompt.strip() not in asked:
             self._fail("it changes the prompt or leaves it out")
-        if response.strip() not in answer:
-            self._fail("it changes the response or leaves it out")
-        return asked, answer
+        return asked, whole[len(asked) :]
+
+    def whole(self, prompt: str, response: str) -> str:
+        """What the template makes of a chat."""
+        return self._run(_messages(prompt, response), add_generation_prompt=False)
 
     def _run(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         given = {"tools": None, "documents": None, "range": _bounded_range()} | self._variables
@@ -128,23 +184,48 @@ class ChatTemplate(Template):
         raise TemplateError(f"{self._source}: {reason}") from None
 
 
-def load_template(template: str | None, tokenizer: Tokenizer) -> Template:
+def load_template(template: str | None, tokenizer: Tokenizer) -> PlainTemplate | ChatTemplate:
     """The template that `data.template` asks for, tried on an example.
 
     Raises:
         InputError: there is none, or it does not work.
     """
     if template is None:
-        return PlainTemplate("{prompt}{response}")
+        return PlainTemplate("{prompt}{response}", tokenizer)
     if template != CHAT and not is_chat_template(template):
-        return PlainTemplate(template)
+        return PlainTemplate(template, tokenizer)
     source, text = _chat_source(tokenizer) if template == CHAT else ("data.template", template)
-    found = ChatTemplate(source, text, tokenizer)
     try:
-        found.render("1 + 1?", "2.")
+        found = ChatTemplate(source, text, tokenizer)
+        found.render(*_PROBE)
     except TemplateError as error:
         raise InputError(str(error)) from None
     return found
+
+
+def _messages(*texts: str) -> list[dict[str, str]]:
+    return [
+        {"role": role, "content": text}
+        for role, text in zip(("user", "assistant"), texts, strict=False)
+    ]
+
+
+def _is_open_thought(asked: str, lead: str, said: str) -> bool:
+    """Whether `lead` closes a thought that goes on in what was said.
+
+    Either the prompt ends with its beginning, or what was said begins one and does not end it.
+    """
+    closed = {name for slash, name in _MARK.findall(lead) if slash}
+    last = _LAST_MARK.search(asked)
+    return bool(closed & (_left_open(said) | _left_open(last[0] if last else "")))
+
+
+def _left_open(text: str) -> set[str]:
+    """The marks, such as <think>, that a text opens and does not close."""
+    left: set[str] = set()
+    for slash, name in _MARK.findall(text):
+        (left.discard if slash else left.add)(name)
+    return left
 
 
 def render_rows(
@@ -156,7 +237,7 @@ def render_rows(
             yield line, row
             continue
         try:
-            prompt, response = template.render(row.prompt, row.response)
+            prompt, response = template.render(row.prompt, row.response, truncated=row.truncated)
         except TemplateError as error:
             yield line, BadRow(file, line, str(error))
         else:
@@ -185,23 +266,11 @@ def _chat_source(tokenizer: Tokenizer) -> tuple[str, str]:
     return source, found
 
 
-def _token_variables(tokenizer: Tokenizer) -> dict[str, str]:
-    """`bos_token` and the like, as templates know them."""
-    named = {
-        f"{name}_token": token_setting(tokenizer.settings, f"{name}_token") for name in _TOKENS
-    }
-    variables = {key: text for key, text in named.items() if isinstance(text, str)}
-    for key, token in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
-        if token is not None:
-            variables.setdefault(key, tokenizer.token_text(token))
-    return variables
-
-
 class _Undefined(jinja2.Undefined):
     """False in a test, as usual; written out it is an error, but for a token that is not there."""
 
     def __str__(self) -> str:
-        if self._undefined_name in {f"{name}_token" for name in _TOKENS}:
+        if self._undefined_name in NAMES:
             return ""
         return self._fail_with_undefined_error()
 
@@ -236,9 +305,7 @@ def _environment() -> jinja2.Environment:
         undefined=_Undefined,
         extensions=["jinja2.ext.loopcontrols", _GenerationBlock],
     )
-    # Llama 3's own date where there is no clock.
-    day = datetime.date(2024, 7, 26)
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": day.strftime}
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": DAY.strftime}
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     del environment.globals["lipsum"], environment.filters["random"]
     return environment

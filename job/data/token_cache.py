@@ -38,7 +38,9 @@ from job.data.template import Template, load_template, render_rows
 from job.data.tokenizer import Encoded, Tokenizer
 
 FORMAT = 5  # part of the key: raise it when the stored form changes
+_READING = 2  # raise it when some rows become other tokens; runs go on all the same
 _BATCH = 1024  # examples tokenised together
+_ODD_LABELS = "odd_labels.jsonl"
 _DAMAGE = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # as numpy names it
 
 
@@ -73,13 +75,25 @@ class TokenizedSet:
     def __len__(self) -> int:
         return len(self.rewards)
 
+    @property
+    def key(self) -> str:
+        """What a run knows the set by: everything that it depends on, but for `_READING`."""
+        return self.folder.name.partition(".")[0]
+
     def bad_rows(self) -> Iterator[BadRow]:
         """The rows left out, in order.
 
         Raises:
             InputError: the list was damaged since it was written.
         """
-        file = self.folder / "bad_rows.jsonl"
+        return self._listed("bad_rows.jsonl")
+
+    def odd_labels(self) -> Iterator[BadRow]:
+        """Rows that are scored, and whose label is none between 0 and 1; raises as above."""
+        return self._listed(_ODD_LABELS) if (self.folder / _ODD_LABELS).exists() else iter(())
+
+    def _listed(self, name: str) -> Iterator[BadRow]:
+        file = self.folder / name
         with file.open("rb") as lines:
             for line in lines:
                 try:
@@ -162,7 +176,7 @@ def _find_or_write(
         "policy": {k: getattr(v, "name", v) for k, v in asdict(policy).items()},
     }
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
-    folder = Path(data.cache_dir) / digest
+    folder = Path(data.cache_dir) / f"{digest}.{_READING}"
 
     def write(scratch: Path) -> None:
         _write(scratch, source, template, tokenizer, policy)
@@ -265,6 +279,7 @@ class _SetWriter:
         self.n_seen = 0
         self.bad: list[BadRow] = []
         self.refused: list[BadRow] = []  # those of `bad` that the policy does not skip
+        self.odd: list[BadRow] = []  # that have a label which is not used
         self.lengths: list[int] = []
         self.starts: list[int] = []
         self.rewards: list[float] = []
@@ -289,8 +304,10 @@ class _SetWriter:
         policy: _Policy,
     ) -> None:
         self.n_seen += len(chunk)
-        texts = [(row.prompt, row.response) for _, row in chunk if isinstance(row, Row)]
-        encoded = iter(tokenizer.encode(texts, framed=self.framed))
+        good = [row for _, row in chunk if isinstance(row, Row)]
+        texts = [(row.prompt, row.response) for row in good]
+        ended = [not row.truncated for row in good]
+        encoded = iter(tokenizer.encode(texts, framed=self.framed, ended=ended))
         for line, row in chunk:
             if isinstance(row, BadRow):
                 self._leave_out(row, skip=policy.bad_rows is BadRows.skip)
@@ -317,6 +334,8 @@ class _SetWriter:
         self.lengths.append(len(fitted.ids))
         self.starts.append(fitted.response_start)
         self.rewards.append(row.reward)
+        if row.odd_label is not None:
+            self.odd.append(BadRow(place.file, place.line, row.odd_label))
         self.lines.append(place.line)
         key = hashlib.blake2b(row.problem_id.encode("utf-8", "surrogatepass"), digest_size=8)
         self.problems.append(int.from_bytes(key.digest(), "little"))
@@ -343,8 +362,13 @@ class _SetWriter:
             problems=np.asarray(self.problems, np.uint64),
             lines=np.asarray(self.lines, np.int64),
         )
-        lines = (json.dumps(asdict(row)) + "\n" for row in self.bad)
-        (self.folder / "bad_rows.jsonl").write_text("".join(lines))
+        self._list("bad_rows.jsonl", self.bad)
+        if self.odd:
+            self._list(_ODD_LABELS, self.odd)
+
+    def _list(self, name: str, rows: Iterable[BadRow]) -> None:
+        lines = (json.dumps(asdict(row)) + "\n" for row in rows)
+        (self.folder / name).write_text("".join(lines))
 
 
 def _fit(tokens: Encoded, tokenizer: Tokenizer, policy: _Policy) -> Encoded | None:

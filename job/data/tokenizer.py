@@ -12,16 +12,19 @@ Special tokens written out in a text (`</s>`, `<|im_start|>`) are these tokens.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from job.common.errors import InputError, file_error
+from job.data.sentencepiece_json import as_added_tokens, equal_json
 from job.data.tiktoken import as_tokenizer_json, is_tiktoken
+from job.data.tokenizer_settings import NAMES, Added, TokenizerSettings
 
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>")
 _EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>")
@@ -45,22 +48,44 @@ class Tokenizer(ABC):
     """What the data pipeline needs of a tokenizer.
 
     Attributes:
+        file: its tokenizer.json or tokenizer.model.
         folder: where it lies, with what else describes it.
         settings: of the tokenizer_config.json there.
+        named: the texts of `bos_token`, `eos_token` and others, as far as there are such tokens.
+        bos_id: the begin token, where one is put before a text; one that is merely named is not.
         special: the texts of its special tokens.
     """
 
+    file: Path
     folder: Path
     settings: dict[str, Any]
+    named: dict[str, str]
     fingerprint: str
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
     special: frozenset[str]
+    _end_takes_blanks = False  # whether the end token swallows the blanks before it
 
     def __init__(self, file: Path) -> None:
-        self.folder = file.parent
-        self.settings = _read_settings(file.with_name("tokenizer_config.json"))
+        self.file, self.folder = file, file.parent
+        self._declared = TokenizerSettings.read(file.parent)
+        self.settings = self._declared.values
+
+    @property
+    def is_like_llama(self) -> bool:
+        """Whether its class puts a begin token before a text, whatever tokenizer.json says."""
+        return self._declared.is_like_llama
+
+    @property
+    @abstractmethod
+    def tokenizer_json(self) -> str | None:
+        """The text of a tokenizer.json that reads texts alike; None where there is none."""
+
+    @property
+    @abstractmethod
+    def added_tokens(self) -> list[dict[str, Any]]:
+        """The tokens that are found in a text before all others, as tokenizer.json has them."""
 
     @abstractmethod
     def token_id(self, text: str) -> int | None:
@@ -78,13 +103,23 @@ class Tokenizer(ABC):
             follows: the text goes on after another; nothing is put before it.
         """
 
-    def encode(self, pairs: Sequence[tuple[str, str]], *, framed: bool = True) -> list[Encoded]:
+    def encode(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        framed: bool = True,
+        ended: Sequence[bool] | None = None,
+    ) -> list[Encoded]:
         """Tokenise (prompt, response) pairs.
 
         Args:
             framed: whether begin and end token, where the tokenizer has them, stand around a pair;
                 those that its text has already are not doubled.
+            ended: which responses have an end token, if framed; by default all.
         """
+        ended = [True] * len(pairs) if ended is None else ended
+        if framed:
+            pairs = [(p, self._body(r, end)) for (p, r), end in zip(pairs, ended, strict=True)]
         joined = self._encode_texts([prompt + response for prompt, response in pairs])
         prompts = self._encode_texts([prompt for prompt, _ in pairs])
         apart = [
@@ -95,42 +130,69 @@ class Tokenizer(ABC):
         responses = self._encode_texts([pairs[i][1] for i in apart], follows=True)
         for i, response in zip(apart, responses, strict=True):
             joined[i] = _append(prompts[i], response, len(pairs[i][0]))
-        return [
-            self._frame(len(prompt), *whole, framed)
-            for (prompt, _), whole in zip(pairs, joined, strict=True)
+        found = [
+            _encoded(len(prompt), *whole) for (prompt, _), whole in zip(pairs, joined, strict=True)
         ]
+        return list(map(self._frame, found, ended)) if framed else found
 
-    def _frame(
-        self, n_prompt: int, ids: list[int], offsets: list[tuple[int, int]], framed: bool
-    ) -> Encoded:
-        ends = [end for _, end in offsets]
-        # The first bytes of a character in sentencepiece's byte pieces are empty spans before it.
-        start = sum(1 for begin, end in offsets if begin < n_prompt and end <= n_prompt)
-        if framed and self.bos_id is not None and ids[:1] != [self.bos_id]:
-            ids, ends, start = [self.bos_id, *ids], [0, *ends], start + 1
-        if framed and self.eos_id is not None and ids[-1:] != [self.eos_id]:
+    @property
+    def begin_text(self) -> str:
+        """The begin token that is put before a text; empty where none is."""
+        return "" if self.bos_id is None else self.token_text(self.bos_id)
+
+    @property
+    def end_text(self) -> str:
+        return "" if self.eos_id is None else self.token_text(self.eos_id)
+
+    def without_end(self, response: str) -> str:
+        """A response without the end token that it brings, and without blanks behind that."""
+        end = self.end_text
+        while end and (bare := response.rstrip()).endswith(end):
+            response = bare.removesuffix(end)
+        return response
+
+    def _body(self, response: str, ended: bool) -> str:
+        body = self.without_end(response)
+        return body.rstrip() if ended and self._end_takes_blanks else body
+
+    def _frame(self, bare: Encoded, ended: bool) -> Encoded:
+        ids, ends, start = bare.ids, bare.ends, bare.response_start
+        if ended and self.eos_id is not None and ids[start:][-1:] != [self.eos_id]:
             ids, ends = [*ids, self.eos_id], [*ends, ends[-1] if ends else 0]
+        if self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids, ends, start = [self.bos_id, *ids], [0, *ends], start + 1
         return Encoded(ids, ends, start)
 
-    def _frame_ids(self, bos: int | None, eos: int | None) -> None:
-        """Begin and end token: the settings', or else those given."""
-        self.bos_id = self._setting("bos_token", bos)
-        self.eos_id = self._setting("eos_token", eos)
-        if self.settings.get("add_bos_token") is False:
-            self.bos_id = None
+    def _find_named(self, bos: int | None, eos: int | None) -> tuple[int | None, int | None]:
+        """Begin and end token: the settings', or else those given; `named` has them all."""
+        texts = {name: self._declared.text(name) for name in NAMES}
+        self.named = {name: text for name, text in texts.items() if text}
+        found = self._setting("bos_token", bos), self._setting("eos_token", eos)
+        for name, token in zip(("bos_token", "eos_token"), found, strict=True):
+            if token is not None:
+                self.named[name] = self.token_text(token)
+        return found
 
     def _setting(self, key: str, default: int | None) -> int | None:
-        if key not in self.settings:
+        if key not in self._declared.named:
             return default
-        named = token_setting(self.settings, key)
+        named = self._declared.named[key]
         if named is None:
             return None
-        found = self.token_id(named) if isinstance(named, str) else None
+        text = self._declared.text(key)
+        found = None if text is None else self.token_id(text)
         if found is None:
             raise InputError(
-                f"{self.folder}/tokenizer_config.json: {key} {named!r} is not in the vocabulary"
+                f"{self.folder}/tokenizer_config.json: {key} {text or named!r} is not in the "
+                "vocabulary"
             )
         return found
+
+
+def _encoded(n_prompt: int, ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
+    # The first bytes of a character in sentencepiece's byte pieces are empty spans before it.
+    start = sum(1 for begin, end in offsets if begin < n_prompt and end <= n_prompt)
+    return Encoded(ids, [end for _, end in offsets], start)
 
 
 def _goes_on(whole: _Offsets, prompt: _Offsets, n_prompt: int) -> bool:
@@ -144,47 +206,94 @@ def _append(prompt: _Offsets, response: _Offsets, n_prompt: int) -> _Offsets:
     return prompt[0] + response[0], prompt[1] + moved
 
 
-def token_setting(settings: dict[str, Any], key: str) -> Any:
-    """The text of a token in tokenizer_config.json, which may be written as an AddedToken."""
-    named = settings.get(key)
-    return named.get("content") if isinstance(named, dict) else named
-
-
 class JsonTokenizer(Tokenizer):
     """A tokenizer.json of the `tokenizers` library, or the text of one for another file."""
 
     def __init__(self, file: Path, text: str | None = None) -> None:
-        import tokenizers
-
         super().__init__(file)
-        try:
-            text = file.read_text(encoding="utf-8") if text is None else text
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exception
-            raise InputError(f"{file}: cannot read the tokenizer: {error}") from None
-        if isinstance(self._tokenizer.model, tokenizers.models.WordPiece):
-            raise InputError(
-                f"{file}: WordPiece is not supported, it loses blanks; BPE and Unigram are"
-            )
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        made, text = text is not None, _read(file) if text is None else text
+        self._text = text
+        self._tokenizer = _library_tokenizer(file, text)
+        before = _before_a_text(file, self._tokenizer)
         self._tokenizer.post_processor = None  # some cut blanks off the offsets
-        self._frame_ids(self._first_known(_BOS_NAMES), self._first_known(_EOS_NAMES))
-        self._tell_special_tokens()
+        there = self._readings()
+        self._add_declared(there)
+        bos, self.eos_id = self._find_named(
+            self._first_known(_BOS_NAMES), self._first_known(_EOS_NAMES)
+        )
+        self._add(self._declared.special())
+        self.bos_id = self._begin_token(bos, before, made)
+        self._tell_special_tokens(bos)
         self._following = _without_prefix(self._tokenizer)
         self.vocab_size = self._tokenizer.get_vocab_size()
-        self.fingerprint = _fingerprint(text, self.bos_id, self.eos_id)
+        self.fingerprint = _fingerprint(text + self._changed(there), self.bos_id, self.eos_id)
+
+    def _readings(self) -> dict[str, list[Any]]:
+        """How the added tokens are found in a text, by their texts."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        normalizes = self._tokenizer.normalizer is not None
+        return {
+            t.content: [i, t.lstrip, t.rstrip, t.single_word, t.normalized and normalizes]
+            for i, t in added.items()
+        }
+
+    def _add_declared(self, there: Mapping[str, object]) -> None:
+        """
+        Raises:
+            InputError: versions of transformers do not agree on what a token is.
+        """
+        normalizes = self._tokenizer.normalizer is not None
+        if disputed := self._declared.disputed(there.keys(), normalizes=normalizes):
+            raise InputError(
+                f"{self.folder}/{disputed} is not the same token for all versions of transformers; "
+                "write it into added_tokens_decoder of tokenizer_config.json"
+            )
+        older = "added_tokens_decoder" not in self.settings
+        self._add((t for t in self._declared.added if not (older and t.text in there)), anew=True)
+
+    def _add(self, tokens: Iterable[Added], *, anew: bool = False) -> None:
+        """Add tokens, those of the vocabulary with their ids; `anew`: with other flags too."""
+        import tokenizers
+
+        known = set() if anew else self._readings().keys()
+        new = [token for token in tokens if token.text not in known]
+        for special, group in itertools.groupby(
+            new, lambda token: token.flags.get("special", False)
+        ):
+            library = [tokenizers.AddedToken(token.text, **token.flags) for token in group]
+            add = self._tokenizer.add_special_tokens if special else self._tokenizer.add_tokens
+            add(library)
+
+    def _changed(self, there: Mapping[str, object]) -> str:
+        """What declared tokens change in the reading; empty if nothing.
+
+        Tokens of a name alone, such as padding, stand in no text.
+        """
+        declared = {token.text for token in self._declared.added} | self._declared.listed_texts
+        now = self._readings()
+        changed = {t: now[t] for t in sorted(declared & now.keys()) if there.get(t) != now[t]}
+        return json.dumps(changed) if changed else ""
+
+    def _begin_token(self, named: int | None, before: int | None, made: bool) -> int | None:
+        """The token before a text: what the post-processor puts there, or the tokenizer's class."""
+        puts = self._declared.puts_begin_token
+        if made:  # of a tokenizer.model, for which no post-processor is written down
+            puts = self.settings.get("add_bos_token") is not False
+        if puts is False or before is not None:
+            return None if puts is False else before
+        return named if puts else None
 
     def _first_known(self, names: Iterable[str]) -> int | None:
         return next((i for i in map(self.token_id, names) if i is not None), None)
 
-    def _tell_special_tokens(self) -> None:
+    def _tell_special_tokens(self, bos: int | None) -> None:
         """Begin and end token may be ordinary words of the vocabulary; in a text they are not."""
         added = self._tokenizer.get_added_tokens_decoder()
-        ends = [i for i in (self.bos_id, self.eos_id) if i is not None and i not in added]
+        ends = [i for i in (bos, self.eos_id) if i is not None and i not in added]
         self._tokenizer.add_special_tokens([self.token_text(i) for i in ends])
         added = self._tokenizer.get_added_tokens_decoder()
         self.special = frozenset(token.content for token in added.values() if token.special)
+        self._end_takes_blanks = self.eos_id is not None and added[self.eos_id].lstrip
 
     def token_id(self, text: str) -> int | None:
         return self._tokenizer.token_to_id(text)
@@ -192,10 +301,61 @@ class JsonTokenizer(Tokenizer):
     def token_text(self, token: int) -> str:
         return str(self._tokenizer.id_to_token(token))
 
+    @property
+    def tokenizer_json(self) -> str:
+        return self._text
+
+    @property
+    def added_tokens(self) -> list[dict[str, Any]]:
+        return json.loads(self._tokenizer.to_str())["added_tokens"]
+
     def _encode_texts(self, texts: Sequence[str], *, follows: bool = False) -> list[_Offsets]:
         tokenizer = self._following if follows else self._tokenizer
         encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [(e.ids, e.offsets) for e in encodings]
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot read the tokenizer: {error}") from None
+
+
+def _library_tokenizer(file: Path, text: str) -> Any:
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(f"{file}: cannot read the tokenizer: {error}") from None
+    if isinstance(tokenizer.model, tokenizers.models.WordPiece):
+        raise InputError(
+            f"{file}: WordPiece is not supported, it loses blanks; BPE and Unigram are"
+        )
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _before_a_text(file: Path, tokenizer: Any) -> int | None:
+    """The token that the post-processor puts before a text."""
+    before, _ = frame_of(tokenizer)
+    if len(before) > 1:
+        raise InputError(f"{file}: puts {len(before)} tokens before a text; one is supported")
+    return before[0] if before else None
+
+
+def frame_of(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the post-processor of a tokenizer of the library puts before and behind a text."""
+    words = itertools.chain("a0 ", tokenizer.get_vocab())
+    encoded = (tokenizer.encode(word, add_special_tokens=False) for word in words)
+    bare = next((found for found in encoded if found.ids), None)
+    if tokenizer.post_processor is None or bare is None:
+        return [], []
+    whole = tokenizer.post_process(bare)
+    start = (*whole.special_tokens_mask, 0).index(0)
+    return whole.ids[:start], whole.ids[start + len(bare.ids) :]
 
 
 def _without_prefix(tokenizer: Any) -> Any:
@@ -238,15 +398,25 @@ class SentencePieceTokenizer(Tokenizer):
         if self._processor.normalize("a") == "a▁":
             raise InputError(f"{file}: blanks as the ends of words are not supported")
         self._added = self._control_tokens() | self._added_tokens()
+        of_text = json.dumps(sorted(self._added.items()))
+        bos, eos = self._processor.bos_id(), self._processor.eos_id()
+        begin, self.eos_id = self._find_named(bos if bos >= 0 else None, eos if eos >= 0 else None)
+        self.bos_id = None if self.settings.get("add_bos_token") is False else begin
+        for token in self._declared.special():
+            self._added.setdefault(token.text, self._id_of(token.text))
         longest_first = sorted(self._added, key=len, reverse=True)
         self._pattern = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-        bos, eos = self._processor.bos_id(), self._processor.eos_id()
-        self._frame_ids(bos if bos >= 0 else None, eos if eos >= 0 else None)
         self.special = frozenset(self._added)
-        sizes = (self._processor.vocab_size(), *(i + 1 for i in self._added.values()))
-        self.vocab_size = max(sizes)
-        added = json.dumps(sorted(self._added.items()))
-        self.fingerprint = _fingerprint(content.hex() + added, self.bos_id, self.eos_id)
+        self.vocab_size = self._next_id()
+        self.fingerprint = _fingerprint(content.hex() + of_text, self.bos_id, self.eos_id)
+
+    @property
+    def tokenizer_json(self) -> str | None:
+        return equal_json(self._processor, self._added)
+
+    @property
+    def added_tokens(self) -> list[dict[str, Any]]:
+        return as_added_tokens(self._added)
 
     def _control_tokens(self) -> dict[str, int]:
         ids = list(range(self._processor.vocab_size()))
@@ -256,24 +426,24 @@ class SentencePieceTokenizer(Tokenizer):
         }
 
     def _added_tokens(self) -> dict[str, int]:
-        """Tokens that the vocabulary was given later, from where Hugging Face keeps them."""
-        file = self.folder / "added_tokens.json"
-        added: list[tuple[Any, Any]] = [*_read_settings(file).items()]
-        try:
-            for token, entry in self.settings.get("added_tokens_decoder", {}).items():
-                added.append((entry["content"], token))
-            return {str(text): int(token) for text, token in added if text}
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise InputError(
-                f"{self.folder}: added_tokens.json or tokenizer_config.json: added_tokens_decoder "
-                "has a token without text or number"
-            ) from None
+        """Tokens that the vocabulary was given later."""
+        declared = {token.text: token.id for token in self._declared.added}
+        listed = sorted(self._declared.listed_texts - declared.keys())
+        return declared | {t: i for t in listed if (i := self._piece(t)) is not None}
 
-    def token_id(self, text: str) -> int | None:
-        if text in self._added:
-            return self._added[text]
+    def _next_id(self) -> int:
+        return max(self._processor.vocab_size(), *(i + 1 for i in self._added.values()), 0)
+
+    def _id_of(self, text: str) -> int:
+        found = self.token_id(text)
+        return self._next_id() if found is None else found
+
+    def _piece(self, text: str) -> int | None:
         found = self._processor.piece_to_id(text)
         return found if self._processor.id_to_piece(found) == text else None
+
+    def token_id(self, text: str) -> int | None:
+        return self._added[text] if text in self._added else self._piece(text)
 
     def token_text(self, token: int) -> str:
         added = {i: text for text, i in self._added.items()}
@@ -379,18 +549,6 @@ def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _read_settings(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise file_error(error, f"{file}: not valid JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise InputError(f"{file}: a tokenizer configuration is a JSON object")
-    return settings
 
 
 def _fingerprint(content: str, bos: int | None, eos: int | None) -> str:

@@ -18,7 +18,8 @@ from job.common.progress import progress
 from job.common.schema import Loss
 from job.common.signals import stop_if_asked
 from job.data.tokenizer import Tokenizer, load_tokenizer
-from job.data.tokenizer_files import copy_tokenizer, write_settings
+from job.data.tokenizer_files import copy_tokenizer, reader_of, write_tokenizer
+from job.export.chat_template import ReadText
 from job.export.model_card import DELTA, META, SEQUENCES, TOKENS, bias_note, model_card
 from job.export.one_label import Task, one_label_config
 from job.export.whole_critic import (
@@ -32,6 +33,7 @@ from job.run.manifest import FACTS, FileSum, Manifest
 from job.run.trained import TENSORS, TrainedCritic
 
 HEAD = "value_head.safetensors"
+CHAT_TEMPLATE = "chat_template.jinja"
 _log = logging.getLogger("job.export")
 
 
@@ -50,9 +52,9 @@ def export(trained: TrainedCritic, form: str, out: Path) -> None:
     trained.check_tokenizer(tokenizer.fingerprint)
     try:
         with atomic_folder(out) as folder:
-            copy_tokenizer(source, folder)
+            read = ReadText(trained.config.data.template, trained.config.data.fields, tokenizer)
             WRITERS[form](trained, tokenizer, folder)
-            card = model_card(trained, form)
+            card = model_card(trained, form, tokenizer, read)
             (folder / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise file_error(error, f"{out}: cannot be written: {error.strerror}") from None
@@ -92,12 +94,23 @@ def _write_hugging_face(
         config.data.max_length,
         outputs_are_values=config.objective.loss is not Loss.bce,
     )
-    described |= write_settings(tokenizer, folder, trained.architecture.vocab_size)
+    described |= write_tokenizer(tokenizer, folder, trained.architecture.vocab_size)
+    _write_chat_template(trained, tokenizer, folder)
     with _whole(trained) as critic:
         write_hugging_face(critic, described, named(critic.head()), folder)
 
 
+def _write_chat_template(trained: TrainedCritic, tokenizer: Tokenizer, folder: Path) -> None:
+    data = trained.config.data
+    text = ReadText(data.template, data.fields, tokenizer).jinja(reader_of(tokenizer, folder))
+    if text is None:
+        _log.warning("no chat template makes the run's tokens of a chat; README.md has the text")
+    else:
+        (folder / CHAT_TEMPLATE).write_text(text, encoding="utf-8")
+
+
 def _write_meta(trained: TrainedCritic, tokenizer: Tokenizer, folder: Path) -> None:
+    copy_tokenizer(tokenizer, folder)
     with _whole(trained) as critic:
         write_meta(critic, folder)
         save_tensors(critic.head(), folder / HEAD)
@@ -117,6 +130,7 @@ def _whole(trained: TrainedCritic) -> Iterator[WholeCritic]:
 
 
 def _write_delta(trained: TrainedCritic, tokenizer: Tokenizer, folder: Path) -> None:
+    copy_tokenizer(tokenizer, folder)
     weights = trained.weights
     with Spill(folder / ".spill") as spill:
         tensors = {name: spill(weights.read(name)) for name in weights.shapes}

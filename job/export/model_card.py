@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import yaml
 
 from job.common.nested import to_dict
 from job.common.schema import Loss
 from job.common.version import commit
+from job.data.tokenizer import Tokenizer
+from job.export.chat_template import ReadText
 from job.run.trained import TrainedCritic
 
 TOKENS, SEQUENCES = "token-classification", "sequence-classification"
@@ -50,7 +54,14 @@ fingerprint.""",
 }
 
 
-def model_card(trained: TrainedCritic, form: str) -> str:
+_USE_OF_TEMPLATE = """\
+From a chat of one message and its answer, `chat_template.jinja` makes this text:
+
+    chat = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": RESPONSE}]
+    tokenizer.apply_chat_template(chat)"""
+
+
+def model_card(trained: TrainedCritic, form: str, tokenizer: Tokenizer, read: ReadText) -> str:
     """The card's text, in Markdown."""
     parts = [
         _head(form),
@@ -58,7 +69,7 @@ def model_card(trained: TrainedCritic, form: str) -> str:
         "the response is complete.",
         f"## Use\n{_USE[form]}",
         _meaning(trained, form),
-        _tokens(trained),
+        f"## What it reads\n\n{_tokens(trained, form, tokenizer, read)}",
         f"## Quality\n\n{_quality(trained)}",
         f"## Origin\n\n{_origin(trained)}",
     ]
@@ -98,13 +109,28 @@ def _meaning(trained: TrainedCritic, form: str) -> str:
     return f"{text} {note}".strip()
 
 
-def _tokens(trained: TrainedCritic) -> str:
-    data = trained.config.data
-    text = (
-        "It reads begin token, prompt, response and end token, as far as the tokenizer has them, "
-        f"in at most {data.max_length} tokens; its last value stands at the end token."
-    )
-    return text if data.template is None else f"{text} Texts go through `data.template` first."
+def _tokens(trained: TrainedCritic, form: str, tokenizer: Tokenizer, read: ReadText) -> str:
+    """The very text that prompt and response are put into, and how it becomes tokens."""
+    length = trained.config.data.max_length
+    parts = [f"At most {length} tokens; its last value stands at the end token, if there is one."]
+    for what, text in read.shown():
+        parts.append(f"{what[0].upper()}{what[1:]}:\n\n{_fenced(text)}")
+    parts.append("A response that was cut off has nothing behind it.")
+    if form in (TOKENS, SEQUENCES):
+        parts.append(_USE_OF_TEMPLATE)
+        if tokenizer.bos_id is not None:
+            begin = tokenizer.token_text(tokenizer.bos_id)
+            parts.append(
+                f"`tokenizer(text)` puts `{begin}` before a text itself: leave it out there, or "
+                "say `add_special_tokens=False`. It puts nothing behind a text."
+            )
+    return "\n\n".join(parts)
+
+
+def _fenced(text: str) -> str:
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}"
 
 
 def _quality(trained: TrainedCritic) -> str:

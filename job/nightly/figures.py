@@ -16,7 +16,7 @@ from job.nightly.matrix import Entry, Kind
 from job.nightly.record import Plan, PlannedRun, Result
 from job.run.fence import MACHINE
 from job.run.manifest import FACTS, MANIFEST
-from job.run.reader import Snapshot, StoredRun
+from job.run.reader import Snapshot, StoredRun, complete_records
 
 TOLD_TO_STOP = "told to stop"  # an event of the run, beside submitted, started and so on
 _UNWARMED = 1  # log lines before speeds count
@@ -99,6 +99,9 @@ def _unfinished(entry: Entry, run: PlannedRun) -> str | None:
     trainer = _object(stored.file("status.json"))
     if trainer.get("state") != "finished":
         return f"{which}{_told(state, job.get('reason') or trainer.get('error'))}"
+    lines, steps = len(stored.records()), trainer.get("step", 0)
+    if lines != steps:  # damaged lines are left out
+        return f"{which}metrics.jsonl has {lines} readable lines of {steps} steps"
     if entry.stop_at is not None and not _resumed(stored):
         return f"{which}it was to be stopped at step {entry.stop_at} and to go on, and was not"
     return None
@@ -238,7 +241,7 @@ def _lasted(began: float, ended: float) -> float:
 
 
 def _event(run: Snapshot, name: str) -> float | None:
-    events = run.stored.records("slurm/events.jsonl")
+    events = complete_records(run.stored.file("slurm/events.jsonl"))
     times = (float(one["time"]) for one in events if one.get("event") == name)
     return next(times, None)
 

@@ -82,6 +82,9 @@ def _load_data(trained: TrainedCritic, source: str, verify: bool) -> TokenizedSe
     trained.check_tokenizer(tokenizer.fingerprint)
     data = load_to_score(config.data, source, tokenizer, verify=verify)
     check_tokens(data, trained.architecture.vocab_size)
+    if odd := list(data.odd_labels()):
+        text = "%d row(s) are scored and left out of the table, for their label: %s"
+        _log.warning(text, len(odd), odd[0])
     if data.n_skipped:
         _log.warning("%s: %d row(s) left out; they have no values", source, data.n_skipped)
     return data

@@ -97,8 +97,8 @@ def _identity(config: CriticConfig, data: CriticData, verify: bool) -> dict[str,
         "architecture": asdict(read_architecture(config.model.path)),
         "base": fingerprint(config.model.path, config.data.cache_dir, verify=verify),
         "tokenizer": data.tokenizer,
-        "train_data": data.train.data.folder.name,
-        "validation_data": data.validation.data.folder.name,
+        "train_data": data.train.data.key,
+        "validation_data": data.validation.data.key,
     }
 
 

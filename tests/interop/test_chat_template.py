@@ -226,6 +226,9 @@ def test_without_a_template_a_prompt_has_the_tokens_of_transformers(folder: Path
         pairs = [pair for pair in pairs if not pair[0].startswith(" ")]
     for prompt, response in pairs:
         (encoded,) = tokenizer.encode([(prompt, response)])
-        before = encoded.ids[1 : encoded.response_start]
+        begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        assert encoded.ids[: len(begin)] == begin
+        before = encoded.ids[len(begin) : encoded.response_start]
         assert before == theirs(prompt, add_special_tokens=False).input_ids
-        assert theirs.decode(encoded.ids[1:-1]).lstrip() == (prompt + response).lstrip()
+        found = theirs.decode(encoded.ids[len(begin) : -1])
+        assert found.lstrip() == (prompt + response).lstrip()

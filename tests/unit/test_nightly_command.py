@@ -83,7 +83,7 @@ def nightly(
     """The command, inside this process, on a folder of nights of its own."""
     monkeypatch.setattr(sys, "path", ["", *sys.path])  # of which it replaces the first
     monkeypatch.chdir(tmp_path)  # which it leaves
-    main = importlib.import_module("slurm.nightly").main
+    main = importlib.import_module("slurm.night_commands").main
 
     def called(*arguments: str) -> Done:
         code = 0

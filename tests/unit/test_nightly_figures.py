@@ -136,7 +136,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text("{\n")
     one = _result(run)
     assert not one.complete
-    assert "metrics.jsonl: damaged" in str(one.reason)
+    assert "metrics.jsonl has 0 readable lines of 10 steps" in str(one.reason)
 
 
 def test_a_validation_of_memory_brings_what_it_has_found(tmp_path: Path) -> None:

@@ -131,6 +131,75 @@ def test_blanks_behind_an_end_token_are_left_out(folder: Path) -> None:
     assert chat(folder, CHAT_ML).render("q", "r\n") == (prompt, "r\n<|im_end|>")
 
 
+def thinking(opens: bool) -> str:
+    """A template that takes what stands before </think> for a thought, and always writes one."""
+    thought = (
+        "{% set thought = '' %}{% set said = m.content %}{% if '</think>' in said %}"
+        "{% set thought = said.split('</think>')[0].split('<think>')[-1].strip('\\n') %}"
+        "{% set said = said.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
+    )
+    return (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ 'U: ' + m.content + '\\n' }}{% else %}"
+        + thought
+        + "{{ 'A: <think>\\n' + thought + '\\n</think>\\n\\n' + said + eos_token + '\\n' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}A: "
+        + ("{{ '<think>\\n' }}" if opens else "")
+        + "{% endif %}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("opens", "response", "stands"),
+    [
+        (False, "<think>\nlong\n</think>\n\nshort", "<think>\nlong\n</think>\n\nshort"),
+        (False, "<think>\nlong", "<think>\nlong"),
+        (False, "short", "<think>\n\n</think>\n\nshort"),  # as in the mode without thoughts
+        (True, "long\n</think>\n\nshort", "long\n</think>\n\nshort"),
+        (True, "long", "long"),
+        (True, "long <b> long", "long <b> long"),
+    ],
+)
+def test_a_thought_that_was_cut_off_is_not_closed_before_it_begins(
+    folder: Path, opens: bool, response: str, stands: str
+) -> None:
+    template = chat(folder, thinking(opens))
+    asked = "U: q\nA: " + "<think>\n" * opens
+    assert template.render("q", response) == (asked, stands + "</s>")
+    assert template.render("q", response, truncated=True) == (asked, stands)
+
+
+@pytest.mark.parametrize("text", [CHAT_ML.replace("<|im_end|>", "</s>"), LLAMA_2])
+def test_a_chat_has_one_end_token_whatever_the_response_brings(folder: Path, text: str) -> None:
+    template = chat(folder, text)
+    asked, plain = template.render("q", "2.")
+    for brought in ("</s>", "</s>\n", "</s></s> "):
+        assert template.render("q", "2." + brought) == (asked, plain)
+    assert plain.count("</s>") == 1
+    assert plain.endswith("</s>")
+    for response in ("2.", "2.</s>\n"):
+        cut = template.render("q", response, truncated=True)
+        assert cut == (asked, plain.removesuffix("</s>").rstrip())
+
+
+def test_an_end_token_that_the_template_does_not_write_stays_the_last(folder: Path) -> None:
+    template = chat(folder, "{% for m in messages %}{{ m.content + '\\n' }}{% endfor %}")
+    for brought in ("</s>", "</s>\n", "</s></s>"):
+        assert template.render("q", "r" + brought) == ("q\n", "r</s>")
+    assert template.render("q", "r") == ("q\n", "r\n")
+
+
+def test_a_short_answer_is_not_sought_in_what_stands_before_it(folder: Path) -> None:
+    text = "{% for m in messages %}{{ m.role + ': ' + m.content }}</s>{% endfor %}"
+    template = chat(folder, text)
+    assert template.render("q", "a", truncated=True)[1] == "assistant: a"
+
+
+def test_a_plain_template_puts_nothing_behind_an_answer_that_was_cut_off(folder: Path) -> None:
+    template = load_template("Q: {prompt}\nA: {response}\nEND", tokenizer_of(folder))
+    assert template.render("q", "r</s>\n") == ("Q: q\nA: ", "r\nEND")
+    assert template.render("q", "r", truncated=True) == ("Q: q\nA: ", "r")
+
+
 def test_a_chat_template_is_found_where_hugging_face_keeps_it(folder: Path) -> None:
     def found(**settings: Any) -> str:
         return load_template(CHAT, tokenizer_of(folder, **settings)).render("q", "r")[0]

@@ -441,6 +441,28 @@ def test_the_last_response_token_is_the_end_token_whatever_the_padding_token_is(
     assert set(ends.tolist()) <= set(batch.responses.tolist())
 
 
+@pytest.mark.parametrize("template", ["chat", "Q: {prompt}\nA: {response}", None])
+def test_rows_say_that_they_were_cut_off_and_bring_their_end_tokens(
+    tmp_path: Path, bpe: Tokenizer, template: str | None
+) -> None:
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHAT_ML}
+    (bpe.folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(bpe.folder)
+    row = {"prompt": "a", "response": "4.", "reward": 1}
+    brought = [row | {"response": "4." + end} for end in ("</s>", "</s>\n", "</s>  ")]
+    cut = [row | {"cut": 1}, row | {"cut": True, "response": "4.</s>"}]
+    plain = [row | {"cut": value} for value in (False, 0, None)]
+    given = [one | {"cut": one.get("cut")} for one in [*plain, *brought, *cut]]
+    path = write(tmp_path / "a.jsonl", given)
+    config = from_file(path, template=template, fields={"truncated": "cut"})
+    found = load_split(config, "train", tokenizer)
+    whole = example(found, 0)
+    assert whole[-1] == tokenizer.eos_id
+    assert whole[found.response_starts[0] :].count(tokenizer.eos_id) == 1
+    for i in range(len(given)):
+        assert example(found, i) == (whole if i < 6 else whole[:-1])
+
+
 def test_a_template_that_does_not_work_leaves_nothing(tmp_path: Path, bpe: Tokenizer) -> None:
     path = write(tmp_path / "a.jsonl", rows())
     with pytest.raises(InputError, match=r"data\.template: line 1"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -695,6 +696,137 @@ def test_the_end_token_is_a_response_token_whatever_the_padding_token_is(
         assert len(of_response) > 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_response_has_one_end_token_and_it_is_the_last_one(tmp_path: Path, kind: str) -> None:
+    tokenizer = KINDS[kind](tmp_path)
+    plain = encode(tokenizer, "the", " cat")
+    for brought in ("</s>", "</s>\n", "</s> \n\t", "</s></s>", "</s>\n</s>\n"):
+        assert encode(tokenizer, "the", " cat" + brought) == plain
+    alone = encode(tokenizer, "the</s>", "</s>\n")
+    assert alone.ids[alone.response_start :] == [tokenizer.eos_id]
+    assert encode(tokenizer, "the", " cat\n").ids != plain.ids, "blanks alone stay"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_response_that_was_cut_off_has_no_end_token(tmp_path: Path, kind: str) -> None:
+    tokenizer = KINDS[kind](tmp_path)
+    whole = encode(tokenizer, "the", " cat")
+    for response in (" cat", " cat</s>\n"):
+        pairs = [("the", response), ("the", " cat")]
+        cut, other = tokenizer.encode(pairs, ended=[False, True])
+        assert (cut.ids, cut.ends) == (whole.ids[:-1], whole.ends[:-1])
+        assert other == whole
+
+
+def test_an_end_token_that_swallows_blanks_does_so_where_it_is_added(
+    tmp_path: Path, bpe_folder: Path
+) -> None:
+    parts = json.loads((bpe_folder / "tokenizer.json").read_text())
+    parts["added_tokens"][1]["lstrip"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    tokenizer = load_tokenizer(tmp_path)
+    raw = tokenizers.Tokenizer.from_str(json.dumps(parts))
+    assert encode(tokenizer, "the", " cat  ").ids == [0, *raw.encode("the cat  </s>").ids]
+
+
+# --- tokens that are declared beside tokenizer.json ---------------------------------------------
+
+STEP = {"content": "<step>", "special": True, "normalized": False}
+DECLARED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "decoder": ({"added_tokens_decoder": {"900": STEP}}, {}),
+    "ordinary": ({"added_tokens_decoder": {"900": STEP | {"special": False}}}, {}),
+    "added_tokens.json": ({}, {"added_tokens.json": {"<step>": 900}}),
+    "map": ({}, {"special_tokens_map.json": {"additional_special_tokens": ["<step>"]}}),
+    "additional": ({"additional_special_tokens": ["<step>"]}, {}),
+    "extra": ({"extra_special_tokens": {"step_token": "<step>"}}, {}),
+    "extra list": ({"extra_special_tokens": ["<step>"]}, {}),
+    "padding": ({"pad_token": "<step>"}, {}),
+    "padding in the map": ({}, {"special_tokens_map.json": {"pad_token": STEP}}),
+}
+
+
+def beside(folder: Path, source: Path, name: str) -> Tokenizer:
+    settings, files = DECLARED[name]
+    for file, content in files.items():
+        (folder / file).write_text(json.dumps(content))
+    return with_settings(folder, source, {"bos_token": "<s>", "eos_token": "</s>"} | settings)
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_a_declared_token_is_one_token_with_the_next_id(
+    tmp_path: Path, bpe_folder: Path, bpe: Tokenizer, name: str
+) -> None:
+    tokenizer = beside(tmp_path, bpe_folder, name)
+    step = bpe.vocab_size
+    assert encode(tokenizer, "the<step>", " cat<step>").ids == [
+        *encode(bpe, "the", "").ids[:-1],
+        step,
+        *encode(bpe, "", " cat").ids[1:-1],
+        step,
+        1,
+    ]
+    assert tokenizer.vocab_size == step + 1
+    assert (tokenizer.fingerprint == bpe.fingerprint) == name.startswith("padding")
+
+
+def test_a_declared_flag_counts_and_what_changes_nothing_keeps_the_fingerprint(
+    tmp_path: Path, bpe_folder: Path, bpe: Tokenizer
+) -> None:
+    def told(name: str, **flags: bool) -> Tokenizer:
+        (tmp_path / name).mkdir()
+        decoder = {"1": {"content": "</s>", "special": True, "normalized": False, **flags}}
+        named = {"bos_token": "<s>", "eos_token": "</s>", "added_tokens_decoder": decoder}
+        return with_settings(tmp_path / name, bpe_folder, named)
+
+    same, strips = told("same"), told("strips", rstrip=True)
+    assert same.fingerprint == bpe.fingerprint != strips.fingerprint
+    text = "the</s> cat"
+    assert encode(same, text, "").ids != encode(strips, text, "").ids
+
+
+def test_names_in_the_older_map_count_where_no_newer_list_is_there(
+    tmp_path: Path, bpe_folder: Path
+) -> None:
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "."}')
+    named = {"bos_token": "<s>", "eos_token": "</s>"}
+    older = with_settings(tmp_path, bpe_folder, named)
+    assert older.eos_id == older.token_id(".")
+    newer = with_settings(tmp_path, bpe_folder, named | {"added_tokens_decoder": {}})
+    assert newer.eos_id == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"image_token": "<step>"}, "image_token '<step>'"),
+        (
+            {"extra_special_tokens": ["<step>"], "additional_special_tokens": ["</s>"]},
+            "'<step>' among additional_special_tokens and extra_special_tokens",
+        ),
+    ],
+)
+def test_what_versions_of_transformers_read_each_in_its_way_is_refused_by_name(
+    tmp_path: Path, bpe_folder: Path, bpe: Tokenizer, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=f"{said} is not the same token.*added_tokens_decoder"):
+        with_settings(tmp_path, bpe_folder, settings)
+    known = settings | {"added_tokens_decoder": {"900": STEP}}
+    assert with_settings(tmp_path, bpe_folder, known).token_id("<step>") == bpe.vocab_size
+
+
+def test_an_older_special_token_before_which_the_text_is_changed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "added_tokens.json").write_text('{"<step>": 900}')
+    listed = {"additional_special_tokens": ["<step>"]}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(listed))
+    raw = tokenizers.Tokenizer(models.BPE({"a": 0, "<s>": 1, "</s>": 2}, []))
+    saved(tmp_path, raw, bos_token="<s>", eos_token="</s>")
+    raw.normalizer = normalizers.Prepend("▁")
+    with pytest.raises(
+        InputError, match=r"added_tokens\.json and special_tokens_map\.json: '<step>'"
+    ):
+        saved(tmp_path, raw, bos_token="<s>", eos_token="</s>")
+
+
 # --- begin and end token ---------------------------------------------------------------------
 
 
@@ -736,6 +868,64 @@ def test_begin_and_end_token_are_those_of_the_settings_or_the_usual_ones(
     assert len(encoded.ends) == len(encoded.ids)
 
 
+BEGIN = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+BOTH = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+BYTES = processors.ByteLevel(trim_offsets=False)
+LLAMA, PLAIN = {"tokenizer_class": "LlamaTokenizerFast"}, {"tokenizer_class": "GPT2Tokenizer"}
+
+
+# As transformers 4.57 has it with the classes of Llama's kind, and all its versions with others.
+@pytest.mark.parametrize(
+    ("settings", "processor", "begins"),
+    [
+        (PLAIN, None, False),
+        (PLAIN, BYTES, False),
+        (PLAIN, BEGIN, True),
+        (PLAIN, BOTH, True),
+        (PLAIN, processors.Sequence([BYTES, BEGIN]), True),
+        (PLAIN | {"add_bos_token": False}, BEGIN, True),
+        (PLAIN | {"add_bos_token": True}, BYTES, True),
+        (LLAMA, None, True),
+        (LLAMA, BYTES, True),
+        (LLAMA | {"add_bos_token": False}, None, False),
+        (LLAMA | {"add_bos_token": False}, BEGIN, False),
+        ({"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False}, BYTES, False),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, None, False),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, BEGIN, True),
+        ({}, None, True),
+        ({}, BEGIN, True),
+    ],
+)
+def test_a_begin_token_is_put_where_the_tokenizer_puts_one(
+    tmp_path: Path, bpe_folder: Path, settings: dict[str, Any], processor: Any, begins: bool
+) -> None:
+    raw = tokenizers.Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
+    if processor is not None:
+        raw.post_processor = processor
+    tokenizer = saved(tmp_path, raw, bos_token="<s>", eos_token="</s>", **settings)
+    plain = raw.encode("the cat", add_special_tokens=False).ids
+    assert encode(tokenizer, "the", " cat").ids == [0] * begins + plain + [1]
+    assert tokenizer.named["bos_token"] == "<s>", "templates know its name all the same"
+
+
+@pytest.mark.parametrize(("model", "begins"), [("llama", True), ("qwen2", False), ("gpt2", False)])
+def test_without_a_class_the_model_beside_the_tokenizer_decides(
+    tmp_path: Path, bpe_folder: Path, model: str, begins: bool
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model}))
+    tokenizer = with_settings(tmp_path, bpe_folder, {"bos_token": "<s>", "eos_token": "</s>"})
+    assert (tokenizer.bos_id is not None) == begins
+
+
+def test_two_tokens_before_a_text_are_refused(tmp_path: Path, bpe_folder: Path) -> None:
+    raw = tokenizers.Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
+    raw.post_processor = processors.TemplateProcessing(
+        single="<s> </s> $A", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    with pytest.raises(InputError, match="puts 2 tokens before a text; one is supported"):
+        saved(tmp_path, raw, bos_token="<s>", eos_token="</s>")
+
+
 def test_a_vocabulary_without_the_usual_names_has_neither(tmp_path: Path) -> None:
     model = models.WordLevel({"a": 0, "b": 1}, unk_token="a")
     tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
@@ -764,6 +954,21 @@ def test_the_fingerprint_depends_on_content_and_on_begin_and_end_token(
     write_bpe_tokenizer(tmp_path / "smaller", sentences(), 270)
     found.add(load_tokenizer(tmp_path / "smaller").fingerprint)
     assert len(found) == 2 + len(variants)
+
+
+def test_the_fingerprint_is_of_the_file_and_of_what_stands_around_a_text(
+    tmp_path: Path, bpe_folder: Path
+) -> None:
+    content = (bpe_folder / "tokenizer.json").read_text()
+
+    def expected(around: str) -> str:
+        return hashlib.blake2b(f"{content}|{around}".encode(), digest_size=16).hexdigest()
+
+    named = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "GPT2Tokenizer"}
+    assert with_settings(tmp_path, bpe_folder, named).fingerprint == expected("None|1")
+    # and so a run whose prompts had a merely named begin token can go on
+    told = named | {"add_bos_token": True}
+    assert with_settings(tmp_path, bpe_folder, told).fingerprint == expected("0|1")
 
 
 def test_the_fingerprint_does_not_depend_on_the_place(
