@@ -117,6 +117,10 @@ def _planned_runs(file: Path, options: argparse.Namespace, site: Site) -> list[R
     unfreeze: list[int | None] = options.unfreeze or [None]
     if len(set(unfreeze)) < len(unfreeze):
         raise InputError(f"--unfreeze {' '.join(map(str, unfreeze))}: one run for each value")
+    if options.name is not None and (
+        Path(options.name).name != options.name or options.name == ".."
+    ):
+        raise InputError(f"--name {options.name}: a name, not a path; run.dir says where runs lie")
     sweep = None if len(unfreeze) == 1 else options.name or "sweep"
     configs = [_config(file, options, site, n) for n in unfreeze]
     return [_planned_run(config, options, stamp, sweep) for config in configs]

@@ -128,12 +128,18 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}\n{self.format_usage()}see {self.prog} --help")
 
 
+def _own_name() -> str:
+    """The command that runs: a file of the package, or a folder's `__main__`."""
+    file = Path(sys.argv[0])
+    return file.parent.name if file.stem == "__main__" else file.stem
+
+
 def command_line(
     description: str, command: str | None = None, *, of_a_critic: bool = False
 ) -> argparse.ArgumentParser:
     """The options that all commands with a configuration share, or all with a trained critic."""
     parser = _Parser(
-        prog=f"python -m job.{command or Path(sys.argv[0]).stem}",
+        prog=f"python -m job.{command or _own_name()}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -25,6 +25,8 @@ Row = dict[str, Any]
 
 def check_suffix(path: Path) -> None:
     """Raise InputError unless values can be written to a file of this name."""
+    if path.is_dir():
+        raise InputError(f"{path}: --out is a file, and this is a folder")
     if not path.name.endswith(SUFFIXES):
         raise InputError(f"{path}: --out is a file that ends in {', '.join(SUFFIXES)}")
 

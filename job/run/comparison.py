@@ -61,7 +61,8 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The runs between the constant and the optimal predictor, in 80 columns."""
     table = Table(
         title="Validation: critics against the constant and the optimal predictor",
-        caption="share: of the variance that the optimal predictor explains; half at: the step",
+        caption="share: of what the optimal predictor explains; half at: the first evaluated step\n"
+        "that explains half of that; AUC: at the last token",
     )
     for name in ("blocks", "MSE", "std", "R2", "share", "half at", "AUC", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -104,11 +104,14 @@ class RunDirectory(StoredRun):
 
     def _refuse_other(self, config: dict[str, Any]) -> None:
         """Raise InputError if the directory is another run's, or no run's."""
+        begun = any(self.path.glob("attempts/*/attempt.json"))
         if not any(read_yaml(file) for file in self.config_files()):
-            begun = self.has_config or any(self.path.glob("attempts/*/attempt.json"))
-            if not begun and (self.file("metrics.jsonl").exists() or self.file("plots").exists()):
+            foreign = self.file("metrics.jsonl").exists() or self.file("plots").exists()
+            if foreign and not (begun or self.has_config):
                 raise InputError(f"run.dir: {self.path} holds files that no run here has written")
             return
+        if not begun and not self.records():
+            return  # attempts that ended before their first step bind nobody to what was wrong
         problem = (
             f"{self.path}: this run directory holds a different configuration "
             "(stored -> asked for); choose another run.dir or run.name"

@@ -717,6 +717,17 @@ def test_a_damaged_file_of_a_run_counts_as_absent_and_is_named(
     assert f"runs/tiny/{name}: not readable, and taken as absent" in caplog.text
 
 
+def test_a_run_that_never_began_may_begin_with_another_configuration(
+    workplace: Path, refused: Callable[..., None]
+) -> None:
+    refused("data.max_length", overrides=("data.max_length=2",))
+    assert (workplace / "runs/tiny/config.yaml").exists()
+    train(load_config(CriticConfig, "critic.yaml", ["report.enabled=false"]))
+    status = json.loads((workplace / "runs/tiny/status.json").read_text())
+    assert status["state"] == "finished"
+    refused("different configuration", overrides=("data.max_length=2",))
+
+
 def test_run_directory_with_hardly_any_configuration(
     workplace: Path, refused: Callable[..., None]
 ) -> None:

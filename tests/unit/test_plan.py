@@ -108,6 +108,12 @@ def test_a_folder_that_slurm_takes_for_a_pattern_is_refused(name: str, plan: Pla
         plan(name=name)
 
 
+@pytest.mark.parametrize("name", ["../../x", "a/b", "..", "/tmp/x", "."])
+def test_a_name_that_is_a_path_is_refused(name: str, plan: Planner) -> None:
+    with pytest.raises(InputError, match=rf"^--name {re.escape(name)}: a name, not a path"):
+        plan(name=name)
+
+
 def test_a_folder_that_is_no_text_is_refused(here: Path, plan: Planner) -> None:
     with pytest.raises(InputError, match=r"^run.dir: '.*\\udcff.*': not UTF-8"):
         plan(name="a\udcff")
