@@ -238,8 +238,11 @@ SAFETENSORS: dict[str, tuple[Change, tuple[str, ...]]] = {
         ("model.layers.0.self_attn.o_proj.bias in model.safetensors is not part of the model",),
     ),
     "Meta's name": (
-        _tensors(lambda t: t.update({"norm.weight": t.pop(NORM)})),
-        ("norm.weight in model.safetensors is not part", f"{NORM} is missing"),
+        _tensors(lambda t: t.update({"layers.0.attention.wq.weight": t.pop(QUERIES)})),
+        (
+            "layers.0.attention.wq.weight in model.safetensors is not part",
+            f"{QUERIES} is missing",
+        ),
     ),
     "wrong shape": (
         _tensors(lambda t: t.update({QUERIES: torch.ones(16, 15)})),
