@@ -19,7 +19,7 @@ _PATIENCE_SECONDS = 120  # a client gives up by itself within a minute
 AWAY = re.compile(
     "Unable to contact slurm controller|Connection refused|Socket timed out|Zero Bytes|"
     "Communication connection failure|Transport endpoint|backup controller in standby|"
-    "configuration (source|file)",
+    "configuration (source|file)|establish_config_source|fetch config|resolve_ctls",
     re.IGNORECASE,
 )
 _UNKNOWN = re.compile("Invalid job id", re.IGNORECASE)

@@ -233,6 +233,8 @@ def test_a_missing_command_names_a_login_node(slurm: FakeSlurm) -> None:
         "scancel: fatal: Could not establish a configuration source",
         "scancel: fatal: Unable to process configuration file",
         "slurm_kill_job error: Connection refused",
+        "error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host",
+        "error: _establish_config_source: failed to fetch config",
     ],
 )
 def test_a_controller_that_does_not_answer_is_away(slurm: FakeSlurm, text: str) -> None:
