@@ -16,11 +16,12 @@ from job.common.schema import EMBEDDED, CriticConfig, Loss
 from job.data.packing import Indices, Packer, single_units
 from job.data.pairs import balanced_pairs
 from job.data.token_cache import TokenizedSet, count_shared_problems, load_split
-from job.data.tokenizer import load_tokenizer
+from job.data.tokenizer import Tokenizer, load_tokenizer
 from job.distributed.world import World
 from job.model.architecture_file import read_architecture
 from job.run.directory import RunDirectory
 
+_UNKNOWN_SHARE = 0.01  # of tokens; fewer may be rare characters
 _log = logging.getLogger("job.train")
 
 
@@ -56,6 +57,7 @@ def load_critic_data(
         found = sets[split] = load_split(config.data, split, tokenizer, verify=verify)
         _keep_bad_rows(found, run, split)
         check_tokens(found, architecture.vocab_size)
+        warn_of_unknown(found, tokenizer, f"{split} data")
     train, validation = sets["train"], sets["validation"]
     if shared := count_shared_problems(train, validation):
         _log.warning("%d problem(s) are in both training and validation data", shared)
@@ -110,6 +112,22 @@ def check_tokens(found: TokenizedSet, vocab_size: int) -> None:
         raise InputError(
             f"tokenizer.path: token {found.tokens.max()} does not exist in the model "
             f"(vocabulary of {vocab_size}); tokenizer and model do not match"
+        )
+
+
+def warn_of_unknown(found: TokenizedSet, tokenizer: Tokenizer, name: str) -> None:
+    """Say so where a tokenizer does not know what a set is made of: nothing is learnt of that."""
+    text = tokenizer.named.get("unk_token", "<unk>")
+    unknown = tokenizer.token_id(text)
+    if unknown is None or unknown in (tokenizer.bos_id, tokenizer.eos_id):
+        return  # as GPT-2's, which knows every text
+    share = float(np.mean(found.tokens == unknown))
+    if share > _UNKNOWN_SHARE:
+        _log.warning(
+            "%s: %.0f %% of the tokens are %s: the trunk's tokenizer does not know such texts",
+            name,
+            100 * share,
+            text,
         )
 
 

@@ -31,7 +31,7 @@ from job.model.weights import load_trunk
 from job.run.manifest import MANIFEST
 from job.run.trained import TrainedCritic, load_weights
 from job.run.value_metrics import ValueMetrics
-from job.training.data import check_tokens
+from job.training.data import check_tokens, warn_of_unknown
 from job.training.objective import Objective
 
 MICRO_BATCHES = 16  # of each rank, between two parts that are committed
@@ -82,6 +82,7 @@ def _load_data(trained: TrainedCritic, source: str, verify: bool) -> TokenizedSe
     trained.check_tokenizer(tokenizer.fingerprint)
     data = load_to_score(config.data, source, tokenizer, verify=verify)
     check_tokens(data, trained.architecture.vocab_size)
+    warn_of_unknown(data, tokenizer, source)
     if odd := list(data.odd_labels()):
         text = "%d row(s) are scored and left out of the table, for their label: %s"
         _log.warning(text, len(odd), odd[0])

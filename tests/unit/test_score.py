@@ -159,6 +159,17 @@ def test_without_labels_there_are_the_same_values_and_no_table(
     assert found == [row | {"reward": None} for row in labelled]
 
 
+def test_texts_that_the_tokenizer_does_not_know_are_warned_of(
+    run: MicroRun, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _score(run.path, data, tmp_path / "a.parquet")
+    assert "does not know such texts" not in caplog.text
+    file = write_rows(tmp_path / "words.jsonl", [{"prompt": "1+1", "response": "is two"}])
+    _score(run.path, file, tmp_path / "b.parquet")
+    # <s> 1 + 1, six of ten unknown characters, </s>
+    assert f"{file}: 55 % of the tokens are <unk>: " in caplog.text
+
+
 def test_the_table_counts_the_rows_that_have_a_label(
     run: MicroRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
