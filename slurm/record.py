@@ -27,7 +27,7 @@ from job.common.errors import InputError
 from job.common.files import lock_file, sync, write_atomic
 from job.common.state_files import read_json, read_yaml
 from job.run.fence import Fence
-from job.run.names import attempt_name, attempt_numbers
+from job.run.names import attempt_name, attempt_numbers, attempts_seen
 from job.run.reader import StoredRun, complete_records
 
 _JOB = re.compile("[0-9]+(_[0-9]+)?")
@@ -169,7 +169,7 @@ class Attempt:
     @classmethod
     def next(cls, record: Record) -> Attempt:
         """The attempt that is about to begin; its number is sure once it has."""
-        return cls(record, max(_numbers(record.run / "attempts"), default=0) + 1)
+        return cls(record, max(attempts_seen(record.run / "attempts"), default=0) + 1)
 
     def begin(self) -> None:
         """Take the run over: all earlier attempts are superseded from here on.
@@ -184,7 +184,7 @@ class Attempt:
     @classmethod
     def of(cls, record: Record, start: Start) -> Attempt | None:
         """The attempt that task 0 of this start has begun; None until it has said so."""
-        numbers = _numbers(record.folder / "attempts")
+        numbers = attempts_seen(record.folder / "attempts")
         newest_first = (cls(record, number) for number in reversed(numbers[-_LOOKED_AT:]))
         said = (one for one in newest_first if one.meeting().get("start") == list(start))
         return next(said, None)
@@ -237,13 +237,6 @@ def _found(folder: Path) -> list[Path]:
     try:
         return list(folder.glob("*"))
     except OSError:  # a file system that is away for a moment tells nothing
-        return []
-
-
-def _numbers(folder: Path) -> list[int]:
-    try:
-        return attempt_numbers(folder)
-    except OSError:
         return []
 
 

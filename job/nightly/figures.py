@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from job.common.errors import InputError
+from job.common.state_files import read_json
 from job.nightly.matrix import Entry, Kind
 from job.nightly.record import Plan, PlannedRun, Result
+from job.run.committed import folders
 from job.run.fence import MACHINE
 from job.run.manifest import FACTS, MANIFEST
 from job.run.reader import Snapshot, StoredRun, complete_records
@@ -119,15 +121,6 @@ def _resumed(stored: StoredRun) -> list[int]:
     return [one["resumed_step"] for one in attempts if one.get("resumed_step")]
 
 
-def _object(file: Path) -> dict[str, Any]:
-    """A JSON object; empty if it cannot be read."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _validated(run: PlannedRun) -> list[str]:
     content = json.loads((Path(run.path) / _VALIDATION).read_text(encoding="utf-8"))
     return [str(one) for one in content["disagreements"]]
@@ -154,6 +147,10 @@ def _trained(name: str, entry: Entry, paths: Sequence[Path]) -> Result:
     ranks = runs[0].memory.get("ranks", [])
     on_gpu = bool(ranks) and ranks[0]["backend"] != "process"
     return Result(name, True, None, _key(runs), _commit(runs[0]), on_gpu, figures, notes)
+
+
+def _object(file: Path) -> dict[str, Any]:
+    return read_json(file, dict) or {}
 
 
 class _NotTakenError(Exception):
@@ -189,7 +186,7 @@ def _key(runs: Sequence[Snapshot]) -> dict[str, str]:
 
 def _commit(run: Snapshot) -> str | None:
     """The code that trained it, as its newest checkpoint says."""
-    files = sorted(run.stored.path.glob(f"checkpoints/step-*/{FACTS}"))
+    files = [folder / FACTS for folder in folders(run.stored.file("checkpoints"))]
     commit = _object(files[-1]).get("commit") if files else None
     return None if commit is None else str(commit)
 
@@ -252,8 +249,8 @@ def _save_seconds(run: Snapshot) -> float | None:
 
 def _checkpoint_bytes(run: Snapshot) -> float | None:
     """Of tensors: the other files have times and paths in them."""
-    folders = sorted(run.stored.path.glob("checkpoints/step-*"))
-    return float(sum(_tensor_bytes(folders[-1]))) if folders else None
+    there = folders(run.stored.file("checkpoints"))
+    return float(sum(_tensor_bytes(there[-1]))) if there else None
 
 
 def _tensor_bytes(folder: Path) -> Iterator[int]:

@@ -21,7 +21,13 @@ from pathlib import Path
 from job.common.errors import InputError, Superseded
 from job.common.files import write_atomic
 from job.common.state_files import read_json
-from job.run.names import attempt_name, attempt_numbers, scratch_files, scratch_writer
+from job.run.names import (
+    attempt_name,
+    attempt_numbers,
+    attempts_seen,
+    scratch_files,
+    scratch_writer,
+)
 
 ATTEMPT = "CRITIC_ATTEMPT"  # environment: the number that a supervisor has taken
 _RECORD = "attempt.json"
@@ -76,7 +82,7 @@ class Fence:
 
     def superseded(self) -> bool:
         # a listing, since an NFS client may remember for long that one name was not there
-        return max(_numbers(self._attempts), default=0) > self.number
+        return max(attempts_seen(self._attempts), default=0) > self.number
 
     def replace(self, file: Path, text: str) -> None:
         """Replace a file of the run whole; a newer attempt's file is left as it is.
@@ -117,16 +123,9 @@ class Fence:
         """
         return all(
             step <= _resumed_step(self._attempts / attempt_name(later))
-            for later in _numbers(self._attempts)
+            for later in attempts_seen(self._attempts)
             if later > attempt
         )
-
-
-def _numbers(attempts: Path) -> list[int]:
-    try:
-        return attempt_numbers(attempts)
-    except OSError:  # a file system that is away for a moment tells nothing
-        return []
 
 
 def _remove_scratch(run: Path, number: int) -> None:

@@ -60,6 +60,14 @@ def attempt_numbers(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name == attempt_name(int(name)))
 
 
+def attempts_seen(folder: Path) -> list[int]:
+    """The same; a file system that is away for a moment tells nothing."""
+    try:
+        return attempt_numbers(folder)
+    except OSError:
+        return []
+
+
 def scratch_writer(attempt: int) -> str:
     """What an attempt adds to the names of its scratch files."""
     return f"attempt-{attempt:04}."

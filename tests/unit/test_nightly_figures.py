@@ -131,6 +131,15 @@ def test_why_an_entry_is_not_complete(
     assert (one.complete, one.reason) == (False, reason)
 
 
+def test_a_copy_beside_the_checkpoints_is_not_measured(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run")
+    before = _result(run)
+    copy = run / "checkpoints/step-00000004.bak"
+    _write(copy / "manifest.json", {"files": {"__0_0.distcp": {"bytes": 99}}})
+    _write(copy / "facts.json", {"commit": "of another"})
+    assert _result(run) == before
+
+
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     run = _run(tmp_path / "run")
     (run / "metrics.jsonl").write_text("{\n")
