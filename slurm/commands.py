@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -39,6 +39,7 @@ from job.common.errors import Ending, Exit, InputError, file_error, listing
 from job.memory.fit import as_dict, component_table, footprint_columns, verdicts
 from job.memory.footprint import Setting, footprint
 from slurm import scheduler
+from slurm.arguments import Parser
 from slurm.checks import Check, check, memory_setting
 from slurm.init import add_options, set_up
 from slurm.plan import Plan, Run, describe, make_plan, write_config
@@ -56,11 +57,6 @@ _STYLES = {"ok": "green", "warning": "yellow", "error": "red", "not checked": "d
 _console = Console(stderr=True)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}\n{self.format_usage()}see submit.py --help")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     refuse_undecodable(given)
@@ -72,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _options(given: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="submit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -220,7 +216,7 @@ def _prepare(plan: Plan, run: Run) -> None:
 
 
 def _init(given: Sequence[str]) -> None:
-    parser = _Parser(prog="submit.py init", description=_INIT)
+    parser = Parser(prog="submit.py init", description=_INIT)
     add_options(parser)
     on_terminal = sys.stdin is not None and sys.stdin.isatty()
     try:
@@ -239,7 +235,7 @@ def _say(text: str) -> None:
 
 
 def _run_options(name: str, given: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog=f"submit.py {name}")
+    parser = Parser(prog=f"submit.py {name}")
     parser.add_argument("run", type=Path, help="a run directory, or a sweep's")
     if name == "logs":
         parser.add_argument("--rank", type=int, default=0)

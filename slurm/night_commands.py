@@ -27,7 +27,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 from job.common.errors import InputError
 from job.common.version import commit
@@ -36,6 +35,7 @@ from job.nightly.baseline import accept
 from job.nightly.figures import FIGURES, Rule, result
 from job.nightly.matrix import load_matrix
 from job.nightly.record import Finding, NightFolder, Plan, PlannedRun, judged
+from slurm.arguments import Parser
 from slurm.night import alone, find_night, new_night
 from slurm.night_jobs import arrays, collect, scripts, submit_night
 from slurm.night_local import run_here
@@ -50,11 +50,6 @@ from slurm.telling import Channels
 _SKIP = 125  # what `git bisect run` takes for: cannot be tested
 _CRON_PATH = ("/usr/bin", "/bin")
 _WHEN = "17 2 * * *"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}\n{self.format_usage()}see nightly.py --help")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _options(given: Sequence[str]) -> Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="nightly.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
