@@ -539,8 +539,10 @@ def _identity(run: RunDirectory) -> dict[str, Any]:
 
 
 def _claimed(folder: Path, *overrides: str) -> RunDirectory:
+    """A run that has begun: its configuration and its first attempt."""
     run = RunDirectory(folder / "run")
     run.claim(to_dict(load_config(CriticConfig, "critic.yaml", overrides)))
+    Fence.take(run.path).record(world_size=1, resumed_step=0)
     return run
 
 
