@@ -1,9 +1,8 @@
 /* CUDA without a GPU: what torch's CUDA wheel calls of NVIDIA's libraries, on this machine's memory.
 
 Host code is real, and a kernel's launch is checked and recorded, but nothing computes: what a
-kernel would have written stays as it was, zeros at first. Device memory is address space, of which
-only what is copied takes pages, so that a GPU of any size fits; copies between host and device are
-real. Everything is done when its call returns. What is called and not here ends the process, with
+kernel would have written reads as zeros. Device memory is address space, of which only what is
+copied takes pages, so that a GPU of any size fits; copies between host and device are real. Everything is done when its call returns. What is called and not here ends the process, with
 its name (see runtime.py, which makes those functions).
 
     FAKE_CUDA_GPUS        how many there are (1)
@@ -168,6 +167,8 @@ static void give_back(Block block, const char *name) {
     record('F', name, block.size, NULL);
 }
 
+static void forget_written(const char *start, size_t size);
+
 int cudaMalloc(void **start, size_t size) {
     *start = NULL;
     if (take(size, "cudaMalloc")) return fails(OUT_OF_MEMORY);
@@ -180,6 +181,9 @@ int cudaFree(void *start) {
     Block block = find(start, 1);
     if (!block.kind) return OK;
     give_back(block, "cudaFree");
+    pthread_mutex_lock(&lock);
+    forget_written(block.start, block.size);
+    pthread_mutex_unlock(&lock);
     munmap(block.start, block.size);
     return OK;
 }
@@ -296,9 +300,51 @@ static const char *copy_name(const void *to, const void *from, int kind) {
     return kind == WITHIN_DEVICE ? "within device" : "other";
 }
 
-static void copy(void *to, const void *from, size_t size, int kind) {
-    /* large ones within the device would only move what no kernel has computed */
-    if (kind != WITHIN_DEVICE || size <= MEGABYTE) memmove(to, from, size);
+/* What was copied to the device can be read back; what kernels would have written is zeros. As device
+   memory is used again and again, a read gets what was copied there only if it takes it whole. */
+
+typedef struct { const char *start; size_t size; } Range;
+static Range *written;
+static size_t written_count, written_room;
+
+static void forget_written(const char *start, size_t size) {
+    for (size_t i = 0; i < written_count;) {
+        Range *r = &written[i];
+        if (r->start < start + size && start < r->start + r->size) *r = written[--written_count];
+        else i++;
+    }
+}
+
+static void note_written(const char *start, size_t size) {
+    pthread_mutex_lock(&lock);
+    forget_written(start, size);
+    if (written_count == written_room) {
+        written_room = written_room ? 2 * written_room : 1024;
+        written = realloc(written, written_room * sizeof *written);
+    }
+    if (size) written[written_count++] = (Range){start, size};
+    pthread_mutex_unlock(&lock);
+}
+
+static int is_written(const char *start, size_t size) {
+    size_t found = 0;
+    pthread_mutex_lock(&lock);
+    for (size_t i = 0; i < written_count; i++)
+        if (written[i].start >= start && written[i].start + written[i].size <= start + size)
+            found += written[i].size;
+    pthread_mutex_unlock(&lock);
+    return found == size;
+}
+
+static void copy(char *to, const char *from, size_t size, int kind) {
+    int known = kind == TO_DEVICE || is_written(from, size);
+    if (known) memmove(to, from, size);
+    else if (kind == FROM_DEVICE) memset(to, 0, size);
+    if (kind == FROM_DEVICE) return;
+    if (known) return note_written(to, size);
+    pthread_mutex_lock(&lock);
+    forget_written(to, size);
+    pthread_mutex_unlock(&lock);
 }
 
 int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *stream) {
@@ -322,6 +368,7 @@ int cudaMemcpy2DAsync(char *to, size_t to_pitch, const char *from, size_t from_p
 
 int cudaMemsetAsync(char *start, int value, size_t size, void *stream) {
     record('Z', "memset", size, stream);
+    note_written(start, size);
     size_t first = (PAGE - (size_t)start % PAGE) % PAGE; /* bytes before the first whole page */
     size_t pages = size > first ? (size - first) / PAGE * PAGE : 0;
     if (value || !pages) {
