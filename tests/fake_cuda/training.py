@@ -8,8 +8,8 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +26,7 @@ from job.memory.footprint import Setting
 from job.memory.settings import SHAPES
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.training.learner import Learner
+from job.training.learner import Learner, Phase
 from job.training.measurement import warm_up
 from job.training.objective import Objective
 
@@ -54,8 +54,15 @@ class Case:
     tokens: int = 8192
     sequence: int = 512
     micro_batches: int = 2
+    layers: int | None = None  # other than the trunk's own
+    compiled: bool = False
     fsdp: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def architecture(self) -> TransformerConfig:
+        trunk = TRUNKS[self.trunk]
+        return trunk if self.layers is None else replace(trunk, n_layers=self.layers)
 
     @property
     def lengths(self) -> list[int]:
@@ -75,7 +82,7 @@ class Case:
     def setting(self) -> Setting:
         """What the closed form is asked."""
         return Setting(
-            architecture=TRUNKS[self.trunk],
+            architecture=self.architecture,
             num_unfrozen_layers=self.n,
             fsdp=self.fsdp_config,
             micro_batch_tokens=self.tokens,
@@ -99,15 +106,17 @@ def ranks(case: Case) -> Iterator[World]:
         torch.cuda.empty_cache()
 
 
-def learner(case: Case, world: World) -> Learner:
+def learner(case: Case, world: World, phase: Phase = nullcontext) -> Learner:
     with torch.device("meta"):
-        critic = Critic(TRUNKS[case.trunk])
+        critic = Critic(case.architecture)
     unfreeze_last_blocks(critic, case.n)
     if case.fsdp_config.activation_checkpointing:
         critic.trunk.recompute_trainable_blocks()
+    if case.compiled:
+        critic.trunk.compile_blocks()
     shard(critic, case.fsdp_config, world)
     config = TrainingConfig(num_unfrozen_layers=case.n, warmup_steps=0, **case.training)
-    return Learner(critic, Objective(ObjectiveConfig()), config, world)
+    return Learner(critic, Objective(ObjectiveConfig()), config, world, phase)
 
 
 def batch(lengths: list[int]) -> Batch:
