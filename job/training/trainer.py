@@ -70,6 +70,8 @@ def _train(attempt: Attempt) -> None:
         state = checkpoints.restore(checkpoint, learner)
     else:
         state = _first_state(config, learner, identity)
+    with recorder.phase("load"):
+        checkpoints.reserve(learner)
     _go_on_from(state, attempt, checkpoints)
     _report_parameters(critic, run, world)
     with Tracker(run) as tracker, run.recorded():

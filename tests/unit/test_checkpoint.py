@@ -43,6 +43,7 @@ from job.run.manifest import MANIFEST, DamagedError, Manifest
 from job.run.trained import find_weights
 from job.training import checkpoint as checkpoint_module
 from job.training.checkpoint import Checkpoints, SaveError
+from job.training.host_copy import HostCopy
 from job.training.learner import Learner, StepResult
 from job.training.objective import Objective
 from job.training.trainer import train
@@ -1535,6 +1536,48 @@ def test_a_checkpoints_folder_that_cannot_be_written_for_a_while_costs_nothing(
     assert run.status()["checkpoint_error"] is None
     assert _steps(run) == [2, 4, 8]
     _same(run, whole)
+
+
+@pytest.mark.slow
+def test_a_copy_for_a_checkpoint_that_fails_costs_only_this_one(
+    whole: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory("runs/uncopied")
+    update, steps = HostCopy.update, [0]
+
+    def fail_at_six(self: HostCopy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if steps[-1] == 6:
+            raise RuntimeError("CUDA error: out of memory")
+        return update(self, tensors)
+
+    monkeypatch.setattr(HostCopy, "update", fail_at_six)
+    _before_steps(monkeypatch, lambda step, _: steps.append(step))
+    run_training(run.path.name)
+    assert "saving a checkpoint failed: rank 0: CUDA error: out of memory" in _log(run)
+    assert _steps(run) == [2, 4, 7, 8]
+    _same(run, whole)
+
+
+def test_the_memory_that_saving_needs_is_taken_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    places: list[set[int]] = []
+    update = HostCopy.update
+
+    def look(self: HostCopy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        copies = update(self, tensors)
+        places.append({copy.data_ptr() for copy in copies.values()})
+        return copies
+
+    def at_step(step: int, _: Learner) -> None:
+        if step == 1:
+            assert len(places) == 1
+
+    monkeypatch.setattr(HostCopy, "update", look)
+    _before_steps(monkeypatch, at_step)
+    run_training("reserved", "training.max_steps=2")
+    assert len(places) == 2
+    assert places[0] == places[1]
 
 
 @pytest.mark.slow
