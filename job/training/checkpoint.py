@@ -91,6 +91,7 @@ class Checkpoints:
 
     Attributes:
         newest: the last committed step; 0 if there is none.
+        has_saved: whether this attempt has committed one.
         logs_written: makes metrics up to now durable, as far as that is possible.
     """
 
@@ -110,7 +111,7 @@ class Checkpoints:
         self._saving: Future[int] | None = None
         self._failed: SaveError | None = None  # how the last save ended
         self._next = config.every_steps
-        self.newest = 0
+        self.newest, self.has_saved = 0, False
         self.logs_written: Callable[[], None] = lambda: None
 
     # Saving
@@ -191,7 +192,7 @@ class Checkpoints:
             return
         error, saving, self._saving = self._saving.exception(), self._saving, None
         if error is None:
-            self._failed, self.newest = None, saving.result()
+            self._failed, self.newest, self.has_saved = None, saving.result(), True
             self._run.set_status(checkpoint=self.newest, checkpoint_error=None)
             return
         self._failed = error if isinstance(error, SaveError) else SaveError(str(error))

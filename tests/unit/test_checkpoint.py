@@ -28,11 +28,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 import job.train
 from job.common.config import load_config
-from job.common.errors import Exit, InputError, Stopped, Superseded, exit_code
+from job.common.errors import Exit, InputError, Stopped, Superseded, UnfitNode, exit_code
 from job.common.nested import to_dict
 from job.common.schema import CheckpointConfig, CriticConfig, DistributedConfig
 from job.data.packing import Batch
-from job.distributed.world import joined_world
+from job.distributed.world import World, joined_world
 from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.run.checkpoint_store import best, retained
@@ -46,6 +46,7 @@ from job.training.checkpoint import Checkpoints, SaveError
 from job.training.host_copy import HostCopy
 from job.training.learner import Learner, StepResult
 from job.training.objective import Objective
+from job.training.out_of_memory import out_of_memory_judged
 from job.training.trainer import train
 
 TRUNK = ("data.arithmetic.train_examples=64", "training.max_steps=2", "training.batch_size=8")
@@ -1734,3 +1735,58 @@ def test_a_last_save_that_fails_once_is_tried_again(
     assert run.status()["checkpoint_error"] is None
     assert _steps(run) == [2, 4, 6, 8]
     _same(run, whole)
+
+
+# A GPU whose memory runs out
+
+
+def _out_of_memory(step: int) -> Callable[[int, Learner], None]:
+    def act(current: int, _: Learner) -> None:
+        if current == step:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"
+            )
+
+    return act
+
+
+def test_memory_that_runs_out_before_anything_is_saved_is_wrong_input_that_says_what_to_lower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _before_steps(monkeypatch, _out_of_memory(2))
+    with pytest.raises(InputError) as ended:
+        run_training("too-large")
+    assert exit_code(ended.value) is Exit.BAD_INPUT
+    assert str(ended.value) == (
+        "the GPU's memory ran out (Tried to allocate 2.00 GiB): lower training.micro_batch_tokens "
+        "(128), set distributed.fsdp.activation_checkpointing, unfreeze fewer blocks than 1 "
+        "(training.num_unfrozen_layers), or take more GPUs"
+    )
+
+
+@pytest.mark.usefixtures("_background")
+def test_memory_that_runs_out_after_a_checkpoint_is_a_crash_that_goes_on_from_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _before_steps(monkeypatch, _out_of_memory(3))
+    with pytest.raises(torch.OutOfMemoryError):
+        run_training("too-large-later")
+    with pytest.raises(InputError, match="memory ran out"):  # the second attempt comes no further
+        run_training("too-large-later")
+
+
+def test_a_gpu_that_other_processes_fill_is_unfit(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, world = load_config(CriticConfig, "critic.yaml"), World(device=torch.device("cuda", 0))
+    sizes = {"free": 1, "reserved": 20}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (sizes["free"] * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: sizes["reserved"] * 10**9)
+
+    def run_out() -> None:
+        with out_of_memory_judged(config, world, lambda: True):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UnfitNode, match=r"other processes have 58\.4 of its 80\.0 GB"):
+        run_out()
+    sizes["reserved"] = 77
+    with pytest.raises(torch.OutOfMemoryError):
+        run_out()
