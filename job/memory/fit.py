@@ -54,9 +54,12 @@ class Fit:
 
 def outside_bytes(setting: Setting) -> int:
     """What a rank takes of its GPU outside torch's allocator; nothing on a CPU."""
-    if not setting.cuda:
-        return 0
-    return CONTEXT_BYTES + (NCCL_BYTES if setting.world_size > 1 else 0)
+    return outside_allocator(setting.world_size) if setting.cuda else 0
+
+
+def outside_allocator(world_size: int) -> int:
+    """The CUDA context, and what communication needs."""
+    return CONTEXT_BYTES + (NCCL_BYTES if world_size > 1 else 0)
 
 
 def fit(setting: Setting, capacity: int) -> Fit:
