@@ -1,6 +1,6 @@
 """The closed form's memory beside what torch's own allocator counts, for each case that is given.
 
-    python measure_memory.py '[{"trunk": "7b", "n": 4}, ...]'
+python measure_memory.py '[{"trunk": "7b", "n": 4}, ...]'
 """
 
 from __future__ import annotations

@@ -33,6 +33,14 @@ _SOURCE = _HERE / "cuda.c"
 _NVIDIA = re.compile(r"lib(cu|nccl|nvrtc|nvshmem)")
 _OF_NVIDIA = re.compile(r"(cu[A-Z]|cuda|cufile|curand|cusparse|nccl|nvshmem)")
 _COMPILER = ("gcc", "-std=gnu11", "-O1", "-shared", "-fPIC", "-pthread")
+_END = """
+#include <stdio.h>
+#include <stdlib.h>
+static void end(const char *name) {
+    fprintf(stderr, "fake CUDA: %s is not in cuda.c\\n", name);
+    abort();
+}
+"""
 _STRICT = ("-Wall", "-Wextra", "-Werror")
 
 
@@ -69,14 +77,18 @@ class FakeCuda:
     def environment(self, gpu: Gpu = Gpu()) -> dict[str, str]:
         path = [str(_HERE / "start"), str(_HERE), str(self.packages), str(_ROOT)]
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA_", "FAKE_"))}
-        return kept | gpu.environment | {
-            "PYTHONPATH": os.pathsep.join(path),
-            "LD_LIBRARY_PATH": str(self.libraries),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "OMP_NUM_THREADS": "1",
-            "FAKE_NVML": str(self.libraries / "nvml.txt"),
-            "TRITON_LIBCUDA_PATH": str(self.libraries),
-        }
+        return (
+            kept
+            | gpu.environment
+            | {
+                "PYTHONPATH": os.pathsep.join(path),
+                "LD_LIBRARY_PATH": str(self.libraries),
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "OMP_NUM_THREADS": "1",
+                "FAKE_NVML": str(self.libraries / "nvml.txt"),
+                "TRITON_LIBCUDA_PATH": str(self.libraries),
+            }
+        )
 
     def run(
         self, command: Sequence[str], gpu: Gpu = Gpu(), **more: Any
@@ -199,7 +211,11 @@ def _readelf(what: str, file: Path) -> str:
 def _missing_functions(symbols: dict[str, str]) -> str:
     """For each symbol a function, weak, so that cuda.c's own stands where it has one."""
     lines = ["#include <stdio.h>", "#include <stdlib.h>", "static void end(const char *name) {"]
-    lines += ['    fprintf(stderr, "fake CUDA: %s is not in cuda.c\\n", name);', "    abort();", "}"]
+    lines += [
+        '    fprintf(stderr, "fake CUDA: %s is not in cuda.c\\n", name);',
+        "    abort();",
+        "}",
+    ]
     weak = "__attribute__((weak)) void"
     lines += [f'{weak} {name}(void) {{ end("{name}"); }}' for name in sorted(symbols)]
     return "\n".join(lines) + "\n"

@@ -67,7 +67,10 @@ def _per_block(steps: list[dict[str, Any]]) -> dict[str, float]:
     """Launches of a micro-batch for each block; a trained one's with its share of the update."""
     plain, one_more_frozen, one_more_trained = (step["launches"] for step in steps[:3])
     frozen = (one_more_frozen - plain) / MICRO_BATCHES
-    return {"frozen": frozen, "trained": frozen + (one_more_trained - one_more_frozen) / MICRO_BATCHES}
+    return {
+        "frozen": frozen,
+        "trained": frozen + (one_more_trained - one_more_frozen) / MICRO_BATCHES,
+    }
 
 
 @pytest.mark.parametrize("index", range(len(PLAIN) + len(SHARDED)))

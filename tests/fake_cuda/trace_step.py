@@ -1,6 +1,6 @@
 """What one optimizer step asks of the GPU: launches, copies, and where it waits.
 
-    python trace_step.py '[{"trunk": "small", "n": 2}, ...]'
+python trace_step.py '[{"trunk": "small", "n": 2}, ...]'
 """
 
 from __future__ import annotations
