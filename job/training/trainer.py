@@ -27,6 +27,7 @@ from job.run.trained import find_weights, load_weights
 from job.training.attempt import Attempt, claimed_attempt
 from job.training.checkpoint import Checkpoints
 from job.training.data import CriticData, load_critic_data
+from job.training.gpu import check_gpu
 from job.training.learner import Learner
 from job.training.loop import Training, try_to_save
 from job.training.machine import describe
@@ -58,6 +59,7 @@ def train(config: CriticConfig, *, resume: bool = True, verify: bool = False) ->
 
 def _train(attempt: Attempt) -> None:
     config, run, world = attempt.config, attempt.run, attempt.world
+    check_gpu(config.distributed.fsdp, read_architecture(config.model.path), world.device)
     choose_micro_batch(config, run, world)
     data = world.main_first(lambda: load_critic_data(config, run, world, verify=attempt.verify))
     identity = world.main_decides(lambda: _identity(config, data, attempt.verify))
