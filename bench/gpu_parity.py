@@ -12,7 +12,13 @@ import torch
 from gpu_training import packed
 from torch import Tensor
 
-from job.common.schema import DistributedConfig, FsdpConfig, ObjectiveConfig, TrainingConfig
+from job.common.schema import (
+    DistributedConfig,
+    FsdpConfig,
+    ObjectiveConfig,
+    ShardingStrategy,
+    TrainingConfig,
+)
 from job.data.packing import Batch
 from job.distributed.fsdp import shard
 from job.distributed.world import World, joined_world
@@ -132,7 +138,8 @@ def _learner(world: World, mixed: bool, seed: int) -> Learner:
     with torch.device("meta"):
         critic = Critic(SMALL)
     unfreeze_last_blocks(critic, 2)
-    shard(critic, FsdpConfig(mixed_precision=mixed), world)
+    fsdp = FsdpConfig(sharding_strategy=ShardingStrategy.FULL_SHARD, mixed_precision=mixed)
+    shard(critic, fsdp, world)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in critic.named_parameters():

@@ -10,11 +10,13 @@ from fake_cuda.runtime import FakeCuda, Gpu
 from job.common.schema import ShardingStrategy
 
 TOLERANCE = 0.005
+ABOVE_COMPILED = 0.02  # Inductor orders some things better than the closed form knows
 GPUS = {  # of the job; 8 of them on a node
     ShardingStrategy.NO_SHARD: 2,
     ShardingStrategy.HYBRID_SHARD: 16,
 }
 LARGE = Gpu(memory=1_000_000_000_000)  # so that nothing is left out for its size
+STRATEGIES = [s for s in ShardingStrategy if s.name != "auto"]  # which stands for another
 FULL = 33  # one more than there are blocks
 
 
@@ -35,13 +37,17 @@ FEW = [
 ]
 
 
-def _check(cuda: FakeCuda, cases: list[dict[str, Any]]) -> None:
+def _check(
+    cuda: FakeCuda, cases: list[dict[str, Any]], below: float = TOLERANCE, above: float = TOLERANCE
+) -> None:
+    """Predictions are at most so far below what is measured, and so far above it."""
     found = cuda.ask("measure_memory.py", cases, LARGE, timeout=600)
     off = []
     for case, one in zip(cases, found, strict=True):
         for what in ("peak", "after_backward"):
             predicted, measured = one["predicted"][what], one["measured"][what]
-            if abs(predicted - measured) > TOLERANCE * one["measured"]["peak"]:
+            share = (predicted - measured) / one["measured"]["peak"]
+            if not -below <= share <= above:
                 off.append((case, what, predicted, measured))
     assert not off
     assert len(found) == len(cases)
@@ -53,14 +59,14 @@ def test_predictions_are_what_the_allocator_counts() -> None:
 
 
 @pytest.mark.all
-@pytest.mark.parametrize("strategy", ShardingStrategy)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_and_depth(cuda: FakeCuda, strategy: ShardingStrategy) -> None:
     cases = [_case(strategy, n) for n in (0, 1, 4, 8, 32, FULL)]
     _check(cuda, cases)
 
 
 @pytest.mark.all
-@pytest.mark.parametrize("strategy", ShardingStrategy)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_recomputation_with_every_strategy(cuda: FakeCuda, strategy: ShardingStrategy) -> None:
     cases = [_case(strategy, n, activation_checkpointing=True) for n in (1, 4, 32, FULL)]
     _check(cuda, cases)
@@ -81,3 +87,11 @@ def test_other_trunks_and_micro_batches(cuda: FakeCuda) -> None:
     cases += [_alone(4, tokens=65536, sequence=2048), _alone(4, tokens=2048, sequence=300)]
     cases.append(_alone(4, world=4, fsdp={"cpu_offload": True}))
     _check(cuda, cases)
+
+
+@pytest.mark.all
+def test_compiled_blocks(cuda: FakeCuda) -> None:
+    cases = [_alone(n, compiled=True) for n in (0, 4)]
+    cases.append(_case(ShardingStrategy.FULL_SHARD, 4) | {"compiled": True})
+    cases.append(_alone(4, trunk="8b grouped", compiled=True))
+    _check(cuda, cases, above=ABOVE_COMPILED)

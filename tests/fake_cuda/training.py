@@ -79,11 +79,8 @@ class Case:
     @property
     def fsdp_config(self) -> FsdpConfig:
         given = dict(self.fsdp)
-        strategy = given.pop("sharding_strategy", None)
-        config = FsdpConfig(**given)
-        if strategy is not None:
-            config.sharding_strategy = ShardingStrategy[strategy]
-        return config
+        strategy = ShardingStrategy[given.pop("sharding_strategy", "FULL_SHARD")]
+        return FsdpConfig(sharding_strategy=strategy, **given)
 
     @property
     def setting(self) -> Setting:
@@ -96,6 +93,7 @@ class Case:
             response_tokens=sum(length - length // 2 for length in self.lengths),
             accumulates=self.micro_batches > 1,
             sequence_tokens=self.sequence,
+            **({"compiled": True} if self.compiled else {}),
             world_size=self.world,
             per_node=min(self.world, self.per_node),
         )
