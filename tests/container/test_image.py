@@ -62,8 +62,9 @@ source.write_text(
     "PyMODINIT_FUNC PyInit_launcher(void) { return PyModule_Create(&m); }"
 )
 include = sysconfig.get_path("include")
-command = ["gcc", "-shared", "-fPIC", f"-I{include}", str(source), "-o", str(folder / "launcher.so")]
-subprocess.run(command, check=True)
+library = folder / "launcher.so"
+flags = ["-shared", "-fPIC", f"-I{include}"]
+subprocess.run(["gcc", *flags, str(source), "-o", str(library)], check=True)
 sys.path.insert(0, str(folder))
 import launcher
 print("built", launcher.__name__)
