@@ -9,7 +9,9 @@ ARG BASE=debian:bookworm-slim
 FROM ${BASE} AS python
 # hadolint ignore=DL3008
 RUN apt-get update \
- && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3 \
+ # torch.compile builds small extensions at run time: a C compiler, its headers and Python's
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+    python3 gcc libc6-dev python3-dev \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/*.log \
  # nobody in here has to become somebody else
  && find / -xdev -perm /6000 -type f -exec chmod a-s {} +

@@ -116,7 +116,8 @@ class TrainingConfig:
     max_bad_steps: int = 5  # in a row, with a loss or gradient that is not finite
     seed: int = 0
     threads: int | None = None  # CPU threads of one process; default: torch's own choice
-    deterministic: bool = False  # on a GPU: the same bits each time, more slowly
+    # on a GPU: the same bits each time; where an operation has no such form it is an error
+    deterministic: bool = field(default=True, metadata={"before": False})
     value_head: ValueHeadConfig = field(default_factory=ValueHeadConfig)
 
     @property

@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from job.common.schema import FsdpConfig, ShardingStrategy
-from job.model.architecture import TransformerConfig
+from job.model.architecture import TransformerConfig, flash_attention_takes
 from job.model.parameters import (
     GRADIENT_BYTES,
     MASTER_BYTES,
@@ -55,6 +55,7 @@ COMPONENTS = (
     "activations",
     "working_set",
     "batch",
+    "workspaces",  # of cuBLAS: no moment has them, `job.memory.fit` counts them
 )
 
 
@@ -168,7 +169,8 @@ class _Step:
         self.strategy = fsdp.sharding_strategy
         self.sharded = setting.world_size > 1 or fsdp.mixed_precision or fsdp.cpu_offload
         self.shards = shards(self.strategy, setting.world_size, setting.per_node)
-        self.varlen = setting.cuda and fsdp.mixed_precision
+        flash = flash_attention_takes(a.head_width)
+        self.varlen = setting.cuda and fsdp.mixed_precision and flash
         self.block = block_parameters(a)
         self.embedding = a.vocab_size * a.dim
         self.d, self.h = a.dim, a.n_heads
@@ -281,7 +283,7 @@ class _Step:
     @property
     def saved_attention(self) -> int:
         """Queries, keys, values, the result of attention and its log-sum-exp."""
-        keys = self.q if self.varlen else self.k  # the kernel has them repeated
+        keys = self.q if self.setting.cuda else self.k  # CUDA's kernels have them repeated
         saved = self.c * (2 * self.q + 2 * keys) + _FLOAT * self.h
         if not self.varlen:
             masked = _SPAN_TOKENS * (2 * self.setting.sequence_tokens <= _SPAN_TOKENS)

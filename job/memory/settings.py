@@ -86,6 +86,20 @@ def _longest_unit(config: CriticConfig) -> int:
     return config.data.max_length * (2 if config.objective.loss is Loss.pairwise else 1)
 
 
+def ways_to_lower(config: CriticConfig) -> str:
+    """What would make a training take less memory, as far as it is not done already."""
+    training, blocks = config.training, config.training.num_unfrozen_layers
+    if training.token_budget > _longest_unit(config):
+        ways = [f"lower training.micro_batch_tokens ({training.token_budget})"]
+    else:
+        ways = [f"lower data.max_length ({config.data.max_length})"]
+    if blocks and not config.distributed.fsdp.activation_checkpointing:
+        ways.append("set distributed.fsdp.activation_checkpointing")
+    if blocks:
+        ways.append(f"unfreeze fewer blocks than {blocks} (training.num_unfrozen_layers)")
+    return ", ".join([*ways, "or take more GPUs"])
+
+
 def _nothing_fits(smallest: Fit, setting: Setting) -> str:
     n, capacity = setting.num_unfrozen_layers, smallest.capacity
     largest = largest_unfrozen(setting, capacity)

@@ -18,7 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from job.model.architecture import LinearScaling, RopeScaling, TransformerConfig
+from job.model.architecture import (
+    LinearScaling,
+    RopeScaling,
+    TransformerConfig,
+    flash_attention_takes,
+)
 
 SPAN_TOKENS = 128  # on CPU, sequences share one masked attention call up to this many tokens
 
@@ -140,9 +145,13 @@ class Attention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
     """Block-diagonal causal attention: q [t, h, e], k and v [t, k, e] -> [t, h, e]."""
-    if layout.varlen and q.dtype in (torch.bfloat16, torch.float16):
+    if layout.varlen and _fits_flash_attention(q):
         return _attend_varlen(q, k, v, layout)
     return _attend_spans(q, k, v, layout)
+
+
+def _fits_flash_attention(q: Tensor) -> bool:
+    return q.dtype in (torch.bfloat16, torch.float16) and flash_attention_takes(q.shape[-1])
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
@@ -159,6 +168,9 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Ten
 def _attend_spans(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
     # one call for each run of short sequences: a mask over the whole stream would be t x t, and a
     # call for each sequence would cost more than what it computes
+    if layout.varlen:  # CUDA's kernels for masks and float32 know no groups: it would be many small
+        group = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
     grouped = q.shape[1] != k.shape[1]
     sizes, masks = layout.spans
     # split, not slices: the gradient of a split is one concatenation

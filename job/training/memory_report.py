@@ -122,9 +122,11 @@ class MemoryAccount:
         run.write_json(FILE, {"predicted": self._predicted})
         if world.is_main:
             _log.info(
-                "memory: %.3f GB predicted at the peak (%s), and %.1f GB outside the allocator",
+                "memory: %.3f GB predicted at the peak (%s), %.1f GB reserved for it, and %.1f GB "
+                "outside the allocator",
                 self._predicted["peak_bytes"] / 1e9,
                 self._predicted["peak_moment"],
+                self._predicted["reserved_bytes"] / 1e9,
                 self._predicted["outside_bytes"] / 1e9,
             )
 

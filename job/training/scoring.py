@@ -32,7 +32,9 @@ from job.run.manifest import MANIFEST
 from job.run.trained import TrainedCritic, load_weights
 from job.run.value_metrics import ValueMetrics
 from job.training.data import check_tokens, warn_of_unknown
+from job.training.gpu import check_gpu
 from job.training.objective import Objective
+from job.training.preparation import set_up_allocator
 
 MICRO_BATCHES = 16  # of each rank, between two parts that are committed
 _AUTO_TOKENS = 8192  # of a micro-batch
@@ -52,6 +54,7 @@ def score(
         InputError: something in the input is wrong; nothing is scored yet.
         Stopped: asked to stop; what is scored so far is kept.
     """
+    set_up_allocator()
     with joined_world(DistributedConfig()) as world:
         if not world.is_main:
             only_warnings()
@@ -168,8 +171,10 @@ class _Scorer:
 
 def _place(trained: TrainedCritic, world: World) -> Critic:
     """The critic in shards, its trunk and its trained parameters loaded."""
+    fsdp = trained.config.distributed.fsdp
+    check_gpu(fsdp, trained.architecture, world.device)
     critic = trained.on_meta()
-    shard(critic, trained.config.distributed.fsdp, world)
+    shard(critic, fsdp, world)
     load_trunk(critic.trunk, trained.config.model.path, lambda: _stop_together(world))
     load_weights(critic, trained.folder, world)
     return critic

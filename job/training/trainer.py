@@ -27,11 +27,13 @@ from job.run.trained import find_weights, load_weights
 from job.training.attempt import Attempt, claimed_attempt
 from job.training.checkpoint import Checkpoints
 from job.training.data import CriticData, load_critic_data
+from job.training.gpu import check_gpu
 from job.training.learner import Learner
 from job.training.loop import Training, try_to_save
 from job.training.machine import describe
 from job.training.memory_report import MemoryAccount, choose_micro_batch
 from job.training.objective import Objective
+from job.training.out_of_memory import out_of_memory_judged
 from job.training.preparation import load_critic, set_up_torch
 from job.training.state import TrainingState
 
@@ -56,11 +58,26 @@ def train(config: CriticConfig, *, resume: bool = True, verify: bool = False) ->
 
 
 def _train(attempt: Attempt) -> None:
-    config, run, world, recorder = attempt.config, attempt.run, attempt.world, attempt.recorder
+    config, run, world = attempt.config, attempt.run, attempt.world
+    check_gpu(config.distributed.fsdp, read_architecture(config.model.path), world.device)
     choose_micro_batch(config, run, world)
     data = world.main_first(lambda: load_critic_data(config, run, world, verify=attempt.verify))
     identity = world.main_decides(lambda: _identity(config, data, attempt.verify))
     checkpoints = Checkpoints(run, attempt.fence, config.checkpoint, identity, world)
+    with out_of_memory_judged(config, world, lambda: _has_saved(checkpoints)):
+        _train_from_checkpoint(attempt, data, checkpoints, identity)
+
+
+def _has_saved(checkpoints: Checkpoints) -> bool:
+    checkpoints.wait()  # for a save that is under way: it may be the one
+    return checkpoints.has_saved
+
+
+def _train_from_checkpoint(
+    attempt: Attempt, data: CriticData, checkpoints: Checkpoints, identity: dict[str, Any]
+) -> None:
+    """Load the critic, go on from the newest checkpoint, if there is one, and train to the end."""
+    config, run, world, recorder = attempt.config, attempt.run, attempt.world, attempt.recorder
     checkpoint = world.main_decides(checkpoints.newest_good)
     memory = MemoryAccount(config, data, run, world, recorder)
     with recorder.phase("load"):
@@ -70,6 +87,8 @@ def _train(attempt: Attempt) -> None:
         state = checkpoints.restore(checkpoint, learner)
     else:
         state = _first_state(config, learner, identity)
+    with recorder.phase("load"):
+        checkpoints.reserve(learner)
     _go_on_from(state, attempt, checkpoints)
     _report_parameters(critic, run, world)
     with Tracker(run) as tracker, run.recorded():

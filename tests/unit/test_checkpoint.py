@@ -28,11 +28,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 import job.train
 from job.common.config import load_config
-from job.common.errors import Exit, InputError, Stopped, Superseded, exit_code
+from job.common.errors import Exit, InputError, Stopped, Superseded, UnfitNode, exit_code
 from job.common.nested import to_dict
 from job.common.schema import CheckpointConfig, CriticConfig, DistributedConfig
 from job.data.packing import Batch
-from job.distributed.world import joined_world
+from job.distributed.world import World, joined_world
 from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.run.checkpoint_store import best, retained
@@ -43,8 +43,10 @@ from job.run.manifest import MANIFEST, DamagedError, Manifest
 from job.run.trained import find_weights
 from job.training import checkpoint as checkpoint_module
 from job.training.checkpoint import Checkpoints, SaveError
+from job.training.host_copy import HostCopy
 from job.training.learner import Learner, StepResult
 from job.training.objective import Objective
+from job.training.out_of_memory import out_of_memory_judged
 from job.training.trainer import train
 
 TRUNK = ("data.arithmetic.train_examples=64", "training.max_steps=2", "training.batch_size=8")
@@ -1538,6 +1540,48 @@ def test_a_checkpoints_folder_that_cannot_be_written_for_a_while_costs_nothing(
 
 
 @pytest.mark.slow
+def test_a_copy_for_a_checkpoint_that_fails_costs_only_this_one(
+    whole: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory("runs/uncopied")
+    update, steps = HostCopy.update, [0]
+
+    def fail_at_six(self: HostCopy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if steps[-1] == 6:
+            raise RuntimeError("CUDA error: out of memory")
+        return update(self, tensors)
+
+    monkeypatch.setattr(HostCopy, "update", fail_at_six)
+    _before_steps(monkeypatch, lambda step, _: steps.append(step))
+    run_training(run.path.name)
+    assert "saving a checkpoint failed: rank 0: CUDA error: out of memory" in _log(run)
+    assert _steps(run) == [2, 4, 7, 8]
+    _same(run, whole)
+
+
+def test_the_memory_that_saving_needs_is_taken_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    places: list[set[int]] = []
+    update = HostCopy.update
+
+    def look(self: HostCopy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        copies = update(self, tensors)
+        places.append({copy.data_ptr() for copy in copies.values()})
+        return copies
+
+    def at_step(step: int, _: Learner) -> None:
+        if step == 1:
+            assert len(places) == 1
+
+    monkeypatch.setattr(HostCopy, "update", look)
+    _before_steps(monkeypatch, at_step)
+    run_training("reserved", "training.max_steps=2")
+    assert len(places) == 2
+    assert places[0] == places[1]
+
+
+@pytest.mark.slow
 def test_a_checkpoints_folder_that_vanishes_while_it_is_written_is_made_anew(
     whole: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1691,3 +1735,58 @@ def test_a_last_save_that_fails_once_is_tried_again(
     assert run.status()["checkpoint_error"] is None
     assert _steps(run) == [2, 4, 6, 8]
     _same(run, whole)
+
+
+# A GPU whose memory runs out
+
+
+def _out_of_memory(step: int) -> Callable[[int, Learner], None]:
+    def act(current: int, _: Learner) -> None:
+        if current == step:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"
+            )
+
+    return act
+
+
+def test_memory_that_runs_out_before_anything_is_saved_is_wrong_input_that_says_what_to_lower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _before_steps(monkeypatch, _out_of_memory(2))
+    with pytest.raises(InputError) as ended:
+        run_training("too-large")
+    assert exit_code(ended.value) is Exit.BAD_INPUT
+    assert str(ended.value) == (
+        "the GPU's memory ran out (Tried to allocate 2.00 GiB): lower training.micro_batch_tokens "
+        "(128), set distributed.fsdp.activation_checkpointing, unfreeze fewer blocks than 1 "
+        "(training.num_unfrozen_layers), or take more GPUs"
+    )
+
+
+@pytest.mark.usefixtures("_background")
+def test_memory_that_runs_out_after_a_checkpoint_is_a_crash_that_goes_on_from_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _before_steps(monkeypatch, _out_of_memory(3))
+    with pytest.raises(torch.OutOfMemoryError):
+        run_training("too-large-later")
+    with pytest.raises(InputError, match="memory ran out"):  # the second attempt comes no further
+        run_training("too-large-later")
+
+
+def test_a_gpu_that_other_processes_fill_is_unfit(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, world = load_config(CriticConfig, "critic.yaml"), World(device=torch.device("cuda", 0))
+    sizes = {"free": 1, "reserved": 20}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (sizes["free"] * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: sizes["reserved"] * 10**9)
+
+    def run_out() -> None:
+        with out_of_memory_judged(config, world, lambda: True):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UnfitNode, match=r"other processes have 58\.4 of its 80\.0 GB"):
+        run_out()
+    sizes["reserved"] = 77
+    with pytest.raises(torch.OutOfMemoryError):
+        run_out()
