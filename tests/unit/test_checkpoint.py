@@ -702,7 +702,10 @@ def test_other_data_at_the_same_path_is_refused_and_a_copy_elsewhere_is_not(fold
         shutil.copy(f"{split}.jsonl", f"copy.{split}.jsonl")
         ours = _identity(run)[f"{split}_data"]
         _write_rows(Path(f"{split}.jsonl"), 3, shift=1)
-        _refused(_copy(run, f"data-{split}"), f"{split}_data: {ours} -> ", *paths)
+        text = (
+            f"the rows of data.{split}, or their fields, template or tokens, differ ({ours[:8]} -> "
+        )
+        _refused(_copy(run, f"data-{split}"), text, *paths)
         shutil.copy(f"copy.{split}.jsonl", f"{split}.jsonl")
     elsewhere = ("data.train=copy.train.jsonl", "data.validation=copy.validation.jsonl")
     run_training("data", *elsewhere)
