@@ -106,8 +106,9 @@ def styled(
 
 def draw_line(axes: Axes, x: Sequence[float], y: Sequence[float], style: Mapping[str, Any]) -> None:
     """Draw a line with a marker here and there; without points draw nothing."""
+    lone = {"marker": "."} if len(x) == 1 else {}  # else nothing of it would be seen
     if x:
-        axes.plot(x, y, markevery=max(1, len(x) // 20), **style)
+        axes.plot(x, y, markevery=max(1, len(x) // 20), **lone | dict(style))
 
 
 def start_at_zero(*panels: Axes) -> None:

@@ -21,6 +21,7 @@ import yaml
 
 from job.common.errors import InputError, run_command
 from job.report import main
+from job.run.figure import STEPS, draw_line, panels, png
 from job.run.plots import draw_memory, draw_plots, write_plots
 from job.run.reader import Snapshot
 from job.run.report_page import verdict, write_report
@@ -578,6 +579,21 @@ def test_every_plot_shows_something(tmp_path: Path, count: int) -> None:
     for path in paths:
         by_phase = path.stem == "memory" and count == 1  # has a second panel
         assert_shows_something(path, 806 if by_phase else 633)
+
+
+def test_a_line_of_one_point_is_seen() -> None:
+    _, (axes,) = panels("a run with one log line so far")
+    draw_line(axes, [20], [0.5], {"color": "black"})
+    draw_line(axes, [10, 20], [0.5, 0.6], {"color": "black"})
+    assert [line.get_marker() for line in axes.get_lines()] == [".", "None"]
+
+
+def test_the_axis_of_steps_has_whole_numbers_alone() -> None:
+    figure, (axes,) = panels("a short run")
+    axes.set(xlabel=STEPS)
+    draw_line(axes, [1, 2, 3], [0.5, 0.6, 0.7], {})
+    png(figure)
+    assert all(tick == round(tick) for tick in axes.get_xticks())
 
 
 def test_plots_without_data_are_left_out(tmp_path: Path) -> None:
