@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from job.common.data_file import check_readable
 from job.common.errors import Ending, InputError
 from job.common.places import free_bytes, read_problem
-from job.common.schema import CriticConfig
+from job.common.schema import BadRows, CriticConfig, DataConfig
+from job.data.rows import first_bad_rows
 from job.memory.fit import Fit, fit
 from job.memory.footprint import Setting
 from job.memory.settings import setting_of
@@ -84,7 +84,7 @@ def _inputs(plan: Plan, run: Run) -> Iterator[Check]:
     missing = [
         f"{plan.site.source(key, path)}{text}"
         for key, path in named
-        if (text := _unreadable(key, path))
+        if (text := _unreadable(key, path, run.config.data))
     ]
     for text in missing:
         yield Check("files", "error", text)
@@ -100,16 +100,18 @@ def _inputs(plan: Plan, run: Run) -> Iterator[Check]:
         yield _image(plan.submission.image)
 
 
-def _unreadable(key: str, path: Path) -> str | None:
+def _unreadable(key: str, path: Path, data: DataConfig) -> str | None:
     """What keeps a file or folder from being what a configuration's key names."""
     if key not in ("data.train", "data.validation"):
         problem = read_problem(path)
         return None if problem is None else f"{key}: {problem}"
     try:
-        check_readable(path)
+        bad, looked_at = first_bad_rows(path, data.fields)
     except Ending as error:  # StorageError too: what does not answer now is not submitted
         return f"{key}: {error}"
-    return None
+    if not bad or (data.bad_rows is BadRows.skip and len(bad) < looked_at):
+        return None
+    return f"{key}: {bad[0]}; {len(bad)} of the first {looked_at} row(s) cannot be used"
 
 
 def _image(image: str) -> Check:

@@ -94,6 +94,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         image=_image(options.image or site.values.image, profile.image),
         binds=_binds(runs, profile.binds),
         after=_after(options.after),
+        verify=options.verify,
     )
     return Plan(_checked(submission), runs, resumes=False, site=site)
 
@@ -192,6 +193,7 @@ def _plan_to_resume(options: argparse.Namespace) -> Plan:
         image=_image(options.image, _image_before(before, profile)),
         binds=_binds([run], profile["binds"]),
         after=_after(options.after),
+        verify=options.verify,
     )
     return Plan(_checked(submission), [run], resumes=True, site=Site())
 

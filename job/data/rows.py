@@ -6,9 +6,12 @@ import difflib
 import functools
 import gzip
 import hashlib
+import importlib.util
 import io
+import itertools
 import json
 import math
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from job.common.data_file import check_readable
-from job.common.errors import file_error, quoted, short
+from job.common.errors import InputError, file_error, quoted, short
 from job.data.json_array import array_items, begins_array
 
 ALPACA_FIELDS = {"prompt": "instruction", "response": "output", "reward": "is_correct"}
@@ -25,6 +28,9 @@ Rewards = bool | Literal["optional"]  # whether rows must carry one
 _ROUNDING = 1e-6  # by which labels that were computed in float32 may lie outside [0, 1]
 _NAMES = 12  # of a row's fields, in a message
 _LOOKED_AT = 4096  # bytes: blanks before an array, or an object
+_FIRST = 20  # rows that are looked at before a job is submitted
+# How files begin that only pyarrow reads, which a login node may lack.
+_MAGIC = {".parquet": b"PAR1", ".zst": b"\x28\xb5\x2f\xfd"}
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,32 @@ def read_rows(
             yield line, BadRow(str(path), line, str(error))
 
 
+def first_bad_rows(path: str | Path, fields: Any = None) -> tuple[list[BadRow], int]:
+    """Those of the first rows that a training cannot use, and how many were looked at.
+
+    Without pyarrow no row of a Parquet or .zst file is.
+
+    Raises:
+        InputError: the file is missing, of an unknown kind, damaged, or has no row.
+    """
+    path = Path(path)
+    if path.suffix in _MAGIC and importlib.util.find_spec("pyarrow") is None:
+        _check_magic(path)
+        return [], 0
+    first = [row for _, row in itertools.islice(read_rows(path, fields), _FIRST)]
+    if not first:
+        raise InputError(f"{path}: there is no row in it")
+    return [row for row in first if isinstance(row, BadRow)], len(first)
+
+
+def _check_magic(path: Path) -> None:
+    check_readable(path)
+    begin = _MAGIC[path.suffix]
+    with path.open("rb") as stream:
+        if stream.read(len(begin)) != begin:
+            raise InputError(f"{path}: damaged file: it does not begin as {path.suffix} files do")
+
+
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | Callable[[], dict[str, Any]]]]:
     check_readable(path)
     try:
@@ -93,9 +125,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | Callable[[], dict[
 
 
 def _arrow_error() -> type[Exception]:
-    import pyarrow
-
-    return cast(type[Exception], pyarrow.ArrowException)
+    """What pyarrow raises; where nobody has imported it, it has raised nothing."""
+    return cast(type[Exception], getattr(sys.modules.get("pyarrow"), "ArrowException", OSError))
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:
@@ -188,6 +219,8 @@ def _field(row: dict[str, Any], name: str) -> Any:
 
 
 def _names(row: dict[str, Any], wanted: str) -> str:
+    if not row:
+        return "none"
     if len(row) <= _NAMES:
         return ", ".join(map(short, map(repr, row)))
     near = difflib.get_close_matches(wanted, row, _NAMES // 2)

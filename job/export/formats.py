@@ -28,7 +28,7 @@ from job.export.whole_critic import (
     write_hugging_face,
     write_meta,
 )
-from job.model.weights import save_tensors
+from job.model.safetensors_file import save_tensors
 from job.run.manifest import FACTS, FileSum, Manifest
 from job.run.trained import TENSORS, TrainedCritic
 

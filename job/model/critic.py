@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from job.model.architecture import TransformerConfig
-from job.model.parameters import Count, ParameterCounts, select_trainable
+from job.model.parameters import Count, ParameterCounts, bytes_text, select_trainable
 from job.model.shards import fill, full_tensor
 from job.model.transformer import PackedLayout, Trunk
 
@@ -121,14 +121,19 @@ class ParameterReport(ParameterCounts):
         }
 
     def __str__(self) -> str:
-        head = f"{'component':<14}{'parameters':>16}{'trainable':>16}{'weights':>11}"
-        lines = [head + f"{'gradients':>11}{'optimizer':>11}"]
+        """A table of 60 columns: a terminal's 80 without what the log puts before a line."""
+        lines = [_row("component", "parameters", "trainable", "weights", "training")]
         for name, count in self.components.items():
-            sizes = (self.weight_bytes[name], count.gradient_bytes, count.optimizer_bytes)
-            cells = "".join(f"{size / 1e6:>8,.1f} MB" for size in sizes)
-            lines.append(f"{name:<14}{count.total:>16,}{count.trainable:>16,}{cells}")
+            held = bytes_text(self.weight_bytes[name])
+            training = bytes_text(count.gradient_bytes + count.optimizer_bytes)
+            lines.append(_row(name, f"{count.total:,}", f"{count.trainable:,}", held, training))
         share = f"{self.trainable:,} of {self.total:,} ({self.trainable / self.total:.2%})"
-        return "\n".join([*lines, f"trainable: {share}"])
+        lines.append(f"trainable: {share}")
+        return "\n".join([*lines, "training: gradients and AdamW's moments"])
+
+
+def _row(name: str, total: str, trainable: str, weights: str, training: str) -> str:
+    return f"{name:<12}{total:>15}{trainable:>15}{weights:>9}{training:>9}"
 
 
 def parameter_report(critic: Critic) -> ParameterReport:

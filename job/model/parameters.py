@@ -117,6 +117,14 @@ def block_parameters(a: TransformerConfig) -> int:
     return attention + biases + head_norms + 3 * a.dim * a.ffn_width + 2 * a.dim
 
 
+def bytes_text(count: float) -> str:
+    """A size for people, in the unit that fits it."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
 def checkpoint_bytes(counts: ParameterCounts) -> int:
     """Bytes of a checkpoint: trained weights and AdamW's moments, 12 a trainable parameter.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from job.common.errors import InputError, NoProgress, Stopped, Superseded, file_error, first_line
 from job.common.nested import to_dict
-from job.common.progress import log_file, only_warnings
+from job.common.progress import keep_in_files, log_file, only_warnings
 from job.common.schema import CriticConfig
 from job.common.signals import STOP_FILE
 from job.distributed.world import World, joined_world
@@ -117,7 +117,7 @@ def _failures_reported(world: World) -> Iterator[None]:
     except BaseException as error:
         world.report_failure(error)
         if not isinstance(error, Stopped | Superseded):
-            _log.error("%s", first_line(error, named=True))
+            keep_in_files(first_line(error, named=True))  # on stderr the command ends with it
         raise
 
 

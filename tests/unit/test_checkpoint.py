@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from micro_job import write_job, write_recipe
+from micro_job import train_run, write_job, write_recipe
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -47,7 +47,6 @@ from job.training.host_copy import HostCopy
 from job.training.learner import Learner, StepResult
 from job.training.objective import Objective
 from job.training.out_of_memory import out_of_memory_judged
-from job.training.trainer import train
 
 TRUNK = ("data.arithmetic.train_examples=64", "training.max_steps=2", "training.batch_size=8")
 CHANGES = (
@@ -97,9 +96,7 @@ def _at_once(work: Callable[[], Any]) -> Future[Any]:
 
 
 def run_training(name: str, *overrides: str) -> RunDirectory:
-    config = load_config(CriticConfig, "critic.yaml", [f"run.name={name}", *overrides])
-    train(config)
-    return RunDirectory(config.run.dir)
+    return train_run(f"run.name={name}", *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -600,7 +597,7 @@ def test_another_n_is_refused_before_anything_is_touched(halted: RunDirectory) -
     ("change", "difference"),
     [
         ({"num_unfrozen_layers": 2}, "num_unfrozen_layers: 1 -> 2"),
-        ({"base": "f" * 64}, f"-> {'f' * 64}"),
+        ({"base": "f" * 64}, " -> ffffffff)"),
         ({"train_data": "other"}, "-> other"),
         ({"validation_data": "other"}, "-> other"),
         ({"architecture": {"dim": 64}}, "architecture.dim: 32 -> 64"),
@@ -657,7 +654,12 @@ def test_another_base_is_refused_and_the_right_one_goes_on(
     run = _copy(halted, "other-base")
     other = _other_trunk("other-trunk")
     ours = _identity(run)["base"]
-    _refused(run, f"base: {ours} -> ", f"model.path={other}", "model.recipe=null")
+    _refused(
+        run,
+        f"the weights of the trunk differ ({ours[:8]} -> ",
+        f"model.path={other}",
+        "model.recipe=null",
+    )
     run_training("other-base")
     _same(run, whole)
 
@@ -671,7 +673,7 @@ def test_another_base_put_in_place_of_the_first_is_refused() -> None:
     ours = _identity(run)["base"]
     shutil.rmtree("in-place")
     _other_trunk("in-place")
-    _refused(run, f"base: {ours} -> ", *here)
+    _refused(run, f"the weights of the trunk differ ({ours[:8]} -> ", *here)
 
 
 @pytest.mark.slow
@@ -702,7 +704,10 @@ def test_other_data_at_the_same_path_is_refused_and_a_copy_elsewhere_is_not(fold
         shutil.copy(f"{split}.jsonl", f"copy.{split}.jsonl")
         ours = _identity(run)[f"{split}_data"]
         _write_rows(Path(f"{split}.jsonl"), 3, shift=1)
-        _refused(_copy(run, f"data-{split}"), f"{split}_data: {ours} -> ", *paths)
+        text = (
+            f"the rows of data.{split}, or their fields, template or tokens, differ ({ours[:8]} -> "
+        )
+        _refused(_copy(run, f"data-{split}"), text, *paths)
         shutil.copy(f"copy.{split}.jsonl", f"{split}.jsonl")
     elsewhere = ("data.train=copy.train.jsonl", "data.validation=copy.validation.jsonl")
     run_training("data", *elsewhere)
@@ -1104,7 +1109,8 @@ def test_the_command_line_names_the_run_to_begin_with(
 @pytest.mark.slow
 def test_weights_of_another_base_are_refused(whole: RunDirectory) -> None:
     other = _other_trunk("init-trunk")
-    with pytest.raises(InputError, match=f"base: {_identity(whole)['base']} -> "):
+    ours = _identity(whole)["base"][:8]
+    with pytest.raises(InputError, match=rf"the weights of the trunk differ \({ours} -> "):
         run_training(
             "init-base",
             f"model.path={other}",

@@ -13,16 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from micro_job import train_run
 from safetensors.torch import load_file
 
-from job.common.config import completed, load_config
+from job.common.config import completed
 from job.common.errors import InputError
-from job.common.schema import CriticConfig
 from job.export.formats import export
 from job.run.directory import RunDirectory
 from job.run.report_page import write_report
 from job.run.trained import TrainedCritic
-from job.training.trainer import train
 
 ARCHIVE = Path(__file__).parents[1] / "fixtures/first_layout.tar.xz"
 # Another CPU rounds otherwise, and ten steps carry that on.
@@ -38,9 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _go_on(name: str, *overrides: str) -> RunDirectory:
-    config = load_config(CriticConfig, "critic.yaml", [f"run.name={name}", *overrides])
-    train(config)
-    return RunDirectory(config.run.dir)
+    return train_run(f"run.name={name}", *overrides)
 
 
 @pytest.mark.slow

@@ -396,6 +396,8 @@ def test_what_may_change_between_attempts_may_be_overridden(here: Path, given: l
     _submitted(here, given)
     resumed = make_plan(options(resume="runs/mine", override=["training.max_steps=9"]))
     assert resumed.runs[0].config.training.max_steps == 9
+    assert not resumed.submission.verify
+    assert make_plan(options(resume="runs/mine", verify=True)).submission.verify
 
 
 @pytest.mark.parametrize("option", [{"config": "a.yaml"}, {"name": "a"}, {"unfreeze": [0]}])

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from job.common.errors import InputError
 from job.common.schema import EMBEDDED
 from job.data.tokenizer import load_tokenizer
 from job.model.transformer import PackedLayout
+from job.run.manifest import FileSum, Manifest
 from job.run.trained import TrainedCritic
 from job.training import scoring
 from job.training.scoring import score
@@ -387,7 +389,10 @@ def test_values_of_something_else_are_refused(
     content = out.read_bytes()
     with pytest.raises(InputError, match=r"(?s)values of something else.*step: 6 -> 3"):
         _score(run.path / "checkpoints/step-00000003", data, out)
-    with pytest.raises(InputError, match=r"(?s)values of something else.*data: "):
+    with pytest.raises(
+        InputError,
+        match=r"something else.*\n  the rows of the data, .* differ \(\w{8} -> \w{8}\)$",
+    ):
         _score(run.path, write_rows(tmp_path / "other.jsonl", ROWS[1:]), out)
     assert out.read_bytes() == content
     parts = tmp_path / "b.parquet.parts"
@@ -444,7 +449,7 @@ def test_a_critic_is_used_with_its_own_base_alone(
     weights["layers.0.attention.wq.weight"][0, 0] += 1
     torch.save(weights, moved / "consolidated.pth")
     with pytest.raises(
-        InputError, match=r"(?s)not trained on the trunk .*moved.*base: \w{64} -> \w{64}"
+        InputError, match=r"(?s)not trained on the trunk .*moved.*trunk differ \(\w{8} -> \w{8}\)"
     ):
         _score(run.path, data, tmp_path / "c.parquet", base=str(moved))
     params = json.loads((moved / "params.json").read_text())
@@ -457,13 +462,36 @@ def test_a_critic_is_used_with_its_own_base_alone(
         _score(run.path, data, tmp_path / "e.parquet", base="nowhere")
 
 
+def test_a_run_with_relative_paths_is_used_from_anywhere(
+    critics: MicroCritics, run: MicroRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "project" / "runs" / "n1"
+    shutil.copytree(run.path, copy)
+    shutil.copytree(critics.trunk, tmp_path / "project" / "trunk")
+    file = copy / "checkpoints" / "step-00000006" / "config.yaml"
+    text = file.read_text().replace(f"{critics.folder}/trunk", "trunk")
+    file.write_text(text.replace(str(run.path), "runs/n1"))
+    manifest = Manifest.read(file.parent)  # it knows the configuration's checksum
+    sums = manifest.files | {"config.yaml": FileSum.of(file)}
+    replace(manifest, files=sums).write(file.parent)
+    monkeypatch.chdir(tmp_path)
+    assert TrainedCritic.find(copy).config.model.path == f"{tmp_path}/project/trunk"
+    assert TrainedCritic.find(copy, "other").config.model.path == "other"
+    shutil.rmtree(tmp_path / "project" / "trunk")
+    with pytest.raises(InputError, match=r"trunk: the trunk .* is not here; name its .* --trunk"):
+        TrainedCritic.find(copy).check()
+
+
 def test_another_tokenizer_is_refused(
     critics: MicroCritics, run: MicroRun, data: Path, tmp_path: Path
 ) -> None:
     shutil.copy(critics.trunk / "tokenizer.json", tmp_path)
     settings = {"bos_token": "</s>", "eos_token": "<s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match="trained with another tokenizer"):
+    with pytest.raises(
+        InputError,
+        match=r"with another tokenizer: the vocabulary .* differ \(\w{8} -> \w{8}\); name",
+    ):
         _score(run.path, data, tmp_path / "v.parquet", f"tokenizer.path={tmp_path}")
 
 
