@@ -89,7 +89,11 @@ def _inputs(plan: Plan, run: Run) -> Iterator[Check]:
     for text in missing:
         yield Check("files", "error", text)
     if not missing:
-        yield Check("files", "ok", ", ".join(key for key, _ in named) or "none but embedded data")
+        yield Check(
+            "files",
+            "ok",
+            ", ".join(dict.fromkeys(key for key, _ in named)) or "none but embedded data",
+        )
     used = [*named, ("run.dir", run.folder), ("the working folder", Path.cwd())]
     local = [key for key, path in used if any(path.is_relative_to(one) for one in _LOCAL)]
     if local:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +15,9 @@ from job.common.errors import InputError, file_error
 from job.common.files import write_atomic
 from job.common.nested import flatten
 from job.run.alarm import is_constant
+from job.run.evaluations import evaluation_section, evaluations
 from job.run.figure import run_colour
-from job.run.html import Html, document, fold, join, section, table, tag
+from job.run.html import Html, document, fold, images, join, section, table, tag
 from job.run.plots import draw_plots, save_plots
 from job.run.reader import Snapshot, snapshots
 
@@ -97,6 +97,7 @@ def _page(runs: Sequence[Snapshot], plots: Mapping[str, bytes]) -> str:
             *(_failure(run, several) for run in runs if run.failed),
             _validation(runs),
             _plots(plots),
+            *(evaluation_section(found) for run in runs for found in evaluations(run.stored.path)),
             _parameters(runs),
             _configuration(runs),
             tag("footer", "written ", _moment(time.time()), " by python -m job.report"),
@@ -295,11 +296,7 @@ def _notes(runs: Sequence[Snapshot]) -> Iterator[str]:
 def _plots(plots: Mapping[str, bytes]) -> Html:
     if not plots:
         return section("Curves", tag("p", "There is nothing to plot yet."))
-    images = [
-        tag("img", src=f"data:image/png;base64,{base64.b64encode(png).decode()}", alt=name)
-        for name, png in plots.items()
-    ]
-    return section("Curves", tag("div", *images, class_="plots"))
+    return section("Curves", images(plots))
 
 
 def _parameters(runs: Sequence[Snapshot]) -> Html:

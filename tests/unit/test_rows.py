@@ -20,9 +20,11 @@ import pytest
 from job.common.data_file import check_readable
 from job.common.errors import InputError
 from job.data.json_array import array_items
-from job.data.rows import ALPACA_FIELDS, BadRow, Row, read_rows
+from job.data.layouts import ALPACA_FIELDS
+from job.data.rows import BadRow, Row, read_rows
 
 RawRow = dict[str, Any]
+KINDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".ndjson", ".parquet")
 HALF = "half of a surrogate pair"
 
 
@@ -620,7 +622,7 @@ def test_a_file_of_an_unknown_kind_is_refused_with_the_kinds_that_are_known(tmp_
     [
         (lambda path: None, "cannot read the data: No such file or directory"),
         (Path.touch, "the file is empty"),
-        (Path.mkdir, "cannot read the data: Is a directory"),
+        (Path.mkdir, f"a folder without data files; known: {', '.join(KINDS)}"),
     ],
     ids=["missing", "empty", "directory"],
 )
