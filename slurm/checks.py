@@ -14,7 +14,7 @@ from typing import Literal
 from job.common.errors import Ending, InputError
 from job.common.places import free_bytes, read_problem
 from job.common.schema import BadRows, CriticConfig, DataConfig
-from job.data.rows import first_bad_rows
+from job.data.first_rows import first_bad_rows
 from job.memory.fit import Fit, fit
 from job.memory.footprint import Setting
 from job.memory.settings import setting_of
@@ -89,7 +89,11 @@ def _inputs(plan: Plan, run: Run) -> Iterator[Check]:
     for text in missing:
         yield Check("files", "error", text)
     if not missing:
-        yield Check("files", "ok", ", ".join(key for key, _ in named) or "none but embedded data")
+        yield Check(
+            "files",
+            "ok",
+            ", ".join(dict.fromkeys(key for key, _ in named)) or "none but embedded data",
+        )
     used = [*named, ("run.dir", run.folder), ("the working folder", Path.cwd())]
     local = [key for key, path in used if any(path.is_relative_to(one) for one in _LOCAL)]
     if local:
@@ -106,7 +110,7 @@ def _unreadable(key: str, path: Path, data: DataConfig) -> str | None:
         problem = read_problem(path)
         return None if problem is None else f"{key}: {problem}"
     try:
-        bad, looked_at = first_bad_rows(path, data.fields)
+        bad, looked_at = first_bad_rows(path, data.fields, data.reward_range)
     except Ending as error:  # StorageError too: what does not answer now is not submitted
         return f"{key}: {error}"
     if not bad or (data.bad_rows is BadRows.skip and len(bad) < looked_at):

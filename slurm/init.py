@@ -17,7 +17,7 @@ from job.common.data_file import check_readable
 from job.common.errors import InputError, listing
 from job.common.nested import to_dict
 from job.common.schema import EMBEDDED
-from job.data.rows import first_bad_rows
+from job.data.first_rows import first_bad_rows
 from job.model.architecture_file import read_architecture
 from slurm.cluster import load_profile
 from slurm.plan import STANDARD_CLUSTER

@@ -22,7 +22,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from job.common.errors import InputError, file_error, first_line, listing, quoted, short
 from job.common.possible_values import impossible_values
-from job.common.text_values import hint_at, is_text, is_utf8, text_of, with_quotes
+from job.common.text_values import (
+    hint_at,
+    is_sources,
+    is_text,
+    is_utf8,
+    sources_of,
+    text_of,
+    with_quotes,
+)
 
 Schema = TypeVar("Schema")
 _Tree = dict[str, Any]
@@ -135,7 +143,11 @@ def _own_name() -> str:
 
 
 def command_line(
-    description: str, command: str | None = None, *, of_a_critic: bool = False
+    description: str,
+    command: str | None = None,
+    *,
+    of_a_critic: bool = False,
+    required: bool = True,
 ) -> argparse.ArgumentParser:
     """The options that all commands with a configuration share, or all with a trained critic."""
     parser = _Parser(
@@ -145,11 +157,13 @@ def command_line(
     )
     if of_a_critic:
         about = "a run, one of its checkpoints, or a delta"
-        parser.add_argument("--critic", required=True, type=Path, metavar="PATH", help=about)
+        parser.add_argument("--critic", required=required, type=Path, metavar="PATH", help=about)
         about = "its trunk; default: as the run was configured"
         parser.add_argument("--trunk", "--base", metavar="DIR", help=about)
     else:
-        parser.add_argument("--config", required=True, metavar="FILE", help="a YAML configuration")
+        parser.add_argument(
+            "--config", required=required, metavar="FILE", help="a YAML configuration"
+        )
     parser.add_argument(
         "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="may repeat"
     )
@@ -187,13 +201,15 @@ def _parse_override(text: str, schema: type) -> tuple[str, DictConfig]:
     try:
         if is_text(hint):
             return source, _nested(key, text_of(value))
+        if is_sources(hint) and not value.lstrip().startswith("["):
+            return source, _nested(key, sources_of(value))
         OmegaConf.from_dotlist([text])  # first as it stands, so that errors speak of that
         return source, OmegaConf.from_dotlist([f"{key}={with_quotes(value, hint)}"])
     except (OmegaConfBaseException, RecursionError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{source}: {_essence(error)}") from None
 
 
-def _nested(key: str, value: str | None) -> DictConfig:
+def _nested(key: str, value: str | float | None) -> DictConfig:
     tree: Any = value
     for part in reversed(key.split(".")):
         tree = {part: tree}

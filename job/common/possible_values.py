@@ -12,6 +12,7 @@ from job.common.schema import (
     AUTO,
     CHAT,
     EMBEDDED,
+    FIELD_PRESETS,
     CriticConfig,
     DataConfig,
     Loss,
@@ -72,7 +73,8 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "architecture.rope_theta": (1, None),
     "architecture.n_future_tokens": (1, None),
 }
-_FIELD_NAMES = ("prompt", "response", "reward", "problem_id", "truncated")
+_FIELD_NAMES = ("prompt", "response", "reward", "problem_id", "truncated", "messages")
+_OTHER_FIELDS = ("answer", "part", "preset")
 
 
 def impossible_values(config: Any) -> Iterator[str]:
@@ -96,6 +98,7 @@ def impossible_values(config: Any) -> Iterator[str]:
     betas = config.training.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"training.betas: {betas} must be two numbers in [0, 1)"
+    yield from _impossible_sources("data.train", config.data.train)
     yield from _impossible_data(config)
     if isinstance(config, CriticConfig):
         yield from _impossible_critic(config)
@@ -113,16 +116,49 @@ def _impossible_data(config: CriticConfig | PretrainConfig) -> Iterator[str]:
             f"data.max_length: {data.max_length} does not fit into "
             f"training.micro_batch_tokens: {tokens}"
         )
-    if isinstance(data.fields, str) and data.fields != "alpaca":
-        yield f"data.fields: unknown preset {data.fields!r}; the one preset is alpaca"
-    elif isinstance(data.fields, dict):
-        for key, name in data.fields.items():
-            if key not in _FIELD_NAMES:
-                yield f"data.fields.{key}: unknown field; valid: {', '.join(_FIELD_NAMES)}"
+    yield from impossible_fields(data.fields)
+
+
+def impossible_fields(fields: Any) -> Iterator[str]:
+    """What is wrong with `data.fields`."""
+    if isinstance(fields, dict):
+        valid = (*_FIELD_NAMES, *_OTHER_FIELDS)
+        for key, name in fields.items():
+            if key not in valid:
+                yield f"data.fields.{key}: unknown field; valid: {', '.join(valid)}"
             elif not isinstance(name, str):
                 yield f"data.fields.{key}: the name of a field, not {quoted(name)}"
-    elif data.fields is not None and not isinstance(data.fields, str):
-        yield f"data.fields: a mapping or the preset alpaca, not {data.fields!r}"
+        preset = fields.get("preset", FIELD_PRESETS[0])
+    else:
+        preset = FIELD_PRESETS[0] if fields is None else fields
+    if not isinstance(preset, str):
+        yield f"data.fields: a mapping or a preset ({', '.join(FIELD_PRESETS)}), not {preset!r}"
+    elif preset not in FIELD_PRESETS:
+        known = ", ".join(FIELD_PRESETS)
+        yield f"data.fields: unknown preset {preset!r}; the presets are {known}"
+
+
+def _impossible_sources(key: str, source: Any, share: str = "") -> Iterator[str]:
+    """What no file, glob, folder or list of these can be."""
+    each = source if isinstance(source, list | tuple) else [source]
+    if not each:
+        yield f"{key}: an empty list"
+    for one in each:
+        if not isinstance(one, str):
+            yield (
+                f"{key}: a file, a glob, a folder or a list of these{share}, not {quoted(one)}; "
+                f"a file of that name is ./{one}"
+            )
+        elif one is not source and (not one.strip() or "\0" in one or not is_utf8(one)):
+            yield f"{key}: {short(one)!a} is no name or path"
+        elif one == EMBEDDED and len(each) > 1:
+            yield f"{key}: {EMBEDDED} stands alone"
+
+
+def impossible_range(span: list[float] | None) -> Iterator[str]:
+    """What is wrong with `data.reward_range`."""
+    if span is not None and (len(span) != 2 or not span[0] < span[1]):
+        yield f"data.reward_range: {span} must be two numbers, the lower one first"
 
 
 def _impossible_template(data: DataConfig) -> Iterator[str]:
@@ -143,6 +179,10 @@ def _impossible_template(data: DataConfig) -> Iterator[str]:
 
 def _impossible_critic(config: CriticConfig) -> Iterator[str]:
     yield from _impossible_template(config.data)
+    yield from impossible_range(config.data.reward_range)
+    if not isinstance(config.data.validation, float):
+        share = ", or a share between 0 and 1"
+        yield from _impossible_sources("data.validation", config.data.validation, share)
     objective, training = config.objective, config.training
     if objective.loss is Loss.pairwise and objective.target is not Target.monte_carlo:
         yield "objective.target: the pairwise loss compares outcomes; use monte_carlo"

@@ -8,12 +8,27 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import MISSING
 
 EMBEDDED = "embedded"  # as data source: the chains of job.data.arithmetic
 AUTO = "auto"
+FIELD_PRESETS = (  # of data.fields, layouts that job.data.layouts reads
+    "alpaca",
+    "attempts",
+    "stepwise",
+    "math_shepherd",
+    "prm800k",
+    "processbench",
+    "preference",
+    "trl_conversational",
+    "helpsteer2",
+    "messages",
+)
+# A text that stays what was typed, or a list of such; or a number between 0 and 1.
+SOURCES = "sources"
+Sources = Annotated[Any, SOURCES]
 CHAT = "chat"  # as data.template: the tokenizer's chat template
 
 
@@ -82,9 +97,10 @@ class ArithmeticConfig:
 
 @dataclass
 class DataConfig:
-    train: str = MISSING  # file, or `embedded`
-    validation: str = MISSING
-    fields: Any = None  # {prompt: NAME, ...} or the preset `alpaca`
+    train: Sources = MISSING  # file, glob, folder, a list of these, or `embedded`
+    validation: Sources = MISSING  # the same, or which share of the training data's problems
+    fields: Any = None  # {prompt: NAME, ...}, a preset, or both: {preset: NAME, answer: NAME}
+    reward_range: list[float] | None = None  # the data's rewards for 0 and 1; default: 0 and 1
     template: str | None = None  # `chat`, a chat template, or a text with {prompt} and {response}
     max_length: int = 2048  # tokens of prompt and response together
     overlong: Overlong = Overlong.error
@@ -222,7 +238,7 @@ class ArchitectureConfig:
 
 @dataclass
 class PretrainDataConfig:
-    train: str = MISSING  # JSONL with prompt and response, or `embedded`
+    train: Sources = MISSING  # files with prompt and response, or `embedded`
     fields: Any = None
     max_length: int = 2048
     cache_dir: str = "runs/cache"

@@ -12,6 +12,8 @@ A row for each row of the data, in its order, those that were left out among the
     final_value  the last of them
     tokens       the response's tokens
     reward       null without a label
+    problem      the same text for solutions of one problem
+    ends         how many characters of the response are read after each of its tokens
     error        why it was left out, else null
 """
 
@@ -54,6 +56,7 @@ class ValuesFile:
         self.path, self._data, self._plan = path, data, plan
         self._parts = path.with_name(f"{path.name}.parts")
         self._bad = list(data.bad_rows())
+        self._numbers = _numbers(len(data), self._bad)
 
     @contextmanager
     def claimed(self) -> Iterator[int]:
@@ -183,13 +186,10 @@ class ValuesFile:
     def _table(self, start: int, stop: int, values: Sequence[Values]) -> Any:
         import pyarrow as pa
 
-        rows = sorted(
-            itertools.chain(
-                (self._row(i, v) for i, v in zip(range(start, stop), values, strict=True)),
-                (_left_out(bad) for bad in self._bad_between(start, stop)),
-            ),
-            key=lambda row: row["line"],
-        )
+        good = zip(range(start, stop), values, strict=True)
+        numbered = {self._numbers[i]: self._row(i, v) for i, v in good}
+        numbered |= {bad.row: _left_out(bad) for bad in self._bad_between(start, stop)}
+        rows = [numbered[number] for number in sorted(numbered)]
         schema = pa.schema(
             [
                 ("line", pa.int64()),
@@ -197,6 +197,8 @@ class ValuesFile:
                 ("final_value", pa.float32()),
                 ("tokens", pa.list_(pa.uint32())),
                 ("reward", pa.float64()),
+                ("problem", pa.string()),
+                ("ends", pa.list_(pa.int32())),
                 ("error", pa.string()),
             ]
         )
@@ -204,23 +206,33 @@ class ValuesFile:
 
     def _row(self, index: int, values: Values) -> dict[str, Any]:
         data = self._data
-        first = data.offsets[index] + data.response_starts[index]
+        own = slice(data.offsets[index] + data.response_starts[index], data.offsets[index + 1])
         reward = data.rewards[index]
+        assert data.ends is not None, "a set that is scored has them"
         return {
             "line": int(data.lines[index]),
             "values": values,
             "final_value": values[-1],
-            "tokens": np.asarray(data.tokens[first : data.offsets[index + 1]]),
+            "tokens": np.asarray(data.tokens[own]),
             "reward": None if np.isnan(reward) else float(reward),
+            "problem": f"{data.problems[index]:016x}",
+            "ends": np.asarray(data.ends[own]),
             "error": None,
         }
 
     def _bad_between(self, start: int, stop: int) -> Iterator[BadRow]:
         """Rows left out since the part before; the last part has the rest."""
-        lines = self._data.lines
-        after = lines[start - 1] if start else 0
-        until = lines[stop - 1] if stop < len(lines) else np.inf
-        return (bad for bad in self._bad if after < bad.line < until)
+        numbers = self._numbers
+        after = numbers[start - 1] if start else 0
+        until = numbers[stop - 1] if stop < len(numbers) else np.inf
+        return (bad for bad in self._bad if after < bad.row < until)
+
+
+def _numbers(good: int, bad: list[BadRow]) -> list[int]:
+    """The number among all rows of each that is good."""
+    left_out = {row.row for row in bad}
+    every = (number for number in itertools.count(1) if number not in left_out)
+    return list(itertools.islice(every, good))
 
 
 def _left_out(bad: BadRow) -> dict[str, Any]:

@@ -14,12 +14,14 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from job.common.errors import InputError
+from job.common.errors import InputError, file_error
 
 PARQUET = ".parquet"
 _JSON, _CSV = (".jsonl", ".jsonl.gz"), ".csv"
 SUFFIXES = (PARQUET, *_JSON, _CSV)
-_LISTS = ("values", "tokens")
+_TEXTS = ("problem", "error")
+_LISTS = ("values", "tokens", "ends")
+_AT_ONCE = 1024
 Row = dict[str, Any]
 
 
@@ -55,6 +57,44 @@ def read_values(path: Path) -> Iterator[NDArray[np.float32]]:
             if values:
                 found = json.loads(values) if isinstance(values, str) else values
                 yield np.asarray(found, np.float32)
+
+
+def stored_rows(path: Path) -> Iterator[Row]:
+    """The rows of a finished file of values, of any kind.
+
+    Raises:
+        InputError: there is none, or it is no file of values.
+    """
+    check_suffix(path)
+    try:
+        for row in _parquet_rows(path) if path.suffix == PARQUET else _text_rows(path):
+            if "line" not in row or "values" not in row:
+                raise InputError(f"{path}: no file of values; job.score writes such")
+            yield row
+    except (OSError, ValueError) as error:  # pyarrow's errors are among them
+        raise file_error(error, f"{path}: cannot read the values: {error}") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+        for batch in file.iter_batches(_AT_ONCE):
+            yield from batch.to_pylist()
+
+
+def _text_rows(path: Path) -> Iterator[Row]:
+    with _opened(path) as text:
+        if not path.name.endswith(_CSV):
+            yield from map(json.loads, text)
+            return
+        for row in csv.DictReader(text):
+            yield {name: _from_csv(name, value) for name, value in row.items()}
+
+
+def _from_csv(name: str, cell: str) -> Any:
+    """A cell's text, or its list or number; none where it is empty."""
+    return cell if name in _TEXTS else json.loads(cell) if cell else None
 
 
 def _plain(row: Row) -> Row:

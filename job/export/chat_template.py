@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from job.common.errors import InputError
-from job.data.rows import alpaca_prompt
+from job.data.layouts import alpaca_prompt
 from job.data.template import (
     DAY,
     ChatTemplate,

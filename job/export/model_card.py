@@ -6,6 +6,7 @@ import re
 
 import yaml
 
+from job.common.data_file import described
 from job.common.nested import to_dict
 from job.common.schema import Loss
 from job.common.version import commit
@@ -155,8 +156,8 @@ def _origin(trained: TrainedCritic) -> str:
         "trained": f"N = {n} of {blocks} blocks"
         + {0: ": the value head alone"}.get(n, ", the final norm and the value head"),
         "steps": f"{facts['step']} of {config.training.batch_size} sequences",
-        "training data": config.data.train,
-        "validation data": config.data.validation,
+        "training data": described(config.data.train),
+        "validation data": described(config.data.validation),
         "objective": ", ".join(f"{k} {v}" for k, v in to_dict(config)["objective"].items()),
         "run": config.run.name,
         "commit of the training": facts.get("commit") or "unknown",

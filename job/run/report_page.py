@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +16,9 @@ from job.common.files import write_atomic
 from job.common.nested import flatten
 from job.model.parameters import bytes_text
 from job.run.alarm import is_constant
+from job.run.evaluations import evaluation_section, evaluations
 from job.run.figure import run_colour
-from job.run.html import Html, document, fold, join, section, table, tag
+from job.run.html import Html, document, fold, images, join, section, table, tag
 from job.run.plots import draw_plots, save_plots
 from job.run.reader import Snapshot, snapshots
 
@@ -102,6 +102,7 @@ def _page(runs: Sequence[Snapshot], plots: Mapping[str, bytes]) -> str:
             *(_failure(run, several) for run in runs if run.failed),
             _validation(runs),
             _plots(plots, _calibration(runs[0]) if len(runs) == 1 else Html()),
+            *(evaluation_section(found) for run in runs for found in evaluations(run.stored.path)),
             _parameters(runs),
             _origin(runs),
             _configuration(runs),
@@ -320,11 +321,7 @@ def _calibration(run: Snapshot) -> Html:
 def _plots(plots: Mapping[str, bytes], calibration: Html) -> Html:
     if not plots:
         return section("Curves", tag("p", "There is nothing to plot yet."), calibration)
-    images = [
-        tag("img", src=f"data:image/png;base64,{base64.b64encode(png).decode()}", alt=name)
-        for name, png in plots.items()
-    ]
-    return section("Curves", tag("div", *images, class_="plots"), calibration)
+    return section("Curves", images(plots), calibration)
 
 
 def _parameters(runs: Sequence[Snapshot]) -> Html:

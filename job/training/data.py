@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from job.common.data_file import check_readable
+from job.common.data_file import check_readable, described
 from job.common.errors import InputError
 from job.common.schema import EMBEDDED, CriticConfig, Loss
 from job.data.packing import Indices, Packer, single_units
@@ -37,9 +37,9 @@ class CriticData:
 
 def check_sources(config: CriticConfig) -> None:
     """Raise InputError where a data file cannot be read; before everything that takes time."""
-    for path in (config.data.train, config.data.validation):
-        if path != EMBEDDED:
-            check_readable(path)
+    for source in (config.data.train, config.data.validation):
+        if source != EMBEDDED and not isinstance(source, float):
+            check_readable(source)
 
 
 def load_critic_data(
@@ -54,7 +54,8 @@ def load_critic_data(
     tokenizer = load_tokenizer(config.tokenizer.path or config.model.path)
     sets = {}
     for split in ("train", "validation"):
-        found = sets[split] = load_split(config.data, split, tokenizer, verify=verify)
+        seed = config.training.seed
+        found = sets[split] = load_split(config.data, split, tokenizer, verify=verify, seed=seed)
         _keep_bad_rows(found, run, split)
         check_tokens(found, architecture.vocab_size)
         warn_of_unknown(found, tokenizer, f"{split} data")
@@ -137,8 +138,8 @@ def _training_units(config: CriticConfig, train: TokenizedSet) -> Indices:
     pairs = balanced_pairs(train.rewards, train.problems, train.response_lengths)
     if not len(pairs):
         raise InputError(
-            f"{config.data.train}: no two solutions of one problem with different rewards; "
-            "the pairwise loss needs some (is problem_id right?)"
+            f"{described(config.data.train)}: no two solutions of one problem with different "
+            "rewards; the pairwise loss needs some (is problem_id right?)"
         )
     _log.info("%d length-balanced pairs", len(pairs))
     return pairs

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from job.common.data_file import check_readable
+from job.common.data_file import Source, check_readable, described
 from job.common.errors import InputError, Stopped
 from job.common.progress import only_warnings, progress
 from job.common.schema import AUTO, EMBEDDED, CriticConfig, DistributedConfig
@@ -42,9 +42,9 @@ _log = logging.getLogger("job.score")
 
 
 def score(
-    find: Callable[[], TrainedCritic], source: str, out: Path, *, verify: bool = False
-) -> None:
-    """Score a data file as one of the job's processes.
+    find: Callable[[], TrainedCritic], source: Source, out: Path, *, verify: bool = False
+) -> bool:
+    """Score data as one of the job's processes; returns whether this is the one that writes.
 
     Args:
         find: finds the critic; called on rank 0 alone.
@@ -69,9 +69,10 @@ def score(
                 _Scorer(trained, data, world).score(file, start)
             if world.is_main:
                 _finish(file, trained, data)
+        return world.is_main
 
 
-def _found(find: Callable[[], TrainedCritic], source: str, verify: bool) -> TrainedCritic:
+def _found(find: Callable[[], TrainedCritic], source: Source, verify: bool) -> TrainedCritic:
     if source != EMBEDDED:
         check_readable(source)
     trained = find()
@@ -79,18 +80,20 @@ def _found(find: Callable[[], TrainedCritic], source: str, verify: bool) -> Trai
     return trained
 
 
-def _load_data(trained: TrainedCritic, source: str, verify: bool) -> TokenizedSet:
+def _load_data(trained: TrainedCritic, source: Source, verify: bool) -> TokenizedSet:
     config = trained.config
     tokenizer = load_tokenizer(config.tokenizer.path or config.model.path)
     trained.check_tokenizer(tokenizer.fingerprint)
     data = load_to_score(config.data, source, tokenizer, verify=verify)
     check_tokens(data, trained.architecture.vocab_size)
-    warn_of_unknown(data, tokenizer, source)
+    warn_of_unknown(data, tokenizer, described(source))
     if odd := list(data.odd_labels()):
         text = "%d row(s) are scored and left out of the table, for their label: %s"
         _log.warning(text, len(odd), odd[0])
     if data.n_skipped:
-        _log.warning("%s: %d row(s) left out; they have no values", source, data.n_skipped)
+        _log.warning(
+            "%s: %d row(s) left out; they have no values", described(source), data.n_skipped
+        )
     return data
 
 

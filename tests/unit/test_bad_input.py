@@ -267,7 +267,7 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     "training.betas.0=0.9": ("training.betas: a single value",),
     "training.betas=[a, b]": ("training.betas", "'a'", "Float"),
     "mlflow={experiment: {a: 1}}": ("mlflow.experiment: a single value",),
-    "data.fields=[prompt]": ("data.fields", "a mapping or the preset alpaca"),
+    "data.fields=[prompt]": ("data.fields", "a mapping or a preset (alpaca, "),
     "data.fields={prompt: {a: 1}}": ("data.fields.prompt: the name of a field",),
     # value
     "training.num_unfrozen_layers=-1": ("training.num_unfrozen_layers: -1 is below 0",),

@@ -22,11 +22,14 @@ from launch import PYTHONPATH, ended, run_ranks, running
 from micro_critic import MicroCritics, write_rows
 from micro_job import MicroRun
 
+from job import evaluate
 from job.common.errors import InputError
 from job.common.schema import EMBEDDED
 from job.data.tokenizer import load_tokenizer
+from job.evaluation.reading import Data, read_solutions
 from job.model.transformer import PackedLayout
 from job.run.manifest import FileSum, Manifest
+from job.run.report_page import write_report
 from job.run.trained import TrainedCritic
 from job.training import scoring
 from job.training.scoring import score
@@ -239,6 +242,99 @@ def _same_values(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
 @pytest.fixture
 def many(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "many.jsonl", ROWS * 60)
+
+
+def test_several_solutions_of_a_line_keep_their_order_and_problem(
+    run: MicroRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "MICRO_BATCHES", 1)
+    tries = ["1+1=2;A2", " ", "1+1=3;A3", "A2"]
+    row = {"prompt": "1+1?", "responses": tries, "labels": [1, 0, 0, 1]}
+    rows = [row, "", row | {"prompt": "1+2?"}, "not JSON", row | {"labels": [1]}]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    shared = ("data.fields=attempts", "training.micro_batch_tokens=64", "data.bad_rows=skip")
+    found = _score(run.path, file, tmp_path / "values.parquet", *shared)
+    assert [one["line"] for one in found] == [1, 1, 1, 1, 3, 3, 3, 3, 4, 5]
+    assert [one["values"] is None for one in found] == [False, True, False, False] * 2 + [True] * 2
+    first, second = ({one["problem"] for one in found[k : k + 4] if one["values"]} for k in (0, 4))
+    assert len(first) == len(second) == len(first | second) - 1 == 1
+    asked = [(p, r) for p in ("1+1?", "1+2?") for r in tries if r != " "]
+    plain = write_rows(
+        tmp_path / "plain.jsonl", [{"prompt": p, "response": r, "reward": 0} for p, r in asked]
+    )
+    alone = _score(run.path, plain, tmp_path / "plain.parquet")
+    for one, other in zip((f for f in found if f["values"]), alone, strict=True):
+        assert (one["tokens"], one["ends"]) == (other["tokens"], other["ends"])
+        assert one["values"] == pytest.approx(other["values"], abs=1e-6)
+        assert one["ends"][-1] == len(tries[0]) or one["ends"][-1] == len("A2")
+
+
+# Evaluation
+
+
+def _evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["job.evaluate", *map(str, arguments)])
+    evaluate.main()
+
+
+def test_an_evaluation_of_a_run_is_shown_by_its_report(
+    run: MicroRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = write_rows(
+        tmp_path / "attempts.jsonl",
+        [row | {"problem_id": k // 8} for k, row in enumerate(ROWS)],
+    )
+    copy = tmp_path / "run"
+    shutil.copytree(run.path, copy)
+    _evaluate(monkeypatch, "--critic", copy, "--data", file, "--answer", r"A(\d+)")
+    assert "Reward of the solution chosen out of n" in capsys.readouterr().out
+    folder = copy / "evaluations" / "attempts.jsonl"
+    figures = json.loads((folder / "evaluation.json").read_text())
+    assert (figures["problems"], figures["attempts"]) == (5, [8, 8])
+    values = pyarrow.parquet.read_table(folder / "values.parquet").to_pylist()
+    assert values == _score(run.path, file, tmp_path / "values.parquet")
+    best = [max(values[k : k + 8], key=lambda v: v["final_value"]) for k in range(0, 40, 8)]
+    chosen = figures["choosing"]["rules"]["best_of_n"]["value"][7]
+    assert chosen == pytest.approx(np.mean([one["reward"] for one in best]))
+    report = write_report([copy]).read_text()
+    for page in (report, (folder / "evaluation.html").read_text()):
+        assert "<h2>Evaluation: attempts.jsonl</h2>" in page
+        assert "majority weighted by the critic" in page
+    assert (
+        report.count("data:image/png")
+        > (folder / "evaluation.html").read_text().count("data:image/png")
+        > 0
+    )
+
+
+def test_the_first_errors_of_an_evaluation_are_at_the_ends_of_its_steps(
+    run: MicroRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"id": f"{part}-{k}", "problem": f"{k}+1?", "steps": ["1+1=2;", "A2"], "label": k % 3 - 1}
+        for k in range(6)
+        for part in ("gsm8k", "math")
+    ]
+    file = write_rows(tmp_path / "bench.jsonl", rows)
+    out = tmp_path / "out"
+    shared = ("--data", file, "--fields", "processbench", "--out", out, "--tune-on", "math")
+    _evaluate(monkeypatch, "--critic", run.path, *shared)
+    figures = json.loads((out / "evaluation.json").read_text())["steps"]
+    assert figures["tuned_on"] == "math"
+    assert figures["drop"]["parts"].keys() == {"gsm8k", "math"}
+    data = Data(str(file), "processbench")
+    solutions = read_solutions(out / "values.parquet", data)
+    stored = pyarrow.parquet.read_table(out / "values.parquet").to_pylist()
+    for row, solution in zip(stored, solutions, strict=True):
+        # characters are tokens here, but for the blank lines, which are one unknown token each
+        at = [row["ends"].index(end) for end in (6, 10)]
+        assert solution.step_values == tuple(row["values"][k] for k in at)
+    before = (out / "evaluation.json").read_text()
+    _evaluate(monkeypatch, "--values", out / "values.parquet", *shared)
+    assert (out / "evaluation.json").read_text() == before
 
 
 def _command(run: MicroRun, data: Path, out: str) -> list[str]:
