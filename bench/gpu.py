@@ -188,7 +188,8 @@ class _Training:
         return Batch(
             tokens=torch.randint(self.architecture.vocab_size, shape, generator=rng).to(device),
             layout=PackedLayout([SEQUENCE] * b, device),
-            responses=responses.to(device),
+            positions=responses.to(device),
+            lengths=torch.full((b,), SEQUENCE // 2).to(device),
             response_lengths=torch.full((b,), SEQUENCE // 2).to(device),
             rewards=torch.randint(2, (b,), generator=rng).float().to(device),
             problems=np.arange(b, dtype=np.uint64),

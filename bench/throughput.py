@@ -166,7 +166,7 @@ def expected_loss(critic: Critic, data: TokenizedSet, rows: Indices) -> float:
     """The critic's loss on rows of the data, in one packed batch."""
     batch = make_packer(data, critic.trunk.config).assemble(rows)
     objective = Objective(ObjectiveConfig())
-    outputs = critic(batch.tokens, batch.layout, batch.responses)
+    outputs = critic(batch.tokens, batch.layout, batch.positions)
     return objective.loss_sum(outputs, batch, 0).item() / objective.count(batch)
 
 

@@ -160,5 +160,8 @@ def _impossible_critic(config: CriticConfig) -> Iterator[str]:
             "distributed.fsdp.cpu_offload: REPLICATE_FROZEN keeps the frozen weights on the GPU; "
             "choose FULL_SHARD to have them in host memory"
         )
+    kept = config.checkpoint.keep_best or ""
+    if "/prompt/" in kept and not objective.prompt_value:
+        yield f"checkpoint.keep_best: {kept} needs objective.prompt_value"
     if (config.data.train == EMBEDDED) != (config.data.validation == EMBEDDED):
         yield "data.train and data.validation: both embedded or neither"

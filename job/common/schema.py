@@ -128,6 +128,7 @@ class TrainingConfig:
 
 @dataclass
 class ObjectiveConfig:
+    prompt_value: bool = field(default=True, metadata={"before": False})  # V_0 too
     target: Target = Target.monte_carlo
     loss: Loss = Loss.mse
     gamma: float = 1.0

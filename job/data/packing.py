@@ -22,12 +22,14 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Batch:
-    """A packed micro-batch: b sequences, t tokens, n response tokens.
+    """A packed micro-batch: b sequences, t tokens, n positions at which values are read.
 
     Attributes:
         tokens: int64 [t].
         layout: where the sequences lie.
-        responses: int64 [n], positions of the response tokens in the stream.
+        positions: int64 [n], in the stream: of each sequence the last token before its response,
+            where that is valued and there is one, then the tokens of its response.
+        lengths: int64 [b], how many of them each sequence has.
         response_lengths: int64 [b].
         rewards: float32 [b].
         problems: uint64 [b] on the host.
@@ -37,12 +39,21 @@ class Batch:
 
     tokens: Tensor
     layout: PackedLayout
-    responses: Tensor
+    positions: Tensor
+    lengths: Tensor
     response_lengths: Tensor
     rewards: Tensor
     problems: NDArray[np.uint64]
     optimal: NDArray[np.float32] | None
     pairs: Tensor
+
+    @property
+    def at_prompts(self) -> Tensor:
+        """Which positions are the last before a response, bool [n]."""
+        with_prompt = self.lengths > self.response_lengths
+        found = torch.zeros_like(self.positions, dtype=torch.bool)
+        found[(self.lengths.cumsum(0) - self.lengths)[with_prompt]] = True
+        return found
 
 
 def step_units(n_units: int, per_step: int, step: int, seed: int) -> Indices:
@@ -108,6 +119,7 @@ class Packer:
     Args:
         units: int64 [units, 1 or 2], the sequences of each unit; two are (better, worse).
         budget: tokens of a micro-batch.
+        prompt_value: whether the last token before a response is valued too.
     """
 
     def __init__(
@@ -120,8 +132,10 @@ class Packer:
         device: torch.device,
         rank: int = 0,
         world: int = 1,
+        prompt_value: bool = False,
     ) -> None:
         self.data, self.units, self.budget = data, units, budget
+        self.prompt_value = prompt_value
         self.device, self.rank, self.world = device, rank, world
         self._tokens = data.lengths[units].sum(1)
         self._costs = sequence_cost(data.lengths, dim)[units].sum(1)
@@ -136,10 +150,10 @@ class Packer:
         return self.split(step_units(len(self.units), per_step, step, seed))
 
     def size(self, units: Indices) -> tuple[int, int]:
-        """All tokens and response tokens of a micro-batch of the given units."""
+        """All tokens and valued positions of a micro-batch of the given units."""
         members = self.units[units].ravel()
-        responses = self.data.lengths[members] - self.data.response_starts[members]
-        return int(self._tokens[units].sum()), int(responses.sum())
+        valued = self.data.lengths[members] - first_valued(self.data, members, self.prompt_value)
+        return int(self._tokens[units].sum()), int(valued.sum())
 
     @functools.cached_property
     def everything(self) -> list[Indices]:
@@ -161,27 +175,42 @@ class Packer:
         members = self.units[units]
         rows = members.ravel()
         pairs = np.arange(members.size).reshape(members.shape) if members.shape[1] == 2 else None
-        return assemble(self.data, rows, pairs, self.device)
+        return assemble(self.data, rows, pairs, self.device, prompt_value=self.prompt_value)
+
+
+def first_valued(data: TokenizedSet, rows: Indices, prompt_value: bool) -> Indices:
+    """The first token of each of these sequences at which a value is read.
+
+    It is the last one before the response, of the prompt or else the begin token; where there is
+    none, or it is not to be valued, the response's first.
+    """
+    return np.maximum(data.response_starts[rows] - prompt_value, 0)
 
 
 def assemble(
-    data: TokenizedSet, rows: Indices, pairs: Indices | None, device: torch.device
+    data: TokenizedSet,
+    rows: Indices,
+    pairs: Indices | None,
+    device: torch.device,
+    *,
+    prompt_value: bool = False,
 ) -> Batch:
     """Lay sequences `rows` of a data set end to end."""
     starts = data.offsets[rows]
     lengths = data.offsets[rows + 1] - starts
     where = _ranges(starts, lengths)
-    skipped = data.response_starts[rows]
+    skipped = first_valued(data, rows, prompt_value)
     in_stream = np.concatenate(([0], np.cumsum(lengths)[:-1]))
-    responses = _ranges(in_stream + skipped, lengths - skipped)
+    positions = _ranges(in_stream + skipped, lengths - skipped)
     return Batch(
         tokens=torch.from_numpy(data.tokens[where].astype(np.int64)).to(device),
         layout=PackedLayout(lengths.tolist(), device),
-        responses=torch.from_numpy(responses).to(device),
-        response_lengths=torch.from_numpy(lengths - skipped).to(device),
+        positions=torch.from_numpy(positions).to(device),
+        lengths=torch.from_numpy(lengths - skipped).to(device),
+        response_lengths=torch.from_numpy(lengths - data.response_starts[rows]).to(device),
         rewards=torch.from_numpy(data.rewards[rows].astype(np.float32)).to(device),
         problems=data.problems[rows],
-        optimal=None if data.optimal is None else data.optimal[where[responses]],
+        optimal=None if data.optimal is None else data.optimal[where[positions]],
         pairs=torch.from_numpy(_no_pairs() if pairs is None else pairs).to(device),
     )
 
@@ -191,7 +220,8 @@ def _filler(device: torch.device) -> Batch:
     return Batch(
         tokens=torch.zeros(1, dtype=torch.int64, device=device),
         layout=PackedLayout([1], device),
-        responses=none,
+        positions=none,
+        lengths=none,
         response_lengths=none,
         rewards=none.float(),
         problems=np.empty(0, np.uint64),

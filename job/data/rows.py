@@ -31,8 +31,8 @@ _LOOKED_AT = 4096  # bytes: blanks before an array, or an object
 class Row:
     """A solution and its label, NaN where it has none.
 
-    `optimal[i]` is the best value after response character i; `truncated` says that the answer was
-    cut off, and `odd_label` why a label that is there is not used.
+    `optimal[i]` is the best value after i characters of the response; `truncated` says that the
+    answer was cut off, and `odd_label` why a label that is there is not used.
     """
 
     prompt: str

@@ -1,6 +1,6 @@
 """What a critic's training keeps in the memory of one GPU, in closed form. Free of torch.
 
-Notation: t tokens of a micro-batch, n of them response tokens, d model width, f width of the feed
+Notation: t tokens of a micro-batch, values read at n of them, d model width, f width of the feed
 forward layer, q and k widths of all query and all key/value heads, h query heads, c bytes of the
 compute dtype, N trained blocks.
 
@@ -64,7 +64,8 @@ class Setting:
 
     Attributes:
         micro_batch_tokens: t.
-        response_tokens: n; None for all of them, the most there can be.
+        response_tokens: n, tokens of responses and those before them that are valued; None for all
+            t, the most there can be.
         world_size: GPUs of the job.
         per_node: GPUs of the job on one node.
         accumulates: whether a step may take several micro-batches, so that gradients are there
@@ -397,7 +398,7 @@ class _Step:
         return self.gathered(1) if self.communicates else 0
 
     def _value_head(self) -> Moment:
-        """Norm and head, on response tokens."""
+        """Norm and head, where values are read."""
         hidden = self.hidden() * (self.n_blocks > 0 or self.reads_prefix)
         buffer = self._last_buffer if self.n_blocks or self._gathers_last else 0
         return self.moment(

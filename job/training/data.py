@@ -74,6 +74,7 @@ def load_critic_data(
         device=world.device,
         rank=world.rank,
         world=world.size,
+        prompt_value=config.objective.prompt_value,
     )
     return CriticData(
         pack(train, _training_units(config, train)),

@@ -145,8 +145,8 @@ class Learner:
         return merged
 
     def outputs(self, batch: Batch) -> Tensor:
-        """Head outputs at the batch's response tokens, float32 [n]."""
-        return self.critic(batch.tokens, batch.layout, batch.responses)
+        """Head outputs at the batch's valued positions, float32 [n]."""
+        return self.critic(batch.tokens, batch.layout, batch.positions)
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """AdamW's moments of a trainable parameter, sharded as it is; zeros before the first step.
@@ -168,14 +168,7 @@ class Learner:
             state["step"].fill_(n)
 
     def _record(self, metrics: ValueMetrics, outputs: Tensor, batch: Batch) -> None:
-        metrics.add(
-            self.objective.values(outputs).cpu().numpy(),
-            self.objective.labels(batch).cpu().numpy(),
-            batch.response_lengths.cpu().numpy(),
-            batch.rewards.cpu().numpy(),
-            batch.problems,
-            batch.optimal if self.objective.config.gamma == 1 else None,  # it is undiscounted
-        )
+        self.objective.record(metrics, self.objective.values(outputs).cpu().numpy(), batch)
 
     def _check_gradients(self) -> None:
         """After the first backward: a gradient for each trainable parameter, none for others."""

@@ -1,24 +1,30 @@
 """Value targets and losses.
 
-For a response of T tokens with reward r, V_t is the value after token t, and the target is
+For a response of T tokens with reward r, V_t is the value after token t, V_0 the one after the
+last token before the response, and the target is
 
     Monte-Carlo     G_t = gamma^(T - t) r
     lambda-return   G_T = r,  G_t = gamma ((1 - lambda) V_{t+1} + lambda G_{t+1})
 
 (Sutton & Barto 2018, sections 3.3 and 12.1), with no gradient through V. The loss is a sum over
-response tokens divided by their count in the whole step; the pairwise loss sums over pairs.
+the positions that carry a target divided by their count in the whole step; the pairwise loss sums
+over pairs.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from job.common.schema import Loss, ObjectiveConfig, Target
 from job.data.packing import Batch
+from job.run.value_metrics import ValueMetrics
 
 _EDGE = 1e-4  # keeps the logit of a mean reward of 0 or 1 finite
 
@@ -49,8 +55,32 @@ class Objective:
 
     def labels(self, batch: Batch) -> Tensor:
         """Monte-Carlo targets [n], what the metrics compare values with."""
-        rewards = batch.rewards.repeat_interleave(batch.response_lengths)
+        rewards = batch.rewards.repeat_interleave(batch.lengths)
         return rewards * self.config.gamma ** _tokens_left(batch).to(rewards.dtype)
+
+    def record(self, metrics: ValueMetrics, values: NDArray[Any], batch: Batch) -> None:
+        """Count a batch's values [n] in."""
+        labels, rewards = self.labels(batch).cpu().numpy(), batch.rewards.cpu().numpy()
+        at_prompts = batch.at_prompts.cpu().numpy()
+        first, inside = np.flatnonzero(at_prompts), ~at_prompts
+        lengths, answers = batch.lengths.cpu().numpy(), batch.response_lengths.cpu().numpy()
+        # optimal values are undiscounted
+        optimal = batch.optimal if self.config.gamma == 1 else None
+        metrics.add(
+            values[inside],
+            labels[inside],
+            answers,
+            rewards,
+            batch.problems,
+            None if optimal is None else optimal[inside],
+        )
+        metrics.add_prompts(
+            values[first],
+            values[first + 1],
+            labels[first],
+            rewards[lengths > answers],
+            None if optimal is None else (optimal[first], optimal[first + 1]),
+        )
 
     def targets(self, outputs: Tensor, batch: Batch, step: int) -> Tensor:
         """Targets [n] at optimizer step `step` (from 0), without gradient."""
@@ -65,11 +95,11 @@ class Objective:
         return self.config.lambda_start + done * (self.config.lambda_end - self.config.lambda_start)
 
     def count(self, batch: Batch) -> int:
-        """What the loss is a mean over: response tokens, or pairs."""
-        return len(batch.pairs) if self.config.loss is Loss.pairwise else len(batch.responses)
+        """What the loss is a mean over: positions that carry a target, or pairs."""
+        return len(batch.pairs) if self.config.loss is Loss.pairwise else len(batch.positions)
 
     def loss_sum(self, outputs: Tensor, batch: Batch, step: int) -> Tensor:
-        """Sum of the loss over the batch's response tokens or pairs."""
+        """Sum of the loss over the batch's positions or pairs."""
         if self.config.loss is Loss.pairwise:
             return pairwise_loss_sum(outputs, batch)
         targets = self.targets(outputs, batch, step)
@@ -93,7 +123,7 @@ def lambda_return(values: Tensor, batch: Batch, gamma: float, lam: float) -> Ten
         return values
     left = _tokens_left(batch)
     last = left == 0
-    rewards = batch.rewards.repeat_interleave(batch.response_lengths).to(values.dtype)
+    rewards = batch.rewards.repeat_interleave(batch.lengths).to(values.dtype)
     bootstrap = gamma * (1 - lam) * values.roll(-1)
     returns = torch.where(last, rewards, bootstrap)
     carry = (~last).to(values.dtype) * (gamma * lam)
@@ -114,14 +144,15 @@ def pairwise_loss_sum(outputs: Tensor, batch: Batch) -> Tensor:
 
 
 def _sequence_means(outputs: Tensor, batch: Batch) -> Tensor:
-    """Mean output of each response [b]."""
+    """Mean output of each response [b]; two of one problem have the same before it."""
+    inside = ~batch.at_prompts
     b = len(batch.response_lengths)
     index = torch.arange(b, device=outputs.device).repeat_interleave(batch.response_lengths)
-    return outputs.new_zeros(b).index_add(0, index, outputs) / batch.response_lengths
+    return outputs.new_zeros(b).index_add(0, index, outputs[inside]) / batch.response_lengths
 
 
 def _tokens_left(batch: Batch) -> Tensor:
-    """Response tokens after each response token, int64 [n]."""
-    ends = batch.response_lengths.cumsum(0)
-    index = torch.arange(len(batch.responses), device=ends.device)
-    return ends.repeat_interleave(batch.response_lengths) - 1 - index
+    """Response tokens after each position, int64 [n]."""
+    ends = batch.lengths.cumsum(0)
+    index = torch.arange(len(batch.positions), device=ends.device)
+    return ends.repeat_interleave(batch.lengths) - 1 - index

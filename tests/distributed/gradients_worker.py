@@ -113,6 +113,7 @@ def _packer(case: Case, world: World) -> Packer:
         device=world.device,
         rank=world.rank,
         world=world.size,
+        prompt_value=True,
     )
 
 
@@ -206,7 +207,7 @@ def _reference(n: int, layers: int, sequences: int) -> Tensors:
     critic = _plain_critic(case)
     objective = Objective(_config(case).objective)
     (batch,) = _batches(case, World())
-    output = critic(batch.tokens, batch.layout, batch.responses)
+    output = critic(batch.tokens, batch.layout, batch.positions)
     (objective.loss_sum(output, batch, 0) / objective.count(batch)).backward()
     return {n: p.grad for n, p in critic.named_parameters() if p.grad is not None}
 
@@ -232,7 +233,7 @@ def steps(case: Case, world: World) -> Result:
     replicas = {n: [_slice_of(p), _digest(_local(p))] for n, p in named.items()}
     (same,) = _batches(case, World())[:1]
     with torch.no_grad():
-        outputs = critic(same.tokens, same.layout, same.responses)
+        outputs = critic(same.tokens, same.layout, same.positions)
     gathered = world.gather(
         {
             "norms": [result.grad_norm.hex() for result in results],
@@ -304,7 +305,7 @@ def saved(case: Case, world: World) -> Result:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = critic(batch.tokens, batch.layout, batch.responses)
+        output = critic(batch.tokens, batch.layout, batch.positions)
     loss = objective.loss_sum(output, batch, 0)
     nodes = _count_nodes(loss.grad_fn)
     loss.backward()

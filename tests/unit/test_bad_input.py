@@ -326,6 +326,11 @@ def test_pairwise_loss(
     refused(*words, overrides=("objective.loss=pairwise", *overrides))
 
 
+def test_the_best_checkpoint_by_values_that_are_not_trained(refused: Callable[..., None]) -> None:
+    given = ("objective.prompt_value=false", "checkpoint.keep_best=validation/value/prompt/mse")
+    refused("checkpoint.keep_best", "needs objective.prompt_value", overrides=given)
+
+
 def test_an_initial_bias_of_a_head_without_one(refused: Callable[..., None]) -> None:
     given = ("training.value_head.bias=false", "training.value_head.bias_init=0.5")
     refused("training.value_head.bias_init", "training.value_head.bias false", overrides=given)

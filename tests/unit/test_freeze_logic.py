@@ -45,7 +45,8 @@ def _batch(seed: int) -> Batch:
     return Batch(
         tokens=torch.from_numpy(rng.integers(0, 50, sum(lengths))),
         layout=PackedLayout(lengths),
-        responses=torch.from_numpy(positions),
+        positions=torch.from_numpy(positions),
+        lengths=torch.tensor(lengths) - 2,
         response_lengths=torch.tensor(lengths) - 2,
         rewards=torch.tensor([1.0, 0.0, 1.0]),
         problems=np.zeros(3, np.uint64),

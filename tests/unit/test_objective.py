@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from job.common.schema import Loss, ObjectiveConfig, Target
 from job.data.packing import Batch
 from job.model.transformer import PackedLayout
+from job.run.value_metrics import ValueMetrics
 from job.training.objective import Objective, lambda_return
 
 
@@ -20,12 +22,28 @@ def _batch(lengths: list[int], rewards: list[float], pairs: list[list[int]] | No
     return Batch(
         tokens=torch.zeros(n, dtype=torch.int64),
         layout=PackedLayout(lengths),
-        responses=torch.arange(n),
+        positions=torch.arange(n),
+        lengths=torch.tensor(lengths),
         response_lengths=torch.tensor(lengths),
         rewards=torch.tensor(rewards),
         problems=np.zeros(len(lengths), np.uint64),
         optimal=None,
         pairs=torch.tensor(pairs or [], dtype=torch.int64).reshape(-1, 2),
+    )
+
+
+def _with_prompts(batch: Batch, *prompted: int) -> Batch:
+    """The batch, with one token before the response of each sequence of that number."""
+    before = torch.zeros(len(batch.lengths), dtype=torch.int64)
+    before[list(prompted)] = 1
+    lengths = batch.lengths + before
+    n = int(lengths.sum())
+    return dataclasses.replace(
+        batch,
+        tokens=torch.zeros(n, dtype=torch.int64),
+        layout=PackedLayout(lengths.tolist()),
+        positions=torch.arange(n),
+        lengths=lengths,
     )
 
 
@@ -36,6 +54,52 @@ def _objective(**settings: object) -> Objective:
 def test_monte_carlo_targets_are_the_discounted_outcome() -> None:
     targets = _objective(gamma=0.5).labels(_batch([3, 2], [1.0, 0.5]))
     assert targets.tolist() == [0.25, 0.5, 1.0, 0.25, 0.5]
+
+
+def test_the_value_before_a_response_of_t_tokens_is_discounted_t_times() -> None:
+    batch = _with_prompts(_batch([3, 2, 1], [1.0, 0.5, 1.0]), 0, 2)
+    targets = _objective(gamma=0.5).labels(batch)
+    assert targets.tolist() == [0.125, 0.25, 0.5, 1.0, 0.25, 0.5, 0.5, 1.0]
+    assert batch.at_prompts.nonzero().flatten().tolist() == [0, 6]
+    assert _objective().count(batch) == 8
+
+
+def test_lambda_return_before_a_response_by_hand() -> None:
+    # as below, and G0 = .9 (.5 * .2 + .5 * .5535) = .339075
+    values = torch.tensor([0.7, 0.2, 0.6, 0.4, 0.3])
+    batch = _with_prompts(_batch([3, 1], [1.0, 0.0]), 0)
+    returns = lambda_return(values, batch, gamma=0.9, lam=0.5)
+    torch.testing.assert_close(returns, torch.tensor([0.339075, 0.5535, 0.63, 1.0, 0.0]))
+
+
+def test_the_pairwise_loss_takes_the_outputs_of_responses_alone() -> None:
+    plain = _batch([2, 1], [1.0, 0.0], [[0, 1]])
+    batch, objective = _with_prompts(plain, 0, 1), _objective(loss=Loss.pairwise)
+    outputs = torch.tensor([9.0, 0.5, 1.5, -7.0, 0.0])
+    expected = objective.loss_sum(outputs[[1, 2, 4]], plain, 0)
+    assert objective.loss_sum(outputs, batch, 0) == expected
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_metrics_of_responses_and_of_prompts_are_told_apart(gamma: float) -> None:
+    optimal = np.array([0.5, 0.6, 1.0, 0.0, 0.5, 0.2], np.float32)
+    batch = dataclasses.replace(
+        _with_prompts(_batch([2, 1, 1], [1.0, 0.0, 0.0]), 0, 2), optimal=optimal
+    )
+    values = np.array([0.4, 0.7, 0.9, 0.2, 0.3, 0.1], np.float32)
+    metrics = ValueMetrics()
+    _objective(gamma=gamma).record(metrics, values, batch)
+    got = metrics.compute()
+    assert got["tokens"] == 4
+    labels = [gamma, 1.0, 0.0, 0.0]
+    errors = [(v - g) ** 2 for v, g in zip([0.7, 0.9, 0.2, 0.1], labels, strict=True)]
+    assert got["mse"] == pytest.approx(sum(errors) / 4)
+    assert got["prompt/mse"] == pytest.approx(((0.4 - gamma**2) ** 2 + 0.3**2) / 2)
+    assert got["prompt/first_step"] == pytest.approx((0.3 - 0.2) / 2)
+    assert ("prompt/distance_to_optimal" in got) == ("mse_optimal" in got) == (gamma == 1)
+    if gamma == 1:
+        assert got["prompt/distance_to_optimal"] == pytest.approx(((0.01 + 0.04) / 2) ** 0.5)
+        assert got["prompt/next_distance_to_optimal"] == pytest.approx(((0.01 + 0.01) / 2) ** 0.5)
 
 
 def test_lambda_return_by_hand() -> None:

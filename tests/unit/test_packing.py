@@ -237,23 +237,30 @@ def sequence(data: TokenizedSet, i: int) -> list[int]:
     return data.tokens[int(data.offsets[i]) : int(data.offsets[i + 1])].tolist()
 
 
-def check_batch(batch: Batch, data: TokenizedSet, rows: list[int]) -> None:
+def check_batch(
+    batch: Batch, data: TokenizedSet, rows: list[int], *, prompt_value: bool = False
+) -> None:
     """A batch against the same laid out one sequence after the other."""
     tokens: list[int] = []
-    responses: list[int] = []
+    positions: list[int] = []
+    at_prompts: list[bool] = []
     optimal: list[float] = []
     for i in rows:
         ids, start = sequence(data, i), int(data.response_starts[i])
-        responses += range(len(tokens) + start, len(tokens) + len(ids))
+        before = prompt_value and start > 0
+        at_prompts += [True] * before + [False] * (len(ids) - start)
+        positions += range(len(tokens) + start - before, len(tokens) + len(ids))
         tokens += ids
         if data.optimal is not None:
-            optimal += data.optimal[data.offsets[i] + start : data.offsets[i + 1]].tolist()
+            optimal += data.optimal[data.offsets[i] + start - before : data.offsets[i + 1]].tolist()
     lengths = [len(sequence(data, i)) for i in rows]
     assert batch.tokens.tolist() == tokens
     assert batch.layout.lengths == lengths
     assert batch.layout.n_tokens == len(tokens)
     assert batch.layout.positions.tolist() == [p for n in lengths for p in range(n)]
-    assert batch.responses.tolist() == responses
+    assert batch.positions.tolist() == positions
+    assert batch.at_prompts.tolist() == at_prompts
+    assert batch.lengths.sum() == len(positions)
     assert batch.response_lengths.tolist() == [
         n - int(data.response_starts[i]) for i, n in zip(rows, lengths, strict=True)
     ]
@@ -274,6 +281,30 @@ def test_a_batch_is_its_sequences_end_to_end(data: TokenizedSet) -> None:
         batch = assemble(data, rows, None, CPU)
         check_batch(batch, data, rows.tolist())
         assert batch.pairs.shape == (0, 2)
+        valued = assemble(data, rows, None, CPU, prompt_value=True)
+        check_batch(valued, data, rows.tolist(), prompt_value=True)
+
+
+def test_a_begin_token_stands_for_an_empty_prompt_and_nothing_for_none(tmp_path: Path) -> None:
+    """Which has a value before its response, if the tokenizer has a begin token or none."""
+    rows = [{"prompt": p, "response": "2=2;A2", "reward": 1} for p in ("", "2?")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    starts = {}
+    for begins in (True, False):
+        folder = tmp_path / str(begins)
+        folder.mkdir()
+        write_character_tokenizer(folder, ALPHABET)
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings = json.dumps(settings | {"add_bos_token": begins})
+        (folder / "tokenizer_config.json").write_text(settings)
+        path = str(tmp_path / "rows.jsonl")
+        config = DataConfig(path, path, cache_dir=str(tmp_path / "cache"))
+        data = load_split(config, "train", load_tokenizer(folder))
+        batch = assemble(data, np.arange(2), None, CPU, prompt_value=True)
+        starts[begins] = data.response_starts.tolist()
+        assert (batch.lengths - batch.response_lengths).tolist() == [int(begins), 1]
+        assert batch.positions[0] == 0
+    assert starts == {True: [1, 3], False: [0, 2]}
 
 
 def test_a_sequence_may_come_twice_as_at_the_end_of_an_epoch(data: TokenizedSet) -> None:
@@ -283,7 +314,7 @@ def test_a_sequence_may_come_twice_as_at_the_end_of_an_epoch(data: TokenizedSet)
 
 def test_a_batch_has_the_types_that_it_promises(embedded: TokenizedSet) -> None:
     batch = assemble(embedded, np.arange(4), np.array([[0, 1], [2, 3]]), CPU)
-    whole = (batch.tokens, batch.responses, batch.response_lengths, batch.pairs)
+    whole = (batch.tokens, batch.positions, batch.lengths, batch.response_lengths, batch.pairs)
     assert {tensor.dtype for tensor in whole} == {torch.int64}
     assert batch.rewards.dtype == torch.float32
     assert batch.problems.dtype == np.uint64
@@ -377,4 +408,4 @@ def test_a_step_is_the_same_each_time(embedded: TokenizedSet) -> None:
     first, second = (packers(embedded, single_units(500), 2)[1].step(9, 32, 1) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.tokens, b.tokens)
-        assert torch.equal(a.responses, b.responses)
+        assert torch.equal(a.positions, b.positions)
