@@ -191,6 +191,8 @@ class _Training:
             positions=responses.to(device),
             lengths=torch.full((b,), SEQUENCE // 2).to(device),
             response_lengths=torch.full((b,), SEQUENCE // 2).to(device),
+            weights=torch.ones(len(responses), device=device),
+            weight=float(len(responses)),
             rewards=torch.randint(2, (b,), generator=rng).float().to(device),
             problems=np.arange(b, dtype=np.uint64),
             optimal=None,

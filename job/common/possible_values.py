@@ -18,6 +18,8 @@ from job.common.schema import (
     PretrainConfig,
     ShardingStrategy,
     Target,
+    TrainingConfig,
+    Weighting,
     is_chat_template,
 )
 from job.common.text_values import is_utf8
@@ -72,6 +74,7 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "architecture.rope_theta": (1, None),
     "architecture.n_future_tokens": (1, None),
 }
+_STAGE_RATES = (("learning_rate", 0), ("head_learning_rate", 0))
 _FIELD_NAMES = ("prompt", "response", "reward", "problem_id", "truncated")
 
 
@@ -141,13 +144,38 @@ def _impossible_template(data: DataConfig) -> Iterator[str]:
         )
 
 
+def _impossible_stages(training: TrainingConfig) -> Iterator[str]:
+    stages = training.stages
+    if not stages:
+        return
+    for i, stage in enumerate(stages):
+        for name, low in (("num_unfrozen_layers", 0), ("steps", 1), *_STAGE_RATES):
+            value = getattr(stage, name)
+            if value is not None and not low <= value < math.inf:
+                yield f"training.stages[{i}].{name}: {value} is no possible value ({low} or more)"
+    steps, last = sum(stage.steps for stage in stages), training.max_steps
+    if steps != last:
+        yield f"training.stages: {steps} steps in all, and training.max_steps is {last}"
+    most = max(stage.num_unfrozen_layers for stage in stages)
+    if most != training.num_unfrozen_layers:
+        yield (
+            f"training.num_unfrozen_layers: {training.num_unfrozen_layers}, and the most that "
+            f"training.stages unfreeze is {most}; set it to that"
+        )
+
+
 def _impossible_critic(config: CriticConfig) -> Iterator[str]:
     yield from _impossible_template(config.data)
+    yield from _impossible_stages(config.training)
     objective, training = config.objective, config.training
     if objective.loss is Loss.pairwise and objective.target is not Target.monte_carlo:
         yield "objective.target: the pairwise loss compares outcomes; use monte_carlo"
     if training.value_head.bias_init is not None and not training.value_head.bias:
         yield "training.value_head.bias_init: with training.value_head.bias false there is no bias"
+    if objective.loss is Loss.pairwise and objective.weighting is not Weighting.token:
+        yield "objective.weighting: the pairwise loss weighs pairs, one like the other; use token"
+    if objective.loss is Loss.pairwise and objective.balance_labels:
+        yield "objective.balance_labels: the pairwise loss has as many right ones as wrong ones"
     if objective.loss is Loss.pairwise and training.batch_size % 2:
         yield f"training.batch_size: {training.batch_size} is odd; the pairwise loss takes pairs"
     tokens = training.micro_batch_tokens

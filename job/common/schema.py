@@ -7,6 +7,7 @@ A key whose default is not what the code did before the key existed says that in
 from __future__ import annotations
 
 import enum
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,12 @@ class Loss(enum.Enum):
     huber = "huber"
     bce = "bce"
     pairwise = "pairwise"
+
+
+class Weighting(enum.Enum):
+    token = "token"
+    sequence = "sequence"
+    problem = "problem"
 
 
 class ShardingStrategy(enum.Enum):
@@ -101,8 +108,19 @@ class ValueHeadConfig:
 
 
 @dataclass
+class StageConfig:
+    """A part of a training."""
+
+    num_unfrozen_layers: int = MISSING
+    steps: int = MISSING
+    learning_rate: float | None = None  # default: training.learning_rate
+    head_learning_rate: float | None = None  # default: training.value_head.learning_rate
+
+
+@dataclass
 class TrainingConfig:
     num_unfrozen_layers: int = 4
+    stages: list[StageConfig] = field(default_factory=list)  # in order; default: one of all steps
     max_steps: int = 1000
     batch_size: int = 16  # sequences per optimizer step, over all GPUs
     micro_batch_tokens: int | str = 8192  # per GPU; auto: the most that its memory takes
@@ -118,6 +136,26 @@ class TrainingConfig:
     threads: int | None = None  # CPU threads of one process; default: torch's own choice
     deterministic: bool = False  # on a GPU: the same bits each time, more slowly
     value_head: ValueHeadConfig = field(default_factory=ValueHeadConfig)
+
+    @property
+    def all_stages(self) -> list[StageConfig]:
+        """The stages, with every learning rate; one if none are given."""
+        given = self.stages or [StageConfig(self.num_unfrozen_layers, self.max_steps)]
+        rate, head = self.learning_rate, self.value_head.learning_rate
+        return [
+            StageConfig(
+                one.num_unfrozen_layers,
+                one.steps,
+                rate if one.learning_rate is None else one.learning_rate,
+                head if one.head_learning_rate is None else one.head_learning_rate,
+            )
+            for one in given
+        ]
+
+    def stage_at(self, step: int) -> int:
+        """The stage of optimizer step `step` (from 0); the last one's when all are done."""
+        ends = itertools.accumulate(one.steps for one in self.all_stages[:-1])
+        return sum(step >= end for end in ends)
 
     @property
     def token_budget(self) -> int:
@@ -136,6 +174,8 @@ class ObjectiveConfig:
     lambda_end: float = 0.95
     lambda_steps: int = 1000
     huber_delta: float = 0.5
+    weighting: Weighting = Weighting.token  # what weighs alike
+    balance_labels: bool = False  # right and wrong solutions weigh alike
 
 
 @dataclass

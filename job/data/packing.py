@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from job.data.token_cache import TokenizedSet
+from job.data.weights import Weights
 from job.model.transformer import PackedLayout
 
 Indices = NDArray[np.int64]
@@ -31,6 +32,8 @@ class Batch:
             where that is valued and there is one, then the tokens of its response.
         lengths: int64 [b], how many of them each sequence has.
         response_lengths: int64 [b].
+        weights: float32 [n], of positions in the loss.
+        weight: their sum.
         rewards: float32 [b].
         problems: uint64 [b] on the host.
         optimal: float32 [n] on the host, or None.
@@ -42,6 +45,8 @@ class Batch:
     positions: Tensor
     lengths: Tensor
     response_lengths: Tensor
+    weights: Tensor
+    weight: float
     rewards: Tensor
     problems: NDArray[np.uint64]
     optimal: NDArray[np.float32] | None
@@ -120,6 +125,7 @@ class Packer:
         units: int64 [units, 1 or 2], the sequences of each unit; two are (better, worse).
         budget: tokens of a micro-batch.
         prompt_value: whether the last token before a response is valued too.
+        weights: float64 [sequences], of each position of each sequence; default: 1.
     """
 
     def __init__(
@@ -133,9 +139,10 @@ class Packer:
         rank: int = 0,
         world: int = 1,
         prompt_value: bool = False,
+        weights: Weights | None = None,
     ) -> None:
         self.data, self.units, self.budget = data, units, budget
-        self.prompt_value = prompt_value
+        self.prompt_value, self.weights = prompt_value, weights
         self.device, self.rank, self.world = device, rank, world
         self._tokens = data.lengths[units].sum(1)
         self._costs = sequence_cost(data.lengths, dim)[units].sum(1)
@@ -175,7 +182,14 @@ class Packer:
         members = self.units[units]
         rows = members.ravel()
         pairs = np.arange(members.size).reshape(members.shape) if members.shape[1] == 2 else None
-        return assemble(self.data, rows, pairs, self.device, prompt_value=self.prompt_value)
+        return assemble(
+            self.data,
+            rows,
+            pairs,
+            self.device,
+            prompt_value=self.prompt_value,
+            weights=self.weights,
+        )
 
 
 def first_valued(data: TokenizedSet, rows: Indices, prompt_value: bool) -> Indices:
@@ -194,6 +208,7 @@ def assemble(
     device: torch.device,
     *,
     prompt_value: bool = False,
+    weights: Weights | None = None,
 ) -> Batch:
     """Lay sequences `rows` of a data set end to end."""
     starts = data.offsets[rows]
@@ -202,12 +217,15 @@ def assemble(
     skipped = first_valued(data, rows, prompt_value)
     in_stream = np.concatenate(([0], np.cumsum(lengths)[:-1]))
     positions = _ranges(in_stream + skipped, lengths - skipped)
+    each = np.repeat(np.ones(len(rows)) if weights is None else weights[rows], lengths - skipped)
     return Batch(
         tokens=torch.from_numpy(data.tokens[where].astype(np.int64)).to(device),
         layout=PackedLayout(lengths.tolist(), device),
         positions=torch.from_numpy(positions).to(device),
         lengths=torch.from_numpy(lengths - skipped).to(device),
         response_lengths=torch.from_numpy(lengths - data.response_starts[rows]).to(device),
+        weights=torch.from_numpy(each.astype(np.float32)).to(device),
+        weight=float(each.sum()),
         rewards=torch.from_numpy(data.rewards[rows].astype(np.float32)).to(device),
         problems=data.problems[rows],
         optimal=None if data.optimal is None else data.optimal[where[positions]],
@@ -223,6 +241,8 @@ def _filler(device: torch.device) -> Batch:
         positions=none,
         lengths=none,
         response_lengths=none,
+        weights=none.float(),
+        weight=0.0,
         rewards=none.float(),
         problems=np.empty(0, np.uint64),
         optimal=None,

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from job.common.data_file import check_readable
 from job.common.errors import InputError
 from job.common.schema import EMBEDDED, CriticConfig, Loss
-from job.data.packing import Indices, Packer, single_units
+from job.data.packing import Indices, Packer, first_valued, single_units
 from job.data.pairs import balanced_pairs
 from job.data.token_cache import TokenizedSet, count_shared_problems, load_split
 from job.data.tokenizer import Tokenizer, load_tokenizer
+from job.data.weights import Weights, position_weights
 from job.distributed.world import World
 from job.model.architecture_file import read_architecture
 from job.run.directory import RunDirectory
@@ -77,7 +78,7 @@ def load_critic_data(
         prompt_value=config.objective.prompt_value,
     )
     return CriticData(
-        pack(train, _training_units(config, train)),
+        pack(train, _training_units(config, train), weights=_training_weights(config, train)),
         pack(validation, kept[:, None]),
         float(train.rewards.mean()),
         tokenizer.fingerprint,
@@ -143,6 +144,17 @@ def _training_units(config: CriticConfig, train: TokenizedSet) -> Indices:
         )
     _log.info("%d length-balanced pairs", len(pairs))
     return pairs
+
+
+def _training_weights(config: CriticConfig, train: TokenizedSet) -> Weights:
+    rows = np.arange(len(train))
+    return position_weights(
+        config.objective.weighting,
+        config.objective.balance_labels,
+        positions=train.lengths - first_valued(train, rows, config.objective.prompt_value),
+        rewards=train.rewards,
+        problems=train.problems,
+    )
 
 
 def _keep_bad_rows(found: TokenizedSet, run: RunDirectory, split: str) -> None:

@@ -21,6 +21,7 @@ from job.model.shards import full_tensor, local_shard
 from job.run.value_metrics import ValueMetrics
 from job.training.objective import Objective
 from job.training.optimizer import build_optimizer, set_learning_rate
+from job.training.stages import Stages
 
 ADVICE = "Lower training.learning_rate"
 Phase = Callable[[str], AbstractContextManager[object]]  # marks what memory is used for
@@ -55,8 +56,9 @@ class Learner:
         self._phase = phase
         self.optimizer = build_optimizer(critic, config)
         self.trainable = [p for p in critic.parameters() if p.requires_grad]
+        self.stages = Stages(critic, config)
         self._ids = {id(p) for p in self.trainable}
-        self._checked_gradients = False
+        self._checked: set[int] = set()  # how many parameters learned when gradients were looked at
 
     def step(
         self,
@@ -76,6 +78,7 @@ class Learner:
         # together later if each had divided by its own
         count = (all_reduce or self._sum)(sum(self.objective.count(batch) for batch in batches))
         rate = set_learning_rate(self.optimizer, self.config, step)
+        learning = self.stages.enter(step)
         losses, outputs = [], []
         for batch in batches:
             with self._phase("forward"):
@@ -86,10 +89,10 @@ class Learner:
             # without their graph, which would keep the activations of every micro-batch
             losses.append(loss.detach())
             outputs.append(output.detach())
-        self._check_gradients()
+        self._keep_gradients(learning)
         with self._phase("optimizer"):
             # over the shards of all ranks, and so the same on each of them
-            norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.config.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(learning, self.config.max_grad_norm)
             # exact sums: the loss does not hang on how a step is cut into micro-batches
             loss_of_all = self._sum(math.fsum(loss.item() for loss in losses))
             result = StepResult(loss_of_all, full_tensor(norm).item(), rate)
@@ -162,19 +165,26 @@ class Learner:
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         return {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
 
-    def set_updates(self, n: int) -> None:
-        """Tell the optimizer how many updates it has made, for its bias correction."""
-        for state in self.optimizer.state.values():
-            state["step"].fill_(n)
+    def set_updates(self, step: int, skipped: int, skipped_at: Sequence[int]) -> None:
+        """Tell the optimizer how many updates it has made, for its bias correction.
+
+        Args:
+            step, skipped, skipped_at: as in `Stages.updates`.
+        """
+        for parameter, state in self.optimizer.state.items():
+            state["step"].fill_(self.stages.updates(parameter, step, skipped, skipped_at))
 
     def _record(self, metrics: ValueMetrics, outputs: Tensor, batch: Batch) -> None:
         self.objective.record(metrics, self.objective.values(outputs).cpu().numpy(), batch)
 
-    def _check_gradients(self) -> None:
-        """After the first backward: a gradient for each trainable parameter, none for others."""
-        if self._checked_gradients:
-            return
-        self._checked_gradients = True
-        for name, parameter in self.critic.named_parameters():
-            has = parameter.grad is not None
-            assert has == parameter.requires_grad, f"{name}: gradient {has}"
+    def _keep_gradients(self, learning: Sequence[nn.Parameter]) -> None:
+        """Drop the gradients of what rests; what learns, and nothing else, has one then."""
+        ids = {id(p) for p in learning}
+        for parameter in self.trainable:
+            if id(parameter) not in ids:
+                parameter.grad = None
+        if len(ids) not in self._checked:
+            self._checked.add(len(ids))
+            for name, parameter in self.critic.named_parameters():
+                has = parameter.grad is not None
+                assert has == (id(parameter) in ids), f"{name}: gradient {has}"

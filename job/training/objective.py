@@ -6,9 +6,9 @@ last token before the response, and the target is
     Monte-Carlo     G_t = gamma^(T - t) r
     lambda-return   G_T = r,  G_t = gamma ((1 - lambda) V_{t+1} + lambda G_{t+1})
 
-(Sutton & Barto 2018, sections 3.3 and 12.1), with no gradient through V. The loss is a sum over
-the positions that carry a target divided by their count in the whole step; the pairwise loss sums
-over pairs.
+(Sutton & Barto 2018, sections 3.3 and 12.1), with no gradient through V. The loss is a weighted sum
+over the positions that carry a target divided by their weight in the whole step; the pairwise loss
+sums over pairs.
 """
 
 from __future__ import annotations
@@ -94,23 +94,26 @@ class Objective:
         done = min(1.0, step / self.config.lambda_steps)
         return self.config.lambda_start + done * (self.config.lambda_end - self.config.lambda_start)
 
-    def count(self, batch: Batch) -> int:
-        """What the loss is a mean over: positions that carry a target, or pairs."""
-        return len(batch.pairs) if self.config.loss is Loss.pairwise else len(batch.positions)
+    def count(self, batch: Batch) -> float:
+        """What the loss is a mean over: the weight of the batch's positions, or its pairs."""
+        return len(batch.pairs) if self.config.loss is Loss.pairwise else batch.weight
 
     def loss_sum(self, outputs: Tensor, batch: Batch, step: int) -> Tensor:
-        """Sum of the loss over the batch's positions or pairs."""
+        """Weighted sum of the loss over the batch's positions, or its sum over pairs."""
         if self.config.loss is Loss.pairwise:
             return pairwise_loss_sum(outputs, batch)
-        targets = self.targets(outputs, batch, step)
+        return batch.weights @ self._errors(outputs, self.targets(outputs, batch, step))
+
+    def _errors(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss at each position [n]."""
         match self.config.loss:
             case Loss.huber:
                 delta = self.config.huber_delta
-                return F.huber_loss(outputs, targets, reduction="sum", delta=delta)
+                return F.huber_loss(outputs, targets, reduction="none", delta=delta)
             case Loss.bce:
-                return F.binary_cross_entropy_with_logits(outputs, targets, reduction="sum")
+                return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
             case _:
-                return F.mse_loss(outputs, targets, reduction="sum")
+                return F.mse_loss(outputs, targets, reduction="none")
 
 
 def lambda_return(values: Tensor, batch: Batch, gamma: float, lam: float) -> Tensor:

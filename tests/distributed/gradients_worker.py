@@ -33,6 +33,7 @@ from job.common.schema import (
     FsdpConfig,
     ModelConfig,
     ShardingStrategy,
+    StageConfig,
     TrainingConfig,
 )
 from job.data.packing import Batch, Packer, single_units
@@ -72,6 +73,7 @@ class Case:
     steps: int = 1
     mixed: bool = False
     recompute: bool = False
+    stages: str = ""  # blocks:steps, one after the other
     gather_frozen: bool = False  # undo what keeps frozen blocks from being gathered in backward
 
     def __str__(self) -> str:
@@ -93,6 +95,7 @@ def _config(case: Case) -> CriticConfig:
     config.model = ModelConfig(f"trunk-{case.layers}")
     config.training = TrainingConfig(
         num_unfrozen_layers=case.n,
+        stages=[StageConfig(*map(int, one.split(":"))) for one in case.stages.split()],
         learning_rate=1e-3,
         warmup_steps=0,
         max_steps=max(case.steps, 1),

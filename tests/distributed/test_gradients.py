@@ -48,7 +48,8 @@ STEPS = {
         Case("steps", n, s, budget=128, steps=30)
         for s in ("FULL_SHARD", "NO_SHARD")
         for n in (0, 2)
-    ],
+    ]
+    + [Case("steps", 2, budget=128, steps=30, stages="0:10 2:12 1:8")],
     4: [Case("steps", 2, "HYBRID_SHARD", budget=128, steps=30)],
 }
 SAVED = {

@@ -318,6 +318,8 @@ def test_override(override: str, refused: Callable[..., None]) -> None:
         (("training.batch_size=3",), ("training.batch_size: 3 is odd",)),
         (("data.max_length=33",), ("training.micro_batch_tokens", "2 x data.max_length")),
         (("objective.target=lambda_return",), ("objective.target", "pairwise")),
+        (("objective.weighting=problem",), ("objective.weighting: the pairwise loss",)),
+        (("objective.balance_labels=true",), ("objective.balance_labels: the pairwise loss",)),
     ],
 )
 def test_pairwise_loss(

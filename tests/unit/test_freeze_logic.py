@@ -48,6 +48,8 @@ def _batch(seed: int) -> Batch:
         positions=torch.from_numpy(positions),
         lengths=torch.tensor(lengths) - 2,
         response_lengths=torch.tensor(lengths) - 2,
+        weights=torch.ones(len(positions)),
+        weight=float(len(positions)),
         rewards=torch.tensor([1.0, 0.0, 1.0]),
         problems=np.zeros(3, np.uint64),
         optimal=None,

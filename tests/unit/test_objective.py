@@ -25,6 +25,8 @@ def _batch(lengths: list[int], rewards: list[float], pairs: list[list[int]] | No
         positions=torch.arange(n),
         lengths=torch.tensor(lengths),
         response_lengths=torch.tensor(lengths),
+        weights=torch.ones(n),
+        weight=float(n),
         rewards=torch.tensor(rewards),
         problems=np.zeros(len(lengths), np.uint64),
         optimal=None,
@@ -44,6 +46,8 @@ def _with_prompts(batch: Batch, *prompted: int) -> Batch:
         layout=PackedLayout(lengths.tolist()),
         positions=torch.arange(n),
         lengths=lengths,
+        weights=torch.ones(n),
+        weight=float(n),
     )
 
 
@@ -161,6 +165,15 @@ def test_losses_by_hand(loss: Loss, expected: float) -> None:
     outputs, batch = torch.tensor([0.5, -1.0]), _batch([2], [1.0])
     assert objective.loss_sum(outputs, batch, 0).item() == pytest.approx(expected, rel=1e-6)
     assert objective.count(batch) == 2
+
+
+def test_the_loss_weighs_each_position_by_hand() -> None:
+    """Errors .25 and 4 of a right solution, 0.01 of a wrong one, at weights 1/2, 1/2 and 1."""
+    batch = _batch([2, 1], [1.0, 0.0])
+    batch = dataclasses.replace(batch, weights=torch.tensor([0.5, 0.5, 1.0]), weight=2.0)
+    outputs, objective = torch.tensor([0.5, -1.0, 0.1]), _objective()
+    found = objective.loss_sum(outputs, batch, 0).item() / objective.count(batch)
+    assert found == pytest.approx((0.5 * 0.25 + 0.5 * 4 + 0.01) / 2, rel=1e-6)
 
 
 def test_pairwise_loss_by_hand() -> None:
