@@ -15,6 +15,7 @@ from job.common.schema import (
     CriticConfig,
     DataConfig,
     Loss,
+    ObjectiveConfig,
     PretrainConfig,
     ShardingStrategy,
     Target,
@@ -47,6 +48,9 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "objective.lambda_end": (0, 1),
     "objective.lambda_steps": (1, None),
     "objective.huber_delta": (1e-6, None),
+    "objective.terms.monte_carlo": (0, None),
+    "objective.terms.td": (0, None),
+    "objective.terms.pairwise": (0, None),
     "evaluation.every_steps": (1, None),
     "evaluation.max_sequences": (1, None),
     "evaluation.alarm_evaluations": (1, None),
@@ -144,6 +148,17 @@ def _impossible_template(data: DataConfig) -> Iterator[str]:
         )
 
 
+def _impossible_terms(objective: ObjectiveConfig) -> Iterator[str]:
+    if not objective.is_joint:
+        return
+    if objective.loss is Loss.pairwise:
+        yield "objective.loss: pairwise is one of objective.terms; loss is that of values"
+    if objective.target is not Target.monte_carlo:
+        yield "objective.target: objective.terms says what the targets are; td is lambda_return"
+    if objective.ranks_only:
+        yield "objective.terms: pairwise alone is objective.loss=pairwise"
+
+
 def _impossible_stages(training: TrainingConfig) -> Iterator[str]:
     stages = training.stages
     if not stages:
@@ -168,19 +183,20 @@ def _impossible_critic(config: CriticConfig) -> Iterator[str]:
     yield from _impossible_template(config.data)
     yield from _impossible_stages(config.training)
     objective, training = config.objective, config.training
+    yield from _impossible_terms(objective)
     if objective.loss is Loss.pairwise and objective.target is not Target.monte_carlo:
         yield "objective.target: the pairwise loss compares outcomes; use monte_carlo"
     if training.value_head.bias_init is not None and not training.value_head.bias:
         yield "training.value_head.bias_init: with training.value_head.bias false there is no bias"
-    if objective.loss is Loss.pairwise and objective.weighting is not Weighting.token:
+    if objective.ranks_only and objective.weighting is not Weighting.token:
         yield "objective.weighting: the pairwise loss weighs pairs, one like the other; use token"
-    if objective.loss is Loss.pairwise and objective.balance_labels:
+    if objective.ranks_only and objective.balance_labels:
         yield "objective.balance_labels: the pairwise loss has as many right ones as wrong ones"
-    if objective.loss is Loss.pairwise and training.batch_size % 2:
+    if objective.ranks_only and training.batch_size % 2:
         yield f"training.batch_size: {training.batch_size} is odd; the pairwise loss takes pairs"
     tokens = training.micro_batch_tokens
     paired = isinstance(tokens, int) and 2 * config.data.max_length > tokens
-    if objective.loss is Loss.pairwise and paired:
+    if objective.all_terms.pairwise and paired:
         yield "training.micro_batch_tokens: a pair needs 2 x data.max_length"
     fsdp = config.distributed.fsdp
     if fsdp.cpu_offload and fsdp.sharding_strategy is ShardingStrategy.REPLICATE_FROZEN:

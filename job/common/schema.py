@@ -165,6 +165,15 @@ class TrainingConfig:
 
 
 @dataclass
+class TermsConfig:
+    """How much each term of a joint objective counts; 0 is not at all."""
+
+    monte_carlo: float = 0.0
+    td: float = 0.0  # lambda-returns
+    pairwise: float = 0.0
+
+
+@dataclass
 class ObjectiveConfig:
     prompt_value: bool = field(default=True, metadata={"before": False})  # V_0 too
     target: Target = Target.monte_carlo
@@ -176,6 +185,26 @@ class ObjectiveConfig:
     huber_delta: float = 0.5
     weighting: Weighting = Weighting.token  # what weighs alike
     balance_labels: bool = False  # right and wrong solutions weigh alike
+    terms: TermsConfig = field(default_factory=TermsConfig)  # default: as loss and target say
+
+    @property
+    def is_joint(self) -> bool:
+        return self.terms != TermsConfig()
+
+    @property
+    def all_terms(self) -> TermsConfig:
+        """The terms, or the one that `loss` and `target` stand for."""
+        if self.is_joint:
+            return self.terms
+        if self.loss is Loss.pairwise:
+            return TermsConfig(pairwise=1.0)
+        by_lambda = self.target is Target.lambda_return
+        return TermsConfig(td=1.0) if by_lambda else TermsConfig(monte_carlo=1.0)
+
+    @property
+    def ranks_only(self) -> bool:
+        """Whether outputs lie on no scale of rewards: only their differences are trained."""
+        return not (self.all_terms.monte_carlo or self.all_terms.td)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,6 +79,27 @@ def _epoch_order(n_units: int, epoch: int, seed: int) -> Indices:
     return np.random.default_rng([seed, epoch]).permutation(n_units)
 
 
+def mixed_step(units: Indices, sequences: int, step: int, seed: int) -> Indices:
+    """The units of optimizer step `step` (from 0) where some are pairs and some are not.
+
+    An epoch's sequences, as its permutation of units has them, are cut after each `sequences`; a
+    pair that is cut is a sequence alone on either side.
+    """
+    parts: list[Indices] = []
+    total = np.count_nonzero(units >= 0)
+    start, stop = step * sequences, (step + 1) * sequences
+    while start < stop:
+        epoch, position = divmod(start, total)
+        laid = units[_epoch_order(len(units), epoch, seed)]
+        chosen = np.flatnonzero(laid >= 0)[position : position + stop - start]
+        part = np.full_like(laid, -1)
+        part.flat[chosen] = laid.flat[chosen]
+        part = part[(part >= 0).any(1)]
+        parts.append(np.where(part[:, :1] < 0, part[:, ::-1], part))
+        start += len(chosen)
+    return np.concatenate(parts)
+
+
 def sequence_cost(lengths: Indices, dim: int) -> NDArray[np.float64]:
     """Relative cost of a block on each sequence: linear layers t, attention t^2 / (6 d)."""
     return lengths + lengths.astype(np.float64) ** 2 / (6 * dim)
@@ -122,7 +144,8 @@ class Packer:
     """Lays steps and evaluations of one data set out in micro-batches for one rank.
 
     Args:
-        units: int64 [units, 1 or 2], the sequences of each unit; two are (better, worse).
+        units: int64 [units, 1 or 2], the sequences of each unit; two are (better, worse), and
+            where -1 stands for the second it is one alone.
         budget: tokens of a micro-batch.
         prompt_value: whether the last token before a response is valued too.
         weights: float64 [sequences], of each position of each sequence; default: 1.
@@ -144,8 +167,9 @@ class Packer:
         self.data, self.units, self.budget = data, units, budget
         self.prompt_value, self.weights = prompt_value, weights
         self.device, self.rank, self.world = device, rank, world
-        self._tokens = data.lengths[units].sum(1)
-        self._costs = sequence_cost(data.lengths, dim)[units].sum(1)
+        self._lengths = data.lengths
+        self._costs = sequence_cost(self._lengths, dim)
+        self._is_mixed = bool((units < 0).any())
 
     def step(self, step: int, sequences: int, seed: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step` (from 0)."""
@@ -153,24 +177,28 @@ class Packer:
 
     def plan(self, step: int, sequences: int, seed: int) -> list[Indices]:
         """The units of each of these micro-batches."""
+        if self._is_mixed:
+            return self.split(mixed_step(self.units, sequences, step, seed))
         per_step = sequences // self.units.shape[1]
-        return self.split(step_units(len(self.units), per_step, step, seed))
+        return self.split(self.units[step_units(len(self.units), per_step, step, seed)])
 
     def size(self, units: Indices) -> tuple[int, int]:
         """All tokens and valued positions of a micro-batch of the given units."""
-        members = self.units[units].ravel()
-        valued = self.data.lengths[members] - first_valued(self.data, members, self.prompt_value)
-        return int(self._tokens[units].sum()), int(valued.sum())
+        rows = units[units >= 0]
+        lengths = self._lengths[rows]
+        valued = lengths - first_valued(self.data, rows, self.prompt_value)
+        return int(lengths.sum()), int(valued.sum())
 
     @functools.cached_property
     def everything(self) -> list[Indices]:
         """This rank's micro-batches of an evaluation: over all ranks, each unit once."""
-        return self.split(np.arange(len(self.units)))
+        return self.split(self.units)
 
-    def split(self, chosen: Indices) -> list[Indices]:
+    def split(self, units: Indices) -> list[Indices]:
         """This rank's micro-batches of some units: over all ranks, each of them once."""
-        parts = distribute(self._tokens[chosen], self._costs[chosen], self.world, self.budget)
-        return [chosen[part] for part in parts[self.rank]]
+        tokens = _of_units(self._lengths, units)
+        parts = distribute(tokens, _of_units(self._costs, units), self.world, self.budget)
+        return [units[part] for part in parts[self.rank]]
 
     def assemble(self, units: Indices) -> Batch:
         """One packed micro-batch of the given units; without any, a token that counts for nothing.
@@ -179,17 +207,29 @@ class Packer:
         """
         if not len(units):
             return _filler(self.device)
-        members = self.units[units]
-        rows = members.ravel()
-        pairs = np.arange(members.size).reshape(members.shape) if members.shape[1] == 2 else None
         return assemble(
             self.data,
-            rows,
-            pairs,
+            units[units >= 0],
+            _pairs(units),
             self.device,
             prompt_value=self.prompt_value,
             weights=self.weights,
         )
+
+
+def _of_units(values: NDArray[Any], units: Indices) -> NDArray[Any]:
+    """The sum of sequences' values [sequences] over each unit."""
+    found: NDArray[Any] = np.where(units >= 0, values[units], 0).sum(1)
+    return found
+
+
+def _pairs(units: Indices) -> Indices | None:
+    """Where the two of each pair lie among the sequences of these units."""
+    if units.shape[1] == 1:
+        return None
+    sizes = (units >= 0).sum(1)
+    first = (np.cumsum(sizes) - sizes)[sizes == 2]
+    return np.stack([first, first + 1], 1)
 
 
 def first_valued(data: TokenizedSet, rows: Indices, prompt_value: bool) -> Indices:

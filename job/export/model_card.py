@@ -98,7 +98,7 @@ def _meaning(trained: TrainedCritic, form: str) -> str:
     loss = trained.config.objective.loss
     if loss is Loss.bce:
         text = "Outputs are logits: a value is `sigmoid(output)`."
-    elif loss is Loss.pairwise:
+    elif trained.config.objective.ranks_only:
         text = "Outputs rank responses to one prompt: only their differences mean anything."
     else:
         text = "Outputs are values, in units of the reward."

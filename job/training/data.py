@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from job.common.data_file import check_readable
 from job.common.errors import InputError
-from job.common.schema import EMBEDDED, CriticConfig, Loss
+from job.common.schema import EMBEDDED, CriticConfig
 from job.data.packing import Indices, Packer, first_valued, single_units
-from job.data.pairs import balanced_pairs
+from job.data.pairs import balanced_pairs, with_others
 from job.data.token_cache import TokenizedSet, count_shared_problems, load_split
 from job.data.tokenizer import Tokenizer, load_tokenizer
 from job.data.weights import Weights, position_weights
@@ -134,7 +134,7 @@ def warn_of_unknown(found: TokenizedSet, tokenizer: Tokenizer, name: str) -> Non
 
 
 def _training_units(config: CriticConfig, train: TokenizedSet) -> Indices:
-    if config.objective.loss is not Loss.pairwise:
+    if not config.objective.all_terms.pairwise:
         return single_units(len(train))
     pairs = balanced_pairs(train.rewards, train.problems, train.response_lengths)
     if not len(pairs):
@@ -143,7 +143,7 @@ def _training_units(config: CriticConfig, train: TokenizedSet) -> Indices:
             "the pairwise loss needs some (is problem_id right?)"
         )
     _log.info("%d length-balanced pairs", len(pairs))
-    return pairs
+    return pairs if config.objective.ranks_only else with_others(pairs, len(train))
 
 
 def _training_weights(config: CriticConfig, train: TokenizedSet) -> Weights:

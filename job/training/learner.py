@@ -19,13 +19,13 @@ from job.distributed.world import World
 from job.model.critic import Critic
 from job.model.shards import full_tensor, local_shard
 from job.run.value_metrics import ValueMetrics
-from job.training.objective import Objective
+from job.training.objective import Counts, Objective
 from job.training.optimizer import build_optimizer, set_learning_rate
 from job.training.stages import Stages
 
 ADVICE = "Lower training.learning_rate"
 Phase = Callable[[str], AbstractContextManager[object]]  # marks what memory is used for
-AllReduce = Callable[[float], float]  # the sum of all ranks' values
+AllReduce = Callable[[Sequence[float]], list[float]]  # the sums of all ranks' values
 
 
 @dataclass(frozen=True)
@@ -69,21 +69,22 @@ class Learner:
     ) -> StepResult:
         """Optimizer step `step` (from 0) on this rank's micro-batches.
 
-        The loss is a sum over all that carries a target, on all ranks, divided by their global
-        count: `all_reduce` sums the counts, and may raise before anything has changed. Predictions
-        go into `metrics`. If the loss or the gradient norm is not finite on some rank, nothing is
-        changed anywhere.
+        The loss is a weighted sum over all that carries a target, on all ranks, divided by its
+        global weight: `all_reduce` sums the weights, and may raise before anything has changed.
+        Predictions go into `metrics`. If the loss or the gradient norm is not finite on some rank,
+        nothing is changed anywhere.
         """
-        # all ranks' count, before anything is computed: gradients of two ranks could not be put
+        # all ranks' counts, before anything is computed: gradients of two ranks could not be put
         # together later if each had divided by its own
-        count = (all_reduce or self._sum)(sum(self.objective.count(batch) for batch in batches))
+        own = Counts.of([self.objective.counts(batch) for batch in batches])
+        whole = Counts(*(all_reduce or self.world.sum)([own.weight, own.pairs]))
         rate = set_learning_rate(self.optimizer, self.config, step)
         learning = self.stages.enter(step)
         losses, outputs = [], []
         for batch in batches:
             with self._phase("forward"):
                 output = self.outputs(batch)  # [n]
-                loss = self.objective.loss_sum(output, batch, step) / count
+                loss = self.objective.loss(output, batch, step, whole)
             with self._phase("backward"):
                 (loss * self.world.size).backward()  # FSDP averages gradients over ranks
             # without their graph, which would keep the activations of every micro-batch
@@ -94,7 +95,7 @@ class Learner:
             # over the shards of all ranks, and so the same on each of them
             norm = torch.nn.utils.clip_grad_norm_(learning, self.config.max_grad_norm)
             # exact sums: the loss does not hang on how a step is cut into micro-batches
-            loss_of_all = self._sum(math.fsum(loss.item() for loss in losses))
+            (loss_of_all,) = self.world.sum([math.fsum(loss.item() for loss in losses)])
             result = StepResult(loss_of_all, full_tensor(norm).item(), rate)
             if result.is_finite:
                 self.optimizer.step()
@@ -103,9 +104,6 @@ class Learner:
             for batch, output in zip(batches, outputs, strict=True):
                 self._record(metrics, output, batch)
         return result
-
-    def _sum(self, value: float) -> float:
-        return self.world.sum([value])[0]
 
     @torch.no_grad()
     def evaluate(self, packer: Packer, advance: Advance) -> ValueMetrics:

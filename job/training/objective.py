@@ -7,13 +7,15 @@ last token before the response, and the target is
     lambda-return   G_T = r,  G_t = gamma ((1 - lambda) V_{t+1} + lambda G_{t+1})
 
 (Sutton & Barto 2018, sections 3.3 and 12.1), with no gradient through V. The loss is a weighted sum
-over the positions that carry a target divided by their weight in the whole step; the pairwise loss
-sums over pairs.
+over the positions that carry a target divided by their weight in the whole step, or a sum over
+pairs divided by their number; a joint objective adds up such terms.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,11 +24,24 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from job.common.schema import Loss, ObjectiveConfig, Target
+from job.common.schema import Loss, ObjectiveConfig
 from job.data.packing import Batch
 from job.run.value_metrics import ValueMetrics
 
 _EDGE = 1e-4  # keeps the logit of a mean reward of 0 or 1 finite
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What terms of a loss are means over: the weight of positions, and pairs."""
+
+    weight: float
+    pairs: float
+
+    @classmethod
+    def of(cls, parts: Sequence[Counts]) -> Counts:
+        """All of them together, exactly: it does not hang on how a step is cut into parts."""
+        return cls(math.fsum(one.weight for one in parts), math.fsum(one.pairs for one in parts))
 
 
 class Objective:
@@ -38,7 +53,7 @@ class Objective:
     @property
     def ranks_only(self) -> bool:
         """Whether outputs lie on no scale of rewards: only their differences are trained."""
-        return self.config.loss is Loss.pairwise
+        return self.config.ranks_only
 
     def initial_bias(self, mean_reward: float) -> float:
         """The head bias that predicts the mean reward (0 for pairwise: only differences count)."""
@@ -82,10 +97,8 @@ class Objective:
             None if optimal is None else (optimal[first], optimal[first + 1]),
         )
 
-    def targets(self, outputs: Tensor, batch: Batch, step: int) -> Tensor:
-        """Targets [n] at optimizer step `step` (from 0), without gradient."""
-        if self.config.target is Target.monte_carlo:
-            return self.labels(batch)
+    def returns(self, outputs: Tensor, batch: Batch, step: int) -> Tensor:
+        """Lambda-returns [n] at optimizer step `step` (from 0), without gradient."""
         lam = self.lambda_at(step)
         return lambda_return(self.values(outputs).detach(), batch, self.config.gamma, lam)
 
@@ -94,15 +107,29 @@ class Objective:
         done = min(1.0, step / self.config.lambda_steps)
         return self.config.lambda_start + done * (self.config.lambda_end - self.config.lambda_start)
 
-    def count(self, batch: Batch) -> float:
-        """What the loss is a mean over: the weight of the batch's positions, or its pairs."""
-        return len(batch.pairs) if self.config.loss is Loss.pairwise else batch.weight
+    @staticmethod
+    def counts(batch: Batch) -> Counts:
+        """What the batch adds to that which the terms are means over."""
+        return Counts(batch.weight, float(len(batch.pairs)))
 
-    def loss_sum(self, outputs: Tensor, batch: Batch, step: int) -> Tensor:
-        """Weighted sum of the loss over the batch's positions, or its sum over pairs."""
-        if self.config.loss is Loss.pairwise:
-            return pairwise_loss_sum(outputs, batch)
-        return batch.weights @ self._errors(outputs, self.targets(outputs, batch, step))
+    def loss(self, outputs: Tensor, batch: Batch, step: int, whole: Counts) -> Tensor:
+        """The batch's share of the loss of optimizer step `step` (from 0).
+
+        Args:
+            outputs: [n].
+            whole: the counts of all batches of the step, on all ranks.
+        """
+        terms, found = self.config.all_terms, []
+        if terms.monte_carlo:
+            errors = batch.weights @ self._errors(outputs, self.labels(batch))
+            found.append(terms.monte_carlo * errors / (whole.weight or 1.0))
+        if terms.td:
+            errors = batch.weights @ self._errors(outputs, self.returns(outputs, batch, step))
+            found.append(terms.td * errors / (whole.weight or 1.0))
+        if terms.pairwise:  # of a step without pairs, nothing
+            errors = pairwise_loss_sum(outputs, batch)
+            found.append(terms.pairwise * errors / (whole.pairs or 1.0))
+        return torch.stack(found).sum()
 
     def _errors(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss at each position [n]."""

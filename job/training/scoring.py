@@ -135,7 +135,7 @@ class _Scorer:
         with progress("scoring", n) as advance:
             while start < n:
                 _stop_together(self._world)
-                chosen = np.arange(start, self._end_of_part(start))
+                chosen = self._packer.units[start : self._end_of_part(start)]
 
                 def advanced(done: int, first: int = start) -> None:
                     advance(first + done, "sequences")
@@ -157,11 +157,12 @@ class _Scorer:
         for units in self._packer.split(chosen):
             batch = self._packer.assemble(units)
             parts = self._value(batch).split(batch.lengths.tolist())
-            for unit, part, n in zip(units, parts, batch.response_lengths.tolist(), strict=True):
-                own[int(unit)] = Values.of(part.numpy(), n)
+            lengths = batch.response_lengths.tolist()
+            for row, part, n in zip(units.ravel().tolist(), parts, lengths, strict=True):
+                own[row] = Values.of(part.numpy(), n)
             advance(min(len(own) * self._world.size, len(chosen)))
-        found = {u: part for one in self._world.gather(own) for u, part in one.items()}
-        return [found[int(u)] for u in chosen]
+        found = {row: part for one in self._world.gather(own) for row, part in one.items()}
+        return [found[row] for row in chosen.ravel().tolist()]
 
     def _value(self, batch: Batch) -> torch.Tensor:
         outputs = self._critic(batch.tokens, batch.layout, batch.positions)

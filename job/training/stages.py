@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from job.common.schema import TrainingConfig
@@ -38,9 +38,7 @@ class Stages:
                     block.set_unshard_in_backward(block in self._trunk.layers[first:])
         return self._learning[index]
 
-    def updates(
-        self, parameter: nn.Parameter, step: int, skipped: int, skipped_at: Sequence[int]
-    ) -> int:
+    def updates(self, parameter: Tensor, step: int, skipped: int, skipped_at: Sequence[int]) -> int:
         """How often a parameter was updated in the first `step` steps.
 
         Args:

@@ -211,7 +211,7 @@ def _reference(n: int, layers: int, sequences: int) -> Tensors:
     objective = Objective(_config(case).objective)
     (batch,) = _batches(case, World())
     output = critic(batch.tokens, batch.layout, batch.positions)
-    (objective.loss_sum(output, batch, 0) / objective.count(batch)).backward()
+    objective.loss(output, batch, 0, objective.counts(batch)).backward()
     return {n: p.grad for n, p in critic.named_parameters() if p.grad is not None}
 
 
@@ -309,7 +309,7 @@ def saved(case: Case, world: World) -> Result:
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         output = critic(batch.tokens, batch.layout, batch.positions)
-    loss = objective.loss_sum(output, batch, 0)
+    loss = objective.loss(output, batch, 0, objective.counts(batch))
     nodes = _count_nodes(loss.grad_fn)
     loss.backward()
     return {"bytes": world.gather(sum(storages.values())), "nodes": world.gather(nodes)}

@@ -328,6 +328,23 @@ def test_pairwise_loss(
     refused(*words, overrides=("objective.loss=pairwise", *overrides))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("objective.loss=pairwise",), ("objective.loss: pairwise is one of objective.terms",)),
+        (("objective.target=lambda_return",), ("objective.target", "td is lambda_return")),
+        (("objective.terms.monte_carlo=0",), ("pairwise alone is objective.loss=pairwise",)),
+        (("objective.terms.td=-1",), ("objective.terms.td", "below 0")),
+        (("data.max_length=33",), ("training.micro_batch_tokens", "2 x data.max_length")),
+    ],
+)
+def test_joint_objective(
+    overrides: tuple[str, ...], words: tuple[str, ...], refused: Callable[..., None]
+) -> None:
+    terms = ("objective.terms.monte_carlo=1", "objective.terms.pairwise=0.5")
+    refused(*words, overrides=(*terms, *overrides))
+
+
 def test_the_best_checkpoint_by_values_that_are_not_trained(refused: Callable[..., None]) -> None:
     given = ("objective.prompt_value=false", "checkpoint.keep_best=validation/value/prompt/mse")
     refused("checkpoint.keep_best", "needs objective.prompt_value", overrides=given)

@@ -13,6 +13,7 @@ from micro_job import write_job
 from job.common.config import load_config
 from job.common.schema import CriticConfig
 from job.data.arithmetic import ALPHABET
+from job.data.packing import single_units
 from job.data.tokenizer import write_character_tokenizer
 from job.distributed.world import World
 from job.run.directory import RunDirectory
@@ -77,18 +78,27 @@ def test_values_before_responses_are_trained_and_evaluated_where_they_are_asked_
 ) -> None:
     data = loaded(workplace, f"objective.prompt_value={str(prompt_value).lower()}")
     for packer in (data.train, data.validation):
-        batch = packer.assemble(np.arange(3))
+        batch = packer.assemble(single_units(3))
         assert int(batch.at_prompts.sum()) == 3 * prompt_value
 
 
 def test_training_sets_weigh_as_configured(workplace: Path) -> None:
     plain = loaded(workplace).train
-    assert plain.assemble(np.arange(3)).weights.unique().tolist() == [1.0]
+    assert plain.assemble(single_units(3)).weights.unique().tolist() == [1.0]
     by_sequence = loaded(workplace, "objective.weighting=sequence").train
-    batch = by_sequence.assemble(np.arange(3))
+    batch = by_sequence.assemble(single_units(3))
     assert batch.weight == pytest.approx(3)
     assert batch.weights[0] * batch.lengths[0] == pytest.approx(1)  # the prompt's value included
     balanced = loaded(workplace, "objective.balance_labels=true").train
-    weights = balanced.assemble(np.arange(200)).weights
+    weights = balanced.assemble(single_units(200)).weights
     right = balanced.data.rewards.repeat(balanced.data.response_lengths + 1) == 1
     assert weights[right].sum() == pytest.approx(weights[~right].sum().item(), rel=1e-5)
+
+
+def test_a_joint_objective_trains_pairs_and_every_other_solution(workplace: Path) -> None:
+    terms = "objective.terms={monte_carlo: 1.0, pairwise: 0.5}"
+    joint = loaded(workplace, terms).train
+    pairs = loaded(workplace, "objective.loss=pairwise").train
+    assert joint.units[: len(pairs.units)].tolist() == pairs.units.tolist()
+    assert sorted(joint.units[joint.units >= 0].tolist()) == list(range(200))
+    assert loaded(workplace).train.units.shape == (200, 1)

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from job.common.schema import Loss, ObjectiveConfig, Target
+from job.common.schema import Loss, ObjectiveConfig, Target, TermsConfig
 from job.data.packing import Batch
 from job.model.transformer import PackedLayout
 from job.run.value_metrics import ValueMetrics
-from job.training.objective import Objective, lambda_return
+from job.training.objective import Counts, Objective, lambda_return
+
+ONE = Counts(1, 1)  # so that a loss is a sum
 
 
 def _batch(lengths: list[int], rewards: list[float], pairs: list[list[int]] | None = None) -> Batch:
@@ -65,7 +67,7 @@ def test_the_value_before_a_response_of_t_tokens_is_discounted_t_times() -> None
     targets = _objective(gamma=0.5).labels(batch)
     assert targets.tolist() == [0.125, 0.25, 0.5, 1.0, 0.25, 0.5, 0.5, 1.0]
     assert batch.at_prompts.nonzero().flatten().tolist() == [0, 6]
-    assert _objective().count(batch) == 8
+    assert _objective().counts(batch) == Counts(8, 0)
 
 
 def test_lambda_return_before_a_response_by_hand() -> None:
@@ -80,8 +82,8 @@ def test_the_pairwise_loss_takes_the_outputs_of_responses_alone() -> None:
     plain = _batch([2, 1], [1.0, 0.0], [[0, 1]])
     batch, objective = _with_prompts(plain, 0, 1), _objective(loss=Loss.pairwise)
     outputs = torch.tensor([9.0, 0.5, 1.5, -7.0, 0.0])
-    expected = objective.loss_sum(outputs[[1, 2, 4]], plain, 0)
-    assert objective.loss_sum(outputs, batch, 0) == expected
+    expected = objective.loss(outputs[[1, 2, 4]], plain, 0, ONE)
+    assert objective.loss(outputs, batch, 0, ONE) == expected
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.5])
@@ -138,8 +140,8 @@ def test_bootstrapped_targets_carry_no_gradient() -> None:
     objective = _objective(target=Target.lambda_return, lambda_start=0.5, lambda_end=0.5)
     outputs = torch.tensor([0.2, 0.6, 0.4], requires_grad=True)
     batch = _batch([3], [1.0])
-    objective.loss_sum(outputs, batch, 0).backward()
-    targets = objective.targets(outputs, batch, 0)
+    objective.loss(outputs, batch, 0, ONE).backward()
+    targets = objective.returns(outputs, batch, 0)
     assert not targets.requires_grad
     torch.testing.assert_close(outputs.grad, 2 * (outputs.detach() - targets))
 
@@ -163,8 +165,8 @@ def test_lambda_schedule_is_linear_and_stays() -> None:
 def test_losses_by_hand(loss: Loss, expected: float) -> None:
     objective = _objective(loss=loss, huber_delta=0.5)
     outputs, batch = torch.tensor([0.5, -1.0]), _batch([2], [1.0])
-    assert objective.loss_sum(outputs, batch, 0).item() == pytest.approx(expected, rel=1e-6)
-    assert objective.count(batch) == 2
+    assert objective.loss(outputs, batch, 0, ONE).item() == pytest.approx(expected, rel=1e-6)
+    assert objective.counts(batch) == Counts(2, 0)
 
 
 def test_the_loss_weighs_each_position_by_hand() -> None:
@@ -172,7 +174,7 @@ def test_the_loss_weighs_each_position_by_hand() -> None:
     batch = _batch([2, 1], [1.0, 0.0])
     batch = dataclasses.replace(batch, weights=torch.tensor([0.5, 0.5, 1.0]), weight=2.0)
     outputs, objective = torch.tensor([0.5, -1.0, 0.1]), _objective()
-    found = objective.loss_sum(outputs, batch, 0).item() / objective.count(batch)
+    found = objective.loss(outputs, batch, 0, objective.counts(batch)).item()
     assert found == pytest.approx((0.5 * 0.25 + 0.5 * 4 + 0.01) / 2, rel=1e-6)
 
 
@@ -182,8 +184,47 @@ def test_pairwise_loss_by_hand() -> None:
     objective = _objective(loss=Loss.pairwise)
     outputs = torch.tensor([0.5, 1.5, 0.0, 1.0, 0.0])
     expected = math.log1p(math.exp(-1.0)) + math.log1p(math.exp(-0.5))
-    assert objective.loss_sum(outputs, batch, 0).item() == pytest.approx(expected, rel=1e-6)
-    assert objective.count(batch) == 2
+    assert objective.loss(outputs, batch, 0, ONE).item() == pytest.approx(expected, rel=1e-6)
+    assert objective.counts(batch) == Counts(5, 2)
+
+
+def test_a_joint_loss_is_each_term_s_mean_times_its_share_by_hand() -> None:
+    """Three sequences, of which the first two are a pair; weights and counts of a larger step."""
+    batch = _batch([2, 1, 1], [1.0, 0.0, 1.0], [[0, 1]])
+    batch = dataclasses.replace(batch, weights=torch.tensor([1.0, 1.0, 2.0, 0.5]), weight=4.5)
+    terms = TermsConfig(monte_carlo=1.0, td=0.5, pairwise=0.25)
+    objective = _objective(terms=terms, gamma=0.5, lambda_start=0.0, lambda_end=0.0)
+    outputs, whole = torch.tensor([0.2, 0.6, 0.4, 0.9]), Counts(10, 4)
+    # returns: .5 * .6, then rewards
+    monte_carlo = (0.3**2 + 0.4**2 + 2 * 0.4**2 + 0.5 * 0.1**2) / 10
+    td = ((0.2 - 0.3) ** 2 + 0.4**2 + 2 * 0.4**2 + 0.5 * 0.1**2) / 10
+    pairwise = math.log1p(math.exp(0.0)) / 4  # both have the mean .4
+    found = objective.loss(outputs, batch, 0, whole).item()
+    assert found == pytest.approx(monte_carlo + 0.5 * td + 0.25 * pairwise, rel=1e-6)
+    assert not objective.ranks_only
+    assert objective.initial_bias(0.3) == 0.3
+
+
+def test_a_term_of_a_joint_loss_alone_is_the_loss_of_that_name() -> None:
+    batch, outputs = _batch([2, 3], [1.0, 0.0], [[0, 1]]), torch.tensor([0.2, 0.6, 0.4, 0.9, 0.1])
+    short = {
+        "monte_carlo": _objective(),
+        "td": _objective(target=Target.lambda_return, lambda_start=0.5),
+        "pairwise": _objective(loss=Loss.pairwise),
+    }
+    for name, objective in short.items():
+        joint = _objective(terms=TermsConfig(**{name: 1.0}), lambda_start=0.5)
+        assert joint.loss(outputs, batch, 0, ONE) == objective.loss(outputs, batch, 0, ONE)
+
+
+def test_a_step_without_pairs_trains_the_other_terms() -> None:
+    objective = _objective(terms=TermsConfig(monte_carlo=1.0, pairwise=1.0))
+    outputs, batch = torch.tensor([0.5, 0.0], requires_grad=True), _batch([2], [1.0])
+    loss = objective.loss(outputs, batch, 0, objective.counts(batch))
+    assert loss.item() == pytest.approx((0.25 + 1) / 2)
+    loss.backward()
+    assert outputs.grad is not None
+    assert outputs.grad.isfinite().all()
 
 
 def test_initial_bias_predicts_the_mean_reward() -> None:

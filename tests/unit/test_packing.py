@@ -18,11 +18,12 @@ from job.data.packing import (
     Packer,
     assemble,
     distribute,
+    mixed_step,
     sequence_cost,
     single_units,
     step_units,
 )
-from job.data.pairs import balanced_pairs
+from job.data.pairs import balanced_pairs, with_others
 from job.data.token_cache import TokenizedSet, load_split
 from job.data.tokenizer import load_tokenizer, write_character_tokenizer
 
@@ -335,7 +336,7 @@ def test_pairs_stay_together_and_point_at_their_sequences(data: TokenizedSet) ->
     seen: list[list[int]] = []
     for part in packer.everything:
         batch = packer.assemble(part)
-        rows = units[part].ravel().tolist()
+        rows = part.ravel().tolist()
         check_batch(batch, data, rows)
         assert batch.pairs.shape == (len(part), 2)
         better, worse = batch.rewards[batch.pairs].T
@@ -368,13 +369,14 @@ def sequences_of(data: TokenizedSet, batches: list[Batch]) -> Iterator[tuple[int
 def test_an_evaluation_covers_everything_once_over_all_ranks(
     data: TokenizedSet, world: int
 ) -> None:
-    for units in (single_units(len(data)), single_units(37), pairs_of(data)):
+    mixed = with_others(pairs_of(data), len(data))
+    for units in (single_units(len(data)), single_units(37), pairs_of(data), mixed):
         parts = [packer.everything for packer in packers(data, units, world)]
         assert len({len(part) for part in parts}) == 1
         covered = np.concatenate([np.concatenate(part) for part in parts])
-        assert np.array_equal(np.sort(covered), np.arange(len(units)))
+        assert sorted(covered.tolist()) == sorted(units.tolist())
         for part in (one for rank in parts for one in rank):
-            assert data.lengths[units[part]].sum() <= BUDGET
+            assert data.lengths[part[part >= 0]].sum() <= BUDGET
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -402,6 +404,38 @@ def test_a_step_of_pairs_counts_sequences(data: TokenizedSet) -> None:
         found = sorted(sequences_of(data, batches))
         rows = units[step_units(len(units), 8, step, 5)].ravel()
         assert found == sorted(tuple(sequence(data, int(i))) for i in rows)
+
+
+def test_steps_of_pairs_and_others_have_every_sequence_once_an_epoch(data: TokenizedSet) -> None:
+    """Pairs stay whole, but for those that lie across the end of a step or an epoch."""
+    pairs, n = pairs_of(data), len(data)
+    units = with_others(pairs, n)
+    steps = [mixed_step(units, 7, step, seed=5) for step in range(2 * n)]
+    assert all((step >= 0).sum() == 7 for step in steps)
+    assert all((step[:, 0] >= 0).all() for step in steps)
+    seen = np.concatenate([step[step >= 0] for step in steps])
+    for epoch in range(14):
+        assert np.array_equal(np.sort(seen[epoch * n : (epoch + 1) * n]), np.arange(n))
+    known = set(map(tuple, pairs.tolist()))
+    whole = [tuple(unit) for step in steps for unit in step.tolist() if unit[1] >= 0]
+    assert set(whole) == known
+    assert 14 * len(pairs) - len(steps) <= len(whole) < 14 * len(pairs)
+    first = [one[one >= 0] for one in (steps[0], mixed_step(units, 7, 0, 6))]
+    assert not np.array_equal(*first)
+
+
+def test_pairs_among_others_are_paired_in_the_batch(data: TokenizedSet) -> None:
+    units = with_others(pairs_of(data), len(data))
+    seen = 0
+    for packer in packers(data, units, 2):
+        for batch in packer.step(3, 60, seed=1):
+            better, worse = batch.rewards[batch.pairs].T
+            assert (better > worse).all()
+            problems = batch.problems[batch.pairs.numpy()]
+            assert (problems[:, 0] == problems[:, 1]).all()
+            assert len(batch.rewards) >= 2 * len(batch.pairs)
+            seen += len(batch.pairs)
+    assert seen > 3
 
 
 def test_a_step_is_the_same_each_time(embedded: TokenizedSet) -> None:

@@ -15,7 +15,7 @@ from job.data.packing import Batch, Packer, single_units
 from job.data.token_cache import TokenizedSet, load_split
 from job.data.tokenizer import load_tokenizer, write_character_tokenizer
 from job.data.weights import Weights, position_weights
-from job.training.objective import Objective
+from job.training.objective import Counts, Objective
 
 # Two problems: one solved right in 4 positions and wrong in 2, the other wrong in 1, 1 and 8.
 POSITIONS = np.array([4, 2, 1, 1, 8])
@@ -87,7 +87,7 @@ def mean_error(data: TokenizedSet, row: int) -> float:
 
 def step_loss(data: TokenizedSet, each: Weights, world: int, budget: int) -> float:
     """The loss of one step over the whole set."""
-    objective, total, count = Objective(ObjectiveConfig()), 0.0, 0.0
+    objective, batches = Objective(ObjectiveConfig()), []
     for rank in range(world):
         packer = Packer(
             data,
@@ -100,10 +100,9 @@ def step_loss(data: TokenizedSet, each: Weights, world: int, budget: int) -> flo
             prompt_value=True,
             weights=each,
         )
-        for batch in packer.step(0, len(data), seed=1):
-            total += objective.loss_sum(outputs(batch), batch, 0).item()
-            count += objective.count(batch)
-    return total / count
+        batches += packer.step(0, len(data), seed=1)
+    whole = Counts.of([objective.counts(batch) for batch in batches])
+    return sum(objective.loss(outputs(batch), batch, 0, whole).item() for batch in batches)
 
 
 @pytest.mark.parametrize("balance_labels", [False, True])
