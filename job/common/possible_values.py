@@ -48,6 +48,8 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "objective.lambda_end": (0, 1),
     "objective.lambda_steps": (1, None),
     "objective.huber_delta": (1e-6, None),
+    "objective.bins": (2, 10_000),
+    "objective.sigma": (0.01, None),
     "objective.terms.monte_carlo": (0, None),
     "objective.terms.td": (0, None),
     "objective.terms.pairwise": (0, None),
@@ -159,6 +161,21 @@ def _impossible_terms(objective: ObjectiveConfig) -> Iterator[str]:
         yield "objective.terms: pairwise alone is objective.loss=pairwise"
 
 
+def _impossible_histogram(config: CriticConfig) -> Iterator[str]:
+    objective = config.objective
+    if objective.loss is not Loss.hl_gauss:
+        return
+    if objective.bins <= 6 * objective.sigma + 1:
+        yield (
+            f"objective.bins: {objective.bins} leave nothing for [0, 1] beside three "
+            f"objective.sigma of {objective.sigma:g} bins on either side"
+        )
+    if config.model.keep_head:
+        yield "model.keep_head: a head of one label cannot begin objective.loss=hl_gauss"
+    if config.training.value_head.bias_init is not None:
+        yield "training.value_head.bias_init: hl_gauss has a bias for each of its bins"
+
+
 def _impossible_stages(training: TrainingConfig) -> Iterator[str]:
     stages = training.stages
     if not stages:
@@ -184,6 +201,7 @@ def _impossible_critic(config: CriticConfig) -> Iterator[str]:
     yield from _impossible_stages(config.training)
     objective, training = config.objective, config.training
     yield from _impossible_terms(objective)
+    yield from _impossible_histogram(config)
     if objective.loss is Loss.pairwise and objective.target is not Target.monte_carlo:
         yield "objective.target: the pairwise loss compares outcomes; use monte_carlo"
     if training.value_head.bias_init is not None and not training.value_head.bias:

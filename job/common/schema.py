@@ -39,6 +39,7 @@ class Loss(enum.Enum):
     huber = "huber"
     bce = "bce"
     pairwise = "pairwise"
+    hl_gauss = "hl_gauss"
 
 
 class Weighting(enum.Enum):
@@ -183,9 +184,16 @@ class ObjectiveConfig:
     lambda_end: float = 0.95
     lambda_steps: int = 1000
     huber_delta: float = 0.5
+    bins: int = 51  # of hl_gauss
+    sigma: float = 0.75  # of hl_gauss, in bins
     weighting: Weighting = Weighting.token  # what weighs alike
     balance_labels: bool = False  # right and wrong solutions weigh alike
     terms: TermsConfig = field(default_factory=TermsConfig)  # default: as loss and target say
+
+    @property
+    def head_outputs(self) -> int:
+        """Outputs of the value head."""
+        return self.bins if self.loss is Loss.hl_gauss else 1
 
     @property
     def is_joint(self) -> bool:

@@ -54,6 +54,15 @@ fingerprint.""",
 }
 
 
+_OF_BINS = (
+    "The outputs of a token are logits of bins, and its value is the mean of that distribution, in "
+    "units of the reward: `softmax(outputs) @ bin_centres`"
+)
+_BINS_OF_TOKENS = """, as `config.json` has them:
+
+    centres = torch.tensor(model.config.bin_centres)
+    values = model(**tokenizer(text, return_tensors="pt")).logits[0].softmax(-1) @ centres"""
+_BINS_OF_HEAD = ", as `value_head.safetensors` has them, or the run's `config.yaml` means."
 _USE_OF_TEMPLATE = """\
 From a chat of one message and its answer, `chat_template.jinja` makes this text:
 
@@ -98,6 +107,8 @@ def _meaning(trained: TrainedCritic, form: str) -> str:
     loss = trained.config.objective.loss
     if loss is Loss.bce:
         text = "Outputs are logits: a value is `sigmoid(output)`."
+    elif loss is Loss.hl_gauss:
+        text = _OF_BINS + (_BINS_OF_TOKENS if form == TOKENS else _BINS_OF_HEAD)
     elif trained.config.objective.ranks_only:
         text = "Outputs rank responses to one prompt: only their differences mean anything."
     else:

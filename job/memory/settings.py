@@ -53,6 +53,7 @@ def setting_of(
         per_node=per_node,
         cuda=cuda,
         head_bias=config.training.value_head.bias,
+        head_outputs=config.objective.head_outputs,
     )
     if config.training.micro_batch_tokens == AUTO:
         tokens = _largest(setting, capacity, -(-step_tokens // world_size))

@@ -80,7 +80,7 @@ class Learner:
         whole = Counts(*(all_reduce or self.world.sum)([own.weight, own.pairs]))
         rate = set_learning_rate(self.optimizer, self.config, step)
         learning = self.stages.enter(step)
-        losses, outputs = [], []
+        losses, values = [], []
         for batch in batches:
             with self._phase("forward"):
                 output = self.outputs(batch)  # [n]
@@ -89,7 +89,7 @@ class Learner:
                 (loss * self.world.size).backward()  # FSDP averages gradients over ranks
             # without their graph, which would keep the activations of every micro-batch
             losses.append(loss.detach())
-            outputs.append(output.detach())
+            values.append(self.objective.values(output.detach()))
         self._keep_gradients(learning)
         with self._phase("optimizer"):
             # over the shards of all ranks, and so the same on each of them
@@ -101,8 +101,8 @@ class Learner:
                 self.optimizer.step()
             self.optimizer.zero_grad()
         if result.is_finite:  # what was predicted before the step learned from it
-            for batch, output in zip(batches, outputs, strict=True):
-                self._record(metrics, output, batch)
+            for batch, one in zip(batches, values, strict=True):
+                self._record(metrics, one, batch)
         return result
 
     @torch.no_grad()
@@ -120,7 +120,7 @@ class Learner:
                 outputs = self.outputs(batch)
                 if not outputs.isfinite().all():
                     raise InputError(f"evaluation: predictions are not finite. {ADVICE}")
-                self._record(metrics, outputs, batch)
+                self._record(metrics, self.objective.values(outputs), batch)
                 advance(done, f"of {len(plan)} evaluation batches")
         finally:
             self._reshard()
@@ -172,8 +172,8 @@ class Learner:
         for parameter, state in self.optimizer.state.items():
             state["step"].fill_(self.stages.updates(parameter, step, skipped, skipped_at))
 
-    def _record(self, metrics: ValueMetrics, outputs: Tensor, batch: Batch) -> None:
-        self.objective.record(metrics, self.objective.values(outputs).cpu().numpy(), batch)
+    def _record(self, metrics: ValueMetrics, values: Tensor, batch: Batch) -> None:
+        self.objective.record(metrics, values.cpu().numpy(), batch)
 
     def _keep_gradients(self, learning: Sequence[nn.Parameter]) -> None:
         """Drop the gradients of what rests; what learns, and nothing else, has one then."""

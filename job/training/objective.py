@@ -27,6 +27,7 @@ from torch import Tensor
 from job.common.schema import Loss, ObjectiveConfig
 from job.data.packing import Batch
 from job.run.value_metrics import ValueMetrics
+from job.training.histogram import Histogram, histogram_loss
 
 _EDGE = 1e-4  # keeps the logit of a mean reward of 0 or 1 finite
 
@@ -45,27 +46,37 @@ class Counts:
 
 
 class Objective:
-    """Turns head outputs [n] of a packed batch into values, targets and a loss sum."""
+    """Turns head outputs of a packed batch into values, targets and a loss."""
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
+        by_bins = config.loss is Loss.hl_gauss
+        self._histogram = Histogram(config.bins, config.sigma) if by_bins else None
 
     @property
     def ranks_only(self) -> bool:
         """Whether outputs lie on no scale of rewards: only their differences are trained."""
         return self.config.ranks_only
 
-    def initial_bias(self, mean_reward: float) -> float:
-        """The head bias that predicts the mean reward (0 for pairwise: only differences count)."""
+    def initial_bias(self, mean_reward: float) -> float | list[float]:
+        """The head bias, or one for each output, that predicts the mean reward (0 for pairwise:
+        only differences count).
+        """
         if self.ranks_only:
             return 0.0
+        if self._histogram is not None:
+            return self._histogram.logits(mean_reward)
         if self.config.loss is Loss.bce:
             p = min(max(mean_reward, _EDGE), 1 - _EDGE)
             return math.log(p / (1 - p))
         return mean_reward
 
     def values(self, outputs: Tensor) -> Tensor:
-        """Predicted values [n]: the outputs, through a sigmoid where the loss is bce."""
+        """Predicted values [n]: the outputs, through a sigmoid where the loss is bce, or their
+        distribution's mean where it is hl_gauss.
+        """
+        if self._histogram is not None:
+            return self._histogram.expectation(outputs)
         return outputs.sigmoid() if self.config.loss is Loss.bce else outputs
 
     def labels(self, batch: Batch) -> Tensor:
@@ -116,7 +127,7 @@ class Objective:
         """The batch's share of the loss of optimizer step `step` (from 0).
 
         Args:
-            outputs: [n].
+            outputs: [n], or [n, k] for hl_gauss.
             whole: the counts of all batches of the step, on all ranks.
         """
         terms, found = self.config.all_terms, []
@@ -127,12 +138,15 @@ class Objective:
             errors = batch.weights @ self._errors(outputs, self.returns(outputs, batch, step))
             found.append(terms.td * errors / (whole.weight or 1.0))
         if terms.pairwise:  # of a step without pairs, nothing
-            errors = pairwise_loss_sum(outputs, batch)
+            scores = outputs if self._histogram is None else self.values(outputs)
+            errors = pairwise_loss_sum(scores, batch)
             found.append(terms.pairwise * errors / (whole.pairs or 1.0))
         return torch.stack(found).sum()
 
     def _errors(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss at each position [n]."""
+        if self._histogram is not None:
+            return histogram_loss(self._histogram, outputs, targets)
         match self.config.loss:
             case Loss.huber:
                 delta = self.config.huber_delta

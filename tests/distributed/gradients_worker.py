@@ -31,7 +31,9 @@ from job.common.schema import (
     DataConfig,
     DistributedConfig,
     FsdpConfig,
+    Loss,
     ModelConfig,
+    ObjectiveConfig,
     ShardingStrategy,
     StageConfig,
     TrainingConfig,
@@ -73,6 +75,7 @@ class Case:
     steps: int = 1
     mixed: bool = False
     recompute: bool = False
+    bins: int = 0  # of the histogram loss
     stages: str = ""  # blocks:steps, one after the other
     gather_frozen: bool = False  # undo what keeps frozen blocks from being gathered in backward
 
@@ -101,6 +104,8 @@ def _config(case: Case) -> CriticConfig:
         max_steps=max(case.steps, 1),
         max_grad_norm=MAX_NORM if case.kind == "steps" else 1e9,
     )
+    if case.bins:
+        config.objective = ObjectiveConfig(loss=Loss.hl_gauss, bins=case.bins)
     strategy = ShardingStrategy[case.strategy]
     config.distributed = DistributedConfig(FsdpConfig(strategy, mixed_precision=case.mixed))
     return config
@@ -124,7 +129,9 @@ def _critic(case: Case, world: World) -> Critic:
     """A critic in shards, made as job.train makes one."""
     config = _config(case)
     with torch.device("meta"):
-        critic = Critic(read_architecture(config.model.path))
+        critic = Critic(
+            read_architecture(config.model.path), head_outputs=config.objective.head_outputs
+        )
     unfreeze_last_blocks(critic, case.n)
     if case.recompute:
         critic.trunk.recompute_trainable_blocks()
@@ -164,7 +171,8 @@ def _batches(case: Case, world: World, step: int = 0) -> list[Batch]:
 
 def _plain_critic(case: Case) -> Critic:
     """The critic without FSDP, in float32."""
-    critic = Critic(read_architecture(f"trunk-{case.layers}"))
+    outputs = _config(case).objective.head_outputs
+    critic = Critic(read_architecture(f"trunk-{case.layers}"), head_outputs=outputs)
     unfreeze_last_blocks(critic, case.n)
     load_trunk(critic.trunk, f"trunk-{case.layers}")
     critic.initialise_head(BIAS, _config(case).training.seed)
@@ -190,7 +198,7 @@ def gradients(case: Case, world: World) -> Result:
     learner.optimizer.register_step_pre_hook(keep)
     batches = _batches(case, world)
     norm = _step(learner, 0, batches).grad_norm
-    reference = _reference(case.n, case.layers, case.sequences)
+    reference = _reference(case.n, case.layers, case.sequences, case.bins)
     assert kept.keys() == reference.keys()
     return {
         "overall": _distance(list(kept.values()), list(reference.values())),
@@ -205,8 +213,8 @@ def gradients(case: Case, world: World) -> Result:
 
 
 @functools.cache
-def _reference(n: int, layers: int, sequences: int) -> Tensors:
-    case = Case("gradients", n, layers=layers, sequences=sequences, budget=10**6)
+def _reference(n: int, layers: int, sequences: int, bins: int) -> Tensors:
+    case = Case("gradients", n, layers=layers, sequences=sequences, budget=10**6, bins=bins)
     critic = _plain_critic(case)
     objective = Objective(_config(case).objective)
     (batch,) = _batches(case, World())

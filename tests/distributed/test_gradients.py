@@ -36,6 +36,7 @@ ACCUMULATED = {
     world: [Case("gradients", n, s, budget=64) for s in names for n in DEPTHS]
     for world, names in STRATEGIES.items()
 }
+ACCUMULATED[2].append(Case("gradients", 2, budget=64, bins=21))
 AT_ONCE = {w: [Case("gradients", 2, s) for s in STRATEGIES[w]] for w in (2, 4)}
 WITH_EMPTY_RANK = {
     2: [Case("gradients", n, s, sequences=1) for s in STRATEGIES[2] for n in DEPTHS],

@@ -261,7 +261,7 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     "training.learning_rate=fast": ("training.learning_rate", "'fast'", "Float"),
     "training.deterministic=perhaps": ("training.deterministic", "'perhaps'", "bool"),
     "training.deterministic=2": ("training.deterministic", "true or false, not 2"),
-    "objective.loss=hinge": ("objective.loss", "'hinge'", "mse, huber, bce, pairwise"),
+    "objective.loss=hinge": ("objective.loss", "'hinge'", "mse, huber, bce, pairwise, hl_gauss"),
     "distributed.fsdp.sharding_strategy=full": ("sharding_strategy", "'full'", "FULL_SHARD"),
     "training.betas=0.9": ("training.betas",),
     "training.betas.0=0.9": ("training.betas: a single value",),
@@ -343,6 +343,22 @@ def test_joint_objective(
 ) -> None:
     terms = ("objective.terms.monte_carlo=1", "objective.terms.pairwise=0.5")
     refused(*words, overrides=(*terms, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("objective.bins=4",), ("objective.bins: 4 leave nothing", "of 0.75 bins")),
+        (("objective.sigma=9",), ("objective.bins: 51 leave nothing",)),
+        (("objective.sigma=0",), ("objective.sigma", "below 0.01")),
+        (("model.keep_head=true",), ("model.keep_head", "hl_gauss")),
+        (("training.value_head.bias_init=0.5",), ("bias_init", "each of its bins")),
+    ],
+)
+def test_histogram_loss(
+    overrides: tuple[str, ...], words: tuple[str, ...], refused: Callable[..., None]
+) -> None:
+    refused(*words, overrides=("objective.loss=hl_gauss", *overrides))
 
 
 def test_the_best_checkpoint_by_values_that_are_not_trained(refused: Callable[..., None]) -> None:
