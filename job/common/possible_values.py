@@ -223,7 +223,7 @@ def _impossible_critic(config: CriticConfig) -> Iterator[str]:
             "choose FULL_SHARD to have them in host memory"
         )
     kept = config.checkpoint.keep_best or ""
-    if "/prompt/" in kept and not objective.prompt_value:
-        yield f"checkpoint.keep_best: {kept} needs objective.prompt_value"
+    if "/prompt/" in kept and not objective.trains_prompts:
+        yield f"checkpoint.keep_best: {kept} needs objective.prompt_value, and more than pairs"
     if (config.data.train == EMBEDDED) != (config.data.validation == EMBEDDED):
         yield "data.train and data.validation: both embedded or neither"

@@ -191,6 +191,11 @@ class ObjectiveConfig:
     terms: TermsConfig = field(default_factory=TermsConfig)  # default: as loss and target say
 
     @property
+    def trains_prompts(self) -> bool:
+        """Whether the value before the first token has a target; pairs share their prompt's."""
+        return self.prompt_value and not self.ranks_only
+
+    @property
     def head_outputs(self) -> int:
         """Outputs of the value head."""
         return self.bins if self.loss is Loss.hl_gauss else 1

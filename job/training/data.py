@@ -75,7 +75,7 @@ def load_critic_data(
         device=world.device,
         rank=world.rank,
         world=world.size,
-        prompt_value=config.objective.prompt_value,
+        prompt_value=config.objective.trains_prompts,
     )
     return CriticData(
         pack(train, _training_units(config, train), weights=_training_weights(config, train)),
@@ -151,7 +151,7 @@ def _training_weights(config: CriticConfig, train: TokenizedSet) -> Weights:
     return position_weights(
         config.objective.weighting,
         config.objective.balance_labels,
-        positions=train.lengths - first_valued(train, rows, config.objective.prompt_value),
+        positions=train.lengths - first_valued(train, rows, config.objective.trains_prompts),
         rewards=train.rewards,
         problems=train.problems,
     )

@@ -82,6 +82,12 @@ def test_values_before_responses_are_trained_and_evaluated_where_they_are_asked_
         assert int(batch.at_prompts.sum()) == 3 * prompt_value
 
 
+def test_pairs_have_no_target_before_their_responses(workplace: Path) -> None:
+    data = loaded(workplace, "objective.loss=pairwise")
+    for packer in (data.train, data.validation):
+        assert not packer.assemble(packer.units[:3]).at_prompts.any()
+
+
 def test_training_sets_weigh_as_configured(workplace: Path) -> None:
     plain = loaded(workplace).train
     assert plain.assemble(single_units(3)).weights.unique().tolist() == [1.0]
