@@ -131,11 +131,12 @@ class Objective:
             whole: the counts of all batches of the step, on all ranks.
         """
         terms, found = self.config.all_terms, []
+        weights = batch.weights.to(outputs.device)
         if terms.monte_carlo:
-            errors = batch.weights @ self._errors(outputs, self.labels(batch))
+            errors = weights @ self._errors(outputs, self.labels(batch))
             found.append(terms.monte_carlo * errors / (whole.weight or 1.0))
         if terms.td:
-            errors = batch.weights @ self._errors(outputs, self.returns(outputs, batch, step))
+            errors = weights @ self._errors(outputs, self.returns(outputs, batch, step))
             found.append(terms.td * errors / (whole.weight or 1.0))
         if terms.pairwise:  # of a step without pairs, nothing
             scores = outputs if self._histogram is None else self.values(outputs)
@@ -189,7 +190,7 @@ def pairwise_loss_sum(outputs: Tensor, batch: Batch) -> Tensor:
 
 def _sequence_means(outputs: Tensor, batch: Batch) -> Tensor:
     """Mean output of each response [b]; two of one problem have the same before it."""
-    inside = ~batch.at_prompts
+    inside = ~batch.at_prompts.to(outputs.device)
     b = len(batch.response_lengths)
     index = torch.arange(b, device=outputs.device).repeat_interleave(batch.response_lengths)
     return outputs.new_zeros(b).index_add(0, index, outputs[inside]) / batch.response_lengths
