@@ -45,12 +45,16 @@ class Stages:
             skipped: steps that changed nothing.
             skipped_at: these steps, from 1; those of which it is not known were the first stage's.
         """
-        stage_of = [self._config.stage_at(one) for one in range(step)]
-        for one in sorted(skipped_at, reverse=True):
-            del stage_of[one - 1]
-        of_first = skipped - len(skipped_at)
+        done, start = [], 0
+        for stage in self._config.all_stages[:-1]:
+            done.append(min(stage.steps, max(0, step - start)))
+            start += stage.steps
+        done.append(max(0, step - start))
+        for one in skipped_at:
+            done[self._config.stage_at(one - 1)] -= 1
+        done[0] -= skipped - len(skipped_at)
         learns = [any(p is parameter for p in learning) for learning in self._learning]
-        return sum(learns[stage] for stage in stage_of[of_first:])
+        return sum(n for n, learning in zip(done, learns, strict=True) if learning)
 
 
 def _learns(name: str, chosen: Selection, n_blocks: int) -> bool:
