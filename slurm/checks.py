@@ -169,7 +169,10 @@ def _model(plan: Plan, run: Run, partition: Partition | None) -> Iterator[Check]
         return
     training = config.training
     counts = count_parameters(
-        architecture, training.num_unfrozen_layers, head_bias=training.value_head.bias
+        architecture,
+        training.num_unfrozen_layers,
+        head_bias=training.value_head.bias,
+        head_outputs=config.objective.head_outputs,
     )
     yield _memory(plan, config, architecture, counts)
     yield _disk(run, counts)

@@ -121,6 +121,34 @@ def completed(stored: dict[str, Any], schema: type) -> dict[str, Any]:
     return whole
 
 
+def kept_from_before(stored: dict[str, Any], asked: Any) -> dict[str, Any]:
+    """What a run of an earlier version means otherwise than a configuration that says nothing else.
+
+    Args:
+        stored: the run's configuration, `completed`.
+        asked: what it is to go on with, of the same schema.
+
+    Returns:
+        By key, what was done before the key existed, where the run still does it and the default,
+        which is asked for, is something else.
+    """
+    kept: dict[str, Any] = {}
+    for f in dataclasses.fields(asked):
+        value = getattr(asked, f.name)
+        if dataclasses.is_dataclass(value):
+            inner = kept_from_before(stored.get(f.name) or {}, value)
+            kept |= {f"{f.name}.{key}": before for key, before in inner.items()}
+        elif value == f.default and stored.get(f.name) == f.metadata.get("before", value) != value:
+            kept[f.name] = f.metadata["before"]
+    return kept
+
+
+def set_key(config: Any, key: str, value: Any) -> None:
+    """Set `a.b` of a configuration."""
+    *sections, name = key.split(".")
+    setattr(functools.reduce(getattr, sections, config), name, value)
+
+
 def refuse_undecodable(arguments: Sequence[str]) -> None:
     """Raise InputError for an argument that is not UTF-8, and can stand in no file."""
     if wrong := next((one for one in arguments if not is_utf8(one)), None):

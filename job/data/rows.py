@@ -33,8 +33,8 @@ class Message(NamedTuple):
 class Row:
     """A solution and its label, NaN where it has none.
 
-    `optimal[i]` is the best value after response character i; `truncated` says that the answer was
-    cut off, and `odd_label` why a label that is there is not used.
+    `optimal[i]` is the best value after i characters of the response; `truncated` says that the
+    answer was cut off, and `odd_label` why a label that is there is not used.
 
     Attributes:
         messages: the turns before the response, where they are more than a prompt; `prompt` then

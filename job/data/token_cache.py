@@ -40,6 +40,7 @@ from job.data.tokenizer import Encoded, Tokenizer
 
 FORMAT = 5  # part of the key: raise it when the stored form changes
 _READING = 2  # raise it when some rows become other tokens; runs go on all the same
+_READING_EMBEDDED = 3  # the same for the embedded data
 _BATCH = 1024  # examples tokenised together
 _ODD_LABELS = "odd_labels.jsonl"
 _DAMAGE = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # as numpy names it
@@ -54,7 +55,8 @@ class TokenizedSet:
         response_starts: int64 [n], counted from the example's first token.
         rewards: float64 [n]; NaN where a row that is to be scored has none.
         problems: uint64 [n], equal for solutions of one problem.
-        optimal: float32 [all tokens], the best value after each token; None where unknown.
+        optimal: float32 [all tokens], the best value after each token from the last of the prompt
+            on; None where unknown.
         lines: int64 [n], where each example stands in its file, counted from 1.
         ends: int32 [all tokens] of a set that is to be scored: how many characters of a response
             are read after each of its tokens; elsewhere None.
@@ -123,6 +125,7 @@ class Source:
     name: str
     origin: dict[str, Any]
     rows: Iterator[tuple[Place, Row | BadRow]]
+    reading: int = _READING
     scored: bool = False  # whether where tokens end is kept
 
 
@@ -189,7 +192,7 @@ def _find_or_write(
         **({"ends": True} if source.scored else {}),
     }
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
-    folder = Path(data.cache_dir) / f"{digest}.{_READING}"
+    folder = Path(data.cache_dir) / f"{digest}.{source.reading}"
 
     def write(scratch: Path) -> None:
         _write(scratch, source, template, tokenizer, policy)
@@ -240,10 +243,14 @@ def _embedded(config: ArithmeticConfig, split: str, labelled: bool) -> Source:
     name = f"embedded {split} data"
     drawn = arithmetic.chains(count, **settings)  # type: ignore[arg-type]
     rows = (
-        (Place(name, line), Row(c.prompt, c.response, c.reward, c.prompt, c.optimal))
+        # the response's first character is the problem's own: what is best after it is so before
+        (
+            Place(name, line),
+            Row(c.prompt, c.response, c.reward, c.prompt, (c.optimal[0], *c.optimal)),
+        )
         for line, c in enumerate(drawn, 1)
     )
-    return Source(name, {"embedded": settings, "count": count}, rows)
+    return Source(name, {"embedded": settings, "count": count}, rows, _READING_EMBEDDED)
 
 
 def _files(files: Files, data: DataConfig | PretrainDataConfig, labelled: Rewards) -> Source:
@@ -394,8 +401,8 @@ class _SetWriter:
         assert row.optimal is not None
         if self._optimal is None:
             self._optimal = (self.folder / "optimal.bin").open("wb")
-        last = np.asarray(tokens.ends) - len(row.prompt) - 1  # last response character read
-        values = np.where(last >= 0, np.asarray(row.optimal)[np.maximum(last, 0)], np.nan)
+        read = np.asarray(tokens.ends) - len(row.prompt)  # characters of the response
+        values = np.where(read >= 0, np.asarray(row.optimal)[np.maximum(read, 0)], np.nan)
         self._optimal.write(values.astype(np.float32).tobytes())
 
     def finish(self) -> None:

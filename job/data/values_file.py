@@ -7,14 +7,15 @@
 
 A row for each row of the data, in its order, those that were left out among them:
 
-    line         where it stands in the data file, counted from 1
-    values       the value after each token of the response, null for a row that was left out
-    final_value  the last of them
-    tokens       the response's tokens
-    reward       null without a label
-    problem      the same text for solutions of one problem
-    ends         how many characters of the response are read after each of its tokens
-    error        why it was left out, else null
+    line          where it stands in the data file, counted from 1
+    prompt_value  the value after the last token before the response; null without such a token
+    values        the value after each token of the response, null for a row that was left out
+    final_value   the last of them
+    tokens        the response's tokens
+    reward        null without a label
+    problem       the same text for solutions of one problem
+    ends          how many characters of the response are read after each of its tokens
+    error         why it was left out, else null
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from job.common.errors import InputError, file_error
 from job.common.files import lock_file, named, put_in_place, write_atomic
@@ -37,9 +37,8 @@ from job.common.nested import refuse_differences
 from job.common.state_files import name_unreadable, read_json
 from job.data.rows import BadRow
 from job.data.token_cache import TokenizedSet
-from job.data.values_text import PARQUET, read_values, write_rows
+from job.data.values_text import PARQUET, Values, read_values, write_rows
 
-Values = NDArray[np.float32]
 _PART = re.compile("([0-9]{12})-([0-9]{12})[.]parquet")
 _PLAN = b"critic-job"  # key of the plan in the file's metadata
 _AT_ONCE = 1024  # rows that are read together
@@ -167,8 +166,9 @@ class ValuesFile:
                 yield some
             return
         with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False) as file:
-            for batch in file.iter_batches(_AT_ONCE, columns=["values"]):
-                yield [row.values.to_numpy() for row in batch.column(0) if row.is_valid]
+            for batch in file.iter_batches(_AT_ONCE, columns=["values", "prompt_value"]):
+                rows = zip(batch["values"], batch["prompt_value"], strict=True)
+                yield [Values(v.values.to_numpy(), p.as_py()) for v, p in rows if v.is_valid]
 
     def _written(self) -> list[tuple[Path, int]]:
         """The parts that follow each other from the first on, and where each of them ends.
@@ -193,6 +193,7 @@ class ValuesFile:
         schema = pa.schema(
             [
                 ("line", pa.int64()),
+                ("prompt_value", pa.float32()),
                 ("values", pa.list_(pa.float32())),
                 ("final_value", pa.float32()),
                 ("tokens", pa.list_(pa.uint32())),
@@ -211,8 +212,9 @@ class ValuesFile:
         assert data.ends is not None, "a set that is scored has them"
         return {
             "line": int(data.lines[index]),
-            "values": values,
-            "final_value": values[-1],
+            "prompt_value": values.prompt,
+            "values": values.tokens,
+            "final_value": values.tokens[-1],
             "tokens": np.asarray(data.tokens[own]),
             "reward": None if np.isnan(reward) else float(reward),
             "problem": f"{data.problems[index]:016x}",

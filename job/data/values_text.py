@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -23,6 +24,31 @@ _TEXTS = ("problem", "error")
 _LISTS = ("values", "tokens", "ends")
 _AT_ONCE = 1024
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Values:
+    """Values of one sequence of T response tokens.
+
+    Attributes:
+        tokens: float32 [T], the value after each of them.
+        prompt: the value after the last token before them; None where there is none.
+    """
+
+    tokens: NDArray[np.float32]
+    prompt: float | None
+
+    @classmethod
+    def of(cls, values: NDArray[np.float32], response_length: int) -> Values:
+        """From values in the order of a batch's positions."""
+        prompt = float(values[0]) if len(values) > response_length else None
+        return cls(values[len(values) - response_length :], prompt)
+
+    @property
+    def in_order(self) -> NDArray[np.float32]:
+        """As `of` takes them."""
+        before = np.asarray([] if self.prompt is None else [self.prompt], np.float32)
+        return np.concatenate([before, self.tokens])
 
 
 def check_suffix(path: Path) -> None:
@@ -46,17 +72,14 @@ def write_rows(path: Path, stream: BinaryIO, names: list[str], rows: Iterable[Ro
             table.writerow(row | lists)
 
 
-def read_values(path: Path) -> Iterator[NDArray[np.float32]]:
+def read_values(path: Path) -> Iterator[Values]:
     """The values of each row that has any, in order."""
-    with _opened(path) as text:
-        rows: Iterable[Row] = (
-            csv.DictReader(text) if path.name.endswith(_CSV) else map(json.loads, text)
-        )
-        for row in rows:
-            values = row["values"]
-            if values:
-                found = json.loads(values) if isinstance(values, str) else values
-                yield np.asarray(found, np.float32)
+    for row in _text_rows(path):
+        if row["values"]:
+            prompt = row.get("prompt_value")  # files of 0.1.0 have none
+            yield Values(
+                np.asarray(row["values"], np.float32), None if prompt is None else float(prompt)
+            )
 
 
 def stored_rows(path: Path) -> Iterator[Row]:
@@ -99,11 +122,12 @@ def _from_csv(name: str, cell: str) -> Any:
 
 def _plain(row: Row) -> Row:
     """A row for JSON, its float32 in no more digits than tell them apart."""
-    values, final = row["values"], row["final_value"]
-    return row | {
-        "values": None if values is None else [_shortest(value) for value in values],
-        "final_value": None if final is None else _shortest(final),
+    single = {
+        name: None if row[name] is None else _shortest(row[name])
+        for name in ("prompt_value", "final_value")
     }
+    values = row["values"]
+    return row | single | {"values": values and [_shortest(value) for value in values]}
 
 
 def _shortest(value: float) -> float:

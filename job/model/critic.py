@@ -21,31 +21,36 @@ _log = logging.getLogger(__name__)
 class Critic(nn.Module):
     """Values at chosen tokens of a packed stream."""
 
-    def __init__(self, config: TransformerConfig, *, head_bias: bool = True) -> None:
+    def __init__(
+        self, config: TransformerConfig, *, head_bias: bool = True, head_outputs: int = 1
+    ) -> None:
         super().__init__()
         self.trunk = Trunk(config)
-        self.value_head = nn.Linear(config.dim, 1, bias=head_bias)
+        self.value_head = nn.Linear(config.dim, head_outputs, bias=head_bias)
         self.num_unfrozen_layers = len(self.trunk.layers) + 1  # all, until some are frozen
 
     def forward(self, tokens: Tensor, layout: PackedLayout, at: Tensor) -> Tensor:
-        """Head outputs, float32 [n], at positions `at` (int64 [n]) of the stream tokens [t]."""
+        """Head outputs at positions `at` (int64 [n]) of the stream tokens [t]: float32 [n], or
+        [n, k] of a head with k > 1 outputs.
+        """
         return self.evaluate_hidden(self.trunk.hidden(tokens, layout), at)
 
     def evaluate_hidden(self, hidden: Tensor, at: Tensor) -> Tensor:
-        """Head outputs, float32 [n], from the last block's output [t, d]."""
+        """As `forward`, from the last block's output [t, d]."""
+        outputs: Tensor = self.value_head(self.trunk.norm(hidden[at].float()))
         # a sum, since FSDP loses its backward hook on a view that is changed in place
-        return self.value_head(self.trunk.norm(hidden[at].float())).sum(-1)
+        return outputs.sum(-1) if self.value_head.out_features == 1 else outputs
 
     @torch.no_grad()
-    def initialise_head(self, bias: float, seed: int) -> None:
-        """Small weights and the given bias, where the head has one: first predictions spread by
-        about 1 / sqrt(d).
+    def initialise_head(self, bias: float | Sequence[float], seed: int) -> None:
+        """Small weights and the given bias, or one for each output, where the head has one: first
+        predictions spread by about 1 / sqrt(d).
         """
-        d = self.trunk.config.dim
+        d, k = self.trunk.config.dim, self.value_head.out_features
         generator = torch.Generator().manual_seed(seed)  # the same on every kind of device
-        fill(self.value_head.weight, torch.randn(1, d, generator=generator) / d)
+        fill(self.value_head.weight, torch.randn(k, d, generator=generator) / d)
         if self.value_head.bias is not None:
-            fill(self.value_head.bias, torch.full((1,), bias))
+            fill(self.value_head.bias, torch.tensor(bias).expand(k))
 
     @torch.no_grad()
     def set_head(self, weight: Tensor, bias: Tensor) -> None:

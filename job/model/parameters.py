@@ -89,7 +89,11 @@ class ParameterCounts:
 
 
 def count_parameters(
-    architecture: TransformerConfig, num_unfrozen_layers: int, *, head_bias: bool = True
+    architecture: TransformerConfig,
+    num_unfrozen_layers: int,
+    *,
+    head_bias: bool = True,
+    head_outputs: int = 1,
 ) -> ParameterCounts:
     """The parameters of `critic.Critic` with N blocks unfrozen, in closed form.
 
@@ -98,7 +102,7 @@ def count_parameters(
     """
     d, n_blocks = architecture.dim, architecture.n_trunk_layers
     chosen = select_trainable(num_unfrozen_layers, n_blocks)
-    head, block = d + head_bias, block_parameters(architecture)
+    head, block = head_outputs * (d + head_bias), block_parameters(architecture)
     embeddings = architecture.vocab_size * d
     return ParameterCounts(
         value_head=Count(head, head),

@@ -203,6 +203,25 @@ _METRICS = (
         count="pairwise_pairs",
     ),
     _Metric(
+        "r2_between_problems", "R² between problems", "{:z.3f}", "of problems' means: difficulty"
+    ),
+    _Metric(
+        "r2_within_problems", "R² within problems", "{:z.3f}", "of what a solution adds to that"
+    ),
+    _Metric("prompt/mse", "V₀ MSE", "{:z.4f}", "squared error before the first token"),
+    _Metric("prompt/r2", "V₀ R²", "{:z.3f}", "explained share of the labels' variance there"),
+    _Metric("prompt/auc", "V₀ AUC", "{:z.3f}", "ranks problems solved above others; chance 0.5"),
+    _Metric("prompt/first_step", "V₁ - V₀", "{:z.3f}", "mean; 0 where values are right"),
+    _Metric(
+        "prompt/distance_to_optimal",
+        "V₀ to optimum",
+        "{:z.4f}",
+        "root of the mean squared distance",
+    ),
+    _Metric(
+        "prompt/next_distance_to_optimal", "V₁ to optimum", "{:z.4f}", "the same after one token"
+    ),
+    _Metric(
         "length_correlation", "length correlation", "{:z.3f}", "of prediction and response length"
     ),
     _Metric("length_auc", "length AUC", "{:z.3f}", "what ranking by shortness alone would reach"),
@@ -271,15 +290,25 @@ def _labels(run: Snapshot) -> tuple[float, ...]:
 def _best_constant(final: Mapping[str, float]) -> dict[str, float]:
     known = {"r2": 0.0, "std_prediction": 0.0, "ece": 0.0}
     known |= {"last_token_auc": 0.5, "pairwise_accuracy": 0.5, "achievable_share": 0.0}
-    same = {"mse": "mse_constant", "mean_prediction": "mean_target"}
+    known |= {"prompt/r2": 0.0, "prompt/auc": 0.5, "prompt/first_step": 0.0}
+    same = {
+        "mse": "mse_constant",
+        "mean_prediction": "mean_target",
+        "prompt/mse": "prompt/mse_constant",
+    }
     return known | {key: final[name] for key, name in same.items() if name in final}
 
 
 def _optimal_predictor(final: Mapping[str, float]) -> dict[str, float]:
-    same = {"mse": "mse_optimal", "std_prediction": "std_optimal", "r2": "r2_optimal"}
-    return {"achievable_share": 1.0} | {
-        key: final[name] for key, name in same.items() if name in final
+    same = {
+        "mse": "mse_optimal",
+        "std_prediction": "std_optimal",
+        "r2": "r2_optimal",
+        "prompt/mse": "prompt/mse_optimal",
     }
+    known = {"achievable_share": 1.0}
+    known |= {"prompt/distance_to_optimal": 0.0, "prompt/next_distance_to_optimal": 0.0}
+    return known | {key: final[name] for key, name in same.items() if name in final}
 
 
 def _notes(runs: Sequence[Snapshot]) -> Iterator[str]:

@@ -39,7 +39,7 @@ from job.run.checkpoint_store import newest_intact, read_facts
 from job.run.start_folder import start_folder
 
 TENSORS = "critic.safetensors"
-_BIAS = "value_head.bias"
+_BIAS, _WEIGHT = "value_head.bias", "value_head.weight"
 # What a command that only uses a critic may set otherwise than its training did.
 _MAY_BE_SET = (
     "model.path",
@@ -167,7 +167,11 @@ class TrainedCritic:
     def on_meta(self) -> Critic:
         """The critic without weights, its last N blocks trainable."""
         with torch.device("meta"):
-            critic = Critic(self.architecture, head_bias=self.config.training.value_head.bias)
+            critic = Critic(
+                self.architecture,
+                head_bias=self.config.training.value_head.bias,
+                head_outputs=self.config.objective.head_outputs,
+            )
         unfreeze_last_blocks(critic, self.num_unfrozen_layers)
         return critic
 
@@ -249,7 +253,14 @@ def find_weights(source: Path, critic: nn.Module, identity: dict[str, Any]) -> P
     names = ("architecture", "base")
     there, here = {n: stored.get(n) for n in names}, {n: identity[n] for n in names}
     refuse_differences(there, here, f"{folder}: trained on another trunk (there -> here)")
-    trained, trainable = open_weights(folder).shapes.keys(), _trainable(critic).keys()
+    shapes, wanted = open_weights(folder).shapes, _trainable(critic)
+    outputs = (shapes[_WEIGHT][0], wanted[_WEIGHT].shape[0])
+    if outputs[0] != outputs[1]:
+        raise InputError(
+            f"{folder}: outputs of the head (objective.loss, objective.bins): "
+            f"{outputs[0]} -> {outputs[1]} (there -> here)"
+        )
+    trained, trainable = shapes.keys(), wanted.keys()
     if (_BIAS in trained) != (_BIAS in trainable):
         change = " -> ".join(str(_BIAS in names).lower() for names in (trained, trainable))
         raise InputError(f"{folder}: training.value_head.bias: {change} (there -> here)")

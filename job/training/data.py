@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from job.common.data_file import check_readable, described
 from job.common.errors import InputError
-from job.common.schema import EMBEDDED, CriticConfig, Loss
-from job.data.packing import Indices, Packer, single_units
-from job.data.pairs import balanced_pairs
+from job.common.schema import EMBEDDED, CriticConfig
+from job.data.packing import Indices, Packer, first_valued, single_units
+from job.data.pairs import balanced_pairs, with_others
 from job.data.token_cache import TokenizedSet, count_shared_problems, load_split
 from job.data.tokenizer import Tokenizer, load_tokenizer
+from job.data.weights import Weights, position_weights
 from job.distributed.world import World
 from job.model.architecture_file import read_architecture
 from job.run.directory import RunDirectory
@@ -75,9 +76,10 @@ def load_critic_data(
         device=world.device,
         rank=world.rank,
         world=world.size,
+        prompt_value=config.objective.trains_prompts,
     )
     return CriticData(
-        pack(train, _training_units(config, train)),
+        pack(train, _training_units(config, train), weights=_training_weights(config, train)),
         pack(validation, kept[:, None]),
         float(train.rewards.mean()),
         tokenizer.fingerprint,
@@ -133,7 +135,7 @@ def warn_of_unknown(found: TokenizedSet, tokenizer: Tokenizer, name: str) -> Non
 
 
 def _training_units(config: CriticConfig, train: TokenizedSet) -> Indices:
-    if config.objective.loss is not Loss.pairwise:
+    if not config.objective.all_terms.pairwise:
         return single_units(len(train))
     pairs = balanced_pairs(train.rewards, train.problems, train.response_lengths)
     if not len(pairs):
@@ -142,7 +144,18 @@ def _training_units(config: CriticConfig, train: TokenizedSet) -> Indices:
             "rewards; the pairwise loss needs some (is problem_id right?)"
         )
     _log.info("%d length-balanced pairs", len(pairs))
-    return pairs
+    return pairs if config.objective.ranks_only else with_others(pairs, len(train))
+
+
+def _training_weights(config: CriticConfig, train: TokenizedSet) -> Weights:
+    rows = np.arange(len(train))
+    return position_weights(
+        config.objective.weighting,
+        config.objective.balance_labels,
+        positions=train.lengths - first_valued(train, rows, config.objective.trains_prompts),
+        rewards=train.rewards,
+        problems=train.problems,
+    )
 
 
 def _keep_bad_rows(found: TokenizedSet, run: RunDirectory, split: str) -> None:

@@ -90,11 +90,11 @@ def heaviest(config: CriticConfig, data: CriticData, world: World) -> Setting:
     evaluated = max(data.validation.size(units)[0] for units in data.validation.everything)
     accumulates = any(len(plan) > 1 for plan in plans)
     gathered = world.gather((max(sizes), evaluated, accumulates))
-    (tokens, responses) = max(size for size, _, _ in gathered)
+    (tokens, valued) = max(size for size, _, _ in gathered)
     return replace(
         setting,
         micro_batch_tokens=tokens,
-        response_tokens=responses,
+        response_tokens=valued,
         accumulates=any(a for _, _, a in gathered),
         evaluation_tokens=max(e for _, e, _ in gathered),
         sequence_tokens=int(data.train.data.lengths.mean()),

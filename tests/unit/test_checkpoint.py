@@ -45,7 +45,7 @@ from job.training import checkpoint as checkpoint_module
 from job.training.checkpoint import Checkpoints, SaveError
 from job.training.host_copy import HostCopy
 from job.training.learner import Learner, StepResult
-from job.training.objective import Objective
+from job.training.objective import Counts, Objective
 from job.training.out_of_memory import out_of_memory_judged
 
 TRUNK = ("data.arithmetic.train_examples=64", "training.max_steps=2", "training.batch_size=8")
@@ -146,12 +146,12 @@ def _crash_before(step: int, name: str, *overrides: str) -> RunDirectory:
 
 def _factors(patch: pytest.MonkeyPatch, factor: Callable[[int], float]) -> None:
     """Multiply the loss of each step, counted from 1, by a factor."""
-    original = Objective.loss_sum
+    original = Objective.loss
 
-    def loss_sum(self: Objective, outputs: Tensor, batch: Batch, step: int) -> Tensor:
-        return original(self, outputs, batch, step) * factor(step + 1)
+    def loss(self: Objective, outputs: Tensor, batch: Batch, step: int, whole: Counts) -> Tensor:
+        return original(self, outputs, batch, step, whole) * factor(step + 1)
 
-    patch.setattr(Objective, "loss_sum", loss_sum)
+    patch.setattr(Objective, "loss", loss)
 
 
 def _bad_steps(patch: pytest.MonkeyPatch, steps: Iterable[int]) -> None:
@@ -1213,15 +1213,15 @@ def test_a_bad_step_changes_no_weight_and_training_goes_on(
 
 @pytest.mark.slow
 def test_a_gradient_that_is_not_finite_is_a_bad_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Objective.loss_sum
+    original = Objective.loss
 
-    def loss_sum(self: Objective, outputs: Tensor, batch: Batch, step: int) -> Tensor:
-        loss = original(self, outputs, batch, step)
+    def loss(self: Objective, outputs: Tensor, batch: Batch, step: int, whole: Counts) -> Tensor:
+        loss = original(self, outputs, batch, step, whole)
         if step + 1 != 5:
             return loss
         return loss + 0 * (outputs - outputs.detach()).abs().sqrt().sum()  # 0, with slope nan
 
-    monkeypatch.setattr(Objective, "loss_sum", loss_sum)
+    monkeypatch.setattr(Objective, "loss", loss)
     run = run_training("bad-gradient")
     record = run.records()[4]
     assert record["train/loss"] is not None

@@ -52,6 +52,7 @@ def test_two_unfrozen_blocks_explain_what_a_frozen_trunk_cannot(folder: Path) ->
     probe, critic = _compared(folder / "runs/local")
     worst = json.loads(MEASURED.read_text())["summary"]["share"]["worst"]
     assert critic["achievable_share"] > worst - MARGIN
+    assert critic["prompt_distance_to_optimal"] <= 2 * critic["prompt_next_distance_to_optimal"]
     assert probe["std"] < critic["std_optimal"] / 2
     assert probe["achievable_share"] < 0.2
     assert str(folder / "runs/local/report.html") in shown

@@ -153,6 +153,11 @@ def values(share: float) -> dict[str, float]:
         "pairwise_pairs": 1234.0,
         "length_correlation": -0.087,
         "length_auc": 0.55,
+        "prompt/mse": 0.2345,
+        "prompt/mse_constant": 0.24,
+        "prompt/mse_optimal": 0.2301,
+        "prompt/auc": 0.612,
+        "prompt/distance_to_optimal": 0.0321,
     }
 
 
@@ -295,6 +300,10 @@ def test_single_table_sets_the_run_beside_constant_and_optimum(
     assert rows["last-token AUC"][:3] == ["0.871", "0.500", NONE]
     assert rows["pairwise accuracy"][:3] == ["82.5 % of 1,234", "50.0 %", NONE]
     assert rows["length correlation"][:3] == ["-0.087", NONE, NONE]
+    assert rows["V₀ MSE"][:3] == ["0.2345", "0.2400", "0.2301"]
+    assert rows["V₀ AUC"][:3] == ["0.612", "0.500", NONE]
+    assert rows["V₀ to optimum"][:3] == ["0.0321", NONE, "0.0000"]
+    assert "R² between problems" not in rows
 
 
 def test_parameters_are_listed_by_component(tmp_path: Path, no_plots: None) -> None:

@@ -25,6 +25,9 @@ from micro_job import MicroRun
 from job import evaluate
 from job.common.errors import InputError
 from job.common.schema import EMBEDDED
+from job.data import packing
+from job.data.packing import Indices
+from job.data.token_cache import TokenizedSet
 from job.data.tokenizer import load_tokenizer
 from job.evaluation.reading import Data, read_solutions
 from job.model.transformer import PackedLayout
@@ -76,8 +79,13 @@ def data(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "rows.jsonl", ROWS)
 
 
-def _alone(trained: TrainedCritic, prompt: str, response: str) -> tuple[list[int], list[float]]:
-    """A response's tokens and head outputs, by a critic put together here, packed with nothing."""
+def _alone(
+    trained: TrainedCritic, prompt: str, response: str, before: int = 0
+) -> tuple[list[int], list[float]]:
+    """A response's tokens and head outputs, by a critic put together here, packed with nothing.
+
+    Those of `before` tokens before the response come first.
+    """
     critic = trained.on_meta().to_empty(device="cpu")
     base = torch.load(Path(trained.config.model.path) / "consolidated.pth", weights_only=True)
     for name, parameter in critic.named_parameters():
@@ -86,7 +94,7 @@ def _alone(trained: TrainedCritic, prompt: str, response: str) -> tuple[list[int
         )
         parameter.detach().copy_(source)
     (encoded,) = load_tokenizer(trained.config.model.path).encode([(prompt, response)])
-    at = torch.arange(encoded.response_start, len(encoded.ids))
+    at = torch.arange(encoded.response_start - before, len(encoded.ids))
     with torch.no_grad():
         outputs = critic(torch.tensor(encoded.ids), PackedLayout([len(encoded.ids)]), at)
     return encoded.ids[encoded.response_start :], outputs.tolist()
@@ -99,9 +107,9 @@ def test_values_are_the_critics_one_by_one_in_the_order_of_the_file(
     trained = TrainedCritic.find(run.path)
     assert [row["line"] for row in found] == list(range(1, len(ROWS) + 1))
     for row, value in zip(ROWS, found, strict=True):
-        tokens, values = _alone(trained, str(row["prompt"]), str(row["response"]))
+        tokens, values = _alone(trained, str(row["prompt"]), str(row["response"]), before=1)
         assert value["tokens"] == tokens
-        assert value["values"] == pytest.approx(values, abs=1e-6)
+        assert [value["prompt_value"], *value["values"]] == pytest.approx(values, abs=1e-6)
         assert value["final_value"] == value["values"][-1]
         assert (value["reward"], value["error"]) == (row["reward"], None)
     assert not (tmp_path / "values.parquet.parts").exists()
@@ -113,7 +121,8 @@ def test_metrics_of_the_validation_data_are_the_runs_own(
     _score(run.path, EMBEDDED, tmp_path / "values.parquet")
     table = capsys.readouterr().out
     last = run.records[-1]
-    for name in ("mse", "r2", "std_prediction", "ece", "mse_optimal", "last_token_auc"):
+    names = ("mse", "r2", "std_prediction", "ece", "mse_optimal", "last_token_auc")
+    for name in (*names, "prompt/mse", "prompt/distance_to_optimal", "r2_between_problems"):
         assert f"{name} " in table
         assert f"{last[f'validation/value/{name}']:.4f}" in table
 
@@ -147,6 +156,34 @@ def test_a_head_without_bias_is_scored_without(
     found = _score(trained.folder, data, tmp_path / "values.parquet")
     _, values = _alone(trained, str(ROWS[3]["prompt"]), str(ROWS[3]["response"]))
     assert found[3]["values"] == pytest.approx(values, abs=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_an_empty_prompt_is_valued_at_its_begin_token_and_none_is_made_up(
+    run: MicroRun, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing stands before a response, as after a cut, it has no such value."""
+    rows = [{"prompt": "", "response": "1+1=2;A2", "reward": 1}, ROWS[0], ROWS[1]]
+    file, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / f"v{suffix}"
+    trained = TrainedCritic.find(run.path)
+    found = _score(run.path, file, tmp_path / "begins.parquet")
+    _, values = _alone(trained, "", "1+1=2;A2", before=1)
+    assert found[0]["prompt_value"] == pytest.approx(values[0], abs=1e-6)
+    first_valued = packing.first_valued
+
+    def without_begin(data: TokenizedSet, rows: Indices, prompt_value: bool) -> Indices:
+        first = first_valued(data, rows, prompt_value)
+        return first + (data.lines[rows] == 1)
+
+    monkeypatch.setattr(packing, "first_valued", without_begin)
+    for _ in range(2):  # the second time it is read, and measured
+        score(lambda: TrainedCritic.find(run.path), str(file), out)
+    if suffix == ".csv":
+        with out.open(newline="") as text:
+            given = [row["prompt_value"] for row in csv.DictReader(text)]
+        assert [value == "" for value in given] == [True, False, False]
+    else:
+        assert [row["prompt_value"] is None for row in _read(out)] == [True, False, False]
 
 
 # Labels and bad rows
@@ -446,10 +483,12 @@ def test_text_holds_what_parquet_holds(
             if suffix == ".csv"
             else [json.loads(line) for line in text]
         )
-    assert [row | {"values": None, "final_value": None} for row in found] == [
-        row | {"values": None, "final_value": None} for row in expected
-    ]
+    numbers = dict.fromkeys(("prompt_value", "values", "final_value"))
+    assert [row | numbers for row in found] == [row | numbers for row in expected]
     for row, other in zip(found, expected, strict=True):
+        assert (row["prompt_value"] is None) == (row["error"] is not None)
+        if row["error"] is None:
+            assert np.float32(row["prompt_value"]) == np.float32(other["prompt_value"])
         assert np.array_equal(
             np.asarray(row["values"] or [], np.float32),
             np.asarray(other["values"] or [], np.float32),
@@ -465,7 +504,7 @@ def test_text_holds_what_parquet_holds(
 
 def _typed(row: dict[str, str]) -> dict[str, Any]:
     """A row of a table as JSON has it."""
-    return {k: v if k == "error" and v else json.loads(v) if v else None for k, v in row.items()}
+    return {k: v if k in ("error", "problem") and v else json.loads(v) if v else None for k, v in row.items()}
 
 
 def test_a_suffix_that_is_no_format_is_refused_before_the_critic_is_looked_for(

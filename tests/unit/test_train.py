@@ -165,6 +165,8 @@ def test_another_configuration_in_the_same_directory_is_refused(folder: Path) ->
         ["objective.loss=huber", "objective.gamma=0.99"],
         ["objective.target=lambda_return", "objective.lambda_end=0.8"],
         ["objective.loss=pairwise"],
+        ["objective.loss=hl_gauss", "training.num_unfrozen_layers=0"],
+        ["objective.terms={monte_carlo: 1.0, td: 0.5, pairwise: 0.5}"],
         ["training.num_unfrozen_layers=0"],
         ["training.num_unfrozen_layers=4", "training.lr_decay_factor=0.8"],
         ["training.value_head.bias=false"],
