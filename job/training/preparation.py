@@ -94,7 +94,7 @@ def set_up_torch(config: CriticConfig) -> None:
     set_up_allocator()
     torch.use_deterministic_algorithms(config.training.deterministic)
     # nothing here reads memory that nothing has written, and filling it is a tenth of a step
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def set_up_allocator() -> None:
