@@ -52,6 +52,7 @@ class Gpu:
     capability: int = 80
     memory: int = 85_028_700_160  # an A100's with 80 GB, as CUDA says it
     count: int = 1
+    outside: int = 600_000_000  # of the memory, what the context has taken
 
     @property
     def environment(self) -> dict[str, str]:
@@ -59,6 +60,7 @@ class Gpu:
             "FAKE_CUDA_CAPABILITY": str(self.capability),
             "FAKE_CUDA_MEMORY": str(self.memory),
             "FAKE_CUDA_GPUS": str(self.count),
+            "FAKE_CUDA_OUTSIDE": str(self.outside),
         }
 
 
