@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from job.common.data_file import described
-from job.common.errors import Exit, InputError, StorageError, UnfitNode
+from job.common.errors import Exit, InputError, StorageError, UnfitNode, first_line
 from job.common.places import SCRATCH_BYTES, disk, free_bytes, read_problem, write_problem
 from job.common.schema import EMBEDDED, CriticConfig
 from job.distributed.links import interface, library_log, pair_rates
@@ -123,7 +123,11 @@ def _capable_gpus(config: CriticConfig) -> Iterator[Finding]:
     """Whether each visible GPU can compute as the configuration wants it."""
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
-        if (problem := gpu_problem(config.distributed.fsdp, device)) is not None:
+        try:
+            problem = gpu_problem(config.distributed.fsdp, device)
+        except RuntimeError as error:
+            problem = f"it does not answer ({first_line(error)}); see nvidia-smi"
+        if problem is not None:
             yield unfit(f"GPU {index}", problem, "")
 
 

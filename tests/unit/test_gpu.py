@@ -61,6 +61,22 @@ def test_preflight_names_each_gpu_that_is_too_old(
     assert "GPU 1" not in {one.name for one in fitness.of_this_node(config, 2, None)}
 
 
+def test_a_gpu_that_does_not_answer_is_unfit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(device: torch.device) -> tuple[int, int]:
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\n more")
+
+    monkeypatch.chdir(tmp_path)
+    write_job(tmp_path)
+    _gpus(monkeypatch, (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", fail)
+    config = load_config(CriticConfig, "critic.yaml")
+    found = {one.name: one for one in fitness.of_this_node(config, 1, None)}
+    assert found["GPU 0"].fault is Exit.UNFIT_NODE
+    assert "busy or unavailable); see nvidia-smi" in found["GPU 0"].seen
+
+
 @pytest.mark.parametrize(("width", "takes"), [(64, True), (20, False), (256, True), (264, False)])
 def test_heads_that_flash_attention_does_not_take_are_told(
     width: int, takes: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 from micro_job import write_job
 
-from job.common.config import load_config
+from job.common.config import completed, load_config
 from job.common.schema import CriticConfig
 from job.training import preparation
 from job.training.preparation import set_up_torch
@@ -48,6 +48,10 @@ def test_the_same_bits_are_asked_for_unless_the_configuration_says_otherwise() -
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     _set_up("training.deterministic=false")
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_run_of_before_the_key_goes_on_as_it_began() -> None:
+    assert not completed({"training": {"seed": 1}}, CriticConfig)["training"]["deterministic"]
 
 
 @pytest.fixture
