@@ -38,7 +38,7 @@ from job.common.errors import InputError, file_error, run_and_leave
 from job.common.files import write_atomic
 from job.common.possible_values import impossible_fields, impossible_range
 from job.common.progress import set_up_logging
-from job.common.schema import Loss
+from job.common.schema import EMBEDDED, Loss
 from job.evaluation.reading import Data, read_solutions
 from job.evaluation.summary import ERRORS, Summary, summarise, tables
 from job.run.evaluations import FILE, Evaluation, evaluation_folder, evaluation_section
@@ -82,6 +82,8 @@ def _checked(options: argparse.Namespace) -> argparse.Namespace:
         raise InputError("; ".join(wrong_range))
     options.answer = _pattern(options.answer)
     options.data = options.data and one_or_all(options.data)
+    if options.data == EMBEDDED:
+        raise InputError("--data embedded: an evaluation takes files")
     options.out = options.out or _folder(options)
     return options
 

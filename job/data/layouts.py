@@ -54,12 +54,17 @@ class _Options:
         return read.as_label(value, name, self.span), None
 
 
+def preset_of(fields: Any) -> str | None:
+    """The preset that `data.fields` names, by itself or beside names."""
+    return fields.get("preset") if isinstance(fields, dict) else fields
+
+
 def layout_parser(
     fields: Any, rewards: Rewards, reward_range: Sequence[float] | None = None
 ) -> Parser:
     """What makes rows of a raw row, by `data.fields` and `data.reward_range`."""
-    given = {"preset": fields} if isinstance(fields, str) else dict(fields or {})
-    preset = given.pop("preset", None)
+    preset = preset_of(fields)
+    given = {k: v for k, v in fields.items() if k != "preset"} if isinstance(fields, dict) else {}
     layout = PRESETS[preset] if preset else Layout(_rows)
     low, high = reward_range or layout.span
     options = _Options({**layout.names, **given}, rewards, (low, high))

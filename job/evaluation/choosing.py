@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from job.common.progress import progress
+from job.common.signals import stop_if_asked
 from job.evaluation import subsets
 from job.evaluation.bootstrap import Estimate, ratio
 from job.evaluation.length import length_matched
@@ -37,13 +39,15 @@ def choosing(
     with_answers = all(any(a is not None for a in p.answers) for p in problems)
     chosen = [subsets.best_of(problem.scores, MOST) for problem in problems]
     by_length = length_matched(chosen, [problem.lengths for problem in problems])
-    per_problem = [
-        {CRITIC: own @ problem.rewards, "length_matched": matched @ problem.rewards}
-        | _rewards(problem, number, weight, with_answers)
-        for number, (problem, own, matched) in enumerate(
-            zip(problems, chosen, by_length, strict=True)
-        )
-    ]
+    per_problem = []
+    with progress("choosing", len(problems)) as advance:
+        for number, problem in enumerate(problems):
+            stop_if_asked()
+            curves = _rewards(problem, number, weight, with_answers)
+            curves[CRITIC] = chosen[number] @ problem.rewards
+            curves["length_matched"] = by_length[number] @ problem.rewards
+            per_problem.append(curves)
+            advance(number + 1, "problems")
     most = max(curves[CRITIC].size for curves in per_problem)
     stacked = {
         rule: np.stack([_padded(curves[rule], most) for curves in per_problem])

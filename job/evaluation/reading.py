@@ -101,6 +101,7 @@ def _solution(stored: dict[str, Any], row: Row | None, pattern: re.Pattern[str] 
     if row is not None:
         own |= {
             "problem": row.problem_id,
+            "reward": own["reward"] if np.isnan(row.reward) else row.reward,
             "answer": _answer(row, pattern),
             "part": row.part,
             "step_values": tuple(_at(row.step_ends, stored, values)),

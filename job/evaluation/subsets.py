@@ -123,32 +123,31 @@ def weighted_majority(
     Over all subsets of a size where there are few, else over 256 of them, drawn alike: an estimate
     without bias too. Equal sums are drawn by lot.
     """
-    votes = np.eye(int(answer_groups(answers).max()) + 1)[answer_groups(answers)]
+    group = answer_groups(answers)
+    votes = np.eye(int(group.max()) + 1)[group]
     worth = (votes.T @ rewards) / votes.sum(0)
-    rng = np.random.default_rng(seed)
-    return np.array(
-        [
-            _heaviest(votes, weights, subsets, worth)
-            for subsets in _subsets(len(rewards), min(most, len(rewards)), rng)
-        ]
-    )
+    most = min(most, len(rewards))
+    orders = np.random.default_rng(seed).random((_DRAWS, len(rewards))).argsort(1)
+    found = _heaviest(votes, weights, orders[:, :most], worth)
+    for n, subsets in _few(len(rewards), most):
+        found[n - 1] = _heaviest(votes, weights, subsets, worth)[-1]
+    return found
 
 
-def _subsets(m: int, most: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
-    """For each n: all subsets of n of m, or as many as are drawn: [subsets, n]."""
+def _few(m: int, most: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """For each n of which there are no more subsets than are drawn: all, [subsets, n]."""
     for n in range(1, most + 1):
         if math.comb(m, n) <= _DRAWS:
-            yield np.array(list(itertools.combinations(range(m), n)), np.int64)
-        else:
-            yield np.argpartition(rng.random((_DRAWS, m)), n - 1, axis=1)[:, :n]
+            yield n, np.array(list(itertools.combinations(range(m), n)), np.int64)
 
 
 def _heaviest(
-    votes: Doubles, weights: Doubles, subsets: NDArray[np.int64], worth: Doubles
-) -> float:
-    chosen = np.zeros((len(subsets), len(weights)))
-    np.put_along_axis(chosen, subsets, 1.0, axis=1)
-    sums = (chosen * weights) @ votes
-    sums[chosen @ votes == 0] = -np.inf  # nobody of the subset gives this answer
-    first = sums >= sums.max(1, keepdims=True) - 1e-12  # equal but for rounding
-    return float(((first * worth).sum(1) / first.sum(1)).mean())
+    votes: Doubles, weights: Doubles, orders: NDArray[np.int64], worth: Doubles
+) -> Doubles:
+    """Mean worth of the heaviest answer among the first n of each order: [n] of [orders, n]."""
+    cast = votes[orders]
+    sums = np.cumsum(cast * weights[orders, None], axis=1)
+    sums[np.cumsum(cast, axis=1) == 0] = -np.inf  # nobody of the subset gives this answer
+    first = sums >= sums.max(-1, keepdims=True) - 1e-12  # equal but for rounding
+    mean: Doubles = ((first @ worth) / first.sum(-1)).mean(0)
+    return mean

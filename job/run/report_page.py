@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from job.common.files import write_atomic
 from job.common.nested import flatten
 from job.model.parameters import bytes_text
 from job.run.alarm import is_constant
-from job.run.evaluations import evaluation_section, evaluations
+from job.run.evaluations import Evaluation, evaluation_section, evaluations
 from job.run.figure import run_colour
 from job.run.html import Html, document, fold, images, join, section, table, tag
 from job.run.plots import draw_plots, save_plots
@@ -102,7 +102,7 @@ def _page(runs: Sequence[Snapshot], plots: Mapping[str, bytes]) -> str:
             *(_failure(run, several) for run in runs if run.failed),
             _validation(runs),
             _plots(plots, _calibration(runs[0]) if len(runs) == 1 else Html()),
-            *(evaluation_section(found) for run in runs for found in evaluations(run.stored.path)),
+            *(evaluation_section(one) for run in runs for one in _evaluations(run, several)),
             _parameters(runs),
             _origin(runs),
             _configuration(runs),
@@ -323,6 +323,12 @@ def _notes(runs: Sequence[Snapshot]) -> Iterator[str]:
     for run in runs:
         if not run.final:
             yield f"{run.name}: no evaluation yet."
+
+
+def _evaluations(run: Snapshot, several: bool) -> Iterator[Evaluation]:
+    """What job.evaluate has written of a run, under its name where there are several."""
+    for found in evaluations(run.stored.path):
+        yield replace(found, name=f"{run.name}, {found.name}") if several else found
 
 
 # --- plots, parameters, configuration --------------------------------------------------------

@@ -96,6 +96,13 @@ def test_answers_and_parts_may_be_columns(tmp_path: Path) -> None:
     assert [(one.answer, one.part) for one in found] == [("5", "b"), ("5", "b")]
 
 
+def test_rewards_of_the_data_go_before_those_of_the_values(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "response": "r", "reward": 3}, {"prompt": "p", "response": "s"}]
+    given = Data(str(data(tmp_path, rows)), None, [0, 4])
+    found = read_solutions(stored(tmp_path, rows=VALUES[:2]), given)
+    assert [one.reward for one in found] == [0.75, 0.0]
+
+
 def test_values_of_other_data_are_refused(tmp_path: Path) -> None:
     given = Data(str(data(tmp_path, ROWS[:2])), "processbench")
     with pytest.raises(InputError, match="row 3 is line 3, and in the data missing"):
@@ -146,6 +153,20 @@ def test_the_command_writes_beside_the_values(
     assert "<h1>Evaluation: values.parquet</h1>" in (folder / "evaluation.html").read_text()
 
 
+def test_values_that_only_rank_have_chances_by_the_sigmoid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = stored(tmp_path)
+    briers = []
+    for option in ([], ["--logits"]):
+        run(monkeypatch, "--values", file, *option, "--out", tmp_path / "out")
+        found = json.loads((tmp_path / "out/evaluation.json").read_text())
+        briers.append(found["calibration"]["before"]["brier"])
+    chances = 1 / (1 + np.exp([-0.125, -0.5]))
+    expected = [((1 - x) ** 2 + y**2) / 2 for x, y in ((0.125, 0.5), chances)]
+    assert briers == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -160,6 +181,7 @@ def test_the_command_writes_beside_the_values(
         (["--values", "values.parquet", "--error", "2"], "--error 2: a share from 0 to 1"),
         (["--values", "values.parquet", "--reward-range", "4", "0"], "the lower one first"),
         (["--values", "values.parquet", "--data", "none.jsonl"], "none.jsonl: cannot read"),
+        (["--critic", "run", "--data", "embedded"], "--data embedded: an evaluation takes files"),
         (["--values", "values.parquet", "--tune-on", "math"], "--tune-on math: no such part"),
         (["--critic", "values.parquet", "--data", "d"], "not a run; say with --out"),
     ],
