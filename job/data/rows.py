@@ -11,6 +11,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, Literal, cast
 from job.common.data_file import check_readable
 from job.common.errors import file_error, quoted, short
 from job.data.json_array import array_items, begins_array
+from job.data.targets import END, Target, TargetError, read_targets
 
 ALPACA_FIELDS = {"prompt": "instruction", "response": "output", "reward": "is_correct"}
 Rewards = bool | Literal["optional"]  # whether rows must carry one
@@ -32,7 +34,8 @@ class Row:
     """A solution and its label, NaN where it has none.
 
     `optimal[i]` is the best value after i characters of the response; `truncated` says that the
-    answer was cut off, and `odd_label` why a label that is there is not used.
+    answer was cut off, and `odd_label` why a label that is there is not used. `targets`, where
+    there are any, are all that is trained.
     """
 
     prompt: str
@@ -42,6 +45,7 @@ class Row:
     optimal: tuple[float, ...] | None = None
     truncated: bool = False
     odd_label: str | None = None
+    targets: tuple[Target, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,9 @@ def read_rows(
     Rows of an array and of Parquet are counted as lines are.
 
     Args:
-        fields: None, a mapping from `prompt`, `response`, `reward`, `problem_id`, `truncated` to
-            the file's names (`a.b` is b within a), or `alpaca`.
+        fields: None, a mapping from `prompt`, `response`, `reward`, `problem_id`, `truncated`,
+            `targets` to the file's names (`a.b` is b within a), or `alpaca`. Targets are read
+            where they are named, and then the reward, the target at the end, may be missing.
         rewards: whether rows must carry a reward. If not, it is 0, and with `optional` that of
             the row, or NaN where that is none between 0 and 1.
 
@@ -163,10 +168,15 @@ def _row_parser(fields: Any, rewards: Rewards) -> Callable[[dict[str, Any]], Row
         if not response.strip():
             raise _RowError(f"field {response_field!r} is empty")
         name = names.get("reward", "reward")
-        reward, odd = _reward(row, name, rewards) if rewards else (0.0, None)
+        targets = _targets(row, names.get("targets"), response) if rewards else ()
+        optional = "optional" if targets else rewards
+        reward, odd = _reward(row, name, optional) if rewards else (0.0, None)
+        if targets:
+            end = () if math.isnan(reward) else (Target(0, reward, 1.0, END),)
+            reward, targets = (targets[-1].value if not end else reward), (*targets, *end)
         problem = _problem(row, problem_field, prompt)
         cut = _truncated(row, names.get("truncated"))
-        return Row(prompt, response, reward, problem, truncated=cut, odd_label=odd)
+        return Row(prompt, response, reward, problem, None, cut, odd, targets)
 
     return parse
 
@@ -221,6 +231,20 @@ def _reward(row: dict[str, Any], name: str, rewards: Rewards) -> tuple[float, st
         return _label(value, name), None
     except _RowError as error:
         return math.nan, str(error)
+
+
+def _targets(row: dict[str, Any], field: str | None, response: str) -> tuple[Target, ...]:
+    """A row's targets at positions; none where the field is null or missing."""
+    given = None
+    if field is not None:
+        with suppress(_RowError):
+            given = _field(row, field)
+    if given is None:
+        return ()
+    try:
+        return read_targets(given, str(field), response, _label)
+    except TargetError as error:
+        raise _RowError(str(error)) from None
 
 
 def _label(value: Any, name: str) -> float:

@@ -25,6 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from job.common.errors import InputError, file_error, first_line
 from job.common.schema import CHAT, is_chat_template
 from job.data.rows import BadRow, Row
+from job.data.targets import CHARACTER, Target
 from job.data.tokenizer import Tokenizer
 from job.data.tokenizer_settings import NAMES
 
@@ -241,7 +242,17 @@ def render_rows(
         except TemplateError as error:
             yield line, BadRow(file, line, str(error))
         else:
-            yield line, replace(row, prompt=prompt, response=response)
+            targets = tuple(_moved(row, response)) if row.targets else ()
+            yield line, replace(row, prompt=prompt, response=response, targets=targets)
+
+
+def _moved(row: Row, rendered: str) -> Iterator[Target]:
+    """A row's targets where the template has put what stands before the response's own text."""
+    own = row.response.strip()
+    moved = max(0, rendered.find(own)) - row.response.find(own)
+    for one in row.targets:
+        moves = one.unit == CHARACTER and one.at > 0
+        yield one._replace(at=max(0, one.at + moved)) if moves else one
 
 
 def _chat_source(tokenizer: Tokenizer) -> tuple[str, str]:

@@ -34,12 +34,14 @@ from job.common.schema import (
 from job.common.signals import stop_if_asked
 from job.data import arithmetic
 from job.data.rows import BadRow, Rewards, Row, read_rows
+from job.data.targets import TargetError, Targets, place
 from job.data.template import Template, load_template, render_rows
 from job.data.tokenizer import Encoded, Tokenizer
 
 FORMAT = 5  # part of the key: raise it when the stored form changes
 _READING = 2  # raise it when some rows become other tokens; runs go on all the same
 _READING_EMBEDDED = 3  # the same for the embedded data
+_NO_TARGETS: dict[int, tuple[float, float]] = {}  # of most rows, once
 _BATCH = 1024  # examples tokenised together
 _ODD_LABELS = "odd_labels.jsonl"
 _DAMAGE = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # as numpy names it
@@ -56,6 +58,7 @@ class TokenizedSet:
         problems: uint64 [n], equal for solutions of one problem.
         optimal: float32 [all tokens], the best value after each token from the last of the prompt
             on; None where unknown.
+        targets: those at positions; None where no example has any.
         lines: int64 [n], where each example stands in its file, counted from 1.
         folder: where all this is stored, with bad_rows.jsonl.
         n_skipped: rows left out.
@@ -70,6 +73,7 @@ class TokenizedSet:
             self.rewards: NDArray[np.float64] = index["rewards"]
             self.problems: NDArray[np.uint64] = index["problems"]
             self.lines: NDArray[np.int64] = index["lines"]
+        self.targets = Targets.read(folder)
         optimal = folder / "optimal.bin"
         self.optimal = np.memmap(optimal, np.float32, "r") if optimal.exists() else None
         self.n_skipped = (folder / "bad_rows.jsonl").read_bytes().count(b"\n")
@@ -290,6 +294,7 @@ class _SetWriter:
         self.rewards: list[float] = []
         self.problems: list[int] = []
         self.lines: list[int] = []
+        self.targets: list[dict[int, tuple[float, float]]] = []
         self._tokens: BinaryIO = (folder / "tokens.bin").open("wb")
         self._optimal: BinaryIO | None = None
 
@@ -320,19 +325,26 @@ class _SetWriter:
                 self._add_one(BadRow(name, line, ""), row, next(encoded), tokenizer, policy)
 
     def _add_one(
-        self, place: BadRow, row: Row, tokens: Encoded, tokenizer: Tokenizer, policy: _Policy
+        self, at: BadRow, row: Row, tokens: Encoded, tokenizer: Tokenizer, policy: _Policy
     ) -> None:
         if tokens.response_start == len(tokens.ids):  # all its characters unknown, and no end token
             reason = "the response has no token in this vocabulary"
             skip = policy.bad_rows is BadRows.skip
-            self._leave_out(BadRow(place.file, place.line, reason), skip=skip)
+            self._leave_out(BadRow(at.file, at.line, reason), skip=skip)
             return
         fitted = _fit(tokens, tokenizer, policy)
         if fitted is None:
             reason = f"{len(tokens.ids)} tokens, more than data.max_length {policy.max_length}"
             skip = policy.overlong is Overlong.skip or policy.bad_rows is BadRows.skip
-            self._leave_out(BadRow(place.file, place.line, reason), skip=skip)
+            self._leave_out(BadRow(at.file, at.line, reason), skip=skip)
             return
+        try:
+            placed = place(row.targets, row.prompt, fitted.ends, fitted.response_start)
+        except TargetError as error:
+            skip = policy.bad_rows is BadRows.skip
+            self._leave_out(BadRow(at.file, at.line, str(error)), skip=skip)
+            return
+        self.targets.append(placed or _NO_TARGETS)
         self._tokens.write(np.asarray(fitted.ids, np.uint32).tobytes())
         if row.optimal is not None:
             self._write_optimal(row, fitted)
@@ -340,8 +352,8 @@ class _SetWriter:
         self.starts.append(fitted.response_start)
         self.rewards.append(row.reward)
         if row.odd_label is not None:
-            self.odd.append(BadRow(place.file, place.line, row.odd_label))
-        self.lines.append(place.line)
+            self.odd.append(BadRow(at.file, at.line, row.odd_label))
+        self.lines.append(at.line)
         key = hashlib.blake2b(row.problem_id.encode("utf-8", "surrogatepass"), digest_size=8)
         self.problems.append(int.from_bytes(key.digest(), "little"))
 
@@ -367,6 +379,8 @@ class _SetWriter:
             problems=np.asarray(self.problems, np.uint64),
             lines=np.asarray(self.lines, np.int64),
         )
+        if any(self.targets):
+            Targets.of(self.targets).write(self.folder)
         self._list("bad_rows.jsonl", self.bad)
         if self.odd:
             self._list(_ODD_LABELS, self.odd)
