@@ -82,7 +82,7 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "architecture.n_future_tokens": (1, None),
 }
 _STAGE_RATES = (("learning_rate", 0), ("head_learning_rate", 0))
-_FIELD_NAMES = ("prompt", "response", "reward", "problem_id", "truncated", "messages")
+_FIELD_NAMES = ("prompt", "response", "reward", "problem_id", "truncated", "messages", "targets")
 _OTHER_FIELDS = ("answer", "part", "preset")
 
 

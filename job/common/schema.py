@@ -57,6 +57,11 @@ class Loss(enum.Enum):
     hl_gauss = "hl_gauss"
 
 
+class Spread(enum.Enum):
+    none = "none"
+    next = "next"
+
+
 class Weighting(enum.Enum):
     token = "token"
     sequence = "sequence"
@@ -205,6 +210,7 @@ class ObjectiveConfig:
     sigma: float = 0.75  # of hl_gauss, in bins
     weighting: Weighting = Weighting.token  # what weighs alike
     balance_labels: bool = False  # right and wrong solutions weigh alike
+    spread: Spread = Spread.none  # of targets at positions: to none, or to all up to the next
     terms: TermsConfig = field(default_factory=TermsConfig)  # default: as loss and target say
 
     @property

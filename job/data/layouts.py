@@ -17,7 +17,8 @@ from typing import Any
 from job.common.errors import quoted
 from job.data import fields as read
 from job.data.raw_rows import RawRow, RowError
-from job.data.rows import Message, Range, Rewards, Row, Target
+from job.data.rows import Message, Range, Rewards, Row
+from job.data.targets import END, Target, TargetError, read_targets
 
 ALPACA_FIELDS = {"prompt": "instruction", "response": "output", "reward": "is_correct"}
 _UNIT = (0.0, 1.0)
@@ -116,11 +117,34 @@ def _labelled(
     usual: Sequence[str] = ("reward",),
 ) -> Row:
     name = options.of(row, "reward", usual)
+    targets = _targets(options, row, response)
+    if targets:  # a reward beside them is the one at the end
+        options = replace(options, rewards="optional")
     needed = options.rewards is True
     reward, odd = options.label(read.field(row, name) if needed else _optional(row, name), name)
+    if targets and math.isnan(reward):
+        reward = targets[-1].value
+    elif targets:
+        targets = (*targets, Target(0, reward, 1.0, END))
     problem = read.problem(row, options.name("problem_id"), prompt)
     cut = read.truncated(row, options.name("truncated"))
-    return Row(prompt, response, reward, problem, truncated=cut, odd_label=odd, messages=messages)
+    return Row(
+        prompt, response, reward, problem,
+        truncated=cut, odd_label=odd, messages=messages, targets=targets,
+    )  # fmt: skip
+
+
+def _targets(options: _Options, row: RawRow, response: str) -> tuple[Target, ...]:
+    """A row's targets at positions; none where the field is null or missing."""
+    name = options.name("targets")
+    given = None if name is None else _optional(row, name)
+    if given is None or name is None or not options.rewards:
+        return ()
+    label = functools.partial(read.as_label, span=options.span)
+    try:
+        return read_targets(given, name, response, label)
+    except TargetError as error:
+        raise RowError(str(error)) from None
 
 
 def alpaca_prompt(instruction: str, row: dict[str, Any]) -> str:
@@ -314,7 +338,7 @@ def _stepped(
         _response(response, "steps"),
         reward if options.rewards else 0.0,
         read.problem(row, options.name("problem_id"), prompt),
-        targets=tuple(targets),
+        targets=tuple(targets) if options.rewards else (),
         step_ends=tuple(ends),
         first_error=_first_error(labels),
     )

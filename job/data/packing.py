@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from job.common.schema import Spread
 from job.data.token_cache import TokenizedSet
 from job.data.weights import Weights
 from job.model.transformer import PackedLayout
@@ -39,6 +40,8 @@ class Batch:
         problems: uint64 [b] on the host.
         optimal: float32 [n] on the host, or None.
         pairs: int64 [p, 2], (better, worse) as positions in this batch; empty without pairs.
+        given: float32 [n], targets at positions, NaN where the reward is the target; None if it is
+            everywhere.
     """
 
     tokens: Tensor
@@ -52,6 +55,7 @@ class Batch:
     problems: NDArray[np.uint64]
     optimal: NDArray[np.float32] | None
     pairs: Tensor
+    given: Tensor | None = None
 
     @property
     def at_prompts(self) -> Tensor:
@@ -149,6 +153,7 @@ class Packer:
         budget: tokens of a micro-batch.
         prompt_value: whether the last token before a response is valued too.
         weights: float64 [sequences], of each position of each sequence; default: 1.
+        spread: of targets at positions.
     """
 
     def __init__(
@@ -163,9 +168,10 @@ class Packer:
         world: int = 1,
         prompt_value: bool = False,
         weights: Weights | None = None,
+        spread: Spread = Spread.none,
     ) -> None:
         self.data, self.units, self.budget = data, units, budget
-        self.prompt_value, self.weights = prompt_value, weights
+        self.prompt_value, self.weights, self.spread = prompt_value, weights, spread
         self.device, self.rank, self.world = device, rank, world
         self._lengths = data.lengths
         self._costs = sequence_cost(self._lengths, dim)
@@ -214,6 +220,7 @@ class Packer:
             self.device,
             prompt_value=self.prompt_value,
             weights=self.weights,
+            spread=self.spread,
         )
 
 
@@ -249,6 +256,7 @@ def assemble(
     *,
     prompt_value: bool = False,
     weights: Weights | None = None,
+    spread: Spread = Spread.none,
 ) -> Batch:
     """Lay sequences `rows` of a data set end to end."""
     starts = data.offsets[rows]
@@ -258,6 +266,12 @@ def assemble(
     in_stream = np.concatenate(([0], np.cumsum(lengths)[:-1]))
     positions = _ranges(in_stream + skipped, lengths - skipped)
     each = np.repeat(np.ones(len(rows)) if weights is None else weights[rows], lengths - skipped)
+    given = None
+    if data.targets is not None:
+        places = zip(rows, skipped, lengths, strict=True)
+        found = [data.targets.spread(row, first, n, spread) for row, first, n in places]
+        values, shares = (np.concatenate(part) for part in zip(*found, strict=True))
+        given, each = torch.from_numpy(values.astype(np.float32)).to(device), each * shares
     return Batch(
         tokens=torch.from_numpy(data.tokens[where].astype(np.int64)).to(device),
         layout=PackedLayout(lengths.tolist(), device),
@@ -270,6 +284,7 @@ def assemble(
         problems=data.problems[rows],
         optimal=None if data.optimal is None else data.optimal[where[positions]],
         pairs=torch.from_numpy(_no_pairs() if pairs is None else pairs).to(device),
+        given=given,
     )
 
 

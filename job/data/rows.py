@@ -9,17 +9,10 @@ from typing import Any, Literal, NamedTuple
 
 from job.common.data_file import Source, data_files
 from job.data.raw_rows import RowError, raw_rows
+from job.data.targets import Target
 
 Rewards = bool | Literal["optional"]  # whether rows must carry one
 Range = tuple[float, float]
-
-
-class Target(NamedTuple):
-    """What the value is to be once `at` characters of the response are read."""
-
-    at: int
-    value: float
-    weight: float = 1.0
 
 
 class Message(NamedTuple):
@@ -39,7 +32,7 @@ class Row:
     Attributes:
         messages: the turns before the response, where they are more than a prompt; `prompt` then
             has their texts.
-        targets: labels within the response.
+        targets: labels within the response; where there are any, they are all that is trained.
         step_ends: how many characters of the response each of its steps ends with.
         first_error: the first wrong step, from 0; -1 without error, None where that is not known.
         answer: what the response answers; None where that is not known.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,7 +13,8 @@ from numpy.typing import NDArray
 from job.common.progress import progress
 from job.common.schema import DataConfig
 from job.common.signals import stop_if_asked
-from job.data.rows import BadRow, Place, Row, Target, read_source
+from job.data.rows import BadRow, Place, Row, read_source
+from job.data.targets import CHARACTER, END, Target, token_of
 from job.data.template import Template, load_template, render_rows
 from job.data.tokenizer import Encoded, Tokenizer
 
@@ -183,26 +183,21 @@ def _shown(place: Place, row: Row, tokens: Encoded | None, tokenizer: Tokenizer 
 
 def _stretches(row: Row) -> tuple[Piece, ...]:
     """A response's text up to each target."""
-    ends = sorted({*(target.at for target in row.targets), len(row.response)})
-    starts = [0, *ends[:-1]]
+    last = len(row.response)
+    known = [t for t in row.targets if t.unit in (CHARACTER, END)]  # there are no tokens to count
+    places = [last if t.unit == END else t.at for t in known]
+    ends = sorted({*places, last})
     return tuple(
-        Piece(row.response[a:b], tuple(t for t in row.targets if t.at == b))
-        for a, b in zip(starts, ends, strict=True)
+        Piece(row.response[a:b], tuple(t for t, p in zip(known, places, strict=True) if p == b))
+        for a, b in zip([0, *ends[:-1]], ends, strict=True)
     )
 
 
 def _pieces(row: Row, tokens: Encoded, tokenizer: Tokenizer) -> Iterator[Piece]:
-    """Each token's own characters, or where it has none of its own its text in the vocabulary.
-
-    A target within a token is that of the token which ends at or behind it.
-    """
+    """Each token's own characters, or where it has none of its own its text in the vocabulary."""
     text = row.prompt + row.response
-    lead = len(row.prompt) + row.lead
-    response_ends = [end - lead for end in tokens.ends[tokens.response_start :]]
-    last = len(response_ends) - 1
-    places = [min(bisect.bisect_left(response_ends, t.at), last) for t in row.targets]
+    places = [token_of(t, row.prompt, tokens.ends, tokens.response_start) for t in row.targets]
     starts = [0, *tokens.ends[:-1]]
     for k, (start, end) in enumerate(zip(starts, tokens.ends, strict=True)):
         own = text[start:end] or tokenizer.token_text(tokens.ids[k])
-        at = k - tokens.response_start
-        yield Piece(own, tuple(t for t, p in zip(row.targets, places, strict=True) if p == at))
+        yield Piece(own, tuple(t for t, p in zip(row.targets, places, strict=True) if p == k))

@@ -25,6 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from job.common.errors import InputError, file_error, first_line
 from job.common.schema import CHAT, is_chat_template
 from job.data.rows import BadRow, Message, Place, Row
+from job.data.targets import CHARACTER, Target
 from job.data.tokenizer import Tokenizer
 from job.data.tokenizer_settings import NAMES
 
@@ -260,7 +261,14 @@ def render_rows(
             yield place, BadRow(*place, str(error))
         else:
             lead = template.lead(row.response, response)
-            yield place, replace(row, prompt=prompt, response=response, lead=lead)
+            targets = tuple(_moved(one, lead) for one in row.targets)
+            yield place, replace(row, prompt=prompt, response=response, lead=lead, targets=targets)
+
+
+def _moved(target: Target, lead: int) -> Target:
+    """A target where the template has put what stands before the response's own text."""
+    moves = target.unit == CHARACTER and target.at > 0
+    return target._replace(at=max(0, target.at + lead)) if moves else target
 
 
 def _chat_source(tokenizer: Tokenizer) -> tuple[str, str]:

@@ -35,12 +35,14 @@ from job.common.schema import (
 from job.common.signals import stop_if_asked
 from job.data import arithmetic
 from job.data.rows import BadRow, Place, Rewards, Row, read_source
+from job.data.targets import TargetError, Targets, by_token
 from job.data.template import Template, load_template, render_rows
 from job.data.tokenizer import Encoded, Tokenizer
 
 FORMAT = 5  # part of the key: raise it when the stored form changes
 _READING = 2  # raise it when some rows become other tokens; runs go on all the same
 _READING_EMBEDDED = 3  # the same for the embedded data
+_NO_TARGETS: dict[int, tuple[float, float]] = {}  # of most rows, once
 _BATCH = 1024  # examples tokenised together
 _ODD_LABELS = "odd_labels.jsonl"
 _DAMAGE = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # as numpy names it
@@ -57,6 +59,7 @@ class TokenizedSet:
         problems: uint64 [n], equal for solutions of one problem.
         optimal: float32 [all tokens], the best value after each token from the last of the prompt
             on; None where unknown.
+        targets: those at positions; None where no example has any.
         lines: int64 [n], where each example stands in its file, counted from 1.
         ends: int32 [all tokens] of a set that is to be scored: how many characters of a response
             are read after each of its tokens; elsewhere None.
@@ -73,6 +76,7 @@ class TokenizedSet:
             self.rewards: NDArray[np.float64] = index["rewards"]
             self.problems: NDArray[np.uint64] = index["problems"]
             self.lines: NDArray[np.int64] = index["lines"]
+        self.targets = Targets.read(folder)
         optimal = folder / "optimal.bin"
         self.optimal = np.memmap(optimal, np.float32, "r") if optimal.exists() else None
         ends = folder / "ends.bin"
@@ -338,6 +342,7 @@ class _SetWriter:
         self.rewards: list[float] = []
         self.problems: list[int] = []
         self.lines: list[int] = []
+        self.targets: list[dict[int, tuple[float, float]]] = []
         self._tokens: BinaryIO = (folder / "tokens.bin").open("wb")
         self._optimal: BinaryIO | None = None
         self._ends: BinaryIO | None = (folder / "ends.bin").open("wb") if scored else None
@@ -376,6 +381,13 @@ class _SetWriter:
             skip = policy.overlong is Overlong.skip or policy.bad_rows is BadRows.skip
             self._leave_out(BadRow(*place, reason), skip=skip)
             return
+        try:
+            targets = by_token(row.targets, row.prompt, fitted.ends, fitted.response_start)
+        except TargetError as error:
+            skip = policy.bad_rows is BadRows.skip
+            self._leave_out(BadRow(*place, str(error)), skip=skip)
+            return
+        self.targets.append(targets or _NO_TARGETS)
         self._tokens.write(np.asarray(fitted.ids, np.uint32).tobytes())
         if row.optimal is not None:
             self._write_optimal(row, fitted)
@@ -414,6 +426,8 @@ class _SetWriter:
             problems=np.asarray(self.problems, np.uint64),
             lines=np.asarray(self.lines, np.int64),
         )
+        if any(self.targets):
+            Targets.of(self.targets).write(self.folder)
         self._list("bad_rows.jsonl", self.bad)
         if self.odd:
             self._list(_ODD_LABELS, self.odd)

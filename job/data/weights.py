@@ -16,7 +16,7 @@ def position_weights(
     weighting: Weighting,
     balance_labels: bool,
     *,
-    positions: NDArray[np.int64],
+    positions: NDArray[np.int64] | Weights,
     rewards: NDArray[np.float64],
     problems: NDArray[np.uint64],
 ) -> Weights:
@@ -27,7 +27,7 @@ def position_weights(
     `balance_labels` right and wrong ones are then scaled to weigh alike in sum.
 
     Args:
-        positions: int64 [n], how many each sequence has.
+        positions: [n], how many each sequence has, or what its targets weigh together.
         rewards: [n]; from 0.5 on a sequence is right.
 
     Raises:
@@ -35,7 +35,7 @@ def position_weights(
     """
     weights = np.ones(len(positions))
     if weighting is not Weighting.token:
-        weights /= positions
+        weights = np.divide(weights, positions, out=np.zeros(len(positions)), where=positions > 0)
     if weighting is Weighting.problem:
         _, problem, solutions = np.unique(problems, return_inverse=True, return_counts=True)
         weights /= solutions[problem]

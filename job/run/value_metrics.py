@@ -84,6 +84,7 @@ class ValueMetrics:
         self._by_position = np.zeros((3, _DECILES))
         self._records: list[_Records] = []
         self._prompts: list[_Records] = []
+        self._targets = _Fit()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Checkpoints of 0.1.0 hold metrics without prompts."""
@@ -153,6 +154,10 @@ class ValueMetrics:
             prompts[name] = array
         self._prompts.append(prompts)
 
+    def add_targets(self, values: FloatArray, targets: FloatArray) -> None:
+        """Count values [m] in at positions for which rows have targets [m] of their own."""
+        self._targets += _Fit.of(np.asarray(values, np.float64), np.asarray(targets, np.float64))
+
     def _add_tokens(
         self,
         values: _Doubles,
@@ -175,6 +180,7 @@ class ValueMetrics:
         self._by_position += other._by_position
         self._records += other._records
         self._prompts += other._prompts
+        self._targets += other._targets
 
     def compute(self) -> dict[str, float]:
         """Every metric that is defined; an undefined one is left out, none is NaN.
@@ -203,6 +209,9 @@ class ValueMetrics:
         (how difficult it is), and of what is left without them (what a solution adds). Errors and
         variances of both parts add up to mse and mse_constant.
 
+        Under "targets/" stands how values meet the targets that rows have at positions, each
+        weighing the same.
+
         Under "prompt/" stand the values before responses, each sequence weighing the same: auc is
         that of the reward, first_step the mean change to the value after the first token (0 for
         values that are right and undiscounted), and the distances to optimal values, there and
@@ -218,6 +227,7 @@ class ValueMetrics:
             metrics |= self._token_metrics() | self._optimal_metrics()
             metrics |= _response_metrics(records) | _length_metrics(records)
             metrics |= _problem_metrics(records, self._tokens)
+            metrics |= self._target_metrics()
             metrics |= _prompt_metrics(np.concatenate([np.empty(0, _PROMPT), *self._prompts]))
         return {name: value for name, value in metrics.items() if value is not None}
 
@@ -235,6 +245,13 @@ class ValueMetrics:
             "ece": float(np.abs(predictions - labels).sum() / count.sum()),
             **{f"position_{k:02}": None if math.isnan(x) else x for k, x in enumerate(positions)},
         }
+
+    def _target_metrics(self) -> _Metrics:
+        fit = self._targets
+        if not fit.target.count:
+            return {}
+        found = {"count": float(fit.target.count)} | fit.metrics()
+        return {f"targets/{name}": value for name, value in found.items()}
 
     def _optimal_metrics(self) -> _Metrics:
         tokens, optimal = self._tokens, self._optimal
@@ -263,6 +280,7 @@ def metric_names() -> list[str]:
     )
     two = np.array([0.25, 0.75])
     metrics.add_prompts(two, two, np.array([0.0, 1.0]), np.array([0.0, 1.0]), (two, two))
+    metrics.add_targets(two, np.array([0.0, 1.0]))
     return [*metrics.compute()]
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from job.common.data_file import check_readable, described
 from job.common.errors import InputError
-from job.common.schema import EMBEDDED, CriticConfig
+from job.common.schema import EMBEDDED, CriticConfig, Spread
 from job.data.packing import Indices, Packer, first_valued, single_units
 from job.data.pairs import balanced_pairs, with_others
 from job.data.token_cache import TokenizedSet, count_shared_problems, load_split
@@ -61,6 +61,7 @@ def load_critic_data(
         check_tokens(found, architecture.vocab_size)
         warn_of_unknown(found, tokenizer, f"{split} data")
     train, validation = sets["train"], sets["validation"]
+    check_targets(config, train)
     if shared := count_shared_problems(train, validation):
         _log.warning("%d problem(s) are in both training and validation data", shared)
     _log.info(
@@ -79,7 +80,12 @@ def load_critic_data(
         prompt_value=config.objective.trains_prompts,
     )
     return CriticData(
-        pack(train, _training_units(config, train), weights=_training_weights(config, train)),
+        pack(
+            train,
+            _training_units(config, train),
+            weights=_training_weights(config, train),
+            spread=config.objective.spread,
+        ),
         pack(validation, kept[:, None]),
         float(train.rewards.mean()),
         tokenizer.fingerprint,
@@ -147,12 +153,36 @@ def _training_units(config: CriticConfig, train: TokenizedSet) -> Indices:
     return pairs if config.objective.ranks_only else with_others(pairs, len(train))
 
 
+def check_targets(config: CriticConfig, train: TokenizedSet) -> None:
+    """Raise InputError where targets at positions and the objective do not go together."""
+    objective = config.objective
+    if train.targets is None:
+        if objective.spread is not Spread.none:
+            raise InputError(
+                f"objective.spread: no row of {config.data.train} has targets at positions "
+                "(data.fields.targets names the field)"
+            )
+        return
+    if objective.ranks_only or objective.all_terms.td:
+        raise InputError(
+            f"{config.data.train}: rows have targets at positions (data.fields.targets); they are "
+            "learnt by objective.target=monte_carlo, or objective.terms without td"
+        )
+
+
 def _training_weights(config: CriticConfig, train: TokenizedSet) -> Weights:
     rows = np.arange(len(train))
+    positions = train.lengths - first_valued(train, rows, config.objective.trains_prompts)
+    if train.targets is not None:
+        firsts, lengths = (train.lengths - positions).tolist(), train.lengths.tolist()
+        spread, targets = config.objective.spread, train.targets
+        each = zip(range(len(train)), firsts, lengths, strict=True)
+        found = (targets.spread(row, first, n, spread)[1].sum() for row, first, n in each)
+        positions = np.fromiter(found, np.float64, len(train))
     return position_weights(
         config.objective.weighting,
         config.objective.balance_labels,
-        positions=train.lengths - first_valued(train, rows, config.objective.trains_prompts),
+        positions=positions,
         rewards=train.rewards,
         problems=train.problems,
     )

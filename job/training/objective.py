@@ -90,6 +90,10 @@ class Objective:
         at_prompts = batch.at_prompts.cpu().numpy()
         first, inside = np.flatnonzero(at_prompts), ~at_prompts
         lengths, answers = batch.lengths.cpu().numpy(), batch.response_lengths.cpu().numpy()
+        if batch.given is not None:
+            given = batch.given.cpu().numpy()
+            there = (batch.weights.cpu().numpy() > 0) & ~np.isnan(given)
+            metrics.add_targets(values[there], given[there])
         # optimal values are undiscounted
         optimal = batch.optimal if self.config.gamma == 1 else None
         metrics.add(
@@ -107,6 +111,13 @@ class Objective:
             rewards[lengths > answers],
             None if optimal is None else (optimal[first], optimal[first + 1]),
         )
+
+    def targets(self, batch: Batch) -> Tensor:
+        """Monte-Carlo targets [n], and in their place those that rows have at positions."""
+        labels = self.labels(batch)
+        if batch.given is None:
+            return labels
+        return torch.where(batch.given.isnan(), labels, batch.given)
 
     def returns(self, outputs: Tensor, batch: Batch, step: int) -> Tensor:
         """Lambda-returns [n] at optimizer step `step` (from 0), without gradient."""
@@ -133,7 +144,7 @@ class Objective:
         terms, found = self.config.all_terms, []
         weights = batch.weights.to(outputs.device)
         if terms.monte_carlo:
-            errors = weights @ self._errors(outputs, self.labels(batch))
+            errors = weights @ self._errors(outputs, self.targets(batch))
             found.append(terms.monte_carlo * errors / (whole.weight or 1.0))
         if terms.td:
             errors = weights @ self._errors(outputs, self.returns(outputs, batch, step))

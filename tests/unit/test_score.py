@@ -504,7 +504,10 @@ def test_text_holds_what_parquet_holds(
 
 def _typed(row: dict[str, str]) -> dict[str, Any]:
     """A row of a table as JSON has it."""
-    return {k: v if k in ("error", "problem") and v else json.loads(v) if v else None for k, v in row.items()}
+    return {
+        k: v if k in ("error", "problem") and v else json.loads(v) if v else None
+        for k, v in row.items()
+    }
 
 
 def test_a_suffix_that_is_no_format_is_refused_before_the_critic_is_looked_for(
