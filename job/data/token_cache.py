@@ -35,7 +35,8 @@ from job.common.schema import (
 from job.common.signals import stop_if_asked
 from job.data import arithmetic
 from job.data.rows import BadRow, Place, Rewards, Row, read_source
-from job.data.targets import TargetError, Targets, by_token
+from job.data.stored_targets import Targets
+from job.data.targets import TargetError, by_token
 from job.data.template import Template, load_template, render_rows
 from job.data.tokenizer import Encoded, Tokenizer
 
