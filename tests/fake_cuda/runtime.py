@@ -90,6 +90,8 @@ class FakeCuda:
                 "OMP_NUM_THREADS": "1",
                 "FAKE_NVML": str(self.libraries / "nvml.txt"),
                 "TRITON_LIBCUDA_PATH": str(self.libraries),
+                "TRITON_CACHE_DIR": str(self.libraries / "triton"),
+                "TORCHINDUCTOR_CACHE_DIR": str(self.libraries / "inductor"),
             }
         )
 
