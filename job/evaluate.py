@@ -42,7 +42,7 @@ from job.common.schema import EMBEDDED, Loss
 from job.evaluation.reading import Data, read_solutions
 from job.evaluation.summary import ERRORS, Summary, summarise, tables
 from job.run.evaluations import FILE, Evaluation, evaluation_folder, evaluation_section
-from job.run.html import document, join, tag
+from job.run.html import document
 
 _PAGE, _VALUES = "evaluation.html", "values.parquet"
 
@@ -153,9 +153,8 @@ def _write(folder: Path, summary: Summary, name: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / FILE, json.dumps(summary, indent=1, allow_nan=False) + "\n")
-        title = f"Evaluation: {name}"
-        body = join([tag("h1", title), evaluation_section(Evaluation(name, summary))])
-        write_atomic(folder / _PAGE, document(title, body))
+        body = evaluation_section(Evaluation(name, summary))
+        write_atomic(folder / _PAGE, document(f"Evaluation: {name}", body))
     except OSError as error:
         raise file_error(error, f"{folder}: cannot be written: {error.strerror}") from None
 

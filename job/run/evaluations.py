@@ -93,7 +93,7 @@ def shown_rules(rules: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]
 def _choosing(found: Mapping[str, Any]) -> Html:
     shown = [n - 1 for n in _SHOWN if n in found["n"]]
     rules = found["rules"]
-    head = ["reward of the solution chosen", *(f"n = {k + 1}" for k in shown), "meaning"]
+    head = ["reward of the solution chosen", *(f"n={k + 1}" for k in shown), "meaning"]
     rows = [
         [_NAMES[rule], *(_with_ends(curve, k) for k in shown), _MEANINGS[rule]]
         for rule, curve in shown_rules(rules)
@@ -219,8 +219,9 @@ def _draw_calibration(found: Mapping[str, Any]) -> Figure:
     figure, (axes,) = panels("Last value as a chance: observed reward by predicted value")
     for place, (side, name) in enumerate((("before", "as it is"), ("after", "after temperature"))):
         bins = found[side]["bins"]
-        both = zip(bins["predicted"], bins["observed"], strict=True)
-        points = [pair for pair in both if pair[0] is not None]
+        least = max(1, sum(bins["count"]) // 1000)  # of fewer a mean says nothing
+        both = zip(bins["predicted"], bins["observed"], bins["count"], strict=True)
+        points = [(x, y) for x, y, n in both if n >= least]
         style: dict[str, Any] = {"color": run_colour(place), "marker": "os"[place], "label": name}
         axes.plot([x for x, _ in points], [y for _, y in points], **style)
     axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1.2, label="calibrated")

@@ -150,7 +150,7 @@ def test_the_command_writes_beside_the_values(
     said = capsys.readouterr().out
     assert str(folder / "evaluation.html") in said
     assert "critic" in said
-    assert "<h1>Evaluation: values.parquet</h1>" in (folder / "evaluation.html").read_text()
+    assert "<h2>Evaluation: values.parquet</h2>" in (folder / "evaluation.html").read_text()
 
 
 def test_values_that_only_rank_have_chances_by_the_sigmoid(
