@@ -477,13 +477,17 @@ def test_data_file(case: str, workplace: Path, refused: Callable[..., None]) -> 
 
 
 @pytest.mark.parametrize(
-    ("file", "reason"), [("none.jsonl", "No such file"), ("folder.jsonl", "Is a directory")]
+    ("file", "reason"),
+    [
+        ("none.jsonl", "cannot read the data: No such file"),
+        ("folder.jsonl", "a folder without data files"),
+    ],
 )
 def test_no_data_file(
     file: str, reason: str, workplace: Path, refused: Callable[..., None]
 ) -> None:
     (workplace / "folder.jsonl").mkdir()
-    refused(file, "cannot read the data", reason, overrides=(f"data.validation={file}",))
+    refused(file, reason, overrides=(f"data.validation={file}",))
 
 
 def test_no_pairs(workplace: Path, refused: Callable[..., None]) -> None:
