@@ -322,8 +322,8 @@ def _stepped(
 ) -> Row:
     """A solution of steps with a label at the end of each, None for those without.
 
-    Its reward is the label of the last step that has one; no step is wrong whose label is 0.5 or
-    more.
+    Its reward is the label of the last step that has one, and the target of the end token too, at
+    which whole solutions are ranked. No step is wrong whose label is 0.5 or more.
     """
     response = between.join(steps)
     ends: list[int] = []
@@ -333,12 +333,13 @@ def _stepped(
     if not targets and options.rewards is True:
         raise RowError("no step has a label")
     reward = targets[-1].value if targets else math.nan
+    end = [Target(0, reward, 1.0, END)] if targets else []
     return Row(
         prompt,
         _response(response, "steps"),
         reward if options.rewards else 0.0,
         read.problem(row, options.name("problem_id"), prompt),
-        targets=tuple(targets) if options.rewards else (),
+        targets=(*targets, *end) if options.rewards else (),
         step_ends=tuple(ends),
         first_error=_first_error(labels),
     )

@@ -13,7 +13,8 @@ import pytest
 
 from job.common.schema import FIELD_PRESETS
 from job.data.layouts import PRESETS
-from job.data.rows import BadRow, Message, Row, Target, read_rows
+from job.data.rows import BadRow, Message, Row, read_rows
+from job.data.targets import END, Target
 
 USER, ANSWER = {"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}
 WRONG, SYSTEM = {"role": "assistant", "content": "6"}, {"role": "system", "content": "Be brief."}
@@ -72,14 +73,14 @@ def test_steps_have_their_labels_where_they_end(tmp_path: Path) -> None:
     (found,) = read(tmp_path, row, "stepwise")
     assert found.response == "one\ntwo\nthree"
     assert found.step_ends == (3, 7, 13)
-    assert found.targets == (Target(3, 1.0), Target(7, 0.0))
+    assert found.targets == (Target(3, 1.0), Target(7, 0.0), Target(0, 0.0, 1.0, END))
     assert (found.first_error, found.reward) == (1, 0.0)
 
 
 def test_soft_step_labels_are_not_rounded(tmp_path: Path) -> None:
     row = {"prompt": "q", "completions": ["one", "two"], "labels": [0.875, 0.625]}
     (found,) = read(tmp_path, row, "stepwise")
-    assert [target.value for target in found.targets] == [0.875, 0.625]
+    assert [target.value for target in found.targets] == [0.875, 0.625, 0.625]
     assert (found.first_error, found.reward) == (-1, 0.625)
     (found,) = read(tmp_path, row | {"labels": [0.875, None]}, "stepwise")
     assert (found.first_error, found.reward) == (None, 0.875)
@@ -94,7 +95,7 @@ def test_math_shepherds_marks_are_labels_and_no_text(tmp_path: Path) -> None:
     (found,) = read(tmp_path, row, "math_shepherd")
     assert found.prompt == "Two and three?"
     assert found.response == "Step 1: 2+3=5\nStep 2: So 6."
-    assert found.targets == (Target(13, 1.0), Target(27, 0.0))
+    assert found.targets == (Target(13, 1.0), Target(27, 0.0), Target(0, 0.0, 1.0, END))
     assert found.first_error == 1
     other = refused(tmp_path, row | {"label": text.format("+", "*")}, "math_shepherd")
     assert other == "field 'label' differs from 'input' before the mark of step 2"
@@ -111,7 +112,7 @@ def test_prm800k_goes_the_way_that_was_chosen(tmp_path: Path) -> None:
     row = {"question": {"problem": "q"}, "label": {"steps": steps, "finish_reason": "found_error"}}
     (found,) = read(tmp_path, row, "prm800k")
     assert (found.prompt, found.response) == ("q", "a\nb\nbetter\nc")
-    assert [target.value for target in found.targets] == [1, 1, 1, 0]
+    assert [target.value for target in found.targets] == [1, 1, 1, 0, 0]
     assert found.first_error == 3
     odd = {"question": {"problem": "q"}, "label": {"steps": [step(0, ("a", 2))]}}
     said = "label.steps[0].completions[0].rating must be -1, 0 or 1, not 2"
@@ -125,7 +126,7 @@ def test_processbench_says_the_first_wrong_step(
     row = {"id": "gsm8k-12", "problem": "q", "steps": ["a", "bc", "d"], "label": label}
     (found,) = read(tmp_path, row, "processbench")
     assert (found.response, found.step_ends) == ("a\n\nbc\n\nd", (1, 5, 8))
-    assert [target.value for target in found.targets] == targets
+    assert [target.value for target in found.targets] == [*targets, targets[-1]]
     assert (found.first_error, found.part) == (label, "gsm8k")
     assert found.reward == (label == -1)
     assert "of 3 steps or -1, not 3" in refused(tmp_path, row | {"label": 3}, "processbench")

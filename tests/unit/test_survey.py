@@ -88,7 +88,7 @@ def test_rows_are_shown_as_the_model_sees_them(tmp_path: Path, tokenizer: Tokeni
     (shown,) = found.first
     # the line end between the steps is a token that this vocabulary does not know
     expected = "<s>·1·+·2·? ▶ 1·+·2·=·3·;{0.75}·"
-    expected += "↵\n·A·3{0}·</s>"
+    expected += "↵\n·A·3{0}·</s>{0}"
     assert command.as_text(shown).partition("\n")[2] == expected
     assert found.with_targets == 1
     templated = looked_at(
@@ -96,11 +96,11 @@ def test_rows_are_shown_as_the_model_sees_them(tmp_path: Path, tokenizer: Tokeni
     )
     said = command.as_text(templated.first[0]).partition("\n")[2]
     assert said.startswith("<s>·A·1·+·2·?·= ▶ 1·+·2·=·3·;{0.75}")
-    assert said.endswith("3{0}·;·</s>")
+    assert said.endswith("3{0}·;·</s>{0}")
     plain = looked_at(tmp_path, STEPS, fields="stepwise").first[0]
     assert [(piece.text, len(piece.targets)) for piece in plain.response] == [
         ("1+2=3;", 1),
-        ("\nA3", 1),
+        ("\nA3", 2),
     ]
 
 
