@@ -293,6 +293,7 @@ def packed(
         rewards=np.asarray(rewards, np.float32),
         problems=np.arange(b, dtype=np.uint64),
         optimal=None,
+        targets=None,
     )
     return assemble(cast(TokenizedSet, data), np.arange(b), None, device)
 

@@ -135,6 +135,7 @@ def batch(lengths: list[int]) -> Batch:
         rewards=np.ones(n, np.float32),
         problems=np.arange(n, dtype=np.uint64),
         optimal=None,
+        targets=None,
     )
     return assemble(data, np.arange(n), None, DEVICE)  # type: ignore[arg-type]
 
