@@ -80,8 +80,11 @@ ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin \
 WORKDIR /work
 COPY containers/critic.sh /opt/critic/run
 COPY configs /opt/critic/configs
-RUN --mount=type=bind,from=project,source=/project,target=/project \
-    /opt/venv/bin/pip install --no-cache-dir --no-index --no-deps /project/*.whl
+# Copied, not mounted: podman 4 mounts nothing from a stage that it has taken from its cache, as when
+# only configs/ has changed.
+COPY --from=project /project /tmp/project
+RUN /opt/venv/bin/pip install --no-cache-dir --no-index --no-deps /tmp/project/*.whl \
+ && rm -r /tmp/project
 ARG VERSION=unknown
 ARG COMMIT=unknown
 RUN echo "${COMMIT}" > /opt/critic/COMMIT

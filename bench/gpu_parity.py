@@ -120,8 +120,8 @@ def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
 
 def _one_step(world: World, mixed: bool, seed: int) -> tuple[float, dict[str, Tensor]]:
     learner, batch = _learner(world, mixed, seed), _batch(world.device, seed)
-    outputs = learner.outputs(batch)
-    loss = learner.objective.loss_sum(outputs, batch, 0) / len(batch.responses)
+    objective, outputs = learner.objective, learner.outputs(batch)
+    loss = objective.loss(outputs, batch, 0, objective.counts(batch))
     loss.backward()
     named = {n: p.grad for n, p in learner.critic.named_parameters() if p.grad is not None}
     return float(loss.detach()), {n: full_tensor(g).float().cpu() for n, g in named.items()}
@@ -174,7 +174,7 @@ def _repeated(world: World, seed: int) -> dict[str, Any]:
     _steps(half, 0, STEPS // 2)
     rest = _learner(world, mixed, seed)
     _restore(rest, _state(half))
-    rest.set_updates(STEPS // 2)
+    rest.set_updates(STEPS // 2, skipped=0, skipped_at=())
     _steps(rest, STEPS // 2, STEPS)
     resumed = _state(rest)
     return {

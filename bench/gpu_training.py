@@ -204,7 +204,7 @@ class GpuTraining:
             num_unfrozen_layers=self.case.n,
             fsdp=self.fsdp,
             micro_batch_tokens=self.case.tokens,
-            response_tokens=len(self.batches[0].responses),
+            response_tokens=len(self.batches[0].positions),
             accumulates=MICRO_BATCHES > 1,
             cuda=self.on_gpu,
             sequence_tokens=self.case.sequence,

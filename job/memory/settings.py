@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from job.common.errors import InputError
-from job.common.schema import AUTO, CriticConfig, Loss
+from job.common.schema import AUTO, CriticConfig
 from job.memory.fit import Fit, fit, largest_micro_batch, largest_unfrozen
 from job.memory.footprint import Setting
 from job.model.architecture import TransformerConfig
@@ -53,6 +53,7 @@ def setting_of(
         per_node=per_node,
         cuda=cuda,
         head_bias=config.training.value_head.bias,
+        head_outputs=config.objective.head_outputs,
     )
     if config.training.micro_batch_tokens == AUTO:
         tokens = _largest(setting, capacity, -(-step_tokens // world_size))
@@ -83,7 +84,7 @@ def _micro_batches(step_tokens: int, longest: int, budget: int) -> int:
 
 def _longest_unit(config: CriticConfig) -> int:
     """Tokens of what must stay together."""
-    return config.data.max_length * (2 if config.objective.loss is Loss.pairwise else 1)
+    return config.data.max_length * (2 if config.objective.all_terms.pairwise else 1)
 
 
 def ways_to_lower(config: CriticConfig) -> str:

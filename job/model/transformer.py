@@ -233,6 +233,8 @@ class Trunk(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_trunk_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
+        # the block at which gradients end for now, though those before it are trainable too
+        self.gradients_from: int | None = None
 
     def first_trainable_block(self) -> int:
         """Index of the first block that gradients must reach; len(layers) if there is none."""
@@ -251,16 +253,21 @@ class Trunk(nn.Module):
 
     @torch.no_grad()
     def prefix(self, tokens: Tensor, layout: PackedLayout) -> Tensor:
-        """Hidden states [t, d] before the first trainable block, without gradients."""
-        return self._run(self.tok_embeddings(tokens), 0, self.first_trainable_block(), layout)
+        """Hidden states [t, d] before the first block with gradients, without any."""
+        return self._run(self.tok_embeddings(tokens), 0, self._first_with_gradients(), layout)
 
     def suffix(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
         """Output of the last block [t, d], from the prefix's result on."""
-        return self._run(hidden, self.first_trainable_block(), len(self.layers), layout)
+        return self._run(hidden, self._first_with_gradients(), len(self.layers), layout)
+
+    def _first_with_gradients(self) -> int:
+        if self.gradients_from is not None:
+            return self.gradients_from
+        return self.first_trainable_block()
 
     def hidden(self, tokens: Tensor, layout: PackedLayout) -> Tensor:
         """Output of the last block [t, d], before the final norm; tokens int [t]."""
-        if self.tok_embeddings.weight.requires_grad:
+        if self.tok_embeddings.weight.requires_grad and self.gradients_from is None:
             return self._run(self.tok_embeddings(tokens), 0, len(self.layers), layout)
         return self.suffix(self.prefix(tokens, layout), layout)
 

@@ -332,7 +332,7 @@ class Checkpoints:
         facts = read_facts(folder)
         stored = [_state_file(folder, rank).read_bytes() for rank in range(facts["world_size"])]
         state = TrainingState.of_rank(stored, self._world.rank, self._world.size)
-        learner.set_updates(state.step - state.skipped_steps)
+        learner.set_updates(state.step, state.skipped_steps, state.skipped_at)
         self.newest = state.step
         self._next = (state.step // self._config.every_steps + 1) * self._config.every_steps
         return state

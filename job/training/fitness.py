@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from job.common.data_file import described
 from job.common.errors import Exit, InputError, StorageError, UnfitNode, first_line
 from job.common.places import SCRATCH_BYTES, disk, free_bytes, read_problem, write_problem
 from job.common.schema import EMBEDDED, CriticConfig
@@ -65,7 +66,8 @@ def of_this_node(config: CriticConfig, gpus: int, scratch: Path | None) -> Itera
         ("data.train", config.data.train),
         ("data.validation", config.data.validation),
     ):
-        yield _readable(name, None if source == EMBEDDED else source, lambda: check_sources(config))
+        named = None if source == EMBEDDED else described(source)
+        yield _readable(name, named, lambda: check_sources(config))
 
 
 def _packages() -> Finding:

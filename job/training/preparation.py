@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -48,7 +48,9 @@ def load_critic(
     """
     with torch.device("meta"):
         critic = Critic(
-            read_architecture(config.model.path), head_bias=config.training.value_head.bias
+            read_architecture(config.model.path),
+            head_bias=config.training.value_head.bias,
+            head_outputs=config.objective.head_outputs,
         )
     unfreeze_last_blocks(critic, config.training.num_unfrozen_layers)
     if config.distributed.fsdp.activation_checkpointing:
@@ -64,7 +66,7 @@ def _begin_head(critic: Critic, config: CriticConfig, mean_reward: float) -> Non
         head = _kept_head(config)
         critic.set_head(head.weight, torch.zeros(1) if head.bias is None else head.bias)
         return
-    bias = config.training.value_head.bias_init
+    bias: float | Sequence[float] | None = config.training.value_head.bias_init
     if bias is None:
         bias = Objective(config.objective).initial_bias(mean_reward)
     critic.initialise_head(bias, config.training.seed)

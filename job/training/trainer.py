@@ -18,7 +18,7 @@ from job.distributed.world import World
 from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, parameter_report
 from job.model.fingerprint import fingerprint
-from job.model.weights import save_tensors
+from job.model.safetensors_file import save_tensors
 from job.run.alarm import ConstantPredictorAlarm
 from job.run.directory import RunDirectory
 from job.run.metrics_log import Tracker

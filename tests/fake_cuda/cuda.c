@@ -2,8 +2,9 @@
 
 Host code is real, and a kernel's launch is checked and recorded, but nothing computes: what a
 kernel would have written reads as zeros. Device memory is address space, of which only what is
-copied takes pages, so that a GPU of any size fits; copies between host and device are real. Everything is done when its call returns. What is called and not here ends the process, with
-its name (see runtime.py, which makes those functions).
+copied takes pages, so that a GPU of any size fits; copies between host and device are real.
+Everything is done when its call returns. What is called and not here ends the process, with its
+name (see runtime.py, which makes those functions).
 
     FAKE_CUDA_GPUS        how many there are (1)
     FAKE_CUDA_MEMORY      bytes of each (an A100's with 80 GB)
@@ -562,6 +563,9 @@ int cudaDriverGetVersion(int *version) {
     return OK;
 }
 
+int cudaRuntimeGetVersion(int *version) { return cudaDriverGetVersion(version); }
+int cuDriverGetVersion(int *version) { return cudaDriverGetVersion(version); }
+
 int cudaDeviceGetPCIBusId(char *text, int room, int of) {
     snprintf(text, room, "0000:%02x:00.0", of + 1);
     return OK;
@@ -671,6 +675,12 @@ int cuCtxGetCurrent(int **current) {
 int cuDevicePrimaryCtxRetain(int **retained, int of) {
     (void)of;
     return cuCtxGetCurrent(retained);
+}
+
+int cuCtxGetLimit(size_t *value, int limit) {
+    (void)limit;
+    *value = 0;
+    return OK;
 }
 
 int cuCtxGetDevice(int *current) { return cudaGetDevice(current); }
@@ -892,6 +902,7 @@ DOES_NOTHING(cublasLtMatmulPreferenceSetAttribute)
 DOES_NOTHING(cublasLtMatrixLayoutDestroy)
 DOES_NOTHING(cublasLtMatrixLayoutSetAttribute)
 DOES_NOTHING(cuCtxSetCurrent)
+DOES_NOTHING(cuCtxSetLimit)
 DOES_NOTHING(cuFuncSetAttribute)
 DOES_NOTHING(cuFuncSetCacheConfig)
 DOES_NOTHING(cuMemSetAccess)
@@ -901,6 +912,30 @@ DOES_NOTHING(ncclCommDestroy)
 DOES_NOTHING(ncclCommFinalize)
 DOES_NOTHING(ncclGroupEnd)
 DOES_NOTHING(ncclGroupStart)
+
+/* CUPTI: a profile in which nothing ran */
+
+DOES_NOTHING(cuptiActivityDisable)
+DOES_NOTHING(cuptiActivityEnable)
+DOES_NOTHING(cuptiActivityEnableCudaEventDeviceTimestamps)
+DOES_NOTHING(cuptiActivityEnableDriverApi)
+DOES_NOTHING(cuptiActivityEnableRuntimeApi)
+DOES_NOTHING(cuptiActivityFlushAll)
+DOES_NOTHING(cuptiActivityPopExternalCorrelationId)
+DOES_NOTHING(cuptiActivityPushExternalCorrelationId)
+DOES_NOTHING(cuptiActivityRegisterCallbacks)
+DOES_NOTHING(cuptiActivityRegisterTimestampCallback)
+DOES_NOTHING(cuptiActivitySetAttribute)
+DOES_NOTHING(cuptiEnableCallback)
+DOES_NOTHING(cuptiEnableDomain)
+DOES_NOTHING(cuptiFinalize)
+DOES_NOTHING(cuptiSubscribe)
+DOES_NOTHING(cuptiUnsubscribe)
+
+int cuptiGetVersion(unsigned *version) {
+    *version = 26;
+    return OK;
+}
 
 /* torch asks for the driver's functions by name, also for those it never calls. */
 static int missing(void) {

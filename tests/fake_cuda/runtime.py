@@ -30,6 +30,7 @@ NEWEST = VERSIONS[0]
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parents[1]
 _SOURCE = _HERE / "cuda.c"
+_NVML = (_HERE / "nvml.c", Path(fake_nvml.__file__).with_name("nvml.c"))  # torch's part, the job's
 _NVIDIA = re.compile(r"lib(cu|nccl|nvrtc|nvshmem)")
 _OF_NVIDIA = re.compile(r"(cu[A-Z]|cuda|cufile|curand|cusparse|nccl|nvshmem)")
 _COMPILER = ("gcc", "-std=gnu11", "-O1", "-shared", "-fPIC", "-pthread")
@@ -51,6 +52,7 @@ class Gpu:
     capability: int = 80
     memory: int = 85_028_700_160  # an A100's with 80 GB, as CUDA says it
     count: int = 1
+    outside: int = 600_000_000  # of the memory, what the context has taken
 
     @property
     def environment(self) -> dict[str, str]:
@@ -58,6 +60,7 @@ class Gpu:
             "FAKE_CUDA_CAPABILITY": str(self.capability),
             "FAKE_CUDA_MEMORY": str(self.memory),
             "FAKE_CUDA_GPUS": str(self.count),
+            "FAKE_CUDA_OUTSIDE": str(self.outside),
         }
 
 
@@ -87,6 +90,8 @@ class FakeCuda:
                 "OMP_NUM_THREADS": "1",
                 "FAKE_NVML": str(self.libraries / "nvml.txt"),
                 "TRITON_LIBCUDA_PATH": str(self.libraries),
+                "TRITON_CACHE_DIR": str(self.libraries / "triton"),
+                "TORCHINDUCTOR_CACHE_DIR": str(self.libraries / "inductor"),
             }
         )
 
@@ -161,7 +166,7 @@ def _once(folder: Path, make: Callable[[Path], None]) -> None:
 def _libraries(packages: Path) -> Path:
     if not (shutil.which("gcc") and shutil.which("readelf")):
         pytest.skip("no C compiler (gcc, and readelf of binutils)")
-    sources = (_SOURCE, Path(__file__), Path(fake_nvml.__file__).with_name("nvml.c"))
+    sources = (_SOURCE, *_NVML, Path(__file__))
     state = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:12]
     folder = packages / f"fake-cuda-{state}"
     if not folder.exists():
@@ -181,7 +186,8 @@ def _compile(torch_lib: Path, target: Path) -> None:
     subprocess.run([*_COMPILER, *_STRICT, script, *objects], check=True)
     for name in names | {"libcuda.so.1"}:
         (target / name).symlink_to(library.name)
-    fake_nvml.compiled(target)
+    nvml = [*map(str, _NVML), "-o", str(target / fake_nvml.NAME)]
+    subprocess.run([*_COMPILER, *_STRICT, *nvml], check=True)
     (target / "nvml.txt").write_text("")
 
 

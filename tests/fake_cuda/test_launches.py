@@ -43,10 +43,8 @@ def steps(cuda: FakeCuda) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def compiled(cuda: FakeCuda, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("compiled")
-    env = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder)}
-    found = cuda.ask("trace_step.py", COMPILED, Gpu(), env=env, timeout=800)
+def compiled(cuda: FakeCuda) -> list[dict[str, Any]]:
+    found = cuda.ask("trace_step.py", COMPILED, Gpu(), timeout=800)
     assert isinstance(found, list)
     return found
 

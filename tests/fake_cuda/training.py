@@ -18,7 +18,13 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from job.common.schema import FsdpConfig, ObjectiveConfig, ShardingStrategy, TrainingConfig
+from job.common.schema import (
+    CriticConfig,
+    FsdpConfig,
+    ObjectiveConfig,
+    ShardingStrategy,
+    TrainingConfig,
+)
 from job.data.packing import Batch, assemble
 from job.distributed.fsdp import shard
 from job.distributed.world import World
@@ -29,6 +35,7 @@ from job.model.critic import Critic, unfreeze_last_blocks
 from job.training.learner import Learner, Phase
 from job.training.measurement import warm_up
 from job.training.objective import Objective
+from job.training.preparation import set_up_torch
 
 logging.disable(logging.WARNING)
 DEVICE = torch.device("cuda", 0)
@@ -135,6 +142,7 @@ def batch(lengths: list[int]) -> Batch:
 
 
 def prepare() -> None:
-    """What comes with the first use of CUDA."""
+    """As the job begins, and what comes with the first use of CUDA."""
+    set_up_torch(CriticConfig())
     warm_up(DEVICE)
     torch.cuda.empty_cache()

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from micro_job import write_job, write_recipe
+from micro_job import train_run, write_job, write_recipe
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -45,9 +45,8 @@ from job.training import checkpoint as checkpoint_module
 from job.training.checkpoint import Checkpoints, SaveError
 from job.training.host_copy import HostCopy
 from job.training.learner import Learner, StepResult
-from job.training.objective import Objective
+from job.training.objective import Counts, Objective
 from job.training.out_of_memory import out_of_memory_judged
-from job.training.trainer import train
 
 TRUNK = ("data.arithmetic.train_examples=64", "training.max_steps=2", "training.batch_size=8")
 CHANGES = (
@@ -97,9 +96,7 @@ def _at_once(work: Callable[[], Any]) -> Future[Any]:
 
 
 def run_training(name: str, *overrides: str) -> RunDirectory:
-    config = load_config(CriticConfig, "critic.yaml", [f"run.name={name}", *overrides])
-    train(config)
-    return RunDirectory(config.run.dir)
+    return train_run(f"run.name={name}", *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +146,12 @@ def _crash_before(step: int, name: str, *overrides: str) -> RunDirectory:
 
 def _factors(patch: pytest.MonkeyPatch, factor: Callable[[int], float]) -> None:
     """Multiply the loss of each step, counted from 1, by a factor."""
-    original = Objective.loss_sum
+    original = Objective.loss
 
-    def loss_sum(self: Objective, outputs: Tensor, batch: Batch, step: int) -> Tensor:
-        return original(self, outputs, batch, step) * factor(step + 1)
+    def loss(self: Objective, outputs: Tensor, batch: Batch, step: int, whole: Counts) -> Tensor:
+        return original(self, outputs, batch, step, whole) * factor(step + 1)
 
-    patch.setattr(Objective, "loss_sum", loss_sum)
+    patch.setattr(Objective, "loss", loss)
 
 
 def _bad_steps(patch: pytest.MonkeyPatch, steps: Iterable[int]) -> None:
@@ -600,7 +597,7 @@ def test_another_n_is_refused_before_anything_is_touched(halted: RunDirectory) -
     ("change", "difference"),
     [
         ({"num_unfrozen_layers": 2}, "num_unfrozen_layers: 1 -> 2"),
-        ({"base": "f" * 64}, f"-> {'f' * 64}"),
+        ({"base": "f" * 64}, " -> ffffffff)"),
         ({"train_data": "other"}, "-> other"),
         ({"validation_data": "other"}, "-> other"),
         ({"architecture": {"dim": 64}}, "architecture.dim: 32 -> 64"),
@@ -657,7 +654,12 @@ def test_another_base_is_refused_and_the_right_one_goes_on(
     run = _copy(halted, "other-base")
     other = _other_trunk("other-trunk")
     ours = _identity(run)["base"]
-    _refused(run, f"base: {ours} -> ", f"model.path={other}", "model.recipe=null")
+    _refused(
+        run,
+        f"the weights of the trunk differ ({ours[:8]} -> ",
+        f"model.path={other}",
+        "model.recipe=null",
+    )
     run_training("other-base")
     _same(run, whole)
 
@@ -671,7 +673,7 @@ def test_another_base_put_in_place_of_the_first_is_refused() -> None:
     ours = _identity(run)["base"]
     shutil.rmtree("in-place")
     _other_trunk("in-place")
-    _refused(run, f"base: {ours} -> ", *here)
+    _refused(run, f"the weights of the trunk differ ({ours[:8]} -> ", *here)
 
 
 @pytest.mark.slow
@@ -702,7 +704,10 @@ def test_other_data_at_the_same_path_is_refused_and_a_copy_elsewhere_is_not(fold
         shutil.copy(f"{split}.jsonl", f"copy.{split}.jsonl")
         ours = _identity(run)[f"{split}_data"]
         _write_rows(Path(f"{split}.jsonl"), 3, shift=1)
-        _refused(_copy(run, f"data-{split}"), f"{split}_data: {ours} -> ", *paths)
+        text = (
+            f"the rows of data.{split}, or their fields, template or tokens, differ ({ours[:8]} -> "
+        )
+        _refused(_copy(run, f"data-{split}"), text, *paths)
         shutil.copy(f"copy.{split}.jsonl", f"{split}.jsonl")
     elsewhere = ("data.train=copy.train.jsonl", "data.validation=copy.validation.jsonl")
     run_training("data", *elsewhere)
@@ -1104,7 +1109,8 @@ def test_the_command_line_names_the_run_to_begin_with(
 @pytest.mark.slow
 def test_weights_of_another_base_are_refused(whole: RunDirectory) -> None:
     other = _other_trunk("init-trunk")
-    with pytest.raises(InputError, match=f"base: {_identity(whole)['base']} -> "):
+    ours = _identity(whole)["base"][:8]
+    with pytest.raises(InputError, match=rf"the weights of the trunk differ \({ours} -> "):
         run_training(
             "init-base",
             f"model.path={other}",
@@ -1207,15 +1213,15 @@ def test_a_bad_step_changes_no_weight_and_training_goes_on(
 
 @pytest.mark.slow
 def test_a_gradient_that_is_not_finite_is_a_bad_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Objective.loss_sum
+    original = Objective.loss
 
-    def loss_sum(self: Objective, outputs: Tensor, batch: Batch, step: int) -> Tensor:
-        loss = original(self, outputs, batch, step)
+    def loss(self: Objective, outputs: Tensor, batch: Batch, step: int, whole: Counts) -> Tensor:
+        loss = original(self, outputs, batch, step, whole)
         if step + 1 != 5:
             return loss
         return loss + 0 * (outputs - outputs.detach()).abs().sqrt().sum()  # 0, with slope nan
 
-    monkeypatch.setattr(Objective, "loss_sum", loss_sum)
+    monkeypatch.setattr(Objective, "loss", loss)
     run = run_training("bad-gradient")
     record = run.records()[4]
     assert record["train/loss"] is not None
