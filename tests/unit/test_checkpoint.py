@@ -1587,6 +1587,19 @@ def test_the_memory_that_saving_needs_is_taken_before_the_first_step(
     assert places[0] == places[1]
 
 
+def test_too_little_memory_for_saving_ends_a_run_before_its_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(self: HostCopy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(HostCopy, "update", fail)
+    with pytest.raises(SaveError, match="no host memory for the copy .* can't allocate") as ended:
+        run_training("no-memory")
+    assert exit_code(ended.value) is Exit.IO_FAILED
+    assert _train_steps(RunDirectory("runs/no-memory")) == []
+
+
 @pytest.mark.slow
 def test_a_checkpoints_folder_that_vanishes_while_it_is_written_is_made_anew(
     whole: RunDirectory, monkeypatch: pytest.MonkeyPatch
