@@ -1594,7 +1594,7 @@ def test_too_little_memory_for_saving_ends_a_run_before_its_first_step(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(HostCopy, "update", fail)
-    with pytest.raises(SaveError, match="no host memory for the copy .* can't allocate") as ended:
+    with pytest.raises(SaveError, match=r"no host memory for the copy .* can't allocate") as ended:
         run_training("no-memory")
     assert exit_code(ended.value) is Exit.IO_FAILED
     assert _train_steps(RunDirectory("runs/no-memory")) == []
