@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from job.data.token_cache import TokenizedSet
-from job.model.transformer import PackedLayout
+from job.model.transformer import PackedLayout, to_device
 
 Indices = NDArray[np.int64]
 
@@ -24,14 +24,16 @@ Indices = NDArray[np.int64]
 class Batch:
     """A packed micro-batch: b sequences, t tokens, n response tokens.
 
+    All but tokens and layout is on the host, where it is known without waiting for a GPU.
+
     Attributes:
-        tokens: int64 [t].
+        tokens: int64 [t] on the device.
         layout: where the sequences lie.
         responses: int64 [n], positions of the response tokens in the stream.
         response_lengths: int64 [b].
         rewards: float32 [b].
-        problems: uint64 [b] on the host.
-        optimal: float32 [n] on the host, or None.
+        problems: uint64 [b].
+        optimal: float32 [n], or None.
         pairs: int64 [p, 2], (better, worse) as positions in this batch; empty without pairs.
     """
 
@@ -152,7 +154,7 @@ class Packer:
         return [chosen[part] for part in parts[self.rank]]
 
     def assemble(self, units: Indices) -> Batch:
-        """One packed micro-batch of the given units; without any, a token that counts for nothing.
+        """One packed micro-batch of the given units; without any, tokens that count for nothing.
 
         A rank without units of its own still takes part in every gathering of weights.
         """
@@ -175,22 +177,23 @@ def assemble(
     in_stream = np.concatenate(([0], np.cumsum(lengths)[:-1]))
     responses = _ranges(in_stream + skipped, lengths - skipped)
     return Batch(
-        tokens=torch.from_numpy(data.tokens[where].astype(np.int64)).to(device),
+        tokens=to_device(torch.from_numpy(data.tokens[where].astype(np.int64)), device),
         layout=PackedLayout(lengths.tolist(), device),
-        responses=torch.from_numpy(responses).to(device),
-        response_lengths=torch.from_numpy(lengths - skipped).to(device),
-        rewards=torch.from_numpy(data.rewards[rows].astype(np.float32)).to(device),
+        responses=torch.from_numpy(responses),
+        response_lengths=torch.from_numpy(lengths - skipped),
+        rewards=torch.from_numpy(data.rewards[rows].astype(np.float32)),
         problems=data.problems[rows],
         optimal=None if data.optimal is None else data.optimal[where[responses]],
-        pairs=torch.from_numpy(_no_pairs() if pairs is None else pairs).to(device),
+        pairs=torch.from_numpy(_no_pairs() if pairs is None else pairs),
     )
 
 
 def _filler(device: torch.device) -> Batch:
-    none = torch.empty(0, dtype=torch.int64, device=device)
+    none = torch.empty(0, dtype=torch.int64)
+    n_tokens = 2  # one alone would be a case of its own for torch.compile
     return Batch(
-        tokens=torch.zeros(1, dtype=torch.int64, device=device),
-        layout=PackedLayout([1], device),
+        tokens=torch.zeros(n_tokens, dtype=torch.int64, device=device),
+        layout=PackedLayout([n_tokens], device),
         responses=none,
         response_lengths=none,
         rewards=none.float(),

@@ -54,7 +54,10 @@ def lay_out(critic: Critic, config: FsdpConfig, world: World) -> None:
 def _fully_shard(critic: Critic, config: FsdpConfig, world: World, compute: torch.dtype) -> None:
     strategy = config.sharding_strategy
     trunk = critic.trunk
-    mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    # inputs are what they are to be already, and the table of rotations stays float32
+    mixed = MixedPrecisionPolicy(
+        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
     on_gpu = world.device.type == "cuda"  # a CPU has no memory to pin for transfers
     gather_again = strategy not in (ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy.NO_SHARD)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from job.model.architecture import TransformerConfig
 from job.model.parameters import Count, ParameterCounts, select_trainable
 from job.model.shards import fill, full_tensor
-from job.model.transformer import PackedLayout, Trunk
+from job.model.transformer import PackedLayout, Reads, Trunk
 
 _log = logging.getLogger(__name__)
 
@@ -27,14 +27,20 @@ class Critic(nn.Module):
         self.value_head = nn.Linear(config.dim, 1, bias=head_bias)
         self.num_unfrozen_layers = len(self.trunk.layers) + 1  # all, until some are frozen
 
-    def forward(self, tokens: Tensor, layout: PackedLayout, at: Tensor) -> Tensor:
-        """Head outputs, float32 [n], at positions `at` (int64 [n]) of the stream tokens [t]."""
-        return self.evaluate_hidden(self.trunk.hidden(tokens, layout), at)
+    def forward(self, tokens: Tensor, layout: PackedLayout, at: Tensor | Reads) -> Tensor:
+        """Head outputs, float32 [n], at positions `at` (int64 [n]) of the stream tokens [t].
 
-    def evaluate_hidden(self, hidden: Tensor, at: Tensor) -> Tensor:
-        """Head outputs, float32 [n], from the last block's output [t, d]."""
+        What `layout.reads` makes of positions does as well, and a GPU need not be waited for:
+        FSDP would move the positions there first.
+        """
+        reads = at if isinstance(at, Reads) else layout.reads(at)
+        return self.evaluate_hidden(self.trunk.hidden(tokens, layout, reads), reads)
+
+    def evaluate_hidden(self, hidden: Tensor, reads: Reads) -> Tensor:
+        """Head outputs, float32 [n], from the last block's output [r, d] on what is read."""
+        chosen = hidden if reads.at is None else hidden[reads.at]
         # a sum, since FSDP loses its backward hook on a view that is changed in place
-        return self.value_head(self.trunk.norm(hidden[at].float())).sum(-1)
+        return self.value_head(self.trunk.norm(chosen.float())).sum(-1)
 
     @torch.no_grad()
     def initialise_head(self, bias: float, seed: int) -> None:

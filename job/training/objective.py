@@ -19,6 +19,7 @@ from torch import Tensor
 
 from job.common.schema import Loss, ObjectiveConfig, Target
 from job.data.packing import Batch
+from job.model.transformer import to_device
 
 _EDGE = 1e-4  # keeps the logit of a mean reward of 0 or 1 finite
 
@@ -48,7 +49,7 @@ class Objective:
         return outputs.sigmoid() if self.config.loss is Loss.bce else outputs
 
     def labels(self, batch: Batch) -> Tensor:
-        """Monte-Carlo targets [n], what the metrics compare values with."""
+        """Monte-Carlo targets [n] on the host, what the metrics compare values with."""
         rewards = batch.rewards.repeat_interleave(batch.response_lengths)
         return rewards * self.config.gamma ** _tokens_left(batch).to(rewards.dtype)
 
@@ -72,7 +73,7 @@ class Objective:
         """Sum of the loss over the batch's response tokens or pairs."""
         if self.config.loss is Loss.pairwise:
             return pairwise_loss_sum(outputs, batch)
-        targets = self.targets(outputs, batch, step)
+        targets = to_device(self.targets(outputs, batch, step), outputs.device)
         match self.config.loss:
             case Loss.huber:
                 delta = self.config.huber_delta
@@ -91,9 +92,10 @@ def lambda_return(values: Tensor, batch: Batch, gamma: float, lam: float) -> Ten
     """
     if not len(values):
         return values
-    left = _tokens_left(batch)
-    last = left == 0
+    left, device = _tokens_left(batch), values.device
+    last = to_device(left == 0, device)
     rewards = batch.rewards.repeat_interleave(batch.response_lengths).to(values.dtype)
+    rewards = to_device(rewards, device)
     bootstrap = gamma * (1 - lam) * values.roll(-1)
     returns = torch.where(last, rewards, bootstrap)
     carry = (~last).to(values.dtype) * (gamma * lam)
@@ -109,15 +111,16 @@ def lambda_return(values: Tensor, batch: Batch, gamma: float, lam: float) -> Ten
 def pairwise_loss_sum(outputs: Tensor, batch: Batch) -> Tensor:
     """-log sigmoid of the difference of mean outputs, summed over pairs (Bradley & Terry 1952)."""
     means = _sequence_means(outputs, batch)
-    better, worse = means[batch.pairs[:, 0]], means[batch.pairs[:, 1]]
+    better, worse = means[to_device(batch.pairs.T, means.device)]
     return F.softplus(worse - better).sum()
 
 
 def _sequence_means(outputs: Tensor, batch: Batch) -> Tensor:
     """Mean output of each response [b]."""
     b = len(batch.response_lengths)
-    index = torch.arange(b, device=outputs.device).repeat_interleave(batch.response_lengths)
-    return outputs.new_zeros(b).index_add(0, index, outputs) / batch.response_lengths
+    index = to_device(torch.arange(b).repeat_interleave(batch.response_lengths), outputs.device)
+    sums = outputs.new_zeros(b).index_add(0, index, outputs)
+    return sums / to_device(batch.response_lengths, outputs.device)
 
 
 def _tokens_left(batch: Batch) -> Tensor:

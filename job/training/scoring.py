@@ -160,7 +160,7 @@ class _Scorer:
         return [found[int(u)] for u in chosen]
 
     def _value(self, batch: Batch) -> torch.Tensor:
-        outputs = self._critic(batch.tokens, batch.layout, batch.responses)
+        outputs = self._critic(batch.tokens, batch.layout, batch.layout.reads(batch.responses))
         if not outputs.isfinite().all():
             raise InputError("values are not finite: the critic is damaged, or bf16 too coarse")
         return self._objective.values(outputs).cpu()

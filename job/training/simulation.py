@@ -32,7 +32,7 @@ from job.distributed.world import World
 from job.memory.footprint import Footprint, Moment, Setting
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.shards import local_shard
-from job.model.transformer import PackedLayout
+from job.model.transformer import PackedLayout, Reads
 from job.training.optimizer import build_optimizer
 
 
@@ -52,9 +52,10 @@ def simulate(setting: Setting) -> Footprint:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         norm = mock.patch.object(F, "rms_norm", _fused_norm) if setting.cuda else nullcontext()
         layout = _layout(setting)
+        reads = _reads(setting, layout)
         with norm, mode:
             critic.to_empty(device="cpu")
-            return _Simulation(setting, critic, layout).footprint()
+            return _Simulation(setting, critic, layout, reads).footprint()
 
 
 @contextmanager
@@ -89,6 +90,12 @@ def _layout(setting: Setting) -> PackedLayout:
     return layout
 
 
+def _reads(setting: Setting, layout: PackedLayout) -> Reads:
+    """The last n tokens, of whole sequences and one more at most; closed form knows them alone."""
+    n, t = setting.read_tokens, setting.micro_batch_tokens
+    return layout.reads(torch.arange(t - n, t))
+
+
 class _NoEmbeddings(torch.nn.Embedding):
     """Embeddings that nothing asks for, of no parameters."""
 
@@ -100,20 +107,25 @@ class _NoEmbeddings(torch.nn.Embedding):
 class _Simulation:
     """The last micro-batch of a step and the update after it, in a training that is under way."""
 
-    def __init__(self, setting: Setting, critic: Critic, layout: PackedLayout) -> None:
+    def __init__(
+        self, setting: Setting, critic: Critic, layout: PackedLayout, reads: Reads
+    ) -> None:
         self._setting, self._critic = setting, critic
-        t = setting.micro_batch_tokens
-        n = t if setting.response_tokens is None else setting.response_tokens
+        t, n = setting.micro_batch_tokens, setting.read_tokens
         layout.positions = torch.empty(t, dtype=torch.int64)
         layout.boundaries = torch.empty(len(layout.lengths) + 1, dtype=torch.int32)
         self._layout = layout
         self._tokens = torch.empty(t, dtype=torch.int64)
-        self._at = torch.empty(n, dtype=torch.int64)
-        self._inputs = [self._tokens, self._at, layout.positions, layout.boundaries]
+        reads.rows = torch.empty(n, dtype=torch.int64)
+        reads.boundaries = torch.empty(len(reads.boundaries), dtype=torch.int32)
+        self._reads = reads
+        self._inputs = [self._tokens, layout.positions, layout.boundaries, reads.rows]
+        self._inputs.append(reads.boundaries)
         if setting.has_cache:
             dtype = torch.bfloat16 if setting.fsdp.mixed_precision else torch.float32
-            hidden = torch.empty(t, setting.architecture.dim, dtype=dtype)
-            critic.trunk.prefix = lambda tokens, layout: hidden  # type: ignore[method-assign]
+            rows = t if setting.num_unfrozen_layers else n
+            hidden = torch.empty(rows, setting.architecture.dim, dtype=dtype)
+            critic.trunk.prefix = lambda *_: hidden  # type: ignore[method-assign]
             self._inputs.append(hidden)
         config = TrainingConfig(num_unfrozen_layers=setting.num_unfrozen_layers)
         self._optimizer = build_optimizer(critic, config)
@@ -138,7 +150,7 @@ class _Simulation:
             parameter.grad = torch.zeros_like(parameter)
 
     def _micro_batch(self) -> None:
-        outputs = self._critic(self._tokens, self._layout, self._at)
+        outputs = self._critic(self._tokens, self._layout, self._reads)
         outputs.square().sum().backward()
 
     def _update(self) -> None:
