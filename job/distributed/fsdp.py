@@ -9,6 +9,7 @@ backward pass. Strategies:
     HYBRID_SHARD      sharded inside a node, replicated across nodes
     NO_SHARD          everything whole on every GPU
     REPLICATE_FROZEN  the frozen part whole on every GPU, the trainable part sharded
+    auto              as FULL_SHARD; a training knows before what it stands for
 """
 
 from __future__ import annotations
