@@ -356,7 +356,10 @@ class _Step:
         """
         rows = self.n if last else self.t
         read = self.hidden(rows) + self.rotations(rows) if last else 0
-        feed_forward = self.hidden(rows, 2) + self.inner(rows, 3)
+        if self.compiled:  # into the place of a factor; attention's result is kept by the caller
+            feed_forward = self.hidden(rows, 3) + self.inner(rows, 2)
+        else:
+            feed_forward = self.hidden(rows, 2) + self.inner(rows, 3)
         return read + max(feed_forward, self._mixing(rows, last=last))
 
     def _mixing(self, queries: int, *, last: bool) -> int:
@@ -366,7 +369,7 @@ class _Step:
         result and, in the last block, a query for each token.
         """
         normed = self.hidden(self.t) + last * self.hidden(queries)
-        wider = 2 * _FLOAT if self.c < _FLOAT else 0
+        wider = 2 * _FLOAT if self.c < _FLOAT and not self.compiled else 0
         rotation = (self.c + wider) * max(queries * self.q, self.t * self.k)
         results = 0
         if not self.varlen:
@@ -485,13 +488,16 @@ class _Step:
         )
 
     def _block(self, done: int) -> Moment:
-        """On the way back through silu(a) * b, of which product and weights are done with."""
+        """On the way back through silu(a) * b, of which product and weights are done with.
+
+        Compiled, one kernel makes the product and the gradients of a and b of these two.
+        """
         gradient = self._weight_gradients(self.d * self.setting.architecture.ffn_width)
         tokens = self.t if done else self.n
         return self.moment(
             f"block {done}",
             done,
-            activations=self._saved_on_the_way(done) - self.inner(tokens),
+            activations=self._saved_on_the_way(done) - self.inner(tokens, 1 + self.compiled),
             working_set=self.hidden(tokens) + self.inner(tokens, 3) + gradient,
             gathered_weights=self._gathered_backward(done),
             gradient_buffers=self._reduced_before(done),
