@@ -4,6 +4,7 @@ FakeTensorMode gives every tensor shape, dtype and lifetime but no bytes; a proc
 answers by itself stands for all other ranks; and torch's memory trackers add up what is alive.
 So one process steps through a 70B critic on 64 GPUs in seconds.
 
+Compiled kernels it does not know: blocks are those that torch runs operation by operation.
 On a machine without CUDA the tensors pretend to lie on the CPU, where torch splits a norm up that
 CUDA does in one kernel; `_FusedNorm` stands for that kernel.
 """

@@ -54,7 +54,7 @@ def test_what_lies_outside_of_the_allocator() -> None:
 
 @pytest.mark.parametrize(
     ("gpus", "capacity", "n"),
-    [(1, A100_40GB, 5), (1, A100_80GB, 15), (4, A100_40GB, 15), (2, A100_80GB, 24)],
+    [(1, A100_40GB, 5), (1, A100_80GB, 15), (4, A100_40GB, 16), (2, A100_80GB, 25)],
 )
 def test_the_largest_n_fits_and_one_more_does_not(gpus: int, capacity: int, n: int) -> None:
     assert largest_unfrozen(_setting(gpus=gpus), capacity) == n
