@@ -34,6 +34,7 @@ def setting_of(
     per_node: int = 1,
     capacity: int = 0,
     cuda: bool = True,
+    repeats_keys: bool = False,
 ) -> Setting:
     """The most that a training with this configuration can ask for, whatever its data.
 
@@ -54,6 +55,7 @@ def setting_of(
         world_size=world_size,
         per_node=per_node,
         cuda=cuda,
+        repeats_keys=repeats_keys,
         compiled=cuda and config.training.compile is not False,
         head_bias=config.training.value_head.bias,
     )

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from job.model.architecture import LinearScaling, RopeScaling, TransformerConfig
 
 SPAN_TOKENS = 128  # on CPU, sequences share one masked attention call up to this many tokens
+GROUPS_HEADS = torch.__version__ >= (2, 12)  # whether varlen_attn takes fewer heads of keys
 BACKEND = "inductor"  # of torch.compile
 _MOST_GRAPHS = 32  # of one function; there are about ten, by what needs gradients
 
@@ -221,9 +222,9 @@ def _attend_varlen(
 
     group = q.shape[1] // k.shape[1]
     grouped = {}
-    if group > 1 and torch.__version__ >= (2, 12):
+    if group > 1 and GROUPS_HEADS:
         grouped = {"enable_gqa": True}
-    elif group > 1:  # 2.11's takes none
+    elif group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     queries = reads or layout
     mixed = varlen_attn(

@@ -18,6 +18,7 @@ from job.memory.recorder import Recorder
 from job.memory.settings import setting_of
 from job.model.architecture import TransformerConfig
 from job.model.architecture_file import read_architecture
+from job.model.transformer import GROUPS_HEADS
 from job.run.directory import RunDirectory
 from job.training.data import CriticData
 
@@ -76,6 +77,7 @@ def _setting(
         per_node=world.local_size,
         capacity=capacity,
         cuda=world.device.type == "cuda",
+        repeats_keys=not GROUPS_HEADS,
     )
 
 

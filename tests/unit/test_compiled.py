@@ -55,7 +55,8 @@ def _critic(*, compiled: bool, recompute: bool) -> Critic:
 def _step(critic: Critic, lengths: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
     """Outputs at the second halves, without and with gradients, and these."""
     layout = PackedLayout(lengths)
-    at = torch.cat([torch.arange(e - n // 2, e) for n, e in zip(lengths, layout.ends[1:])])
+    halves = zip(lengths, layout.ends[1:], strict=True)
+    at = torch.cat([torch.arange(end - n // 2, end) for n, end in halves])
     tokens = torch.arange(sum(lengths)) % CONFIG.vocab_size
     with torch.no_grad():
         evaluated = critic(tokens, layout, at)
@@ -137,7 +138,7 @@ def test_auto_compiles_on_a_gpu_where_a_compiler_is(
     caplog.clear()
     assert _chosen("auto", GPU) is False
     assert caplog.messages == ["training.compile: false: there is no gcc or clang"]
-    with pytest.raises(InputError, match="training.compile: true, and there is no gcc or clang"):
+    with pytest.raises(InputError, match=r"compile: true, and there is no gcc or clang"):
         _chosen(True, GPU)
 
 
