@@ -9,7 +9,9 @@ ARG BASE=debian:bookworm-slim
 FROM ${BASE} AS python
 # hadolint ignore=DL3008
 RUN apt-get update \
- && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3 \
+ # torch.compile builds small extensions at run time: a C compiler, its headers and Python's
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+    python3 gcc libc6-dev python3-dev \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/*.log \
  # nobody in here has to become somebody else
  && find / -xdev -perm /6000 -type f -exec chmod a-s {} +
@@ -78,8 +80,11 @@ ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin \
 WORKDIR /work
 COPY containers/critic.sh /opt/critic/run
 COPY configs /opt/critic/configs
-RUN --mount=type=bind,from=project,source=/project,target=/project \
-    /opt/venv/bin/pip install --no-cache-dir --no-index --no-deps /project/*.whl
+# Copied, not mounted: podman 4 mounts nothing from a stage that it has taken from its cache, as when
+# only configs/ has changed.
+COPY --from=project /project /tmp/project
+RUN /opt/venv/bin/pip install --no-cache-dir --no-index --no-deps /tmp/project/*.whl \
+ && rm -r /tmp/project
 ARG VERSION=unknown
 ARG COMMIT=unknown
 RUN echo "${COMMIT}" > /opt/critic/COMMIT

@@ -55,8 +55,9 @@ def origin(seed: int, packages: Sequence[str]) -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
         "machine": machine(),
-        "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in ("torch", *packages)},
+        # torch's own word names its build too, for a CPU or a CUDA
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {name: metadata.version(name) for name in packages},
         "seed": seed,
     }
 

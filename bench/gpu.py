@@ -1,16 +1,21 @@
-"""How much memory of a real GPU does a 7B critic take, and how fast does it train?
+"""Everything that only a GPU can tell about this project, in ten minutes.
 
     python bench/gpu.py --out bench/results/gpu-NAME.json
 
-A trunk of Llama 2's 7B shape with random weights, made on the GPU: N = 0, 4 and 8, and N = 4 with
-activation checkpointing, each in a process of its own. Each holds the predicted peak, the
-allocator's and NVML's against each other part by part, and says tokens per second, the share of
-the rate that this GPU's own matrix products reach, and what a checkpoint takes. Some minutes;
-needs torch >= 2.11, numpy, omegaconf, safetensors and nvidia-ml-py. Without a GPU, `--shape micro`
-runs the same on the CPU.
+Its sections, the most important first: the machine; the rate of large matrix products; attention
+on packed sequences, a step's loss and gradients, each against the CPU; the same bits when run again
+and when resumed; a 7B critic with random weights: predicted memory against the allocator's and
+NVML's, tokens a second and their share of that rate, where the time goes, how long a save stops it;
+the main job through the training loop; the 7B critic again with other N, batches and settings.
 
-Operations are counted for the linear layers only: 2 a parameter and token on the way forward, 4 a
-trained one on the way back, 2 more where it is computed again (Kaplan et al. 2020, section 2.1).
+Each section is a process of its own with a time it may take. What it has found is in the file as
+soon as it is there, and one that fails takes none of the others with it. On one GPU; needs
+torch >= 2.11, numpy, omegaconf, safetensors and nvidia-ml-py, and the main job tokenizers
+(bench/README.md says how to bring them along). Without a GPU,
+
+    python bench/gpu.py --device cpu --shape micro --out FILE
+
+runs the same in a minute or two, and says nothing about GPUs.
 """
 
 from __future__ import annotations
@@ -18,297 +23,330 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from common import ROOT, command_line, say, write_record
-from torch import Tensor
+from common import ROOT, command_line, origin, say
 
 sys.path.insert(0, str(ROOT))
 
-from job.common.schema import (
-    CheckpointConfig,
-    DistributedConfig,
-    FsdpConfig,
-    ObjectiveConfig,
-    TrainingConfig,
-)
-from job.data.packing import Batch
-from job.distributed.fsdp import shard
-from job.distributed.world import World, joined_world
-from job.memory.fit import prediction
-from job.memory.footprint import Setting
-from job.memory.recorder import Recorder
-from job.memory.settings import SHAPES
-from job.memory.validation import MALLOC, Measured, markdown
-from job.model.architecture import TransformerConfig
-from job.model.critic import Critic, unfreeze_last_blocks
-from job.model.parameters import count_parameters
-from job.model.shards import local_shard
-from job.model.transformer import PackedLayout
-from job.run.alarm import ConstantPredictorAlarm
-from job.run.directory import RunDirectory
-from job.run.fence import Fence
-from job.run.value_metrics import ValueMetrics
-from job.training.checkpoint import Checkpoints
-from job.training.learner import Learner
-from job.training.measurement import warm_up
-from job.training.objective import Objective
-from job.training.state import TrainingState
+import gpu_parity
+from gpu_training import ALL_SHAPES, Case, measure
 
-ALL_SHAPES = SHAPES | {
-    "micro": TransformerConfig(dim=64, n_layers=9, n_heads=2, vocab_size=512, multiple_of=32)
-}
-SEQUENCE = 512  # tokens, of which the second half is response
-MICRO_BATCHES = 2
-WARM_UP, STEPS = 2, 6
+from job.common.schema import ShardingStrategy
+from job.memory.validation import MALLOC, Measured, markdown, outside
+
+BUDGET = 570  # seconds for everything
+LEAST = 15  # seconds without which no section begins
 MATRIX = {"cuda": 8192, "cpu": 512}
-REPEATS = 20
+PRODUCTS = {"cuda": 200, "cpu": 20}  # back to back
+SMALLER = 8  # than at 7B are micro-batches and sequences of the micro shape
+STEPS = {"7b": 300, "micro": 20}  # of the main job
+CASES = (
+    Case(4, saves=True, profiled=True),
+    Case(4, compiled=True, profiled=True),
+    Case(0),
+    Case(8),
+    Case(4, sequence=2048),
+    Case(4, sequence=300),
+    Case(4, strategy=ShardingStrategy.REPLICATE_FROZEN),
+    Case(4, tokens=2048),
+    Case(2),
+    Case(4, activation_checkpointing=True),
+    Case(0, compiled=True),
+    Case(8, compiled=True),
+    Case(4, tokens=2048, compiled=True),
+)
+FIRST = 2  # of the cases come before the main job
+
+Options = argparse.Namespace
 
 
 @dataclass(frozen=True)
-class Case:
-    """One configuration."""
+class Section:
+    """A question, what answers it, and the seconds that this may take."""
 
-    num_unfrozen_layers: int
-    activation_checkpointing: bool = False
-    saves: bool = False
-
-    @property
-    def name(self) -> str:
-        again = ", recomputed" if self.activation_checkpointing else ""
-        return f"N={self.num_unfrozen_layers}{again}"
+    name: str
+    answer: Callable[[Options], Any]
+    seconds: float
 
 
-CASES = (Case(0), Case(4, saves=True), Case(8), Case(4, activation_checkpointing=True))
+def sections(shape: str) -> list[Section]:
+    cases = [_section_of(case, shape) for case in CASES]
+    return [
+        Section("machine", machine, 60),
+        Section("matrix products", matrix_products, 60),
+        Section("attention", lambda o: gpu_parity.attention(_device(), o.seed), 90),
+        Section("gradients", lambda o: gpu_parity.gradients(o.seed), 60),
+        Section("same bits", lambda o: gpu_parity.same_bits(o.seed), 90),
+        *cases[:FIRST],
+        Section("main job", main_job, 120),
+        *cases[FIRST:],
+    ]
+
+
+def _section_of(case: Case, shape: str) -> Section:
+    scaled = case
+    if shape == "micro":
+        tokens, sequence = case.tokens // SMALLER, case.sequence // SMALLER
+        scaled = replace(case, tokens=tokens, sequence=sequence)
+    return Section(f"training, {case.name}", partial(training, scaled), 90)
 
 
 def main() -> None:
     parser = command_line(__doc__)
     add = parser.add_argument
     add("--shape", choices=sorted(ALL_SHAPES), default="7b", help="of the trunk (7b)")
-    add("--tokens", type=int, default=8192, help="of a micro-batch (8192)")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="what to measure (cuda)")
+    add(
+        "--budget",
+        type=float,
+        default=BUDGET,
+        help=f"seconds for everything ({BUDGET}); with more, each section may take more",
+    )
+    add("--only", nargs="+", metavar="WORD", help="only sections with one of these in their names")
     add("--scratch", type=Path, help="folder for a checkpoint of 10 GB (default: a temporary one)")
-    add("--case", type=int, help=argparse.SUPPRESS)
+    add("--section", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.tokens < SEQUENCE:
-        parser.error(f"--tokens: at least {SEQUENCE}")
-    if options.case is not None:
-        print(json.dumps(_run(CASES[options.case], options)))
+    if options.section is not None:
+        (one,) = (s for s in sections(options.shape) if s.name == options.section)
+        print(json.dumps(one.answer(options)))
         return
-    results = [_in_a_process(index, options) for index in range(len(CASES))]
-    text = _page(results)
-    print(text)
-    if options.out is not None:
-        record = {"shape": options.shape, "micro_batch_tokens": options.tokens, "cases": results}
-        write_record(options.out, record, seed=options.seed, packages=("numpy", "omegaconf"))
-        options.out.with_suffix(".md").write_text(text)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU here; --device cpu --shape micro runs the same without one")
+    record = _run(options)
+    print(page(record["sections"]))
+    failed = [name for name, one in record["sections"].items() if "failed" in one]
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
-def _in_a_process(index: int, options: argparse.Namespace) -> dict[str, Any]:
-    say(f"{CASES[index].name} ...")
-    given = ["--case", str(index), "--shape", options.shape, "--tokens", str(options.tokens)]
+# Sections, one after the other
+
+
+def _run(options: Options) -> dict[str, Any]:
+    began = time.monotonic()
+    record = origin(options.seed, ("numpy", "omegaconf")) | {
+        "shape": options.shape,
+        "device": options.device,
+        "sections": {},
+    }
+    for section in sections(options.shape):
+        if options.only and not any(word in section.name for word in options.only):
+            continue
+        left = options.budget - (time.monotonic() - began)
+        record["sections"][section.name] = _answer(section, left, options)
+        if options.out is not None:
+            _write(options.out, record)
+    return record
+
+
+def _answer(section: Section, left: float, options: Options) -> dict[str, Any]:
+    if left < LEAST:
+        return {"left_out": f"{left:.0f} of {options.budget:.0f} seconds were left"}
+    began = time.monotonic()
+    slower = max(1.0, options.budget / BUDGET)
+    found = _in_a_process(section, min(left, slower * section.seconds), options)
+    seconds = round(time.monotonic() - began, 1)
+    say(f"{seconds:6.1f} s  {section.name}{'  FAILED' if 'failed' in found else ''}")
+    return found | {"seconds": seconds}
+
+
+def _in_a_process(section: Section, seconds: float, options: Options) -> dict[str, Any]:
+    given = ["--section", section.name, "--shape", options.shape, "--device", options.device]
     given += ["--seed", str(options.seed)]
     if options.scratch is not None:
         given += ["--scratch", str(options.scratch)]
-    command = [sys.executable, __file__, *given]
-    env = os.environ | MALLOC
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    say(f"  {result['tokens_per_second']:,.0f} tokens/s")
-    return {"case": CASES[index].name, **result}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {}
+    process = subprocess.Popen(
+        [sys.executable, __file__, *given],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | MALLOC | hidden,
+    )
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return {"failed": f"not done after {seconds:.0f} s"}
+    if process.returncode != 0:
+        return {"failed": err.strip()[-2000:], "exit_code": process.returncode}
+    return {"found": json.loads(out.splitlines()[-1])}
 
 
-def _run(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    with joined_world(DistributedConfig()) as world, Recorder(world.device) as recorder:
-        rate = _matmul_rate(world.device)
-        warm_up(world.device)
-        if world.device.type == "cuda":
-            torch.cuda.empty_cache()
-        training = _Training(case, options, world, recorder)
-        seconds = training.steps()
-        result = training.measured() | training.speed(seconds, rate)
-        return result | (training.checkpoint(options.scratch) if case.saves else {})
+def _write(file: Path, record: dict[str, Any]) -> None:
+    """Replace the file at once: it may be read, or this be killed, at any time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.replace(file)
+    file.with_suffix(".md").write_text(page(record["sections"]))
 
 
-class _Training:
-    """A critic with random weights, and the stages of its memory."""
+# What is asked
 
-    def __init__(
-        self, case: Case, options: argparse.Namespace, world: World, recorder: Recorder
-    ) -> None:
-        self.case, self.world, self.recorder = case, world, recorder
-        self.architecture = ALL_SHAPES[options.shape]
-        self.tokens, self.on_gpu = options.tokens, world.device.type == "cuda"
-        self.fsdp = FsdpConfig(
-            mixed_precision=self.on_gpu,  # many CPUs are slow in bf16
-            activation_checkpointing=case.activation_checkpointing,
-        )
-        self.stages = {"before": self._now()}
-        with recorder.phase("load"):
-            critic = self._critic(options.seed)
-        self.stages["loaded"] = self._now()
-        training = TrainingConfig(num_unfrozen_layers=case.num_unfrozen_layers, warmup_steps=0)
-        objective = Objective(ObjectiveConfig())
-        self.learner = Learner(critic, objective, training, world, recorder.phase)
-        self.learner.optimizer.register_step_pre_hook(lambda *_: self._note("backward"))
-        rng = torch.Generator().manual_seed(options.seed)
-        self.batches = [self._batch(rng) for _ in range(MICRO_BATCHES)]
 
-    def _critic(self, seed: int) -> Critic:
-        with torch.device("meta"):
-            critic = Critic(self.architecture)
-        unfreeze_last_blocks(critic, self.case.num_unfrozen_layers)
-        if self.fsdp.activation_checkpointing:
-            critic.trunk.recompute_trainable_blocks()
-        shard(critic, self.fsdp, self.world)
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in critic.named_parameters():
-                local = local_shard(parameter)
-                local.fill_(1.0) if "norm" in name else local.normal_(std=0.02)
-        critic.initialise_head(0.5, seed)
-        return critic
-
-    def _batch(self, rng: torch.Generator) -> Batch:
-        b = self.tokens // SEQUENCE
-        starts = torch.arange(b)[:, None] * SEQUENCE
-        responses = (starts + torch.arange(SEQUENCE // 2, SEQUENCE)).flatten()
-        device = self.world.device
-        shape = (b * SEQUENCE,)
-        return Batch(
-            tokens=torch.randint(self.architecture.vocab_size, shape, generator=rng).to(device),
-            layout=PackedLayout([SEQUENCE] * b, device),
-            responses=responses.to(device),
-            response_lengths=torch.full((b,), SEQUENCE // 2).to(device),
-            rewards=torch.randint(2, (b,), generator=rng).float().to(device),
-            problems=np.arange(b, dtype=np.uint64),
-            optimal=None,
-            pairs=torch.empty(0, 2, dtype=torch.int64, device=device),
-        )
-
-    def steps(self) -> list[float]:
-        """Seconds of each measured step."""
-        seconds = []
-        for step in range(WARM_UP + STEPS):
-            began = time.perf_counter()
-            self.learner.step(step, self.batches, ValueMetrics())
-            self._wait()
-            seconds.append(time.perf_counter() - began)
-            self._note("update")
-        return seconds[WARM_UP:]
-
-    def measured(self) -> dict[str, Any]:
-        """What `job.memory.validation` holds against each other."""
-        summary = self.recorder.summary()
-        self.stages["peak"] = dict(summary["peak"])
-        return {
-            "num_unfrozen_layers": self.case.num_unfrozen_layers,
-            "predicted": prediction(self._setting()),
-            "stages": self.stages,
-            "recorder": summary,
+def machine(options: Options) -> dict[str, Any]:
+    """The GPU and its software."""
+    found: dict[str, Any] = {
+        "cuda": torch.version.cuda,
+        "allocator": os.environ.get("PYTORCH_ALLOC_CONF", ""),
+        "compiler": shutil.which("gcc") or shutil.which("cc"),
+    }
+    if _device().type == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": properties.name,
+            "capability": list(torch.cuda.get_device_capability()),
+            "bytes": properties.total_memory,
+            "nccl": list(torch.cuda.nccl.version()),
+            "nvidia_smi": _nvidia_smi(),
         }
-
-    def _setting(self) -> Setting:
-        tokens = self.batches[0].layout.n_tokens
-        return Setting(
-            architecture=self.architecture,
-            num_unfrozen_layers=self.case.num_unfrozen_layers,
-            fsdp=self.fsdp,
-            micro_batch_tokens=tokens,
-            response_tokens=tokens // 2,
-            accumulates=MICRO_BATCHES > 1,
-            cuda=self.on_gpu,
-            sequence_tokens=SEQUENCE,
-        )
-
-    def speed(self, seconds: Sequence[float], matmul_rate: float) -> dict[str, Any]:
-        counts = count_parameters(self.architecture, self.case.num_unfrozen_layers)
-        blocks = counts.trunk_blocks
-        again = 2 if self.case.activation_checkpointing else 0
-        operations = 2 * blocks.total + (4 + again) * blocks.trainable
-        tokens = MICRO_BATCHES * self.batches[0].layout.n_tokens
-        per_second = tokens / statistics.median(seconds)
-        return {
-            "seconds_per_step": list(seconds),
-            "tokens_per_second": per_second,
-            "matmul_operations_per_second": matmul_rate,
-            "share_of_matmul_rate": operations * per_second / matmul_rate,
-        }
-
-    def checkpoint(self, scratch: Path | None) -> dict[str, Any]:
-        """Seconds and bytes of a save that is waited for."""
-        with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            run = RunDirectory(folder)
-            run.claim({})
-            run.fence = Fence(run.file("attempts"), Fence.take(run.path).number)
-            checkpoints = Checkpoints(run, run.fence, CheckpointConfig(), {}, self.world)
-            state = TrainingState(ConstantPredictorAlarm(1, 0), step=1)
-            began = time.perf_counter()
-            checkpoints.save_now(self.learner, state, {})
-            seconds = time.perf_counter() - began
-            files = [file for file in run.file("checkpoints").rglob("*") if file.is_file()]
-            size = sum(file.stat().st_size for file in files)
-        return {"checkpoint_seconds": seconds, "checkpoint_bytes": size}
-
-    def _note(self, stage: str) -> None:
-        self.stages[stage] = self._now()
-
-    def _now(self) -> dict[str, float]:
-        self._wait()
-        return self.recorder.now()
-
-    def _wait(self) -> None:
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
+    return found
 
 
-def _matmul_rate(device: torch.device) -> float:
-    """Operations per second of a large matrix product in the compute dtype, a median."""
-    size = MATRIX[device.type]
+def _nvidia_smi() -> str | None:
+    command = [
+        "nvidia-smi",
+        "--query-gpu=driver_version,clocks.max.sm,power.limit,mig.mode.current",
+    ]
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run([*command, "--format=csv,noheader"], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def matrix_products(options: Options) -> dict[str, Any]:
+    """Operations a second of large matrix products in the compute dtype, back to back."""
+    device = _device()
+    size, count = MATRIX[device.type], PRODUCTS[device.type]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    seconds = [_timed_product(a) for _ in range(REPEATS)]
-    return 2 * size**3 / statistics.median(seconds[REPEATS // 4 :])
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    seconds = [_products(a, b, out, count) for _ in range(3)]  # the first warms up
+    return {"size": size, "operations_per_second": 2 * size**3 * count / min(seconds[1:])}
 
 
-def _timed_product(a: Tensor) -> float:
+def _products(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, count: int) -> float:
     began = time.perf_counter()
-    a @ a
+    for _ in range(count):
+        torch.mm(a, b, out=out)
     if a.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
-def _page(results: Sequence[dict[str, Any]]) -> str:
-    names = ("num_unfrozen_layers", "predicted", "stages", "recorder")
-    lines = ["| case | tokens/s | of the matmul rate | peak predicted, GB | measured |"]
-    lines += ["|---|---|---|---|---|"]
-    plain = []
-    for one in results:
-        measured = Measured(**{name: one[name] for name in names})
-        if "recomputed" not in one["case"]:
-            plain.append(measured)
-        peak = measured.rows[-1]
+def training(case: Case, options: Options) -> dict[str, Any]:
+    return measure(case, options.shape, options.seed, options.scratch)
+
+
+def main_job(options: Options) -> dict[str, Any]:
+    """A trunk and a critic of configs/critic/critic_local.yaml through the training loop."""
+    steps = STEPS["micro" if options.shape == "micro" else "7b"]
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        settings = _settings_of_main_job(Path(scratch), steps)
+        config = str(ROOT / "configs/critic/critic_local.yaml")
+        command = [sys.executable, "-m", "job.train", "--config", config, "--override", *settings]
+        began = time.monotonic()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        seconds = time.monotonic() - began
+        if done.returncode != 0:
+            raise RuntimeError(f"exit {done.returncode}: {done.stderr[-1500:]}")
+        return {"steps": steps, "seconds": seconds} | _of_run(Path(scratch, "run"))
+
+
+def _settings_of_main_job(scratch: Path, steps: int) -> list[str]:
+    recipe = (ROOT / "configs/pretrain/arithmetic.yaml").read_text()
+    shorter = recipe.replace("max_steps: 900", f"max_steps: {steps}")
+    assert shorter != recipe, "configs/pretrain/arithmetic.yaml has another max_steps"
+    (scratch / "recipe.yaml").write_text(shorter)
+    return [
+        f"run.dir={scratch}/run",
+        f"model.path={scratch}/trunk",
+        f"model.recipe={scratch}/recipe.yaml",
+        f"data.cache_dir={scratch}/cache",
+        "data.arithmetic.train_examples=9600",
+        "data.arithmetic.validation_examples=500",
+        f"training.max_steps={steps}",
+        f"evaluation.every_steps={steps // 2}",
+        f"checkpoint.every_steps={steps // 2}",
+        f"logging.every_steps={steps // 4}",
+        f"distributed.fsdp.mixed_precision={str(_device().type == 'cuda').lower()}",
+        "mlflow.enabled=false",
+        "report.enabled=false",
+    ]
+
+
+def _of_run(run: Path) -> dict[str, Any]:
+    """The last evaluation, speed and memory of a finished run."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    telemetry = [json.loads(line) for line in (run / "telemetry.jsonl").read_text().splitlines()]
+    speeds = [line["tokens_per_second"] for line in telemetry if "tokens_per_second" in line]
+    wanted = ("validation/value/mse", "validation/value/mse_constant", "train/loss")
+    return {
+        "status": json.loads((run / "status.json").read_text())["state"],
+        "last": {name: metrics[-1].get(name) for name in wanted},
+        "tokens_per_second": speeds[-1] if speeds else None,
+    }
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+# The page
+
+
+def page(found: dict[str, dict[str, Any]]) -> str:
+    """What people look at first; the record has the rest."""
+    trained = {n: s["found"] for n, s in found.items() if n.startswith("training") and "found" in s}
+    products = found.get("matrix products", {}).get("found", {})
+    lines = _table_of_speed(trained, products.get("operations_per_second"))
+    if trained:
+        plain = [_measured(one) for name, one in trained.items() if name.count(",") == 1]
+        lines += ["", *([markdown(plain)] if plain else [])]
+        for measured in plain:
+            lines += [
+                f"N={measured.num_unfrozen_layers}, {n}: {v / 1e9:.2f} GB"
+                for n, v in outside(measured)
+            ]
+    for name, one in found.items():
+        if not name.startswith("training") and "found" in one:
+            lines += ["", f"{name}: {json.dumps(one['found'])}"]
+        elif "found" not in one:
+            why = one.get("left_out") or one["failed"].splitlines()[-1]
+            lines += ["", f"{name}: {'left out' if 'left_out' in one else 'FAILED'}: {why}"]
+    return "\n".join(lines) + "\n"
+
+
+def _table_of_speed(trained: dict[str, dict[str, Any]], rate: float | None) -> list[str]:
+    lines = ["| | tokens/s | of the matrix products' rate | idle | peak predicted, GB | measured |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for name, one in trained.items():
+        share = "-" if rate is None else f"{one['operations_per_second'] / rate:.1%}"
+        idle = f"{one['profile']['idle_share']:.1%}" if "profile" in one else "-"
+        peak = _measured(one).rows[-1]
         lines.append(
-            f"| {one['case']} | {one['tokens_per_second']:,.0f} "
-            f"| {one['share_of_matmul_rate']:.1%} "
-            f"| {peak.predicted / 1e9:.3f} | {peak.measured / 1e9:.3f} |"
+            f"| {name.removeprefix('training, ')} | {one['tokens_per_second']:,.0f} | {share} "
+            f"| {idle} | {peak.predicted / 1e9:.3f} | {peak.measured / 1e9:.3f} |"
         )
-    for one in results:
-        if "checkpoint_seconds" in one:
-            size, seconds = one["checkpoint_bytes"] / 1e9, one["checkpoint_seconds"]
-            lines.append(f"\nA checkpoint at {one['case']}: {size:.2f} GB in {seconds:.1f} s.")
-    return markdown(plain) + "\n" + "\n".join(lines) + "\n"
+    return lines
+
+
+def _measured(one: dict[str, Any]) -> Measured:
+    names: Sequence[str] = ("num_unfrozen_layers", "predicted", "stages", "recorder")
+    return Measured(**{name: one[name] for name in names})
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from job.data.packing import Batch
 from job.distributed.world import World
 from job.memory.recorder import Recorder
 from job.training.learner import Learner
-from job.training.objective import Objective
+from job.training.objective import Counts, Objective
 
 SMALL = replace(ARCHITECTURE, dim=256, n_layers=4, ffn_hidden=688)  # phases change often
 SEQUENCES = 2  # of a step
@@ -67,10 +67,11 @@ class Loop:
             return nullcontext() if recorder is None else recorder.phase(name)
 
         learner = self._learner
-        count = sum(learner.objective.count(batch) for batch in self._batches)
+        objective = learner.objective
+        whole = Counts.of([objective.counts(batch) for batch in self._batches])
         for batch in self._batches:
             with phase("forward"):
-                loss = learner.objective.loss_sum(learner.outputs(batch), batch, 0) / count
+                loss = objective.loss(learner.outputs(batch), batch, 0, whole)
             with phase("backward"):
                 loss.backward()
         with phase("optimizer"):

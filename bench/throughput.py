@@ -164,10 +164,10 @@ class Packed(Contestant):
 @torch.no_grad()
 def expected_loss(critic: Critic, data: TokenizedSet, rows: Indices) -> float:
     """The critic's loss on rows of the data, in one packed batch."""
-    batch = make_packer(data, critic.trunk.config).assemble(rows)
+    batch = make_packer(data, critic.trunk.config).assemble(rows[:, None])
     objective = Objective(ObjectiveConfig())
-    outputs = critic(batch.tokens, batch.layout, batch.responses)
-    return objective.loss_sum(outputs, batch, 0).item() / objective.count(batch)
+    outputs = critic(batch.tokens, batch.layout, batch.positions)
+    return objective.loss(outputs, batch, 0, objective.counts(batch)).item()
 
 
 # transformers

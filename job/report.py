@@ -5,6 +5,7 @@
     python -m job.report runs/* --out comparison.html   the same, elsewhere
     python -m job.report --sync runs/critic             and bring the run's MLflow copy up to date
 
+Of several paths, those that are there and hold no run (a cache, a database) are left out.
 Works at any time: on runs that have just begun, still go on, have crashed or have finished.
 The report of one run also leaves its plots as PNG files in RUN/plots.
 """
@@ -13,10 +14,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from job.common.errors import run_command
-from job.run.report_page import write_report
+from job.common.errors import InputError, run_command
+from job.run.report_page import is_run, write_report
 
 
 def _sync(run: Path) -> bool:
@@ -29,6 +31,22 @@ def _sync(run: Path) -> bool:
         print(f"{run}: not synchronised: {error}", file=sys.stderr)
         return False
     return True
+
+
+def _runs(given: Sequence[Path]) -> Sequence[Path]:
+    """The runs among several paths, as a shell's `runs/*` gives them.
+
+    Raises:
+        InputError: none of them is one.
+    """
+    if len(given) == 1:
+        return given
+    others = [path for path in given if path.exists() and not is_run(path)]
+    if len(others) == len(given):
+        raise InputError(f"{', '.join(map(str, given))}: none of them is a run directory")
+    if others:
+        print(f"left out, for they hold no run: {', '.join(map(str, others))}", file=sys.stderr)
+    return [path for path in given if path not in others]
 
 
 def _options() -> argparse.Namespace:
@@ -45,8 +63,9 @@ def _options() -> argparse.Namespace:
 
 def main() -> None:
     options = _options()
-    print(f"report: {write_report(options.runs, options.out)}")
-    synchronised = [_sync(run) for run in options.runs] if options.sync else []
+    runs = _runs(options.runs)
+    print(f"report: {write_report(runs, options.out)}")
+    synchronised = [_sync(run) for run in runs] if options.sync else []
     if not all(synchronised):
         sys.exit(1)
 

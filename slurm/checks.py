@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from job.common.data_file import check_readable
 from job.common.errors import Ending, InputError
 from job.common.places import free_bytes, read_problem
-from job.common.schema import CriticConfig
+from job.common.schema import BadRows, CriticConfig, DataConfig
+from job.data.first_rows import first_bad_rows
 from job.memory.fit import Fit, fit
 from job.memory.footprint import Setting
 from job.memory.settings import setting_of
@@ -84,12 +84,16 @@ def _inputs(plan: Plan, run: Run) -> Iterator[Check]:
     missing = [
         f"{plan.site.source(key, path)}{text}"
         for key, path in named
-        if (text := _unreadable(key, path))
+        if (text := _unreadable(key, path, run.config.data))
     ]
     for text in missing:
         yield Check("files", "error", text)
     if not missing:
-        yield Check("files", "ok", ", ".join(key for key, _ in named) or "none but embedded data")
+        yield Check(
+            "files",
+            "ok",
+            ", ".join(dict.fromkeys(key for key, _ in named)) or "none but embedded data",
+        )
     used = [*named, ("run.dir", run.folder), ("the working folder", Path.cwd())]
     local = [key for key, path in used if any(path.is_relative_to(one) for one in _LOCAL)]
     if local:
@@ -100,16 +104,18 @@ def _inputs(plan: Plan, run: Run) -> Iterator[Check]:
         yield _image(plan.submission.image)
 
 
-def _unreadable(key: str, path: Path) -> str | None:
+def _unreadable(key: str, path: Path, data: DataConfig) -> str | None:
     """What keeps a file or folder from being what a configuration's key names."""
     if key not in ("data.train", "data.validation"):
         problem = read_problem(path)
         return None if problem is None else f"{key}: {problem}"
     try:
-        check_readable(path)
+        bad, looked_at = first_bad_rows(path, data.fields, data.reward_range)
     except Ending as error:  # StorageError too: what does not answer now is not submitted
         return f"{key}: {error}"
-    return None
+    if not bad or (data.bad_rows is BadRows.skip and len(bad) < looked_at):
+        return None
+    return f"{key}: {bad[0]}; {len(bad)} of the first {looked_at} row(s) cannot be used"
 
 
 def _image(image: str) -> Check:
@@ -163,7 +169,10 @@ def _model(plan: Plan, run: Run, partition: Partition | None) -> Iterator[Check]
         return
     training = config.training
     counts = count_parameters(
-        architecture, training.num_unfrozen_layers, head_bias=training.value_head.bias
+        architecture,
+        training.num_unfrozen_layers,
+        head_bias=training.value_head.bias,
+        head_outputs=config.objective.head_outputs,
     )
     yield _memory(plan, config, architecture, counts)
     yield _disk(run, counts)

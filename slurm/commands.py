@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from job.common.config import refuse_undecodable
+from job.common.config import add_verify, refuse_undecodable
 from job.common.errors import Ending, Exit, InputError, file_error, listing
 from job.memory.fit import as_dict, component_table, footprint_columns, verdicts
 from job.memory.footprint import Setting, footprint
@@ -84,6 +84,7 @@ def _options(given: Sequence[str]) -> argparse.Namespace:
     add("--image", metavar="FILE", help="critic.sif, or none (the site's, or the profile's)")
     add("--resume", metavar="RUN", help="submit a run again, to go on where it stands")
     add("--after", metavar="JOB", help="start when this job (or run) has ended well")
+    add_verify(parser)
     add("--dry-run", action="store_true", help="check and show everything, submit nothing")
     add("--watch", action="store_true", help="follow it; leaving does not touch the job")
     add("--json", action="store_true", help="the result as JSON on stdout")

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from job.common.data_file import check_readable
 from job.common.errors import InputError, listing
 from job.common.nested import to_dict
 from job.common.schema import EMBEDDED
+from job.data.first_rows import first_bad_rows
 from job.model.architecture_file import read_architecture
 from slurm.cluster import load_profile
 from slurm.plan import STANDARD_CLUSTER
@@ -67,6 +68,20 @@ def _fields(answer: str) -> Any:
     except yaml.YAMLError:
         raise InputError(f"{answer}: write {_FIELDS}") from None
     return _possible(fields, SiteData(fields=fields))
+
+
+def _fields_of(values: SiteConfig) -> Callable[[str], Any]:
+    """`_fields`, of the files that `values` names already."""
+
+    def read(answer: str) -> Any:
+        fields = _fields(answer)
+        for file in (values.data.train, values.data.validation):
+            bad, looked_at = ([], 0) if file == EMBEDDED else first_bad_rows(str(file), fields)
+            if looked_at and len(bad) == looked_at:  # some bad rows a configuration may skip
+                raise InputError(f"{bad[0]}; write {_FIELDS}")
+        return fields
+
+    return read
 
 
 def _template(answer: str) -> str | None:
@@ -152,6 +167,8 @@ def _values(
     values = SiteConfig()
     for question in _QUESTIONS:
         key, asked = question.key, None if isinstance(question, _Option) else ask
+        if key == "data.fields":
+            question = replace(question, read=_fields_of(values))
         _set(values, key, _value(question, given[key], defaults[key], asked, say))
     if problems := list(impossible(values)):
         raise InputError("nothing was written" + listing(problems))

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from job.common.errors import Exit
 from job.common.files import write_atomic
-from job.run.fence import ATTEMPT
+from job.common.progress import ATTEMPT
 from slurm import scheduler
 from slurm.policy import Action, Budget, Decision, decide, first_cause
 from slurm.record import Outcome

@@ -48,7 +48,7 @@ def _attempt(run: NightRun, record: Record, submission: Submission) -> tuple[lis
     world = run.entry.gpus * run.entry.nodes
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     shared |= {"OMP_NUM_THREADS": str(max(1, int(threads()) // world))}
-    words = submission.command("train", "--config", str(record.config))
+    words = submission.train_command(str(record.config))
     trainers, logs = [], [record.folder / f"rank-{rank:05}.log" for rank in range(world)]
     for rank, log in enumerate(logs):
         given = shared | submission.environment | rank_environment(rank, world, rank, world)

@@ -93,6 +93,7 @@ def _planned(
         time=entry.time or matrix.time,
         image=options.image,
         after=None,
+        verify=False,
     )
     try:
         plan = make_plan(asked)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from job.common.config import NoValueError, load_config
-from job.common.errors import InputError
+from job.common.data_file import data_files
+from job.common.errors import Ending, InputError
 from job.common.files import write_atomic
 from job.common.nested import to_dict
 from job.common.schema import EMBEDDED, CriticConfig
@@ -94,6 +95,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         image=_image(options.image or site.values.image, profile.image),
         binds=_binds(runs, profile.binds),
         after=_after(options.after),
+        verify=options.verify,
     )
     return Plan(_checked(submission), runs, resumes=False, site=site)
 
@@ -158,8 +160,13 @@ def _with_whole_paths(config: CriticConfig) -> CriticConfig:
     """Paths that mean the same from everywhere: on a node, in a container, when resumed."""
     for section, key in (*_INPUTS, ("data", "cache_dir"), ("run", "dir")):
         value = getattr(getattr(config, section), key)
-        if value is not None and value != EMBEDDED:
-            setattr(getattr(config, section), key, str(Path(value).absolute()))
+        if isinstance(value, list):
+            whole: Any = [str(Path(one).absolute()) for one in value]
+        elif isinstance(value, str) and value != EMBEDDED:
+            whole = str(Path(value).absolute())
+        else:
+            continue
+        setattr(getattr(config, section), key, whole)
     return config
 
 
@@ -192,6 +199,7 @@ def _plan_to_resume(options: argparse.Namespace) -> Plan:
         image=_image(options.image, _image_before(before, profile)),
         binds=_binds([run], profile["binds"]),
         after=_after(options.after),
+        verify=options.verify,
     )
     return Plan(_checked(submission), [run], resumes=True, site=Site())
 
@@ -276,8 +284,20 @@ def inputs(config: CriticConfig) -> list[tuple[str, Path]]:
     named = {f"{s}.{key}": getattr(getattr(config, s), key) for s, key in _INPUTS}
     if config.model.recipe is not None:
         named.pop("model.path")  # it is made
-    there = {key: path for key, path in named.items() if path not in (None, EMBEDDED)}
-    return [(key, Path(path)) for key, path in there.items()]
+    there = {k: path for k, path in named.items() if path not in (None, EMBEDDED)}
+    return [(key, path) for key, named in there.items() for path in _paths(key, named)]
+
+
+def _paths(key: str, named: Any) -> list[Path]:
+    """What a key names; of data the single files, where they can be told."""
+    if not key.startswith("data."):
+        return [Path(named)]
+    if isinstance(named, float):
+        return []  # a share of the training data
+    try:
+        return data_files(named)
+    except Ending:  # which the checks will say
+        return [Path(one) for one in ([named] if isinstance(named, str) else named)]
 
 
 def write_config(run: Run) -> None:

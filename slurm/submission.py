@@ -54,6 +54,7 @@ class Submission:
     binds: list[str] = field(default_factory=list)
     after: str | None = None  # job id that must have ended well
     python: str = sys.executable
+    verify: bool = False  # derived files whole, not samples of them
 
     @property
     def environment(self) -> dict[str, str]:
@@ -84,6 +85,10 @@ class Submission:
         there = gpus if self.profile["gpu"]["memory_gb"] else 0
         scratch = ["--scratch", os.path.expandvars(self.scratch)] if self.scratch else []
         return self.command("preflight", "--config", config, "--gpus", str(there), *scratch)
+
+    def train_command(self, config: str) -> list[str]:
+        """How a task starts its trainer."""
+        return self.command("train", "--config", config, *["--verify"] * self.verify)
 
     def command(self, name: str, *arguments: str) -> list[str]:
         """How a task starts a command of the job."""

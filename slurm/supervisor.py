@@ -84,7 +84,7 @@ class _Watch:
             before = self._run(command, own)
             if before.code != Exit.FINISHED:
                 return before
-        return self._run(self.submission.command("train", "--config", config), given)
+        return self._run(self.submission.train_command(config), given)
 
     def _environment(self, shared: dict[str, str]) -> dict[str, str]:
         """What the trainer's environment has besides this task's own."""

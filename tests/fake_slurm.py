@@ -34,6 +34,7 @@ PARTITION = (
     "TotalNodes=2 SelectTypeParameters=NONE JobDefaults=(null) DefMemPerNode=UNLIMITED "
     "MaxMemPerNode=UNLIMITED TRES=cpu=32,mem=125G,node=2,billing=32,gres/gpu=8"
 )
+ROW = '{"prompt": "1+1=", "response": "2", "reward": 1}\n'  # of a data file
 STARTS = (
     "sbatch: Job 55399031 to start at 1795398481 using 1 processors on nodes critic5 in "
     "partition main"
@@ -81,7 +82,7 @@ def write_inputs(folder: Path, architecture: dict[str, Any] | None = None) -> li
     trunk.mkdir()
     (trunk / "params.json").write_text(json.dumps(architecture or SMALL))
     for name in ("train", "val"):
-        (folder / f"{name}.jsonl").write_text("{}\n")
+        (folder / f"{name}.jsonl").write_text(ROW)
     files = {"data.train": "train.jsonl", "data.validation": "val.jsonl"}
     return [f"model.path={trunk}", *(f"{key}={folder / name}" for key, name in files.items())]
 
@@ -89,7 +90,7 @@ def write_inputs(folder: Path, architecture: dict[str, Any] | None = None) -> li
 def options(**given: Any) -> Namespace:
     """What submit.py's command line gives, all of it left out but this."""
     names = ("gpus", "nodes", "unfreeze", "config", "cluster", "name", "time", "image", "resume")
-    left_out = dict.fromkeys((*names, "site", "after")) | {"override": []}
+    left_out = dict.fromkeys((*names, "site", "after")) | {"override": [], "verify": False}
     assert given.keys() <= left_out.keys()
     return Namespace(**left_out | given)
 

@@ -10,6 +10,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from job.common.config import load_config
+from job.common.schema import CriticConfig
+from job.run.directory import RunDirectory
+
 _PRETRAIN = """
 out: trunk
 architecture: {dim: 32, n_layers: 4, n_heads: 4, n_future_tokens: 2}
@@ -56,6 +60,15 @@ def write_job(folder: Path, critic: Sequence[str] = (), trunk: Sequence[str] = (
 def write_recipe(file: Path, changes: Sequence[str] = ()) -> None:
     """Write the pre-training configuration of a micro trunk."""
     _write(file, _PRETRAIN, changes)
+
+
+def train_run(*overrides: str) -> RunDirectory:
+    """Train by the working folder's critic.yaml, in this process; the run that it leaves."""
+    from job.training.trainer import train
+
+    config = load_config(CriticConfig, "critic.yaml", overrides)
+    train(config)
+    return RunDirectory(config.run.dir)
 
 
 def _write(file: Path, text: str, changes: Sequence[str]) -> None:

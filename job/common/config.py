@@ -22,7 +22,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from job.common.errors import InputError, file_error, first_line, listing, quoted, short
 from job.common.possible_values import impossible_values
-from job.common.text_values import hint_at, is_text, is_utf8, text_of, with_quotes
+from job.common.text_values import (
+    hint_at,
+    is_sources,
+    is_text,
+    is_utf8,
+    sources_of,
+    text_of,
+    with_quotes,
+)
 
 Schema = TypeVar("Schema")
 _Tree = dict[str, Any]
@@ -113,6 +121,34 @@ def completed(stored: dict[str, Any], schema: type) -> dict[str, Any]:
     return whole
 
 
+def kept_from_before(stored: dict[str, Any], asked: Any) -> dict[str, Any]:
+    """What a run of an earlier version means otherwise than a configuration that says nothing else.
+
+    Args:
+        stored: the run's configuration, `completed`.
+        asked: what it is to go on with, of the same schema.
+
+    Returns:
+        By key, what was done before the key existed, where the run still does it and the default,
+        which is asked for, is something else.
+    """
+    kept: dict[str, Any] = {}
+    for f in dataclasses.fields(asked):
+        value = getattr(asked, f.name)
+        if dataclasses.is_dataclass(value):
+            inner = kept_from_before(stored.get(f.name) or {}, value)
+            kept |= {f"{f.name}.{key}": before for key, before in inner.items()}
+        elif value == f.default and stored.get(f.name) == f.metadata.get("before", value) != value:
+            kept[f.name] = f.metadata["before"]
+    return kept
+
+
+def set_key(config: Any, key: str, value: Any) -> None:
+    """Set `a.b` of a configuration."""
+    *sections, name = key.split(".")
+    setattr(functools.reduce(getattr, sections, config), name, value)
+
+
 def refuse_undecodable(arguments: Sequence[str]) -> None:
     """Raise InputError for an argument that is not UTF-8, and can stand in no file."""
     if wrong := next((one for one in arguments if not is_utf8(one)), None):
@@ -135,7 +171,11 @@ def _own_name() -> str:
 
 
 def command_line(
-    description: str, command: str | None = None, *, of_a_critic: bool = False
+    description: str,
+    command: str | None = None,
+    *,
+    of_a_critic: bool = False,
+    required: bool = True,
 ) -> argparse.ArgumentParser:
     """The options that all commands with a configuration share, or all with a trained critic."""
     parser = _Parser(
@@ -145,11 +185,13 @@ def command_line(
     )
     if of_a_critic:
         about = "a run, one of its checkpoints, or a delta"
-        parser.add_argument("--critic", required=True, type=Path, metavar="PATH", help=about)
+        parser.add_argument("--critic", required=required, type=Path, metavar="PATH", help=about)
         about = "its trunk; default: as the run was configured"
         parser.add_argument("--trunk", "--base", metavar="DIR", help=about)
     else:
-        parser.add_argument("--config", required=True, metavar="FILE", help="a YAML configuration")
+        parser.add_argument(
+            "--config", required=required, metavar="FILE", help="a YAML configuration"
+        )
     parser.add_argument(
         "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="may repeat"
     )
@@ -187,13 +229,15 @@ def _parse_override(text: str, schema: type) -> tuple[str, DictConfig]:
     try:
         if is_text(hint):
             return source, _nested(key, text_of(value))
+        if is_sources(hint) and not value.lstrip().startswith("["):
+            return source, _nested(key, sources_of(value))
         OmegaConf.from_dotlist([text])  # first as it stands, so that errors speak of that
         return source, OmegaConf.from_dotlist([f"{key}={with_quotes(value, hint)}"])
     except (OmegaConfBaseException, RecursionError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{source}: {_essence(error)}") from None
 
 
-def _nested(key: str, value: str | None) -> DictConfig:
+def _nested(key: str, value: str | float | None) -> DictConfig:
     tree: Any = value
     for part in reversed(key.split(".")):
         tree = {part: tree}

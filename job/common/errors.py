@@ -61,11 +61,12 @@ class Exit(enum.IntEnum):
 class Ending(Exception):  # noqa: N818 - most of them are no errors
     """A command's end whose message is for people and whose code is for the supervisor.
 
-    `of_all_ranks` says that every process of the job ends this way, so that none has to be told.
+    `of_all_ranks` says that every process of the job ends this way, so that none has to be told;
+    `said` that another one, on the same terminal, says so.
     """
 
     code = Exit.CRASHED
-    of_all_ranks = False
+    of_all_ranks = said = False
 
     def everywhere(self) -> Self:
         self.of_all_ranks = True
@@ -162,7 +163,7 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except Ending as ending:
         kind = "error: " if isinstance(ending, InputError | StorageError) else ""
-        _leave_saying(f"{kind}{ending}", ending.code)
+        _leave_saying("" if ending.said else f"{kind}{ending}", ending.code)
     except KeyboardInterrupt:
         _leave_saying("ended by Ctrl-C", 128 + signal.SIGINT)
     except OSError as error:
@@ -173,7 +174,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 def _leave_saying(text: str, code: int) -> NoReturn:
     with contextlib.suppress(OSError):  # the disk may be full that stderr is on
-        print(text, file=sys.stderr, flush=True)
+        print(text, end="\n" * bool(text), file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 from typing import Any
 
 from omegaconf import MISSING
 
 from job.common.errors import InputError, listing
+
+_DIGEST = re.compile(r"[0-9a-f]{32,64}(\.\w+)?")
+# What is compared by a digest, of which people need no more than that it differs.
+_CONTENTS = {
+    "base": "the weights of the trunk",
+    "tokenizer": "the vocabulary or the rules of the tokenizer",
+    "train_data": "the rows of data.train, or their fields, template or tokens,",
+    "validation_data": "the rows of data.validation, or their fields, template or tokens,",
+    "critic": "the trained weights of the critic",
+    "data": "the rows of the data, or their fields, template or tokens,",
+}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -49,7 +61,18 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """One line per key that differs between two nested configurations."""
     a, b = flatten(old), flatten(new)
     keys = [key for key in sorted(a | b) if a.get(key, "absent") != b.get(key, "absent")]
-    return [f"{key}: {a.get(key, 'absent')} -> {b.get(key, 'absent')}" for key in keys]
+    return [difference(key, a.get(key, "absent"), b.get(key, "absent")) for key in keys]
+
+
+def difference(key: str, old: object, new: object) -> str:
+    """How two values differ; of contents that only their digests stand for, that they do."""
+    if _is_digest(old) and _is_digest(new):
+        return f"{_CONTENTS.get(key, key)} differ ({str(old)[:8]} -> {str(new)[:8]})"
+    return f"{key}: {old} -> {new}"
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
 def refuse_differences(

@@ -12,12 +12,16 @@ from job.common.schema import (
     AUTO,
     CHAT,
     EMBEDDED,
+    FIELD_PRESETS,
     CriticConfig,
     DataConfig,
     Loss,
+    ObjectiveConfig,
     PretrainConfig,
     ShardingStrategy,
     Target,
+    TrainingConfig,
+    Weighting,
     is_chat_template,
 )
 from job.common.text_values import is_utf8
@@ -45,6 +49,11 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "objective.lambda_end": (0, 1),
     "objective.lambda_steps": (1, None),
     "objective.huber_delta": (1e-6, None),
+    "objective.bins": (2, 10_000),
+    "objective.sigma": (0.01, None),
+    "objective.terms.monte_carlo": (0, None),
+    "objective.terms.td": (0, None),
+    "objective.terms.pairwise": (0, None),
     "evaluation.every_steps": (1, None),
     "evaluation.max_sequences": (1, None),
     "evaluation.alarm_evaluations": (1, None),
@@ -72,7 +81,9 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "architecture.rope_theta": (1, None),
     "architecture.n_future_tokens": (1, None),
 }
-_FIELD_NAMES = ("prompt", "response", "reward", "problem_id", "truncated")
+_STAGE_RATES = (("learning_rate", 0), ("head_learning_rate", 0))
+_FIELD_NAMES = ("prompt", "response", "reward", "problem_id", "truncated", "messages", "targets")
+_OTHER_FIELDS = ("answer", "part", "preset")
 
 
 def impossible_values(config: Any) -> Iterator[str]:
@@ -96,6 +107,7 @@ def impossible_values(config: Any) -> Iterator[str]:
     betas = config.training.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"training.betas: {betas} must be two numbers in [0, 1)"
+    yield from _impossible_sources("data.train", config.data.train)
     yield from _impossible_data(config)
     if isinstance(config, CriticConfig):
         yield from _impossible_critic(config)
@@ -113,16 +125,49 @@ def _impossible_data(config: CriticConfig | PretrainConfig) -> Iterator[str]:
             f"data.max_length: {data.max_length} does not fit into "
             f"training.micro_batch_tokens: {tokens}"
         )
-    if isinstance(data.fields, str) and data.fields != "alpaca":
-        yield f"data.fields: unknown preset {data.fields!r}; the one preset is alpaca"
-    elif isinstance(data.fields, dict):
-        for key, name in data.fields.items():
-            if key not in _FIELD_NAMES:
-                yield f"data.fields.{key}: unknown field; valid: {', '.join(_FIELD_NAMES)}"
+    yield from impossible_fields(data.fields)
+
+
+def impossible_fields(fields: Any) -> Iterator[str]:
+    """What is wrong with `data.fields`."""
+    if isinstance(fields, dict):
+        valid = (*_FIELD_NAMES, *_OTHER_FIELDS)
+        for key, name in fields.items():
+            if key not in valid:
+                yield f"data.fields.{key}: unknown field; valid: {', '.join(valid)}"
             elif not isinstance(name, str):
                 yield f"data.fields.{key}: the name of a field, not {quoted(name)}"
-    elif data.fields is not None and not isinstance(data.fields, str):
-        yield f"data.fields: a mapping or the preset alpaca, not {data.fields!r}"
+        preset = fields.get("preset", FIELD_PRESETS[0])
+    else:
+        preset = FIELD_PRESETS[0] if fields is None else fields
+    if not isinstance(preset, str):
+        yield f"data.fields: a mapping or a preset ({', '.join(FIELD_PRESETS)}), not {preset!r}"
+    elif preset not in FIELD_PRESETS:
+        known = ", ".join(FIELD_PRESETS)
+        yield f"data.fields: unknown preset {preset!r}; the presets are {known}"
+
+
+def _impossible_sources(key: str, source: Any, share: str = "") -> Iterator[str]:
+    """What no file, glob, folder or list of these can be."""
+    each = source if isinstance(source, list | tuple) else [source]
+    if not each:
+        yield f"{key}: an empty list"
+    for one in each:
+        if not isinstance(one, str):
+            yield (
+                f"{key}: a file, a glob, a folder or a list of these{share}, not {quoted(one)}; "
+                f"a file of that name is ./{one}"
+            )
+        elif one is not source and (not one.strip() or "\0" in one or not is_utf8(one)):
+            yield f"{key}: {short(one)!a} is no name or path"
+        elif one == EMBEDDED and len(each) > 1:
+            yield f"{key}: {EMBEDDED} stands alone"
+
+
+def impossible_range(span: list[float] | None) -> Iterator[str]:
+    """What is wrong with `data.reward_range`."""
+    if span is not None and (len(span) != 2 or not span[0] < span[1]):
+        yield f"data.reward_range: {span} must be two numbers, the lower one first"
 
 
 def _impossible_template(data: DataConfig) -> Iterator[str]:
@@ -141,20 +186,77 @@ def _impossible_template(data: DataConfig) -> Iterator[str]:
         )
 
 
+def _impossible_terms(objective: ObjectiveConfig) -> Iterator[str]:
+    if not objective.is_joint:
+        return
+    if objective.loss is Loss.pairwise:
+        yield "objective.loss: pairwise is one of objective.terms; loss is that of values"
+    if objective.target is not Target.monte_carlo:
+        yield "objective.target: objective.terms says what the targets are; td is lambda_return"
+    if objective.ranks_only:
+        yield "objective.terms: pairwise alone is objective.loss=pairwise"
+
+
+def _impossible_histogram(config: CriticConfig) -> Iterator[str]:
+    objective = config.objective
+    if objective.loss is not Loss.hl_gauss:
+        return
+    if objective.bins <= 6 * objective.sigma + 1:
+        yield (
+            f"objective.bins: {objective.bins} leave nothing for [0, 1] beside three "
+            f"objective.sigma of {objective.sigma:g} bins on either side"
+        )
+    if config.model.keep_head:
+        yield "model.keep_head: a head of one label cannot begin objective.loss=hl_gauss"
+    if config.training.value_head.bias_init is not None:
+        yield "training.value_head.bias_init: hl_gauss has a bias for each of its bins"
+
+
+def _impossible_stages(training: TrainingConfig) -> Iterator[str]:
+    stages = training.stages
+    if not stages:
+        return
+    for i, stage in enumerate(stages):
+        for name, low in (("num_unfrozen_layers", 0), ("steps", 1), *_STAGE_RATES):
+            value = getattr(stage, name)
+            if value is not None and not low <= value < math.inf:
+                yield f"training.stages[{i}].{name}: {value} is no possible value ({low} or more)"
+    steps, last = sum(stage.steps for stage in stages), training.max_steps
+    if steps != last:
+        yield f"training.stages: {steps} steps in all, and training.max_steps is {last}"
+    most = max(stage.num_unfrozen_layers for stage in stages)
+    if most != training.num_unfrozen_layers:
+        yield (
+            f"training.num_unfrozen_layers: {training.num_unfrozen_layers}, and the most that "
+            f"training.stages unfreeze is {most}; set it to that"
+        )
+
+
 def _impossible_critic(config: CriticConfig) -> Iterator[str]:
     yield from _impossible_template(config.data)
+    yield from impossible_range(config.data.reward_range)
+    if not isinstance(config.data.validation, float):
+        share = ", or a share between 0 and 1"
+        yield from _impossible_sources("data.validation", config.data.validation, share)
+    yield from _impossible_stages(config.training)
     objective, training = config.objective, config.training
+    yield from _impossible_terms(objective)
+    yield from _impossible_histogram(config)
     if objective.loss is Loss.pairwise and objective.target is not Target.monte_carlo:
         yield "objective.target: the pairwise loss compares outcomes; use monte_carlo"
     if isinstance(training.compile, str) and training.compile != AUTO:
         yield f"training.compile: {training.compile!r} is neither true nor false nor {AUTO}"
     if training.value_head.bias_init is not None and not training.value_head.bias:
         yield "training.value_head.bias_init: with training.value_head.bias false there is no bias"
-    if objective.loss is Loss.pairwise and training.batch_size % 2:
+    if objective.ranks_only and objective.weighting is not Weighting.token:
+        yield "objective.weighting: the pairwise loss weighs pairs, one like the other; use token"
+    if objective.ranks_only and objective.balance_labels:
+        yield "objective.balance_labels: the pairwise loss has as many right ones as wrong ones"
+    if objective.ranks_only and training.batch_size % 2:
         yield f"training.batch_size: {training.batch_size} is odd; the pairwise loss takes pairs"
     tokens = training.micro_batch_tokens
     paired = isinstance(tokens, int) and 2 * config.data.max_length > tokens
-    if objective.loss is Loss.pairwise and paired:
+    if objective.all_terms.pairwise and paired:
         yield "training.micro_batch_tokens: a pair needs 2 x data.max_length"
     fsdp = config.distributed.fsdp
     if fsdp.cpu_offload and fsdp.sharding_strategy is ShardingStrategy.REPLICATE_FROZEN:
@@ -162,5 +264,8 @@ def _impossible_critic(config: CriticConfig) -> Iterator[str]:
             "distributed.fsdp.cpu_offload: REPLICATE_FROZEN keeps the frozen weights on the GPU; "
             "choose FULL_SHARD to have them in host memory"
         )
+    kept = config.checkpoint.keep_best or ""
+    if "/prompt/" in kept and not objective.trains_prompts:
+        yield f"checkpoint.keep_best: {kept} needs objective.prompt_value, and more than pairs"
     if (config.data.train == EMBEDDED) != (config.data.validation == EMBEDDED):
         yield "data.train and data.validation: both embedded or neither"

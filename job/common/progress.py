@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+ATTEMPT = "CRITIC_ATTEMPT"  # environment: the number that a supervisor has taken
 LINE_SECONDS = 10.0  # between two lines where there is no terminal
 _LINES = "job.progress"
 _PLAIN = "%(asctime)s %(levelname)s %(message)s"
@@ -36,7 +38,9 @@ def set_up_logging() -> None:
     if _on_terminal():
         from rich.logging import RichHandler
 
-        handler: logging.Handler = RichHandler(console=_console(), show_path=False)
+        handler: logging.Handler = RichHandler(
+            console=_console(), show_path=False, log_time_format="[%X]"
+        )
         handler.addFilter(lambda record: record.name != _LINES)  # the bar shows it
     else:
         handler = logging.StreamHandler(sys.stderr)
@@ -65,6 +69,20 @@ def log_file(path: Path) -> Iterator[None]:
         logger.removeHandler(handler)
         with suppress(OSError):
             handler.close()
+
+
+def has_own_terminal() -> bool:
+    """Whether no other rank writes to this stderr: a supervisor gives each of them a file."""
+    return ATTEMPT in os.environ
+
+
+def keep_in_files(error: str) -> bool:
+    """Log an error to the log files alone, for stderr has or gets it otherwise; False: to none."""
+    logger = logging.getLogger("job")
+    files = [handler for handler in logger.handlers if isinstance(handler, _LogFile)]
+    for file in files:
+        file.handle(logger.makeRecord("job", logging.ERROR, __file__, 0, error, (), None))
+    return bool(files)
 
 
 class _LogFile(WatchedFileHandler):
@@ -142,6 +160,6 @@ def _line_writer(task: str, total: int | None) -> Advance:
         last = now
         left = f", {(now - started) * (total / done - 1):.0f} s left" if total and done else ""
         of = f"/{total}" if total else ""
-        logger.info("%s %d%s%s  %s", task, done, of, left, note)
+        logger.info("%s", f"{task} {done}{of}{left}  {note}".rstrip())
 
     return advance

@@ -7,13 +7,29 @@ A key whose default is not what the code did before the key existed says that in
 from __future__ import annotations
 
 import enum
+import itertools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import MISSING
 
 EMBEDDED = "embedded"  # as data source: the chains of job.data.arithmetic
 AUTO = "auto"
+FIELD_PRESETS = (  # of data.fields, layouts that job.data.layouts reads
+    "alpaca",
+    "attempts",
+    "stepwise",
+    "math_shepherd",
+    "prm800k",
+    "processbench",
+    "preference",
+    "trl_conversational",
+    "helpsteer2",
+    "messages",
+)
+# A text that stays what was typed, or a list of such; or a number between 0 and 1.
+SOURCES = "sources"
+Sources = Annotated[Any, SOURCES]
 CHAT = "chat"  # as data.template: the tokenizer's chat template
 
 
@@ -38,6 +54,18 @@ class Loss(enum.Enum):
     huber = "huber"
     bce = "bce"
     pairwise = "pairwise"
+    hl_gauss = "hl_gauss"
+
+
+class Spread(enum.Enum):
+    none = "none"
+    next = "next"
+
+
+class Weighting(enum.Enum):
+    token = "token"
+    sequence = "sequence"
+    problem = "problem"
 
 
 class ShardingStrategy(enum.Enum):
@@ -83,9 +111,10 @@ class ArithmeticConfig:
 
 @dataclass
 class DataConfig:
-    train: str = MISSING  # file, or `embedded`
-    validation: str = MISSING
-    fields: Any = None  # {prompt: NAME, ...} or the preset `alpaca`
+    train: Sources = MISSING  # file, glob, folder, a list of these, or `embedded`
+    validation: Sources = MISSING  # the same, or which share of the training data's problems
+    fields: Any = None  # {prompt: NAME, ...}, a preset, or both: {preset: NAME, answer: NAME}
+    reward_range: list[float] | None = None  # the data's rewards for 0 and 1; default: 0 and 1
     template: str | None = None  # `chat`, a chat template, or a text with {prompt} and {response}
     max_length: int = 2048  # tokens of prompt and response together
     overlong: Overlong = Overlong.error
@@ -102,8 +131,19 @@ class ValueHeadConfig:
 
 
 @dataclass
+class StageConfig:
+    """A part of a training."""
+
+    num_unfrozen_layers: int = MISSING
+    steps: int = MISSING
+    learning_rate: float | None = None  # default: training.learning_rate
+    head_learning_rate: float | None = None  # default: training.value_head.learning_rate
+
+
+@dataclass
 class TrainingConfig:
     num_unfrozen_layers: int = 4
+    stages: list[StageConfig] = field(default_factory=list)  # in order; default: one of all steps
     max_steps: int = 1000
     batch_size: int = 16  # sequences per optimizer step, over all GPUs
     micro_batch_tokens: int | str = 8192  # per GPU; auto: the most that its memory takes
@@ -119,8 +159,29 @@ class TrainingConfig:
     threads: int | None = None  # CPU threads of one process; default: torch's own choice
     # torch.compile for each block; auto: on a GPU where there is a C compiler
     compile: bool | str = field(default="auto", metadata={"before": False})
-    deterministic: bool = False  # on a GPU: the same bits each time, more slowly
+    # on a GPU: the same bits each time; where an operation has no such form it is an error
+    deterministic: bool = field(default=True, metadata={"before": False})
     value_head: ValueHeadConfig = field(default_factory=ValueHeadConfig)
+
+    @property
+    def all_stages(self) -> list[StageConfig]:
+        """The stages, with every learning rate; one if none are given."""
+        given = self.stages or [StageConfig(self.num_unfrozen_layers, self.max_steps)]
+        rate, head = self.learning_rate, self.value_head.learning_rate
+        return [
+            StageConfig(
+                one.num_unfrozen_layers,
+                one.steps,
+                rate if one.learning_rate is None else one.learning_rate,
+                head if one.head_learning_rate is None else one.head_learning_rate,
+            )
+            for one in given
+        ]
+
+    def stage_at(self, step: int) -> int:
+        """The stage of optimizer step `step` (from 0); the last one's when all are done."""
+        ends = itertools.accumulate(one.steps for one in self.all_stages[:-1])
+        return sum(step >= end for end in ends)
 
     @property
     def token_budget(self) -> int:
@@ -130,7 +191,17 @@ class TrainingConfig:
 
 
 @dataclass
+class TermsConfig:
+    """How much each term of a joint objective counts; 0 is not at all."""
+
+    monte_carlo: float = 0.0
+    td: float = 0.0  # lambda-returns
+    pairwise: float = 0.0
+
+
+@dataclass
 class ObjectiveConfig:
+    prompt_value: bool = field(default=True, metadata={"before": False})  # V_0 too
     target: Target = Target.monte_carlo
     loss: Loss = Loss.mse
     gamma: float = 1.0
@@ -138,6 +209,41 @@ class ObjectiveConfig:
     lambda_end: float = 0.95
     lambda_steps: int = 1000
     huber_delta: float = 0.5
+    bins: int = 51  # of hl_gauss
+    sigma: float = 0.75  # of hl_gauss, in bins
+    weighting: Weighting = Weighting.token  # what weighs alike
+    balance_labels: bool = False  # right and wrong solutions weigh alike
+    spread: Spread = Spread.none  # of targets at positions: to none, or to all up to the next
+    terms: TermsConfig = field(default_factory=TermsConfig)  # default: as loss and target say
+
+    @property
+    def trains_prompts(self) -> bool:
+        """Whether the value before the first token has a target; pairs share their prompt's."""
+        return self.prompt_value and not self.ranks_only
+
+    @property
+    def head_outputs(self) -> int:
+        """Outputs of the value head."""
+        return self.bins if self.loss is Loss.hl_gauss else 1
+
+    @property
+    def is_joint(self) -> bool:
+        return self.terms != TermsConfig()
+
+    @property
+    def all_terms(self) -> TermsConfig:
+        """The terms, or the one that `loss` and `target` stand for."""
+        if self.is_joint:
+            return self.terms
+        if self.loss is Loss.pairwise:
+            return TermsConfig(pairwise=1.0)
+        by_lambda = self.target is Target.lambda_return
+        return TermsConfig(td=1.0) if by_lambda else TermsConfig(monte_carlo=1.0)
+
+    @property
+    def ranks_only(self) -> bool:
+        """Whether outputs lie on no scale of rewards: only their differences are trained."""
+        return not (self.all_terms.monte_carlo or self.all_terms.td)
 
 
 @dataclass
@@ -226,7 +332,7 @@ class ArchitectureConfig:
 
 @dataclass
 class PretrainDataConfig:
-    train: str = MISSING  # JSONL with prompt and response, or `embedded`
+    train: Sources = MISSING  # files with prompt and response, or `embedded`
     fields: Any = None
     max_length: int = 2048
     cache_dir: str = "runs/cache"

@@ -17,6 +17,8 @@ from typing import Any, cast
 import yaml
 from omegaconf import OmegaConf
 
+from job.common.schema import SOURCES
+
 _NULLS = ("", "null", "Null", "NULL", "~")  # as YAML writes them
 _NULL = "tag:yaml.org,2002:null"
 _TEXT = "tag:yaml.org,2002:str"
@@ -32,6 +34,23 @@ def is_text(hint: Any) -> bool:
     """Whether a key's type is str, or str | None."""
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     return hint is str or (union and set(typing.get_args(hint)) == {str, type(None)})
+
+
+def is_sources(hint: Any) -> bool:
+    """Whether a key takes a text, a list of texts, or a share."""
+    return SOURCES in getattr(hint, "__metadata__", ())
+
+
+def sources_of(typed: str) -> str | float | None:
+    """What a person means who types a single source: a share between 0 and 1, else a text."""
+    return float(typed) if _is_share(typed) else text_of(typed)
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 < float(text) < 1
+    except ValueError:
+        return False
 
 
 def hint_at(hint: Any, key: str) -> Any:
@@ -72,9 +91,14 @@ def _quote(node: yaml.Node, hint: Any) -> None:
         inside = typing.get_args(hint) if typing.get_origin(hint) is list else ()
         for value in node.value:
             # a list of mappings may also stand behind `<<`
-            _quote(value, inside[0] if inside else hint)
-    elif is_text(hint) and isinstance(node, yaml.ScalarNode) and _is_plain(node):
+            _quote(value, inside[0] if inside else str if is_sources(hint) else hint)
+    elif isinstance(node, yaml.ScalarNode) and _is_plain(node) and _stays(node.value, hint):
         node.tag, node.style = _TEXT, '"'
+
+
+def _stays(text: str, hint: Any) -> bool:
+    """Whether a plain value of this type is a text, whatever it looks like."""
+    return is_text(hint) or (is_sources(hint) and not _is_share(text))
 
 
 def _is_plain(node: yaml.ScalarNode) -> bool:
@@ -89,7 +113,7 @@ def _below(hint: Any, key: str) -> Any:
 
 @functools.cache
 def _hints(schema: type) -> dict[str, Any]:
-    return typing.get_type_hints(schema)
+    return typing.get_type_hints(schema, include_extras=True)
 
 
 def dump(tree: dict[str, Any]) -> str:

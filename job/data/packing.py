@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from job.common.schema import Spread
 from job.data.token_cache import TokenizedSet
+from job.data.weights import Weights
 from job.model.transformer import PackedLayout, to_device
 
 Indices = NDArray[np.int64]
@@ -22,29 +25,47 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Batch:
-    """A packed micro-batch: b sequences, t tokens, n response tokens.
+    """A packed micro-batch: b sequences, t tokens, n positions at which values are read.
 
     All but tokens and layout is on the host, where it is known without waiting for a GPU.
 
     Attributes:
         tokens: int64 [t] on the device.
         layout: where the sequences lie.
-        responses: int64 [n], positions of the response tokens in the stream.
+        positions: int64 [n], in the stream: of each sequence the last token before its response,
+            where that is valued and there is one, then the tokens of its response.
+        lengths: int64 [b], how many of them each sequence has.
         response_lengths: int64 [b].
+        weights: float32 [n], of positions in the loss.
+        weight: their sum.
         rewards: float32 [b].
         problems: uint64 [b].
         optimal: float32 [n], or None.
         pairs: int64 [p, 2], (better, worse) as positions in this batch; empty without pairs.
+        given: float32 [n], targets at positions, NaN where the reward is the target; None if it is
+            everywhere.
     """
 
     tokens: Tensor
     layout: PackedLayout
-    responses: Tensor
+    positions: Tensor
+    lengths: Tensor
     response_lengths: Tensor
+    weights: Tensor
+    weight: float
     rewards: Tensor
     problems: NDArray[np.uint64]
     optimal: NDArray[np.float32] | None
     pairs: Tensor
+    given: Tensor | None = None
+
+    @property
+    def at_prompts(self) -> Tensor:
+        """Which positions are the last before a response, bool [n]."""
+        with_prompt = self.lengths > self.response_lengths
+        found = torch.zeros_like(self.positions, dtype=torch.bool)
+        found[(self.lengths.cumsum(0) - self.lengths)[with_prompt]] = True
+        return found
 
 
 def step_units(n_units: int, per_step: int, step: int, seed: int) -> Indices:
@@ -62,6 +83,27 @@ def step_units(n_units: int, per_step: int, step: int, seed: int) -> Indices:
 @functools.lru_cache(maxsize=2)  # the epochs that one step may touch
 def _epoch_order(n_units: int, epoch: int, seed: int) -> Indices:
     return np.random.default_rng([seed, epoch]).permutation(n_units)
+
+
+def mixed_step(units: Indices, sequences: int, step: int, seed: int) -> Indices:
+    """The units of optimizer step `step` (from 0) where some are pairs and some are not.
+
+    An epoch's sequences, as its permutation of units has them, are cut after each `sequences`; a
+    pair that is cut is a sequence alone on either side.
+    """
+    parts: list[Indices] = []
+    total = np.count_nonzero(units >= 0)
+    start, stop = step * sequences, (step + 1) * sequences
+    while start < stop:
+        epoch, position = divmod(start, total)
+        laid = units[_epoch_order(len(units), epoch, seed)]
+        chosen = np.flatnonzero(laid >= 0)[position : position + stop - start]
+        part = np.full_like(laid, -1)
+        part.flat[chosen] = laid.flat[chosen]
+        part = part[(part >= 0).any(1)]
+        parts.append(np.where(part[:, :1] < 0, part[:, ::-1], part))
+        start += len(chosen)
+    return np.concatenate(parts)
 
 
 def sequence_cost(lengths: Indices, dim: int) -> NDArray[np.float64]:
@@ -108,8 +150,12 @@ class Packer:
     """Lays steps and evaluations of one data set out in micro-batches for one rank.
 
     Args:
-        units: int64 [units, 1 or 2], the sequences of each unit; two are (better, worse).
+        units: int64 [units, 1 or 2], the sequences of each unit; two are (better, worse), and
+            where -1 stands for the second it is one alone.
         budget: tokens of a micro-batch.
+        prompt_value: whether the last token before a response is valued too.
+        weights: float64 [sequences], of each position of each sequence; default: 1.
+        spread: of targets at positions.
     """
 
     def __init__(
@@ -122,11 +168,16 @@ class Packer:
         device: torch.device,
         rank: int = 0,
         world: int = 1,
+        prompt_value: bool = False,
+        weights: Weights | None = None,
+        spread: Spread = Spread.none,
     ) -> None:
         self.data, self.units, self.budget = data, units, budget
+        self.prompt_value, self.weights, self.spread = prompt_value, weights, spread
         self.device, self.rank, self.world = device, rank, world
-        self._tokens = data.lengths[units].sum(1)
-        self._costs = sequence_cost(data.lengths, dim)[units].sum(1)
+        self._lengths = data.lengths
+        self._costs = sequence_cost(self._lengths, dim)
+        self._is_mixed = bool((units < 0).any())
 
     def step(self, step: int, sequences: int, seed: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step` (from 0)."""
@@ -134,24 +185,28 @@ class Packer:
 
     def plan(self, step: int, sequences: int, seed: int) -> list[Indices]:
         """The units of each of these micro-batches."""
+        if self._is_mixed:
+            return self.split(mixed_step(self.units, sequences, step, seed))
         per_step = sequences // self.units.shape[1]
-        return self.split(step_units(len(self.units), per_step, step, seed))
+        return self.split(self.units[step_units(len(self.units), per_step, step, seed)])
 
     def size(self, units: Indices) -> tuple[int, int]:
-        """All tokens and response tokens of a micro-batch of the given units."""
-        members = self.units[units].ravel()
-        responses = self.data.lengths[members] - self.data.response_starts[members]
-        return int(self._tokens[units].sum()), int(responses.sum())
+        """All tokens and valued positions of a micro-batch of the given units."""
+        rows = units[units >= 0]
+        lengths = self._lengths[rows]
+        valued = lengths - first_valued(self.data, rows, self.prompt_value)
+        return int(lengths.sum()), int(valued.sum())
 
     @functools.cached_property
     def everything(self) -> list[Indices]:
         """This rank's micro-batches of an evaluation: over all ranks, each unit once."""
-        return self.split(np.arange(len(self.units)))
+        return self.split(self.units)
 
-    def split(self, chosen: Indices) -> list[Indices]:
+    def split(self, units: Indices) -> list[Indices]:
         """This rank's micro-batches of some units: over all ranks, each of them once."""
-        parts = distribute(self._tokens[chosen], self._costs[chosen], self.world, self.budget)
-        return [chosen[part] for part in parts[self.rank]]
+        tokens = _of_units(self._lengths, units)
+        parts = distribute(tokens, _of_units(self._costs, units), self.world, self.budget)
+        return [units[part] for part in parts[self.rank]]
 
     def assemble(self, units: Indices) -> Batch:
         """One packed micro-batch of the given units; without any, tokens that count for nothing.
@@ -160,31 +215,78 @@ class Packer:
         """
         if not len(units):
             return _filler(self.device)
-        members = self.units[units]
-        rows = members.ravel()
-        pairs = np.arange(members.size).reshape(members.shape) if members.shape[1] == 2 else None
-        return assemble(self.data, rows, pairs, self.device)
+        return assemble(
+            self.data,
+            units[units >= 0],
+            _pairs(units),
+            self.device,
+            prompt_value=self.prompt_value,
+            weights=self.weights,
+            spread=self.spread,
+        )
+
+
+def _of_units(values: NDArray[Any], units: Indices) -> NDArray[Any]:
+    """The sum of sequences' values [sequences] over each unit."""
+    found: NDArray[Any] = np.where(units >= 0, values[units], 0).sum(1)
+    return found
+
+
+def _pairs(units: Indices) -> Indices | None:
+    """Where the two of each pair lie among the sequences of these units."""
+    if units.shape[1] == 1:
+        return None
+    sizes = (units >= 0).sum(1)
+    first = (np.cumsum(sizes) - sizes)[sizes == 2]
+    return np.stack([first, first + 1], 1)
+
+
+def first_valued(data: TokenizedSet, rows: Indices, prompt_value: bool) -> Indices:
+    """The first token of each of these sequences at which a value is read.
+
+    It is the last one before the response, of the prompt or else the begin token; where there is
+    none, or it is not to be valued, the response's first.
+    """
+    return np.maximum(data.response_starts[rows] - prompt_value, 0)
 
 
 def assemble(
-    data: TokenizedSet, rows: Indices, pairs: Indices | None, device: torch.device
+    data: TokenizedSet,
+    rows: Indices,
+    pairs: Indices | None,
+    device: torch.device,
+    *,
+    prompt_value: bool = False,
+    weights: Weights | None = None,
+    spread: Spread = Spread.none,
 ) -> Batch:
     """Lay sequences `rows` of a data set end to end."""
     starts = data.offsets[rows]
     lengths = data.offsets[rows + 1] - starts
     where = _ranges(starts, lengths)
-    skipped = data.response_starts[rows]
+    skipped = first_valued(data, rows, prompt_value)
     in_stream = np.concatenate(([0], np.cumsum(lengths)[:-1]))
-    responses = _ranges(in_stream + skipped, lengths - skipped)
+    positions = _ranges(in_stream + skipped, lengths - skipped)
+    each = np.repeat(np.ones(len(rows)) if weights is None else weights[rows], lengths - skipped)
+    given = None
+    if data.targets is not None:
+        places = zip(rows, skipped, lengths, strict=True)
+        found = [data.targets.spread(row, first, n, spread) for row, first, n in places]
+        values, shares = (np.concatenate(part) for part in zip(*found, strict=True))
+        given, each = torch.from_numpy(values.astype(np.float32)), each * shares
     return Batch(
         tokens=to_device(torch.from_numpy(data.tokens[where].astype(np.int64)), device),
         layout=PackedLayout(lengths.tolist(), device),
-        responses=torch.from_numpy(responses),
-        response_lengths=torch.from_numpy(lengths - skipped),
+        positions=torch.from_numpy(positions),
+        lengths=torch.from_numpy(lengths - skipped),
+        response_lengths=torch.from_numpy(lengths - data.response_starts[rows]),
+        weights=torch.from_numpy(each.astype(np.float32)),
+        weight=float(each.sum()),
         rewards=torch.from_numpy(data.rewards[rows].astype(np.float32)),
         problems=data.problems[rows],
-        optimal=None if data.optimal is None else data.optimal[where[responses]],
+        optimal=None if data.optimal is None else data.optimal[where[positions]],
         pairs=torch.from_numpy(_no_pairs() if pairs is None else pairs),
+        given=given,
     )
 
 
@@ -194,8 +296,11 @@ def _filler(device: torch.device) -> Batch:
     return Batch(
         tokens=torch.zeros(n_tokens, dtype=torch.int64, device=device),
         layout=PackedLayout([n_tokens], device),
-        responses=none,
+        positions=none,
+        lengths=none,
         response_lengths=none,
+        weights=none.float(),
+        weight=0.0,
         rewards=none.float(),
         problems=np.empty(0, np.uint64),
         optimal=None,

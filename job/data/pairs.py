@@ -33,6 +33,12 @@ def balanced_pairs(rewards: Rewards, problems: NDArray[np.uint64], lengths: Indi
     return np.delete(pairs, widest, 0)
 
 
+def with_others(pairs: Indices, n: int) -> Indices:
+    """The pairs, and each other of n sequences alone, with -1 in place of a second: [units, 2]."""
+    alone = np.setdiff1d(np.arange(n), pairs)
+    return np.concatenate([pairs, np.stack([alone, np.full_like(alone, -1)], 1)])
+
+
 def _match(group: Indices, rewards: Rewards, lengths: Indices) -> Iterator[Pair]:
     """The pairs of one problem: the closest first, of equally close ones the first in (i, j).
 

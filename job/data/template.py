@@ -11,7 +11,7 @@ import functools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -24,7 +24,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from job.common.errors import InputError, file_error, first_line
 from job.common.schema import CHAT, is_chat_template
-from job.data.rows import BadRow, Row
+from job.data.rows import BadRow, Message, Place, Row
+from job.data.targets import CHARACTER, Target
 from job.data.tokenizer import Tokenizer
 from job.data.tokenizer_settings import NAMES
 
@@ -33,6 +34,7 @@ _MAX_LENGTH = 10_000_000  # characters of one text
 _MARK = re.compile(r"[<\[](/?)([^\s<>\[\]/]+)[>\]]")  # <think>, [THINK] and their ends
 _LAST_MARK = re.compile(_MARK.pattern + r"\s*\Z")
 _PROBE = ("1 + 1?", "2.")
+Turns = Sequence[Message]
 DAY = datetime.date(2024, 7, 26)  # Llama 3's own date where there is no clock
 
 
@@ -50,13 +52,24 @@ class Template(ABC):
 
     framed: bool
     identity: Any
+    _tokenizer: Tokenizer
+
+    def lead(self, response: str, rendered: str) -> int:
+        """How many characters `render` puts before a response's own; negative if it takes some."""
+        for core in (response, self._tokenizer.without_end(response)):
+            if (bare := core.strip()) and bare in rendered:
+                return rendered.find(bare) - core.find(bare)
+        return 0
 
     @abstractmethod
-    def render(self, prompt: str, response: str, *, truncated: bool = False) -> tuple[str, str]:
+    def render(
+        self, prompt: str, response: str, *, truncated: bool = False, turns: Turns = ()
+    ) -> tuple[str, str]:
         """What the model is given, and what it says then.
 
         Args:
             truncated: the response was cut off; nothing stands behind it.
+            turns: those of a conversation, in place of the prompt.
 
         Raises:
             TemplateError: the template cannot do that, or drops something.
@@ -74,7 +87,14 @@ class PlainTemplate(Template):
         self.before, _, rest = text.partition("{prompt}")
         self.between, _, self.after = rest.partition("{response}")
 
-    def render(self, prompt: str, response: str, *, truncated: bool = False) -> tuple[str, str]:
+    def render(
+        self, prompt: str, response: str, *, truncated: bool = False, turns: Turns = ()
+    ) -> tuple[str, str]:
+        if turns:
+            raise TemplateError(
+                f"the prompt is a conversation of {len(turns)} turn(s), not one question; "
+                "data.template=chat, or another chat template, makes a text of it"
+            )
         said = self._tokenizer.without_end(response)
         after = "" if truncated else self.after
         return self.before + prompt + self.between, said + after
@@ -109,16 +129,18 @@ class ChatTemplate(Template):
             raise InputError(f"{source}: line {error.lineno}: {error.message}") from None
         except Exception as error:  # what a broken template raises is anybody's guess
             raise InputError(f"{source}: {first_line(error)}") from None
-        _, answer = self._parts(*_PROBE)
+        _, answer = self._parts((Message("user", _PROBE[0]),), _PROBE[1])
         self._after = answer.rpartition(_PROBE[1])[2]
         self.end = self._end_of(self._after)
         self.blanks = self._after[len(self._after.rstrip()) :] if self.end else ""
 
-    def render(self, prompt: str, response: str, *, truncated: bool = False) -> tuple[str, str]:
+    def render(
+        self, prompt: str, response: str, *, truncated: bool = False, turns: Turns = ()
+    ) -> tuple[str, str]:
         said = self._without_end(response)
         if said != response and not self.end and not truncated:
             said += self._tokenizer.end_text  # which the template does not write
-        asked, answer = self._parts(prompt, said)
+        asked, answer = self._parts(turns or (Message("user", prompt),), said)
         lead, core, after = self._split(answer, said)
         if _is_open_thought(asked, lead, core):
             lead = ""
@@ -148,24 +170,26 @@ class ChatTemplate(Template):
         """The special token that a text ends with, but for blanks."""
         return next((end for end in self._ends if text.rstrip().endswith(end)), "")
 
-    def _parts(self, prompt: str, response: str) -> tuple[str, str]:
+    def _parts(self, turns: Turns, response: str) -> tuple[str, str]:
         """The text that asks for an answer, and what the answer adds to it."""
-        asked = self._run(_messages(prompt), add_generation_prompt=True)
-        whole = self.whole(prompt, response)
+        asked = self._run(turns, add_generation_prompt=True)
+        whole = self._run((*turns, Message("assistant", response)), add_generation_prompt=False)
         if not whole.startswith(asked):
             self._fail(
                 "the text with an answer does not begin with the text that asks for one; "
                 "where the response begins is unknown"
             )
-        if prompt.strip() not in asked:
+        if turns[-1].content.strip() not in asked:
             self._fail("it changes the prompt or leaves it out")
         return asked, whole[len(asked) :]
 
     def whole(self, prompt: str, response: str) -> str:
         """What the template makes of a chat."""
-        return self._run(_messages(prompt, response), add_generation_prompt=False)
+        turns = (Message("user", prompt), Message("assistant", response))
+        return self._run(turns, add_generation_prompt=False)
 
-    def _run(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _run(self, turns: Turns, add_generation_prompt: bool) -> str:
+        messages = [turn._asdict() for turn in turns]
         given = {"tools": None, "documents": None, "range": _bounded_range()} | self._variables
         parts, length = [], 0
         try:
@@ -203,13 +227,6 @@ def load_template(template: str | None, tokenizer: Tokenizer) -> PlainTemplate |
     return found
 
 
-def _messages(*texts: str) -> list[dict[str, str]]:
-    return [
-        {"role": role, "content": text}
-        for role, text in zip(("user", "assistant"), texts, strict=False)
-    ]
-
-
 def _is_open_thought(asked: str, lead: str, said: str) -> bool:
     """Whether `lead` closes a thought that goes on in what was said.
 
@@ -229,19 +246,29 @@ def _left_open(text: str) -> set[str]:
 
 
 def render_rows(
-    rows: Iterable[tuple[int, Row | BadRow]], template: Template, file: str
-) -> Iterator[tuple[int, Row | BadRow]]:
+    rows: Iterable[tuple[Place, Row | BadRow]], template: Template
+) -> Iterator[tuple[Place, Row | BadRow]]:
     """The rows with the template's texts for prompt and response, bad where it has none."""
-    for line, row in rows:
+    for place, row in rows:
         if isinstance(row, BadRow):
-            yield line, row
+            yield place, row
             continue
         try:
-            prompt, response = template.render(row.prompt, row.response, truncated=row.truncated)
+            prompt, response = template.render(
+                row.prompt, row.response, truncated=row.truncated, turns=row.messages
+            )
         except TemplateError as error:
-            yield line, BadRow(file, line, str(error))
+            yield place, BadRow(*place, str(error))
         else:
-            yield line, replace(row, prompt=prompt, response=response)
+            lead = template.lead(row.response, response)
+            targets = tuple(_moved(one, lead) for one in row.targets)
+            yield place, replace(row, prompt=prompt, response=response, lead=lead, targets=targets)
+
+
+def _moved(target: Target, lead: int) -> Target:
+    """A target where the template has put what stands before the response's own text."""
+    moves = target.unit == CHARACTER and target.at > 0
+    return target._replace(at=max(0, target.at + lead)) if moves else target
 
 
 def _chat_source(tokenizer: Tokenizer) -> tuple[str, str]:

@@ -12,14 +12,15 @@ import json
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from job.common.data_file import check_readable
+from job.common.data_file import Source as Files
+from job.common.data_file import check_readable, data_files, described
 from job.common.derived import find_or_make, remove
 from job.common.errors import InputError, file_error, listing
 from job.common.progress import progress
@@ -33,12 +34,16 @@ from job.common.schema import (
 )
 from job.common.signals import stop_if_asked
 from job.data import arithmetic
-from job.data.rows import BadRow, Rewards, Row, read_rows
+from job.data.rows import BadRow, Place, Rewards, Row, read_source
+from job.data.stored_targets import Targets
+from job.data.targets import TargetError, by_token
 from job.data.template import Template, load_template, render_rows
 from job.data.tokenizer import Encoded, Tokenizer
 
 FORMAT = 5  # part of the key: raise it when the stored form changes
 _READING = 2  # raise it when some rows become other tokens; runs go on all the same
+_READING_EMBEDDED = 3  # the same for the embedded data
+_NO_TARGETS: dict[int, tuple[float, float]] = {}  # of most rows, once
 _BATCH = 1024  # examples tokenised together
 _ODD_LABELS = "odd_labels.jsonl"
 _DAMAGE = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # as numpy names it
@@ -53,8 +58,12 @@ class TokenizedSet:
         response_starts: int64 [n], counted from the example's first token.
         rewards: float64 [n]; NaN where a row that is to be scored has none.
         problems: uint64 [n], equal for solutions of one problem.
-        optimal: float32 [all tokens], the best value after each token; None where unknown.
+        optimal: float32 [all tokens], the best value after each token from the last of the prompt
+            on; None where unknown.
+        targets: those at positions; None where no example has any.
         lines: int64 [n], where each example stands in its file, counted from 1.
+        ends: int32 [all tokens] of a set that is to be scored: how many characters of a response
+            are read after each of its tokens; elsewhere None.
         folder: where all this is stored, with bad_rows.jsonl.
         n_skipped: rows left out.
     """
@@ -68,8 +77,11 @@ class TokenizedSet:
             self.rewards: NDArray[np.float64] = index["rewards"]
             self.problems: NDArray[np.uint64] = index["problems"]
             self.lines: NDArray[np.int64] = index["lines"]
+        self.targets = Targets.read(folder)
         optimal = folder / "optimal.bin"
         self.optimal = np.memmap(optimal, np.float32, "r") if optimal.exists() else None
+        ends = folder / "ends.bin"
+        self.ends = np.memmap(ends, np.int32, "r") if ends.exists() else None
         self.n_skipped = (folder / "bad_rows.jsonl").read_bytes().count(b"\n")
 
     def __len__(self) -> int:
@@ -117,7 +129,9 @@ class Source:
 
     name: str
     origin: dict[str, Any]
-    rows: Iterator[tuple[int, Row | BadRow]]
+    rows: Iterator[tuple[Place, Row | BadRow]]
+    reading: int = _READING
+    scored: bool = False  # whether where tokens end is kept
 
 
 def load_split(
@@ -126,6 +140,7 @@ def load_split(
     tokenizer: Tokenizer,
     *,
     verify: bool = False,
+    seed: int = 0,
 ) -> TokenizedSet:
     """The tokenised `train` or `validation` set, from the cache or built now.
 
@@ -134,33 +149,38 @@ def load_split(
 
     Args:
         verify: look at all of a cached set, not only at samples.
+        seed: which problems are held out, where `validation` is a share.
 
     Raises:
         InputError: bad rows (counted, the first ten shown), no usable row at all, or no template
             that works.
     """
     labelled = isinstance(data, DataConfig)
-    path = str(getattr(data, split))
-    if path == EMBEDDED:
+    files = getattr(data, split)
+    if files == EMBEDDED:
         source = _embedded(data.arithmetic, split, labelled)
     else:
-        source = _file(path, data.fields, labelled)
+        share = data.validation if isinstance(data, DataConfig) else None
+        if isinstance(share, float):
+            source = _part(_files(data.train, data, labelled), share, seed, split)
+        else:
+            source = _files(files, data, labelled)
     return _find_or_write(source, data, tokenizer, verify)
 
 
 def load_to_score(
-    data: DataConfig, path: str, tokenizer: Tokenizer, *, verify: bool = False
+    data: DataConfig, files: Files, tokenizer: Tokenizer, *, verify: bool = False
 ) -> TokenizedSet:
-    """The tokenised form of any file in the training format, rewards optional; or of `embedded`.
+    """The tokenised form of any data in the training format, rewards optional; or of `embedded`.
 
     Raises:
         InputError: bad rows, unless they are skipped; no usable row; no template that works.
     """
-    if path == EMBEDDED:
+    if files == EMBEDDED:
         source = _embedded(data.arithmetic, "validation", labelled=True)
     else:
-        source = _file(path, data.fields, "optional")
-    return _find_or_write(source, data, tokenizer, verify)
+        source = _files(files, data, "optional")
+    return _find_or_write(replace(source, scored=True), data, tokenizer, verify)
 
 
 def _find_or_write(
@@ -174,9 +194,10 @@ def _find_or_write(
         "tokenizer": tokenizer.fingerprint,
         "template": template.identity,
         "policy": {k: getattr(v, "name", v) for k, v in asdict(policy).items()},
+        **({"ends": True} if source.scored else {}),
     }
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
-    folder = Path(data.cache_dir) / f"{digest}.{_READING}"
+    folder = Path(data.cache_dir) / f"{digest}.{source.reading}"
 
     def write(scratch: Path) -> None:
         _write(scratch, source, template, tokenizer, policy)
@@ -224,32 +245,68 @@ def _embedded(config: ArithmeticConfig, split: str, labelled: bool) -> Source:
         "seed": config.seed,
         "held_out": split == "validation",
     }
+    name = f"embedded {split} data"
     drawn = arithmetic.chains(count, **settings)  # type: ignore[arg-type]
     rows = (
-        (line, Row(c.prompt, c.response, c.reward, c.prompt, c.optimal))
+        # the response's first character is the problem's own: what is best after it is so before
+        (
+            Place(name, line),
+            Row(c.prompt, c.response, c.reward, c.prompt, (c.optimal[0], *c.optimal)),
+        )
         for line, c in enumerate(drawn, 1)
     )
-    return Source(f"embedded {split} data", {"embedded": settings, "count": count}, rows)
+    return Source(name, {"embedded": settings, "count": count}, rows, _READING_EMBEDDED)
 
 
-def _file(path: str, fields: Any, labelled: Rewards) -> Source:
-    check_readable(path)
-    with Path(path).open("rb") as stream:
-        content = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    origin = {"content": content, "kind": Path(path).suffix, "fields": fields, "labelled": labelled}
-    return Source(path, origin, read_rows(path, fields, rewards=labelled))
+def _files(files: Files, data: DataConfig | PretrainDataConfig, labelled: Rewards) -> Source:
+    """Files that are read one after the other; a single one counts as itself, however named."""
+    check_readable(files)
+    content = [{"content": _digest(file), "kind": file.suffix} for file in data_files(files)]
+    origin: dict[str, Any] = {**content[0]} if len(content) == 1 else {"files": content}
+    origin |= {"fields": data.fields, "labelled": labelled}
+    span = data.reward_range if isinstance(data, DataConfig) else None
+    if span is not None:
+        origin["reward_range"] = span
+    rows = read_source(files, data.fields, rewards=labelled, reward_range=span)
+    return Source(described(files), origin, rows)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _part(source: Source, share: float, seed: int, split: str) -> Source:
+    """The rows of the problems that are held out, or of the others.
+
+    Each problem's own text decides, so that rows which come later change nothing for those before.
+    """
+    held_out = split == "validation"
+    rows = (
+        (place, row)
+        for place, row in source.rows
+        if (not held_out if isinstance(row, BadRow) else _is_held_out(row, share, seed) == held_out)
+    )
+    name = f"{source.name} ({split}: {share if held_out else 1 - share:g} of its problems)"
+    return Source(name, source.origin | {"share": [share, seed, split]}, rows)
+
+
+def _is_held_out(row: Row, share: float, seed: int) -> bool:
+    key = f"{seed}:{row.problem_id}".encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(key, digest_size=8).digest()
+    return int.from_bytes(digest, "little") < share * 2**64
 
 
 def _write(
     scratch: Path, source: Source, template: Template, tokenizer: Tokenizer, policy: _Policy
 ) -> None:
     """Tokenise a source into a folder, or raise InputError."""
-    writer = _SetWriter(scratch, framed=template.framed)
-    rows = render_rows(source.rows, template, source.name)
+    writer = _SetWriter(scratch, framed=template.framed, scored=source.scored)
+    rows = render_rows(source.rows, template)
     with writer, progress(f"tokenising {source.name}") as advance:
         for chunk in _chunks(rows):
             stop_if_asked()
-            writer.add(source.name, chunk, tokenizer, policy)
+            writer.add(chunk, tokenizer, policy)
             advance(writer.n_seen, f"{len(writer.bad)} bad" if writer.bad else "")
     refused = writer.refused
     if refused:
@@ -262,9 +319,10 @@ def _write(
     writer.finish()
 
 
-def _chunks(
-    rows: Iterable[tuple[int, Row | BadRow]],
-) -> Iterator[list[tuple[int, Row | BadRow]]]:
+_Placed = tuple[Place, Row | BadRow]
+
+
+def _chunks(rows: Iterable[_Placed]) -> Iterator[list[_Placed]]:
     iterator = iter(rows)
     while chunk := list(itertools.islice(iterator, _BATCH)):
         yield chunk
@@ -273,9 +331,9 @@ def _chunks(
 class _SetWriter:
     """Appends tokenised examples to the files of a set; only the index stays in memory."""
 
-    def __init__(self, folder: Path, *, framed: bool) -> None:
+    def __init__(self, folder: Path, *, framed: bool, scored: bool = False) -> None:
         self.folder = folder
-        self.framed = framed
+        self.framed, self.scored = framed, scored
         self.n_seen = 0
         self.bad: list[BadRow] = []
         self.refused: list[BadRow] = []  # those of `bad` that the policy does not skip
@@ -285,62 +343,69 @@ class _SetWriter:
         self.rewards: list[float] = []
         self.problems: list[int] = []
         self.lines: list[int] = []
+        self.targets: list[dict[int, tuple[float, float]]] = []
         self._tokens: BinaryIO = (folder / "tokens.bin").open("wb")
         self._optimal: BinaryIO | None = None
+        self._ends: BinaryIO | None = (folder / "ends.bin").open("wb") if scored else None
 
     def __enter__(self) -> _SetWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tokens.close()
-        if self._optimal is not None:
-            self._optimal.close()
+        for file in (self._tokens, self._optimal, self._ends):
+            if file is not None:
+                file.close()
 
-    def add(
-        self,
-        name: str,
-        chunk: list[tuple[int, Row | BadRow]],
-        tokenizer: Tokenizer,
-        policy: _Policy,
-    ) -> None:
-        self.n_seen += len(chunk)
+    def add(self, chunk: list[_Placed], tokenizer: Tokenizer, policy: _Policy) -> None:
         good = [row for _, row in chunk if isinstance(row, Row)]
         texts = [(row.prompt, row.response) for row in good]
         ended = [not row.truncated for row in good]
         encoded = iter(tokenizer.encode(texts, framed=self.framed, ended=ended))
-        for line, row in chunk:
+        for place, row in chunk:
+            self.n_seen += 1
             if isinstance(row, BadRow):
                 self._leave_out(row, skip=policy.bad_rows is BadRows.skip)
             else:
-                self._add_one(BadRow(name, line, ""), row, next(encoded), tokenizer, policy)
+                self._add_one(place, row, next(encoded), tokenizer, policy)
 
     def _add_one(
-        self, place: BadRow, row: Row, tokens: Encoded, tokenizer: Tokenizer, policy: _Policy
+        self, place: Place, row: Row, tokens: Encoded, tokenizer: Tokenizer, policy: _Policy
     ) -> None:
         if tokens.response_start == len(tokens.ids):  # all its characters unknown, and no end token
             reason = "the response has no token in this vocabulary"
             skip = policy.bad_rows is BadRows.skip
-            self._leave_out(BadRow(place.file, place.line, reason), skip=skip)
+            self._leave_out(BadRow(*place, reason), skip=skip)
             return
         fitted = _fit(tokens, tokenizer, policy)
         if fitted is None:
             reason = f"{len(tokens.ids)} tokens, more than data.max_length {policy.max_length}"
             skip = policy.overlong is Overlong.skip or policy.bad_rows is BadRows.skip
-            self._leave_out(BadRow(place.file, place.line, reason), skip=skip)
+            self._leave_out(BadRow(*place, reason), skip=skip)
             return
+        try:
+            targets = by_token(row.targets, row.prompt, fitted.ends, fitted.response_start)
+        except TargetError as error:
+            skip = policy.bad_rows is BadRows.skip
+            self._leave_out(BadRow(*place, str(error)), skip=skip)
+            return
+        self.targets.append(targets or _NO_TARGETS)
         self._tokens.write(np.asarray(fitted.ids, np.uint32).tobytes())
         if row.optimal is not None:
             self._write_optimal(row, fitted)
+        if self._ends is not None:
+            read = np.asarray(fitted.ends) - len(row.prompt) - row.lead
+            self._ends.write(read.astype(np.int32).tobytes())
         self.lengths.append(len(fitted.ids))
         self.starts.append(fitted.response_start)
         self.rewards.append(row.reward)
         if row.odd_label is not None:
-            self.odd.append(BadRow(place.file, place.line, row.odd_label))
+            self.odd.append(BadRow(*place, row.odd_label))
         self.lines.append(place.line)
         key = hashlib.blake2b(row.problem_id.encode("utf-8", "surrogatepass"), digest_size=8)
         self.problems.append(int.from_bytes(key.digest(), "little"))
 
     def _leave_out(self, row: BadRow, *, skip: bool) -> None:
+        row = replace(row, row=self.n_seen)
         self.bad.append(row)
         if not skip:
             self.refused.append(row)
@@ -349,8 +414,8 @@ class _SetWriter:
         assert row.optimal is not None
         if self._optimal is None:
             self._optimal = (self.folder / "optimal.bin").open("wb")
-        last = np.asarray(tokens.ends) - len(row.prompt) - 1  # last response character read
-        values = np.where(last >= 0, np.asarray(row.optimal)[np.maximum(last, 0)], np.nan)
+        read = np.asarray(tokens.ends) - len(row.prompt)  # characters of the response
+        values = np.where(read >= 0, np.asarray(row.optimal)[np.maximum(read, 0)], np.nan)
         self._optimal.write(values.astype(np.float32).tobytes())
 
     def finish(self) -> None:
@@ -362,6 +427,8 @@ class _SetWriter:
             problems=np.asarray(self.problems, np.uint64),
             lines=np.asarray(self.lines, np.int64),
         )
+        if any(self.targets):
+            Targets.of(self.targets).write(self.folder)
         self._list("bad_rows.jsonl", self.bad)
         if self.odd:
             self._list(_ODD_LABELS, self.odd)

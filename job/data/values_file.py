@@ -7,12 +7,15 @@
 
 A row for each row of the data, in its order, those that were left out among them:
 
-    line         where it stands in the data file, counted from 1
-    values       the value after each token of the response, null for a row that was left out
-    final_value  the last of them
-    tokens       the response's tokens
-    reward       null without a label
-    error        why it was left out, else null
+    line          where it stands in the data file, counted from 1
+    prompt_value  the value after the last token before the response; null without such a token
+    values        the value after each token of the response, null for a row that was left out
+    final_value   the last of them
+    tokens        the response's tokens
+    reward        null without a label
+    problem       the same text for solutions of one problem
+    ends          how many characters of the response are read after each of its tokens
+    error         why it was left out, else null
 """
 
 from __future__ import annotations
@@ -27,7 +30,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from job.common.errors import InputError, file_error
 from job.common.files import lock_file, named, put_in_place, write_atomic
@@ -35,9 +37,8 @@ from job.common.nested import refuse_differences
 from job.common.state_files import name_unreadable, read_json
 from job.data.rows import BadRow
 from job.data.token_cache import TokenizedSet
-from job.data.values_text import PARQUET, read_values, write_rows
+from job.data.values_text import PARQUET, Values, read_values, write_rows
 
-Values = NDArray[np.float32]
 _PART = re.compile("([0-9]{12})-([0-9]{12})[.]parquet")
 _PLAN = b"critic-job"  # key of the plan in the file's metadata
 _AT_ONCE = 1024  # rows that are read together
@@ -54,6 +55,7 @@ class ValuesFile:
         self.path, self._data, self._plan = path, data, plan
         self._parts = path.with_name(f"{path.name}.parts")
         self._bad = list(data.bad_rows())
+        self._numbers = _numbers(len(data), self._bad)
 
     @contextmanager
     def claimed(self) -> Iterator[int]:
@@ -164,8 +166,9 @@ class ValuesFile:
                 yield some
             return
         with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False) as file:
-            for batch in file.iter_batches(_AT_ONCE, columns=["values"]):
-                yield [row.values.to_numpy() for row in batch.column(0) if row.is_valid]
+            for batch in file.iter_batches(_AT_ONCE, columns=["values", "prompt_value"]):
+                rows = zip(batch["values"], batch["prompt_value"], strict=True)
+                yield [Values(v.values.to_numpy(), p.as_py()) for v, p in rows if v.is_valid]
 
     def _written(self) -> list[tuple[Path, int]]:
         """The parts that follow each other from the first on, and where each of them ends.
@@ -183,20 +186,20 @@ class ValuesFile:
     def _table(self, start: int, stop: int, values: Sequence[Values]) -> Any:
         import pyarrow as pa
 
-        rows = sorted(
-            itertools.chain(
-                (self._row(i, v) for i, v in zip(range(start, stop), values, strict=True)),
-                (_left_out(bad) for bad in self._bad_between(start, stop)),
-            ),
-            key=lambda row: row["line"],
-        )
+        good = zip(range(start, stop), values, strict=True)
+        numbered = {self._numbers[i]: self._row(i, v) for i, v in good}
+        numbered |= {bad.row: _left_out(bad) for bad in self._bad_between(start, stop)}
+        rows = [numbered[number] for number in sorted(numbered)]
         schema = pa.schema(
             [
                 ("line", pa.int64()),
+                ("prompt_value", pa.float32()),
                 ("values", pa.list_(pa.float32())),
                 ("final_value", pa.float32()),
                 ("tokens", pa.list_(pa.uint32())),
                 ("reward", pa.float64()),
+                ("problem", pa.string()),
+                ("ends", pa.list_(pa.int32())),
                 ("error", pa.string()),
             ]
         )
@@ -204,23 +207,34 @@ class ValuesFile:
 
     def _row(self, index: int, values: Values) -> dict[str, Any]:
         data = self._data
-        first = data.offsets[index] + data.response_starts[index]
+        own = slice(data.offsets[index] + data.response_starts[index], data.offsets[index + 1])
         reward = data.rewards[index]
+        assert data.ends is not None, "a set that is scored has them"
         return {
             "line": int(data.lines[index]),
-            "values": values,
-            "final_value": values[-1],
-            "tokens": np.asarray(data.tokens[first : data.offsets[index + 1]]),
+            "prompt_value": values.prompt,
+            "values": values.tokens,
+            "final_value": values.tokens[-1],
+            "tokens": np.asarray(data.tokens[own]),
             "reward": None if np.isnan(reward) else float(reward),
+            "problem": f"{data.problems[index]:016x}",
+            "ends": np.asarray(data.ends[own]),
             "error": None,
         }
 
     def _bad_between(self, start: int, stop: int) -> Iterator[BadRow]:
         """Rows left out since the part before; the last part has the rest."""
-        lines = self._data.lines
-        after = lines[start - 1] if start else 0
-        until = lines[stop - 1] if stop < len(lines) else np.inf
-        return (bad for bad in self._bad if after < bad.line < until)
+        numbers = self._numbers
+        after = numbers[start - 1] if start else 0
+        until = numbers[stop - 1] if stop < len(numbers) else np.inf
+        return (bad for bad in self._bad if after < bad.row < until)
+
+
+def _numbers(good: int, bad: list[BadRow]) -> list[int]:
+    """The number among all rows of each that is good."""
+    left_out = {row.row for row in bad}
+    every = (number for number in itertools.count(1) if number not in left_out)
+    return list(itertools.islice(every, good))
 
 
 def _left_out(bad: BadRow) -> dict[str, Any]:

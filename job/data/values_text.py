@@ -8,19 +8,47 @@ import io
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from job.common.errors import InputError
+from job.common.errors import InputError, file_error
 
 PARQUET = ".parquet"
 _JSON, _CSV = (".jsonl", ".jsonl.gz"), ".csv"
 SUFFIXES = (PARQUET, *_JSON, _CSV)
-_LISTS = ("values", "tokens")
+_TEXTS = ("problem", "error")
+_LISTS = ("values", "tokens", "ends")
+_AT_ONCE = 1024
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Values:
+    """Values of one sequence of T response tokens.
+
+    Attributes:
+        tokens: float32 [T], the value after each of them.
+        prompt: the value after the last token before them; None where there is none.
+    """
+
+    tokens: NDArray[np.float32]
+    prompt: float | None
+
+    @classmethod
+    def of(cls, values: NDArray[np.float32], response_length: int) -> Values:
+        """From values in the order of a batch's positions."""
+        prompt = float(values[0]) if len(values) > response_length else None
+        return cls(values[len(values) - response_length :], prompt)
+
+    @property
+    def in_order(self) -> NDArray[np.float32]:
+        """As `of` takes them."""
+        before = np.asarray([] if self.prompt is None else [self.prompt], np.float32)
+        return np.concatenate([before, self.tokens])
 
 
 def check_suffix(path: Path) -> None:
@@ -44,26 +72,62 @@ def write_rows(path: Path, stream: BinaryIO, names: list[str], rows: Iterable[Ro
             table.writerow(row | lists)
 
 
-def read_values(path: Path) -> Iterator[NDArray[np.float32]]:
+def read_values(path: Path) -> Iterator[Values]:
     """The values of each row that has any, in order."""
+    for row in _text_rows(path):
+        if row["values"]:
+            prompt = row.get("prompt_value")  # files of 0.1.0 have none
+            yield Values(
+                np.asarray(row["values"], np.float32), None if prompt is None else float(prompt)
+            )
+
+
+def stored_rows(path: Path) -> Iterator[Row]:
+    """The rows of a finished file of values, of any kind.
+
+    Raises:
+        InputError: there is none, or it is no file of values.
+    """
+    check_suffix(path)
+    try:
+        for row in _parquet_rows(path) if path.suffix == PARQUET else _text_rows(path):
+            if "line" not in row or "values" not in row:
+                raise InputError(f"{path}: no file of values; job.score writes such")
+            yield row
+    except (OSError, ValueError) as error:  # pyarrow's errors are among them
+        raise file_error(error, f"{path}: cannot read the values: {error}") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+        for batch in file.iter_batches(_AT_ONCE):
+            yield from batch.to_pylist()
+
+
+def _text_rows(path: Path) -> Iterator[Row]:
     with _opened(path) as text:
-        rows: Iterable[Row] = (
-            csv.DictReader(text) if path.name.endswith(_CSV) else map(json.loads, text)
-        )
-        for row in rows:
-            values = row["values"]
-            if values:
-                found = json.loads(values) if isinstance(values, str) else values
-                yield np.asarray(found, np.float32)
+        if not path.name.endswith(_CSV):
+            yield from map(json.loads, text)
+            return
+        for row in csv.DictReader(text):
+            yield {name: _from_csv(name, value) for name, value in row.items()}
+
+
+def _from_csv(name: str, cell: str) -> Any:
+    """A cell's text, or its list or number; none where it is empty."""
+    return cell if name in _TEXTS else json.loads(cell) if cell else None
 
 
 def _plain(row: Row) -> Row:
     """A row for JSON, its float32 in no more digits than tell them apart."""
-    values, final = row["values"], row["final_value"]
-    return row | {
-        "values": None if values is None else [_shortest(value) for value in values],
-        "final_value": None if final is None else _shortest(final),
+    single = {
+        name: None if row[name] is None else _shortest(row[name])
+        for name in ("prompt_value", "final_value")
     }
+    values = row["values"]
+    return row | single | {"values": values and [_shortest(value) for value in values]}
 
 
 def _shortest(value: float) -> float:

@@ -19,10 +19,12 @@ from typing import IO
 
 from job.common.errors import Exit, NoProgress, exit_code, first_line
 from job.common.files import try_for
+from job.common.progress import has_own_terminal, keep_in_files
 
 GRACE_SECONDS = 1.0  # a cause and its consequences arrive within this
 CAUSE_SECONDS = 30.0  # how long a failed rank waits to learn who failed first
 LAST_WORDS_SECONDS = 5.0  # for status and logs, on a file system that may hang
+_DEATH = "it died without a word"
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
 _log = logging.getLogger(__name__)
 
@@ -35,6 +37,14 @@ class Failure:
     error: str
     code: int
     consequence: bool
+
+    @classmethod
+    def death(cls, rank: int) -> Failure:
+        return cls(rank, _DEATH, Exit.CRASHED, consequence=False)
+
+    @property
+    def died(self) -> bool:
+        return self.error == _DEATH
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:
@@ -90,11 +100,20 @@ class Lifeline:
         if not self._failing:
             self._leave_unless_first(cause)
 
+    def _say(self, cause: Failure) -> None:
+        """Name the first cause: in the log, and on a terminal of all ranks once.
+
+        There the rank that failed says itself what happened, and for one that died another does.
+        """
+        speaks = cause.died and self.rank == (1 if cause.rank == 0 else 0)
+        if speaks or has_own_terminal() or not keep_in_files(str(cause)):
+            _log.error("%s", cause)
+
     def _leave_unless_first(self, cause: Failure) -> None:
         if cause.rank == self.rank:
             return
         with self._leaving:
-            _log.error("%s", cause)
+            self._say(cause)
             try_for(LAST_WORDS_SECONDS, lambda: self.on_failure(str(cause)))
             try_for(LAST_WORDS_SECONDS, logging.shutdown)
             os._exit(cause.code)
@@ -141,7 +160,7 @@ class Listener(Lifeline):
             else:
                 self._failures.put(line)
         if not self._closed:
-            self._failures.put(Failure(rank, "it died without a word", Exit.CRASHED, False))
+            self._failures.put(Failure.death(rank))
 
     def _judge(self) -> None:
         heard = [self._failures.get()]
@@ -181,7 +200,7 @@ class Caller(Lifeline):
                 return
         threading.Event().wait(GRACE_SECONDS)  # this rank may be about to leave in order as well
         if not self._closed:
-            self._decide(Failure(0, "it died without a word", Exit.CRASHED, False))
+            self._decide(Failure.death(0))
 
 
 def _thread(work: Callable[..., None], *arguments: object) -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 
 from job.common.errors import Ending, UnfitNode, first_line, listing
+from job.common.progress import has_own_terminal
 from job.common.schema import DistributedConfig
 from job.distributed.failure import Lifeline
 from job.distributed.rendezvous import (
@@ -128,6 +129,8 @@ def joined_world(config: DistributedConfig) -> Iterator[World]:
         yield world
     except BaseException as error:
         world.report_failure(error)
+        if isinstance(error, Ending) and error.of_all_ranks:
+            error.said = not (world.is_main or has_own_terminal())
         if world.size == 1 or (isinstance(error, Ending) and error.of_all_ranks):
             _part(world)  # else collectives may be under way, and taking them down would hang
         raise

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from job.common.errors import InputError
-from job.data.rows import alpaca_prompt
+from job.data.layouts import alpaca_prompt, preset_of
 from job.data.template import (
     DAY,
     ChatTemplate,
@@ -43,7 +43,7 @@ class ReadText:
 
     def __init__(self, template: str | None, fields: object, tokenizer: Tokenizer) -> None:
         self._form: Form = load_template(template, tokenizer)
-        self._alpaca = fields == "alpaca"
+        self._alpaca = preset_of(fields) == "alpaca"
         self._tokenizer = tokenizer
 
     def shown(self) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from job.common.errors import InputError, file_error
@@ -28,9 +29,10 @@ from job.export.whole_critic import (
     write_hugging_face,
     write_meta,
 )
-from job.model.weights import save_tensors
+from job.model.safetensors_file import save_tensors
 from job.run.manifest import FACTS, FileSum, Manifest
 from job.run.trained import TENSORS, TrainedCritic
+from job.training.histogram import Histogram
 
 HEAD = "value_head.safetensors"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -46,6 +48,7 @@ def export(trained: TrainedCritic, form: str, out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: there already; choose another --out, or remove it")
+    _refuse_bins(trained, form)
     trained.check()
     source = trained.config.tokenizer.path or trained.config.model.path
     tokenizer = load_tokenizer(source)
@@ -63,10 +66,27 @@ def export(trained: TrainedCritic, form: str, out: Path) -> None:
         _log.warning("%s", note)
 
 
+def _refuse_bins(trained: TrainedCritic, form: str) -> None:
+    if form == SEQUENCES and trained.config.objective.loss is Loss.hl_gauss:
+        raise InputError(
+            f"--format {SEQUENCES}: its readers take one label, and this critic (hl_gauss) has "
+            f"{trained.config.objective.bins}, whose expectation no linear head gives; choose "
+            f"{TOKENS}, {META} or {DELTA}"
+        )
+
+
+def bin_centres(trained: TrainedCritic) -> list[float] | None:
+    """What the outputs of a head with several stand for."""
+    objective = trained.config.objective
+    if objective.loss is not Loss.hl_gauss:
+        return None
+    return [float(x) for x in Histogram(objective.bins, objective.sigma).centres]
+
+
 def _write_tokens(trained: TrainedCritic, tokenizer: Tokenizer, folder: Path) -> None:
     def named(head: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # transformers gives this head a bias whether it is stored or not
-        bias = head.get("bias", head["weight"].new_zeros(1))
+        bias = head.get("bias", head["weight"].new_zeros(len(head["weight"])))
         return {"score.weight": head["weight"], "score.bias": bias}
 
     _write_hugging_face(trained, tokenizer, folder, "TokenClassification", named)
@@ -93,6 +113,7 @@ def _write_hugging_face(
         task,
         config.data.max_length,
         outputs_are_values=config.objective.loss is not Loss.bce,
+        bin_centres=bin_centres(trained),
     )
     described |= write_tokenizer(tokenizer, folder, trained.architecture.vocab_size)
     _write_chat_template(trained, tokenizer, folder)
@@ -113,7 +134,9 @@ def _write_meta(trained: TrainedCritic, tokenizer: Tokenizer, folder: Path) -> N
     copy_tokenizer(tokenizer, folder)
     with _whole(trained) as critic:
         write_meta(critic, folder)
-        save_tensors(critic.head(), folder / HEAD)
+        centres = bin_centres(trained)
+        named = {} if centres is None else {"bin_centres": torch.tensor(centres)}
+        save_tensors(critic.head() | named, folder / HEAD)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import re
 
 import yaml
 
+from job.common.data_file import described
 from job.common.nested import to_dict
 from job.common.schema import Loss
 from job.common.version import commit
@@ -54,6 +55,15 @@ fingerprint.""",
 }
 
 
+_OF_BINS = (
+    "The outputs of a token are logits of bins, and its value is the mean of that distribution, in "
+    "units of the reward: `softmax(outputs) @ bin_centres`"
+)
+_BINS_OF_TOKENS = (
+    ", as `config.json` has them. With `centres = torch.tensor(model.config.bin_centres)` values "
+    "are `model(**tokens).logits.softmax(-1) @ centres`."
+)
+_BINS_OF_HEAD = ", as `value_head.safetensors` has them, or the run's `config.yaml` means."
 _USE_OF_TEMPLATE = """\
 From a chat of one message and its answer, `chat_template.jinja` makes this text:
 
@@ -69,6 +79,7 @@ def model_card(trained: TrainedCritic, form: str, tokenizer: Tokenizer, read: Re
         "the response is complete.",
         f"## Use\n{_USE[form]}",
         _meaning(trained, form),
+        _before_responses(trained),
         f"## What it reads\n\n{_tokens(trained, form, tokenizer, read)}",
         f"## Quality\n\n{_quality(trained)}",
         f"## Origin\n\n{_origin(trained)}",
@@ -98,7 +109,9 @@ def _meaning(trained: TrainedCritic, form: str) -> str:
     loss = trained.config.objective.loss
     if loss is Loss.bce:
         text = "Outputs are logits: a value is `sigmoid(output)`."
-    elif loss is Loss.pairwise:
+    elif loss is Loss.hl_gauss:
+        text = _OF_BINS + (_BINS_OF_TOKENS if form == TOKENS else _BINS_OF_HEAD)
+    elif trained.config.objective.ranks_only:
         text = "Outputs rank responses to one prompt: only their differences mean anything."
     else:
         text = "Outputs are values, in units of the reward."
@@ -107,6 +120,14 @@ def _meaning(trained: TrainedCritic, form: str) -> str:
         text += f" The reward is discounted by {gamma} a token."
     note = bias_note(trained) if form == SEQUENCES else ""
     return f"{text} {note}".strip()
+
+
+def _before_responses(trained: TrainedCritic) -> str:
+    """Whether the first value that PPO reads means anything."""
+    where = "The output at the last token of a prompt, the first that PPO reads,"
+    if trained.config.objective.trains_prompts:
+        return f"{where} is trained as the others are."
+    return f"{where} was not trained (objective.prompt_value)."
 
 
 def _tokens(trained: TrainedCritic, form: str, tokenizer: Tokenizer, read: ReadText) -> str:
@@ -155,8 +176,8 @@ def _origin(trained: TrainedCritic) -> str:
         "trained": f"N = {n} of {blocks} blocks"
         + {0: ": the value head alone"}.get(n, ", the final norm and the value head"),
         "steps": f"{facts['step']} of {config.training.batch_size} sequences",
-        "training data": config.data.train,
-        "validation data": config.data.validation,
+        "training data": described(config.data.train),
+        "validation data": described(config.data.validation),
         "objective": ", ".join(f"{k} {v}" for k, v in to_dict(config)["objective"].items()),
         "run": config.run.name,
         "commit of the training": facts.get("commit") or "unknown",

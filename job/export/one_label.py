@@ -1,7 +1,8 @@
-"""The config.json of a critic in Hugging Face's layout: a trunk with a head of one label."""
+"""The config.json of a critic in Hugging Face's layout: a trunk, a head of one label or bins."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,12 +31,15 @@ def one_label_config(
     max_positions: int,
     *,
     outputs_are_values: bool,
+    bin_centres: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """What describes a critic on a trunk to transformers; keys that all its versions read.
 
     Args:
         max_positions: tokens of the longest sequence, where the trunk does not say.
         outputs_are_values: so that nothing may be applied to them; logits, otherwise.
+        bin_centres: what the labels stand for whose probabilities the outputs give; by default
+            there is one label, the value.
 
     Raises:
         InputError: no supported architecture of transformers is such a trunk.
@@ -45,7 +49,11 @@ def one_label_config(
     config["architectures"] = [f"{family}For{task}"]
     for name in _NOT_COPIED:
         config.pop(name, None)
-    if outputs_are_values:
+    names = [_LABEL]
+    if bin_centres is not None:
+        names = [f"bin_{i}" for i in range(len(bin_centres))]
+        config["bin_centres"] = list(bin_centres)
+    elif outputs_are_values:
         # of a single label a pipeline, and vLLM after it, takes the sigmoid unless this is said
         config["problem_type"] = "regression"
     return (
@@ -54,8 +62,8 @@ def one_label_config(
         | {
             "torch_dtype": "float32",  # of the trained tensors
             "tie_word_embeddings": False,
-            "id2label": {"0": _LABEL},
-            "label2id": {_LABEL: 0},
+            "id2label": {str(i): name for i, name in enumerate(names)},
+            "label2id": {name: i for i, name in enumerate(names)},
             # where nothing is said, transformers drops a tenth of what goes into the head
             "classifier_dropout": 0.0,
         }

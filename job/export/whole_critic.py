@@ -20,9 +20,10 @@ from torch import Tensor
 from job.model.architecture import TransformerConfig
 from job.model.layout import to_hugging_face
 from job.model.parameters import MASTER_BYTES
+from job.model.safetensors_file import save_tensors
 from job.model.stored import StoredTensor
 from job.model.trunk_folder import CONFIG, INDEX, PARAMS, SAFETENSORS, WEIGHTS
-from job.model.weights import open_weights, save_tensors, trunk_shapes
+from job.model.weights import open_weights, trunk_shapes
 
 SHARD_BYTES = 2 * 10**9  # of a file, unless one tensor is larger
 _TRUNK, _HEAD = "trunk.", "value_head."

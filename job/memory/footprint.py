@@ -1,6 +1,6 @@
 """What a critic's training keeps in the memory of one GPU, in closed form. Free of torch.
 
-Notation: t tokens of a micro-batch, n of them response tokens, d model width, f width of the feed
+Notation: t tokens of a micro-batch, values read at n of them, d model width, f width of the feed
 forward layer, q and k widths of all query and all key/value heads, h query heads, c bytes of the
 compute dtype, N trained blocks.
 
@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from job.common.schema import FsdpConfig, ShardingStrategy
-from job.model.architecture import TransformerConfig
+from job.model.architecture import TransformerConfig, flash_attention_takes
 from job.model.parameters import (
     GRADIENT_BYTES,
     MASTER_BYTES,
@@ -44,6 +44,7 @@ from job.model.parameters import (
 )
 
 _FLOAT = 4
+_HISTOGRAMS = 4  # of a position in the loss, at most at once
 _TOKEN = 8  # of an index
 _SPAN_TOKENS = 128  # of job.model.transformer, which shorter sequences share under one mask
 
@@ -55,6 +56,7 @@ COMPONENTS = (
     "activations",
     "working_set",
     "batch",
+    "workspaces",  # of cuBLAS: no moment has them, `job.memory.fit` counts them
 )
 
 
@@ -64,7 +66,8 @@ class Setting:
 
     Attributes:
         micro_batch_tokens: t.
-        response_tokens: n; None for all of them, the most there can be.
+        response_tokens: n, tokens of responses and those before them that are valued; None for all
+            t, the most there can be.
         world_size: GPUs of the job.
         per_node: GPUs of the job on one node.
         accumulates: whether a step may take several micro-batches, so that gradients are there
@@ -78,6 +81,7 @@ class Setting:
         sequence_tokens: of a typical sequence; on a CPU, short ones need masks.
         evaluation_tokens: of a micro-batch of an evaluation; 0 for none.
         head_bias: whether the value head has a bias.
+        head_outputs: k, outputs of the value head.
     """
 
     architecture: TransformerConfig
@@ -95,6 +99,7 @@ class Setting:
     sequence_tokens: int = 512
     evaluation_tokens: int = 0
     head_bias: bool = True
+    head_outputs: int = 1
 
     @property
     def read_tokens(self) -> int:
@@ -179,7 +184,8 @@ class _Step:
         self.strategy = fsdp.sharding_strategy
         self.sharded = setting.world_size > 1 or fsdp.mixed_precision or fsdp.cpu_offload
         self.shards = shards(self.strategy, setting.world_size, setting.per_node)
-        self.varlen = setting.cuda and fsdp.mixed_precision
+        flash = flash_attention_takes(a.head_width)
+        self.varlen = setting.cuda and fsdp.mixed_precision and flash
         self.compiled = setting.cuda and setting.compiled
         self.block = block_parameters(a)
         self.embedding = a.vocab_size * a.dim
@@ -224,19 +230,22 @@ class _Step:
             self.setting.architecture,
             self.setting.num_unfrozen_layers,
             head_bias=self.setting.head_bias,
+            head_outputs=self.setting.head_outputs,
         )
         head = counts.value_head.total
         replicated = self.strategy is ShardingStrategy.REPLICATE_FROZEN
         trainable = _share(counts.trainable - head, self.shards)
         norm = counts.norm.total - counts.norm.trainable
         frozen = norm if self.setting.has_cache else counts.frozen
-        # rows of the head: one, so that one rank has all of it
+        # of the head each rank has whole rows: of a single one, one rank has all
+        k = self.setting.head_outputs
+        rows = _share(k, self.shards) * (head // k)
         return {
             "frozen_weights": _share(frozen, 1 if replicated else self.shards) * self.c,
             "masters": trainable * MASTER_BYTES,
             "gradients": trainable * GRADIENT_BYTES,
             "optimizer": trainable * OPTIMIZER_BYTES,
-            "value_head": head * (MASTER_BYTES + GRADIENT_BYTES + OPTIMIZER_BYTES),
+            "value_head": rows * (MASTER_BYTES + GRADIENT_BYTES + OPTIMIZER_BYTES),
         }
 
     def moment(self, name: str, blocks_done: int | None, **others: int) -> Moment:
@@ -271,6 +280,17 @@ class _Step:
         """[n, d] in float32, in which norm and head work."""
         return copies * self.n * self.d * _FLOAT
 
+    @property
+    def histograms(self) -> int:
+        """[n, k] in float32: outputs, what is predicted and what is to be."""
+        return _HISTOGRAMS * self.outputs
+
+    @property
+    def outputs(self) -> int:
+        """[n, k] in float32, which is next to nothing where k is 1."""
+        k = self.setting.head_outputs
+        return self.n * k * _FLOAT if k > 1 else 0
+
     def gathered(self, blocks: int) -> int:
         return blocks * self.block * self.c if self.sharded else 0
 
@@ -289,12 +309,13 @@ class _Step:
 
     def saved_attention(self, queries: int) -> int:
         """Queries, keys, values, the result of attention and its log-sum-exp."""
-        keys = self.q if self.setting.repeats_keys else self.k
         if self.varlen:
+            keys = self.q if self.setting.repeats_keys else self.k
             saved = 2 * self.c * (queries * self.q + self.t * keys) + _FLOAT * self.h * queries
         else:  # with a query for each token; and once more the spans' results put together
+            keys = self.q if self.setting.cuda else self.k  # CUDA's kernel has them repeated
             masked = _SPAN_TOKENS * (2 * self.setting.sequence_tokens <= _SPAN_TOKENS)
-            saved = self.t * (2 * self.c * (self.q + self.k) + _FLOAT * (self.h + masked))
+            saved = self.t * (2 * self.c * (self.q + keys) + _FLOAT * (self.h + masked))
             saved += self.c * self.q * queries
         if self.setting.architecture.qk_norm:
             saved += self._saved_head_norms(queries)
@@ -447,14 +468,14 @@ class _Step:
         return self.gathered(1) if self.communicates else 0
 
     def _value_head(self) -> Moment:
-        """Norm and head, on response tokens."""
+        """Norm and head, where values are read."""
         hidden = self.hidden(self.n) * (self.n_blocks > 0 or self.reads_prefix)
         buffer = self._last_buffer if self.n_blocks or self._gathers_last else 0
         return self.moment(
             "value head",
             0,
             activations=self.kept(self.n_blocks, last=True),
-            working_set=hidden + self._value_head_rows,
+            working_set=hidden + self._value_head_rows + self.histograms,
             gathered_weights=buffer + (self._kept_gathered if self.n_blocks else 0),
         )
 
@@ -483,7 +504,7 @@ class _Step:
             "head",
             0,
             activations=self.kept(self.n_blocks, last=True),
-            working_set=self.rows(3 if self.setting.cuda else 6),
+            working_set=self.rows(3 if self.setting.cuda else 6) + self.histograms,
             gathered_weights=self._kept_gathered,
         )
 
@@ -498,7 +519,7 @@ class _Step:
             f"block {done}",
             done,
             activations=self._saved_on_the_way(done) - self.inner(tokens, 1 + self.compiled),
-            working_set=self.hidden(tokens) + self.inner(tokens, 3) + gradient,
+            working_set=self.hidden(tokens) + self.inner(tokens, 3) + gradient + self.outputs,
             gathered_weights=self._gathered_backward(done),
             gradient_buffers=self._reduced_before(done),
         )
@@ -518,7 +539,8 @@ class _Step:
             done,
             activations=self.kept(self.n_blocks - done - 1) + self.saved_norm(self.t),
             working_set=self.hidden(self.t, 3 if is_first else 4)
-            + self._weight_gradients(self.block),
+            + self._weight_gradients(self.block)
+            + self.outputs,
             gathered_weights=self._gathered_backward(done),
             gradient_buffers=self._reduced_before(done),
         )
@@ -560,7 +582,7 @@ class _Step:
             f"reduce {done}",
             done,
             activations=self.kept(self.n_blocks - done - 1),
-            working_set=0 if self._ends_at(done) else self.hidden(self.t),
+            working_set=self.outputs + (0 if self._ends_at(done) else self.hidden(self.t)),
             gathered_weights=self._gathered_backward(done) - self.gathered(1),
             gradient_buffers=self._between_replicas(done) + self._reduced,
         )
@@ -592,7 +614,7 @@ class _Step:
         if not (self.gathers_frozen or self.n_blocks):
             copies = 0
         stays = self._kept_gathered if self.n_blocks else 0
-        head = self.hidden(self.n) + self._value_head_rows
+        head = self.hidden(self.n) + self._value_head_rows + self.histograms
         carried = self.hidden(self.t) + self.rotations(self.t)
         moment = self.moment(
             "evaluate",

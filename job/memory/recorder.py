@@ -56,6 +56,7 @@ class Recorder:
         self._names_process: bool | None = None  # whether NVML's pids are this process's, if known
         self._ended = threading.Event()
         self._began, self._answered_at = time.monotonic(), -math.inf
+        self._asked_at = -math.inf  # when NVML was asked for the last figures of memory
         self._stopped_at: float | None = None
         self._readers = self._nvml_readers() if self._on_gpu else []
         self._sampler = threading.Thread(target=self._run, name="memory", daemon=True)
@@ -161,9 +162,12 @@ class Recorder:
         """Take one sample: what the process knows, and what `read` gives of the device."""
         place, figures = self._place, self._source.now()
         if read is not None:
-            reserved, device = figures.get("reserved", 0), read()
+            reserved, asked = figures.get("reserved", 0), time.monotonic()
+            device = read()
             self._check_process(device, reserved)
             self._device = self._device | device
+            if "device_used" in device:
+                self._asked_at = asked
             figures |= device
         now = time.monotonic() - self._began
         self._ledger.sample(now, place[0], figures, sure=place == self._place)
@@ -199,7 +203,13 @@ class Recorder:
         return memory | {f"gpu/{name}": v for name, v in self._gauges.take_window().items()}
 
     def now(self) -> dict[str, float]:
-        """Bytes at this moment, and the device's as NVML said them last."""
+        """Bytes at this moment; the device's too, for which this waits a round, where NVML answers.
+
+        For measurements between steps: within one, nobody waits for NVML.
+        """
+        called = time.monotonic()
+        while self._asked_at < called and not self._is_alone():
+            time.sleep(min(_GLANCE_SECONDS, self._period))
         return {**self._device, **self._source.now()}
 
     def peak_bytes(self) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from job.common.errors import InputError
-from job.common.schema import AUTO, CriticConfig, Loss, ShardingStrategy
+from job.common.schema import AUTO, CriticConfig, ShardingStrategy
 from job.memory.fit import Fit, fit, largest_micro_batch, largest_unfrozen
 from job.memory.footprint import Setting
 from job.model.architecture import TransformerConfig
@@ -58,6 +58,7 @@ def setting_of(
         repeats_keys=repeats_keys,
         compiled=cuda and config.training.compile is not False,
         head_bias=config.training.value_head.bias,
+        head_outputs=config.objective.head_outputs,
     )
     chooses, share = config.training.micro_batch_tokens == AUTO, -(-step_tokens // world_size)
     usual = min(share, _USUAL_TOKENS) if chooses else config.training.token_budget
@@ -102,7 +103,21 @@ def _micro_batches(step_tokens: int, longest: int, budget: int) -> int:
 
 def _longest_unit(config: CriticConfig) -> int:
     """Tokens of what must stay together."""
-    return config.data.max_length * (2 if config.objective.loss is Loss.pairwise else 1)
+    return config.data.max_length * (2 if config.objective.all_terms.pairwise else 1)
+
+
+def ways_to_lower(config: CriticConfig) -> str:
+    """What would make a training take less memory, as far as it is not done already."""
+    training, blocks = config.training, config.training.num_unfrozen_layers
+    if training.token_budget > _longest_unit(config):
+        ways = [f"lower training.micro_batch_tokens ({training.token_budget})"]
+    else:
+        ways = [f"lower data.max_length ({config.data.max_length})"]
+    if blocks and not config.distributed.fsdp.activation_checkpointing:
+        ways.append("set distributed.fsdp.activation_checkpointing")
+    if blocks:
+        ways.append(f"unfreeze fewer blocks than {blocks} (training.num_unfrozen_layers)")
+    return ", ".join([*ways, "or take more GPUs"])
 
 
 def _nothing_fits(smallest: Fit, setting: Setting) -> str:

@@ -82,6 +82,7 @@ class Measured:
 
     def _parts(self) -> Iterator[tuple[str, float]]:
         after, peak = self.predicted["after_backward"], self.predicted["peak_bytes"]
+        peak -= self.predicted["peak"]["workspaces"]  # which are there before the critic comes
         head = after["value_head"] / 16  # 4 bytes of weight, 4 of gradient, 8 of moments
         yield "weights", after["frozen_weights"] + after["masters"] + 4 * head
         yield "optimizer state", after["optimizer"] + 8 * head

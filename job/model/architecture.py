@@ -74,6 +74,11 @@ class TransformerConfig:
         return self.multiple_of * ((width + self.multiple_of - 1) // self.multiple_of)
 
 
+def flash_attention_takes(width: int) -> bool:
+    """Whether CUDA's flash attention has kernels for heads of so many channels."""
+    return width % 8 == 0 and width <= 256
+
+
 def _check_architecture(config: TransformerConfig) -> None:
     """Raise ValueError for sizes that no model can have."""
     for name in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "n_future_tokens"):

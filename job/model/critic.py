@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from job.model.architecture import TransformerConfig
-from job.model.parameters import Count, ParameterCounts, select_trainable
+from job.model.parameters import Count, ParameterCounts, bytes_text, select_trainable
 from job.model.shards import fill, full_tensor
 from job.model.transformer import PackedLayout, Reads, Trunk
 
@@ -21,14 +21,17 @@ _log = logging.getLogger(__name__)
 class Critic(nn.Module):
     """Values at chosen tokens of a packed stream."""
 
-    def __init__(self, config: TransformerConfig, *, head_bias: bool = True) -> None:
+    def __init__(
+        self, config: TransformerConfig, *, head_bias: bool = True, head_outputs: int = 1
+    ) -> None:
         super().__init__()
         self.trunk = Trunk(config)
-        self.value_head = nn.Linear(config.dim, 1, bias=head_bias)
+        self.value_head = nn.Linear(config.dim, head_outputs, bias=head_bias)
         self.num_unfrozen_layers = len(self.trunk.layers) + 1  # all, until some are frozen
 
     def forward(self, tokens: Tensor, layout: PackedLayout, at: Tensor | Reads) -> Tensor:
-        """Head outputs, float32 [n], at positions `at` (int64 [n]) of the stream tokens [t].
+        """Head outputs at positions `at` (int64 [n]) of the stream tokens [t]: float32 [n], or
+        [n, k] of a head with k > 1 outputs.
 
         What `layout.reads` makes of positions does as well, and a GPU need not be waited for:
         FSDP would move the positions there first.
@@ -37,21 +40,22 @@ class Critic(nn.Module):
         return self.evaluate_hidden(self.trunk.hidden(tokens, layout, reads), reads)
 
     def evaluate_hidden(self, hidden: Tensor, reads: Reads) -> Tensor:
-        """Head outputs, float32 [n], from the last block's output [r, d] on what is read."""
+        """As `forward`, from the last block's output [r, d] on what is read."""
         chosen = hidden if reads.at is None else hidden[reads.at]
+        outputs: Tensor = self.value_head(self.trunk.norm(chosen.float()))
         # a sum, since FSDP loses its backward hook on a view that is changed in place
-        return self.value_head(self.trunk.norm(chosen.float())).sum(-1)
+        return outputs.sum(-1) if self.value_head.out_features == 1 else outputs
 
     @torch.no_grad()
-    def initialise_head(self, bias: float, seed: int) -> None:
-        """Small weights and the given bias, where the head has one: first predictions spread by
-        about 1 / sqrt(d).
+    def initialise_head(self, bias: float | Sequence[float], seed: int) -> None:
+        """Small weights and the given bias, or one for each output, where the head has one: first
+        predictions spread by about 1 / sqrt(d).
         """
-        d = self.trunk.config.dim
+        d, k = self.trunk.config.dim, self.value_head.out_features
         generator = torch.Generator().manual_seed(seed)  # the same on every kind of device
-        fill(self.value_head.weight, torch.randn(1, d, generator=generator) / d)
+        fill(self.value_head.weight, torch.randn(k, d, generator=generator) / d)
         if self.value_head.bias is not None:
-            fill(self.value_head.bias, torch.full((1,), bias))
+            fill(self.value_head.bias, torch.tensor(bias).expand(k))
 
     @torch.no_grad()
     def set_head(self, weight: Tensor, bias: Tensor) -> None:
@@ -127,14 +131,19 @@ class ParameterReport(ParameterCounts):
         }
 
     def __str__(self) -> str:
-        head = f"{'component':<14}{'parameters':>16}{'trainable':>16}{'weights':>11}"
-        lines = [head + f"{'gradients':>11}{'optimizer':>11}"]
+        """A table of 60 columns: a terminal's 80 without what the log puts before a line."""
+        lines = [_row("component", "parameters", "trainable", "weights", "training")]
         for name, count in self.components.items():
-            sizes = (self.weight_bytes[name], count.gradient_bytes, count.optimizer_bytes)
-            cells = "".join(f"{size / 1e6:>8,.1f} MB" for size in sizes)
-            lines.append(f"{name:<14}{count.total:>16,}{count.trainable:>16,}{cells}")
+            held = bytes_text(self.weight_bytes[name])
+            training = bytes_text(count.gradient_bytes + count.optimizer_bytes)
+            lines.append(_row(name, f"{count.total:,}", f"{count.trainable:,}", held, training))
         share = f"{self.trainable:,} of {self.total:,} ({self.trainable / self.total:.2%})"
-        return "\n".join([*lines, f"trainable: {share}"])
+        lines.append(f"trainable: {share}")
+        return "\n".join([*lines, "training: gradients and AdamW's moments"])
+
+
+def _row(name: str, total: str, trainable: str, weights: str, training: str) -> str:
+    return f"{name:<12}{total:>15}{trainable:>15}{weights:>9}{training:>9}"
 
 
 def parameter_report(critic: Critic) -> ParameterReport:

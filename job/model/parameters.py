@@ -89,7 +89,11 @@ class ParameterCounts:
 
 
 def count_parameters(
-    architecture: TransformerConfig, num_unfrozen_layers: int, *, head_bias: bool = True
+    architecture: TransformerConfig,
+    num_unfrozen_layers: int,
+    *,
+    head_bias: bool = True,
+    head_outputs: int = 1,
 ) -> ParameterCounts:
     """The parameters of `critic.Critic` with N blocks unfrozen, in closed form.
 
@@ -98,7 +102,7 @@ def count_parameters(
     """
     d, n_blocks = architecture.dim, architecture.n_trunk_layers
     chosen = select_trainable(num_unfrozen_layers, n_blocks)
-    head, block = d + head_bias, block_parameters(architecture)
+    head, block = head_outputs * (d + head_bias), block_parameters(architecture)
     embeddings = architecture.vocab_size * d
     return ParameterCounts(
         value_head=Count(head, head),
@@ -115,6 +119,14 @@ def block_parameters(a: TransformerConfig) -> int:
     biases = (queries + 2 * keys) * a.qkv_bias
     head_norms = 2 * a.head_width * a.qk_norm
     return attention + biases + head_norms + 3 * a.dim * a.ffn_width + 2 * a.dim
+
+
+def bytes_text(count: float) -> str:
+    """A size for people, in the unit that fits it."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"
 
 
 def checkpoint_bytes(counts: ParameterCounts) -> int:

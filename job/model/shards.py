@@ -39,3 +39,11 @@ def local_shard(tensor: Tensor) -> Tensor:
     """This rank's shard of a tensor, without gradient."""
     local = tensor.detach()
     return local.to_local() if isinstance(local, DTensor) else local
+
+
+def sharded_like(tensor: Tensor, local: Tensor) -> Tensor:
+    """A tensor of which this rank's shard is `local`, perhaps on another device."""
+    if not isinstance(tensor, DTensor):
+        return local
+    # from_local would move it to the mesh's device
+    return DTensor(local, tensor._spec, requires_grad=False)

@@ -19,7 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from job.model.architecture import LinearScaling, RopeScaling, TransformerConfig
+from job.model.architecture import (
+    LinearScaling,
+    RopeScaling,
+    TransformerConfig,
+    flash_attention_takes,
+)
 
 SPAN_TOKENS = 128  # on CPU, sequences share one masked attention call up to this many tokens
 GROUPS_HEADS = torch.__version__ >= (2, 12)  # whether varlen_attn takes fewer heads of keys
@@ -206,13 +211,17 @@ def attend(
 
     Queries are those of `reads`, or of all tokens.
     """
-    if layout.varlen and q.dtype in (torch.bfloat16, torch.float16):
+    if layout.varlen and _fits_flash_attention(q):
         return _attend_varlen(q, k, v, layout, reads)
     if reads is None:
         return _attend_spans(q, k, v, layout)
     # with queries for all tokens, since only then a kernel may know which keys come too late
     everywhere = q.new_zeros(len(k), *q.shape[1:]).index_put((reads.rows,), q)
     return _attend_spans(everywhere, k, v, layout).index_select(0, reads.rows)
+
+
+def _fits_flash_attention(q: Tensor) -> bool:
+    return q.dtype in (torch.bfloat16, torch.float16) and flash_attention_takes(q.shape[-1])
 
 
 def _attend_varlen(
@@ -245,6 +254,9 @@ def _attend_varlen(
 def _attend_spans(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
     # one call for each run of short sequences: a mask over the whole stream would be t x t, and a
     # call for each sequence would cost more than what it computes
+    if layout.varlen:  # CUDA's kernels for masks and float32 know no groups: it would be many small
+        group = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
     grouped = q.shape[1] != k.shape[1]
     sizes, masks = layout.spans
     # split, not slices: the gradient of a split is one concatenation
@@ -346,6 +358,8 @@ class Trunk(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_trunk_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
+        # the block at which gradients end for now, though those before it are trainable too
+        self.gradients_from: int | None = None
 
     def first_trainable_block(self) -> int:
         """Index of the first block that gradients must reach; len(layers) if there is none."""
@@ -379,24 +393,29 @@ class Trunk(nn.Module):
     def prefix(
         self, tokens: Tensor, layout: PackedLayout, rope: Tensor, reads: Reads | None = None
     ) -> Tensor:
-        """Hidden states [t, d] before the first trainable block, without gradients.
+        """Hidden states [t, d] before the first block with gradients, without any.
 
-        Where no block is trained it is the last one's output, as `suffix` has it.
+        Where no block has some it is the last one's output, as `suffix` has it.
         """
-        stop = self.first_trainable_block()
+        stop = self._first_with_gradients()
         return self._run(self.tok_embeddings(tokens), 0, stop, layout, rope, reads)
 
     def suffix(
         self, hidden: Tensor, layout: PackedLayout, rope: Tensor, reads: Reads | None = None
     ) -> Tensor:
         """Output of the last block [t, d], or [r, d] of `reads`, from the prefix's result on."""
-        start = self.first_trainable_block()
+        start = self._first_with_gradients()
         return self._run(hidden, start, len(self.layers), layout, rope, reads)
+
+    def _first_with_gradients(self) -> int:
+        if self.gradients_from is not None:
+            return self.gradients_from
+        return self.first_trainable_block()
 
     def hidden(self, tokens: Tensor, layout: PackedLayout, reads: Reads | None = None) -> Tensor:
         """Output of the last block [t, d] before the final norm, or [r, d]; tokens int [t]."""
         rope = self.rope(layout)  # one for both: a second would have to wait for the whole prefix
-        if self.tok_embeddings.weight.requires_grad:
+        if self.tok_embeddings.weight.requires_grad and self.gradients_from is None:
             embedded = self.tok_embeddings(tokens)
             return self._run(embedded, 0, len(self.layers), layout, rope, reads)
         return self.suffix(self.prefix(tokens, layout, rope, reads), layout, rope, reads)

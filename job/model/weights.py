@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from job.common.files import let_others_read
 from job.common.progress import progress
 from job.model import hf_config
 from job.model.architecture import TransformerConfig
@@ -20,7 +19,7 @@ from job.model.architecture_file import check_window, read_architecture
 from job.model.hf_files import open_hugging_face
 from job.model.layout import hugging_face_name, to_hugging_face
 from job.model.meta_files import open_meta
-from job.model.safetensors_file import write_safetensors
+from job.model.safetensors_file import save_tensors
 from job.model.shards import local_shard, shard_rows
 from job.model.stored import Shapes, StoredTensor, raise_misfits
 from job.model.transformer import Transformer, Trunk
@@ -154,16 +153,6 @@ def save_hugging_face(model: Transformer, folder: Path, max_positions: int) -> N
     _write_json(folder / CONFIG, config)
     tensors = to_hugging_face(named, model.config.head_width)
     save_tensors(tensors, folder / SAFETENSORS)
-
-
-def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write a safetensors file.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    write_safetensors(tensors, file, {"format": "pt"})
-    let_others_read(file)  # which the library does not, whatever the umask
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:

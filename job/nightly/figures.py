@@ -16,8 +16,8 @@ from job.common.state_files import read_json
 from job.nightly.matrix import Entry, Kind
 from job.nightly.record import Plan, PlannedRun, Result
 from job.run.committed import folders
-from job.run.fence import MACHINE
 from job.run.manifest import FACTS, MANIFEST
+from job.run.names import MACHINE
 from job.run.reader import Snapshot, StoredRun, complete_records
 
 TOLD_TO_STOP = "told to stop"  # an event of the run, beside submitted, started and so on

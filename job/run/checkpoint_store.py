@@ -18,7 +18,7 @@ from job.run.manifest import FACTS, MANIFEST, DamagedError, Manifest
 from job.run.names import checkpoint_step, removed_name
 from job.run.value_metrics import metric_names
 
-_LOWER_IS_BETTER = ("mse", "ece")
+_LOWER_IS_BETTER = ("mse", "ece", "distance_to_optimal")
 _log = logging.getLogger(__name__)
 
 

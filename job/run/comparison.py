@@ -17,9 +17,13 @@ _COLUMNS = (
     "std",
     "r2",
     "achievable_share",
+    "prompt_mse",
     "steps_to_half",
     "last_token_auc",
 )
+# Of values before responses, where they are trained.
+_PROMPT = ("mse", "mse_constant", "mse_optimal", "r2", "auc", "first_step")
+_DISTANCES = ("distance_to_optimal", "next_distance_to_optimal")
 
 
 def summarise(run: StoredRun) -> dict[str, Any]:
@@ -45,6 +49,7 @@ def summarise(run: StoredRun) -> dict[str, Any]:
         "std_optimal": last.get("std_optimal"),
         "last_token_auc": last.get("last_token_auc"),
         "length_auc": last.get("length_auc"),
+        **{f"prompt_{name}": last.get(f"prompt/{name}") for name in (*_PROMPT, *_DISTANCES)},
         "steps_to_half": steps_to_half(evaluations),
         "seconds": run.status()["seconds"],
     }
@@ -61,22 +66,23 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The runs between the constant and the optimal predictor, in 80 columns."""
     table = Table(
         title="Validation: critics against the constant and the optimal predictor",
-        caption="share: of what the optimal predictor explains; half at: the first evaluated step\n"
-        "that explains half of that; AUC: at the last token",
+        caption="share: of what the optimal predictor explains; V0 MSE: before the first token;\n"
+        "half at: the first evaluated step that explains half of that; AUC: at the last token",
     )
-    for name in ("blocks", "MSE", "std", "R2", "share", "half at", "AUC", "seconds"):
+    for name in ("blocks", "MSE", "std", "R2", "share", "V0 MSE", "half at", "AUC"):
         table.add_column(name, justify="right", no_wrap=True)
     first = rows[0]
+    constant = (first["mse_constant"], 0.0, 0.0)
     table.add_row(
-        "constant", f"{first['mse_constant']:.4f}", "0.0000", "0.0000", "", "", "0.5000", ""
+        *("constant", *map(_cell, constant), "", _cell(first["prompt_mse_constant"])),
+        *("", "0.5000"),
     )
     for row in rows:
-        cells = [_cell(row[name]) for name in _COLUMNS]
-        table.add_row(*cells, f"{row['seconds']:.0f}")
+        table.add_row(*(_cell(row[name]) for name in _COLUMNS))
     if first["mse_optimal"] is not None:
         r2 = 1 - first["mse_optimal"] / first["mse_constant"]
         best = (first["mse_optimal"], first["std_optimal"], r2, 1.0)
-        table.add_row("optimal", *map(_cell, best), "", "", "")
+        table.add_row("optimal", *map(_cell, best), _cell(first["prompt_mse_optimal"]), "", "")
     return table
 
 

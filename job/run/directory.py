@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from job.common.config import kept_from_before
 from job.common.errors import InputError, Stopped, file_error
 from job.common.files import write_atomic
 from job.common.nested import refuse_differences
@@ -103,9 +104,21 @@ class RunDirectory(StoredRun):
         status = self.status()
         return status.get("state") == "finished" and status.get("step", 0) >= max_steps
 
+    def kept_from_before(self, config: Any) -> dict[str, Any]:
+        """What this run does otherwise than `config`, whose defaults were not when it began."""
+        if not any(read_yaml(file) for file in self.config_files()):
+            return {}
+        if not self._has_begun and not self.records():
+            return {}
+        return kept_from_before(self.config(), config)
+
+    @property
+    def _has_begun(self) -> bool:
+        return any(self.path.glob("attempts/*/attempt.json"))
+
     def _refuse_other(self, config: dict[str, Any]) -> None:
         """Raise InputError if the directory is another run's, or no run's."""
-        begun = any(self.path.glob("attempts/*/attempt.json"))
+        begun = self._has_begun
         if not any(read_yaml(file) for file in self.config_files()):
             foreign = self.file("metrics.jsonl").exists() or self.file("plots").exists()
             if foreign and not (begun or self.has_config):

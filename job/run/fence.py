@@ -18,20 +18,21 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from job import __version__
 from job.common.errors import InputError, Superseded
 from job.common.files import write_atomic
+from job.common.progress import ATTEMPT
 from job.common.state_files import read_json
+from job.common.version import commit
 from job.run.names import (
+    ATTEMPT_FACTS,
+    MACHINE,
     attempt_name,
     attempt_numbers,
     attempts_seen,
     scratch_files,
     scratch_writer,
 )
-
-ATTEMPT = "CRITIC_ATTEMPT"  # environment: the number that a supervisor has taken
-_RECORD = "attempt.json"
-MACHINE = "machine.json"
 
 
 class Fence:
@@ -107,10 +108,13 @@ class Fence:
             "world_size": world_size,
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "cwd": str(Path.cwd()),
+            "version": __version__,
+            "commit": commit(),
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "time": time.time(),
         }
-        write_atomic(self.folder / _RECORD, json.dumps(facts, indent=2) + "\n")
+        write_atomic(self.folder / ATTEMPT_FACTS, json.dumps(facts, indent=2) + "\n")
 
     def describe(self, machine: Mapping[str, str]) -> None:
         """Note where this attempt runs."""
@@ -136,6 +140,6 @@ def _remove_scratch(run: Path, number: int) -> None:
 
 def _resumed_step(attempt: Path) -> float:
     """Where an attempt went on; infinity if it ended before that, having committed nothing."""
-    facts = read_json(attempt / _RECORD, dict)
+    facts = read_json(attempt / ATTEMPT_FACTS, dict)
     step = None if facts is None else facts.get("resumed_step")
     return step if isinstance(step, int) else math.inf

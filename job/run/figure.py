@@ -18,6 +18,7 @@ _DPI = 144
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vP"
 _DASHES = ("-", "--", ":")
+STEPS = "optimizer step"  # label of an axis on which there are no halves
 GREY = "#6b6b6b"
 _STYLE: dict[Any, Any] = {
     "axes.grid": True,
@@ -62,6 +63,9 @@ def panels(title: str, heights: Sequence[int] = (1,)) -> tuple[Figure, list[Axes
 
 
 def png(figure: Figure) -> bytes:
+    for axes in figure.axes:
+        if axes.get_xlabel() == STEPS:
+            axes.locator_params(axis="x", integer=True)
     _draw_legend(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
@@ -102,8 +106,9 @@ def styled(
 
 def draw_line(axes: Axes, x: Sequence[float], y: Sequence[float], style: Mapping[str, Any]) -> None:
     """Draw a line with a marker here and there; without points draw nothing."""
+    lone = {"marker": "."} if len(x) == 1 else {}  # else nothing of it would be seen
     if x:
-        axes.plot(x, y, markevery=max(1, len(x) // 20), **style)
+        axes.plot(x, y, markevery=max(1, len(x) // 20), **lone | dict(style))
 
 
 def start_at_zero(*panels: Axes) -> None:

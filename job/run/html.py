@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class Html(str):
@@ -41,6 +42,15 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], kind: str = 
     top = tag("tr", *(tag("th", cell, scope="col") for cell in head))
     whole = tag("table", tag("thead", top), tag("tbody", *body), class_=kind)
     return tag("div", whole, class_="wide")
+
+
+def images(pictures: Mapping[str, bytes]) -> Html:
+    """PNG pictures by name, side by side where there is room."""
+    shown = [
+        tag("img", src=f"data:image/png;base64,{base64.b64encode(png).decode()}", alt=name)
+        for name, png in pictures.items()
+    ]
+    return tag("div", *shown, class_="plots")
 
 
 def document(title: str, body: Html, css: str = "") -> str:

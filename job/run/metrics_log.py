@@ -219,7 +219,7 @@ class Window:
     def add(self, batches: Sequence[Batch], seconds: float) -> None:
         """Count one optimizer step that took `seconds`."""
         self._tokens += sum(len(batch.tokens) for batch in batches)
-        self._response_tokens += sum(len(batch.responses) for batch in batches)
+        self._response_tokens += sum(int(batch.response_lengths.sum()) for batch in batches)
         self._steps += 1
         self._seconds += seconds
 

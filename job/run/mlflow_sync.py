@@ -91,6 +91,11 @@ class SyncResult:
     artifacts: int
     waiting: int
 
+    def __str__(self) -> str:
+        sent = f"{self.params} parameters, {self.metrics} values and {self.artifacts} files"
+        later = f"; {self.waiting} steps wait for their time" if self.waiting else ""
+        return f"{sent} sent to run {self.run_id} of {self.tracking_uri}{later}"
+
 
 def sync_run(run_dir: Path, *, artifacts: bool = True) -> SyncResult:
     """Send everything that MLflow lacks of a run.

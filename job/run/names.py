@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+ATTEMPT_FACTS, MACHINE = "attempt.json", "machine.json"  # of an attempt's folder
 _CHECKPOINT = re.compile(r"step-([0-9]{8,})")
 _UNFINISHED = re.compile(r"\.step-[0-9]{8,}\.attempt-[0-9]{4,}")
 _BEING_REMOVED = re.compile(r"\.removed-step-[0-9]{8,}")

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.run.figure import (
     GREY,
+    STEPS,
     draw_level,
     draw_line,
     look,
@@ -83,7 +84,7 @@ def draw_loss(runs: Sequence[Snapshot]) -> Figure:
     """Training loss, every step and smoothed."""
     figure, (axes,) = panels("Training loss: every step and smoothed")
     _draw_smoothed(axes, runs, "train/loss")
-    axes.set(xlabel="optimizer step", ylabel="loss")
+    axes.set(xlabel=STEPS, ylabel="loss")
     return figure
 
 
@@ -93,7 +94,7 @@ def draw_mse(runs: Sequence[Snapshot]) -> Figure:
     _draw_evaluations(axes, runs, "mse")
     _draw_levels(axes, runs, "mse_constant", "best constant", "--")
     _draw_levels(axes, runs, "mse_optimal", "optimal predictor", ":")
-    axes.set(xlabel="optimizer step", ylabel="MSE (squared reward)")
+    axes.set(xlabel=STEPS, ylabel="MSE (squared reward)")
     return figure
 
 
@@ -103,7 +104,7 @@ def draw_std(runs: Sequence[Snapshot]) -> Figure:
     _draw_evaluations(axes, runs, "std_prediction")
     _draw_levels(axes, runs, "std_target", "labels", "--")
     _draw_levels(axes, runs, "std_optimal", "optimal predictor", ":")
-    axes.set(xlabel="optimizer step", ylabel="standard deviation (reward)")
+    axes.set(xlabel=STEPS, ylabel="standard deviation (reward)")
     start_at_zero(axes)
     return figure
 
@@ -115,7 +116,7 @@ def draw_r2(runs: Sequence[Snapshot]) -> Figure:
     if axes.has_data():
         draw_level(axes, 0.0, "best constant", "--")
     _draw_levels(axes, runs, "r2_optimal", "optimal predictor", ":")
-    axes.set(xlabel="optimizer step", ylabel="R²")
+    axes.set(xlabel=STEPS, ylabel="R²")
     return figure
 
 
@@ -126,7 +127,7 @@ def draw_achievable_share(runs: Sequence[Snapshot]) -> Figure:
     if axes.has_data():
         draw_level(axes, 0.0, "best constant", "--")
         draw_level(axes, 1.0, "optimal predictor", ":")
-    axes.set(xlabel="optimizer step", ylabel="share of the achievable variance")
+    axes.set(xlabel=STEPS, ylabel="share of the achievable variance")
     axes.yaxis.set_major_formatter("{x:.0%}")
     return figure
 
@@ -140,6 +141,8 @@ def draw_reliability(runs: Sequence[Snapshot]) -> Figure:
         if any(bins):
             edges = [k / len(bins) for k in range(len(bins) + 1)]
             counts.stairs(_shares(bins), edges, color=style["color"], fill=len(runs) == 1)
+            if len(runs) == 1:
+                _write_counts(counts, bins)
     if curve.has_data():
         curve.plot([0, 1], [0, 1], color=GREY, linestyle="--", label="perfectly calibrated")
     curve.set(ylabel="mean observed reward", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
@@ -169,7 +172,7 @@ def draw_optimizer(runs: Sequence[Snapshot]) -> Figure:
     _draw_smoothed(norm, runs, "train/grad_norm")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     rate.set(ylabel="learning rate")
-    norm.set(xlabel="optimizer step", ylabel="gradient norm")
+    norm.set(xlabel=STEPS, ylabel="gradient norm")
     start_at_zero(rate, norm)
     return figure
 
@@ -183,14 +186,14 @@ def draw_speed(runs: Sequence[Snapshot]) -> Figure:
         draw_line(memory, steps, [size / _GB for size in sizes], style)
     speed.yaxis.set_major_formatter("{x:,.0f}")
     speed.set(ylabel="tokens/s")
-    memory.set(xlabel="optimizer step", ylabel="peak memory (GB)")
+    memory.set(xlabel=STEPS, ylabel="peak memory (GB)")
     start_at_zero(speed, memory)
     return figure
 
 
 def draw_memory(runs: Sequence[Snapshot]) -> Figure:
     """Memory of the fullest rank over time, above its peaks; both by phase for a single run."""
-    title = "Peak memory of a rank over time"
+    title = "Memory of the fullest rank over time"
     if len(runs) == 1 and (fullest := _fullest_rank(runs[0])) is not None:
         return _draw_phases(runs[0], *fullest)
     figure, (axes,) = panels(title)
@@ -263,6 +266,16 @@ def _pairs(run: Snapshot, x: str, y: str) -> tuple[list[float], list[float]]:
 
 def _shares(counts: Sequence[float]) -> list[float]:
     return [count / sum(counts) for count in counts]
+
+
+def _write_counts(axes: Axes, bins: Sequence[float]) -> None:
+    """How many tokens stand behind each bin, which its mean does not show."""
+    for k, (count, share) in enumerate(zip(bins, _shares(bins), strict=True)):
+        if count:
+            text = f"{count:.0f}" if count < 1000 else f"{count / 1000:.3g}k"
+            at = ((k + 0.5) / len(bins), share)
+            axes.annotate(text, at, (0, 2), textcoords="offset points", ha="center", fontsize=6.5)
+    axes.set_ylim(0, 1.3 * max(_shares(bins)))  # room for them
 
 
 def _draw_positions(axes: Axes, run: Snapshot, key: str, style: dict[str, Any]) -> None:
@@ -400,7 +413,7 @@ def _draw_peaks(axes: Axes, rank: Mapping[str, Any], phases: Sequence[str]) -> N
             axes.barh(place, reserved, color="black", alpha=0.16, height=0.7)
         axes.barh(place, size, color=_PHASE_COLOURS[phase], alpha=0.75, height=0.7)
         axes.annotate(
-            f"{size:.2f}",
+            f"{size:.2f}" if size >= 1 else f"{size:.3f}",
             (max(size, reserved), place),
             (4, 0),
             textcoords="offset points",

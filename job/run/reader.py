@@ -19,7 +19,14 @@ from job.common.errors import Ending, InputError, file_error
 from job.common.schema import CriticConfig
 from job.common.state_files import name_unreadable, read_json, read_yaml
 from job.run.committed import committed
-from job.run.names import checkpoint_step, checkpoint_steps
+from job.run.names import (
+    ATTEMPT_FACTS,
+    MACHINE,
+    attempt_name,
+    attempts_seen,
+    checkpoint_step,
+    checkpoint_steps,
+)
 
 VALIDATION = "validation/value/"
 _TAIL_BYTES = 100_000
@@ -95,6 +102,13 @@ class StoredRun:
     def reliability(self) -> dict[str, Any]:
         """Calibration and value by position at the last evaluation."""
         return self._object("reliability.json")
+
+    def attempt(self) -> dict[str, Any]:
+        """What the newest attempt has noted of itself and its machine."""
+        newest = max(attempts_seen(self.file("attempts")), default=0)
+        folder = self.file("attempts") / attempt_name(newest)
+        noted = (read_json(folder / name, dict) for name in (ATTEMPT_FACTS, MACHINE))
+        return {key: value for facts in noted for key, value in (facts or {}).items()}
 
     def bad_steps(self) -> list[int]:
         """The steps that are passed over."""

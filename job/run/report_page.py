@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,11 @@ import yaml
 from job.common.errors import InputError, file_error
 from job.common.files import write_atomic
 from job.common.nested import flatten
+from job.model.parameters import bytes_text
 from job.run.alarm import is_constant
+from job.run.evaluations import Evaluation, evaluation_section, evaluations
 from job.run.figure import run_colour
-from job.run.html import Html, document, fold, join, section, table, tag
+from job.run.html import Html, document, fold, images, join, section, table, tag
 from job.run.plots import draw_plots, save_plots
 from job.run.reader import Snapshot, snapshots
 
@@ -70,8 +71,12 @@ def verdict(metrics: Mapping[str, float]) -> str:
     return f"explains {100 * r2:.0f} % of the variance (R² {r2:z.2f})"
 
 
+def is_run(path: Path) -> bool:
+    return any((path / name).exists() for name in _FILES)
+
+
 def _refuse_other_folder(run: Path) -> None:
-    if not any((run / name).exists() for name in _FILES):
+    if not is_run(run):
         reason = "is no run directory" if run.is_dir() else "does not exist"
         raise InputError(f"{run}: {reason}; give a folder that job.train has written (run.dir)")
 
@@ -96,8 +101,10 @@ def _page(runs: Sequence[Snapshot], plots: Mapping[str, bytes]) -> str:
             *(_headline(i, run, several) for i, run in enumerate(runs)),
             *(_failure(run, several) for run in runs if run.failed),
             _validation(runs),
-            _plots(plots),
+            _plots(plots, _calibration(runs[0]) if len(runs) == 1 else Html()),
+            *(evaluation_section(one) for run in runs for one in _evaluations(run, several)),
             _parameters(runs),
+            _origin(runs),
             _configuration(runs),
             tag("footer", "written ", _moment(time.time()), " by python -m job.report"),
         ]
@@ -144,7 +151,7 @@ def _facts(run: Snapshot) -> Iterator[str]:
         yield f"{speeds[len(speeds) // 2]:,.0f} tokens/s"
     memory = run.series("memory_bytes")[1]
     if memory:
-        yield f"{_bytes(max(memory))} peak memory"
+        yield f"{bytes_text(max(memory))} peak memory"
     if "updated" in run.status:
         yield f"updated {_moment(run.status['updated'])}"
 
@@ -194,6 +201,25 @@ _METRICS = (
         "{:z.1%}",
         "of so many pairs of answers to one problem",
         count="pairwise_pairs",
+    ),
+    _Metric(
+        "r2_between_problems", "R² between problems", "{:z.3f}", "of problems' means: difficulty"
+    ),
+    _Metric(
+        "r2_within_problems", "R² within problems", "{:z.3f}", "of what a solution adds to that"
+    ),
+    _Metric("prompt/mse", "V₀ MSE", "{:z.4f}", "squared error before the first token"),
+    _Metric("prompt/r2", "V₀ R²", "{:z.3f}", "explained share of the labels' variance there"),
+    _Metric("prompt/auc", "V₀ AUC", "{:z.3f}", "ranks problems solved above others; chance 0.5"),
+    _Metric("prompt/first_step", "V₁ - V₀", "{:z.3f}", "mean; 0 where values are right"),
+    _Metric(
+        "prompt/distance_to_optimal",
+        "V₀ to optimum",
+        "{:z.4f}",
+        "root of the mean squared distance",
+    ),
+    _Metric(
+        "prompt/next_distance_to_optimal", "V₁ to optimum", "{:z.4f}", "the same after one token"
     ),
     _Metric(
         "length_correlation", "length correlation", "{:z.3f}", "of prediction and response length"
@@ -264,15 +290,25 @@ def _labels(run: Snapshot) -> tuple[float, ...]:
 def _best_constant(final: Mapping[str, float]) -> dict[str, float]:
     known = {"r2": 0.0, "std_prediction": 0.0, "ece": 0.0}
     known |= {"last_token_auc": 0.5, "pairwise_accuracy": 0.5, "achievable_share": 0.0}
-    same = {"mse": "mse_constant", "mean_prediction": "mean_target"}
+    known |= {"prompt/r2": 0.0, "prompt/auc": 0.5, "prompt/first_step": 0.0}
+    same = {
+        "mse": "mse_constant",
+        "mean_prediction": "mean_target",
+        "prompt/mse": "prompt/mse_constant",
+    }
     return known | {key: final[name] for key, name in same.items() if name in final}
 
 
 def _optimal_predictor(final: Mapping[str, float]) -> dict[str, float]:
-    same = {"mse": "mse_optimal", "std_prediction": "std_optimal", "r2": "r2_optimal"}
-    return {"achievable_share": 1.0} | {
-        key: final[name] for key, name in same.items() if name in final
+    same = {
+        "mse": "mse_optimal",
+        "std_prediction": "std_optimal",
+        "r2": "r2_optimal",
+        "prompt/mse": "prompt/mse_optimal",
     }
+    known = {"achievable_share": 1.0}
+    known |= {"prompt/distance_to_optimal": 0.0, "prompt/next_distance_to_optimal": 0.0}
+    return known | {key: final[name] for key, name in same.items() if name in final}
 
 
 def _notes(runs: Sequence[Snapshot]) -> Iterator[str]:
@@ -289,17 +325,38 @@ def _notes(runs: Sequence[Snapshot]) -> Iterator[str]:
             yield f"{run.name}: no evaluation yet."
 
 
+def _evaluations(run: Snapshot, several: bool) -> Iterator[Evaluation]:
+    """What job.evaluate has written of a run, under its name where there are several."""
+    for found in evaluations(run.stored.path):
+        yield replace(found, name=f"{run.name}, {found.name}") if several else found
+
+
 # --- plots, parameters, configuration --------------------------------------------------------
 
 
-def _plots(plots: Mapping[str, bytes]) -> Html:
-    if not plots:
-        return section("Curves", tag("p", "There is nothing to plot yet."))
-    images = [
-        tag("img", src=f"data:image/png;base64,{base64.b64encode(png).decode()}", alt=name)
-        for name, png in plots.items()
+def _calibration(run: Snapshot) -> Html:
+    """The calibration's bins in numbers, with how many tokens stand behind each."""
+    keys = ("bin_mean_prediction", "bin_mean_label", "bin_count")
+    bins = list(zip(*(run.reliability.get(key, []) for key in keys), strict=True))
+    rows = [
+        (
+            f"{k / len(bins):.2f} to {(k + 1) / len(bins):.2f}",
+            *(f"{value:.3f}" for value in means),
+            f"{count:,.0f}",
+        )
+        for k, (*means, count) in enumerate(bins)
+        if count
     ]
-    return section("Curves", tag("div", *images, class_="plots"))
+    if not rows:
+        return Html()
+    head = ["predicted value", "mean prediction", "mean observed reward", "tokens"]
+    return tag("details", tag("summary", "calibration in numbers"), table(head, rows))
+
+
+def _plots(plots: Mapping[str, bytes], calibration: Html) -> Html:
+    if not plots:
+        return section("Curves", tag("p", "There is nothing to plot yet."), calibration)
+    return section("Curves", images(plots), calibration)
 
 
 def _parameters(runs: Sequence[Snapshot]) -> Html:
@@ -335,8 +392,38 @@ def _component_row(name: str, part: Mapping[str, Any]) -> list[str]:
         f"{part['total']:,}",
         f"{part['trainable']:,}",
         f"{100 * share:.2f} %",
-        *map(_bytes, [*sizes, sum(sizes)]),
+        *map(bytes_text, [*sizes, sum(sizes)]),
     ]
+
+
+def _origin(runs: Sequence[Snapshot]) -> Html:
+    """What it takes to do a run again: code, trunk, data, seed, versions."""
+    columns = [_origins(run) for run in runs]
+    rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
+    return section("Origin", table(["", *(run.name for run in runs)], rows, "texts"))
+
+
+def _origins(run: Snapshot) -> dict[str, object]:
+    noted, config = run.stored.attempt(), flatten(run.config)
+    commit = noted.get("commit")
+    code = [noted.get("version"), f"commit {commit[:12]}" if commit else None]
+    device = [noted.get("device"), noted.get("instructions")]
+    return {
+        "code": _known(code),
+        "trunk": config.get("model.path", _NONE),
+        "training data": config.get("data.train", _NONE),
+        "validation data": config.get("data.validation", _NONE),
+        "seed": config.get("training.seed", _NONE),
+        "torch": noted.get("torch", _NONE),
+        "device": _known(device),
+        "ranks": noted.get("world_size", _NONE),
+        "image, by its packages": noted.get("image", _NONE),
+        "started in": noted.get("cwd", _NONE),
+    }
+
+
+def _known(values: Sequence[object]) -> str:
+    return ", ".join(str(value) for value in values if value is not None) or _NONE
 
 
 def _configuration(runs: Sequence[Snapshot]) -> Html:
@@ -363,13 +450,6 @@ def _differing_keys(runs: Sequence[Snapshot]) -> Html:
 def _yaml(config: dict[str, Any]) -> str:
     text: str = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     return text
-
-
-def _bytes(count: float) -> str:
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
 
 
 def _moment(seconds: float) -> str:

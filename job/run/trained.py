@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from job.common.config import load_stored_config
 from job.common.errors import InputError, file_error, listing
-from job.common.nested import refuse_differences, to_dict
+from job.common.nested import difference, refuse_differences, to_dict
 from job.common.schema import CriticConfig
 from job.distributed.world import World
 from job.model.architecture import TransformerConfig
@@ -36,9 +36,10 @@ from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.fingerprint import fingerprint
 from job.model.shards import fill
 from job.run.checkpoint_store import newest_intact, read_facts
+from job.run.start_folder import start_folder
 
 TENSORS = "critic.safetensors"
-_BIAS = "value_head.bias"
+_BIAS, _WEIGHT = "value_head.bias", "value_head.weight"
 # What a command that only uses a critic may set otherwise than its training did.
 _MAY_BE_SET = (
     "model.path",
@@ -142,8 +143,8 @@ class TrainedCritic:
         """
         folder = newest_intact(source)
         file = folder / "config.yaml"
-        config = load_stored_config(CriticConfig, file, overrides)
         stored = load_stored_config(CriticConfig, file)
+        config = load_stored_config(CriticConfig, file, [*_whole(folder, stored), *overrides])
         problem = f"{folder}: this belongs to the critic and cannot be set (there -> asked for)"
         refuse_differences(to_dict(stored), to_dict(config), problem, _MAY_BE_SET)
         if trunk is not None:
@@ -166,7 +167,11 @@ class TrainedCritic:
     def on_meta(self) -> Critic:
         """The critic without weights, its last N blocks trainable."""
         with torch.device("meta"):
-            critic = Critic(self.architecture, head_bias=self.config.training.value_head.bias)
+            critic = Critic(
+                self.architecture,
+                head_bias=self.config.training.value_head.bias,
+                head_outputs=self.config.objective.head_outputs,
+            )
         unfreeze_last_blocks(critic, self.num_unfrozen_layers)
         return critic
 
@@ -199,8 +204,9 @@ class TrainedCritic:
         there = self.facts["identity"].get("tokenizer", fingerprint)
         if there != fingerprint:
             raise InputError(
-                f"{self.folder}: trained with another tokenizer ({there}, not {fingerprint}); "
-                "name the right one with --override tokenizer.path=PATH"
+                f"{self.folder}: trained with another tokenizer: "
+                f"{difference('tokenizer', there, fingerprint)}; name the right one with "
+                "--override tokenizer.path=PATH"
             )
 
     def _check_trunk(self, trunk: Path, verify: bool) -> None:
@@ -221,6 +227,20 @@ class TrainedCritic:
         refuse_differences(there, here, problem)
 
 
+def _whole(folder: Path, config: CriticConfig) -> list[str]:
+    """Overrides that lead from anywhere to what a run's relative paths name, where it is there.
+
+    Not its data.cache_dir: what a command caches goes where it is called.
+    """
+    if folder.parent.name != "checkpoints":
+        return []  # a delta, which may lie anywhere
+    start = start_folder(folder.absolute().parents[1], config.run.dir)
+    named = {"model.path": config.model.path, "tokenizer.path": config.tokenizer.path}
+    if start is None:
+        return []
+    return [f"{k}={start / path}" for k, path in named.items() if path and (start / path).exists()]
+
+
 def find_weights(source: Path, critic: nn.Module, identity: dict[str, Any]) -> Path:
     """The folder whose weights a new run can begin with: `source` is a run, checkpoint or delta.
 
@@ -233,7 +253,14 @@ def find_weights(source: Path, critic: nn.Module, identity: dict[str, Any]) -> P
     names = ("architecture", "base")
     there, here = {n: stored.get(n) for n in names}, {n: identity[n] for n in names}
     refuse_differences(there, here, f"{folder}: trained on another trunk (there -> here)")
-    trained, trainable = open_weights(folder).shapes.keys(), _trainable(critic).keys()
+    shapes, wanted = open_weights(folder).shapes, _trainable(critic)
+    outputs = (shapes[_WEIGHT][0], wanted[_WEIGHT].shape[0])
+    if outputs[0] != outputs[1]:
+        raise InputError(
+            f"{folder}: outputs of the head (objective.loss, objective.bins): "
+            f"{outputs[0]} -> {outputs[1]} (there -> here)"
+        )
+    trained, trainable = shapes.keys(), wanted.keys()
     if (_BIAS in trained) != (_BIAS in trainable):
         change = " -> ".join(str(_BIAS in names).lower() for names in (trained, trainable))
         raise InputError(f"{folder}: training.value_head.bias: {change} (there -> here)")

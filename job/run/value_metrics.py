@@ -22,6 +22,13 @@ _Metrics = dict[str, float | None]
 _BINS = 15
 _DECILES = 10
 _PASS = 0.5  # rewards from here on count as the positive class
+_ROUNDING = 1e-12  # of a variance, beside the whole
+_PROMPT = np.dtype(
+    [
+        (name, np.float64)
+        for name in ("value", "target", "next_value", "optimal", "next_optimal", "reward")
+    ]
+)
 _RECORD = np.dtype(
     [
         ("value", np.float64),
@@ -76,6 +83,12 @@ class ValueMetrics:
         self._by_prediction = np.zeros((3, _BINS))
         self._by_position = np.zeros((3, _DECILES))
         self._records: list[_Records] = []
+        self._prompts: list[_Records] = []
+        self._targets = _Fit()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Checkpoints of 0.1.0 hold metrics without prompts."""
+        self.__dict__ = vars(ValueMetrics()) | state
 
     def add(
         self,
@@ -110,6 +123,41 @@ class ValueMetrics:
             _records(doubles["values"], doubles["targets"], lengths, rewards, problems)
         )
 
+    def add_prompts(
+        self,
+        values: FloatArray,
+        next_values: FloatArray,
+        targets: FloatArray,
+        rewards: FloatArray,
+        optimal: tuple[FloatArray, FloatArray] | None = None,
+    ) -> None:
+        """Count the values before responses in, of m sequences that have one.
+
+        Args:
+            values: [m] predicted values after the last token before a response.
+            next_values: [m] those after the response's first token.
+            targets: [m] value targets of `values`.
+            rewards: [m] rewards.
+            optimal: twice [m], the optimal values of both; NaN where they are not known.
+
+        Raises:
+            ValueError: shapes disagree, or a number is not finite. Nothing is counted then.
+        """
+        known = {"value": values, "next_value": next_values, "target": targets, "reward": rewards}
+        best = {} if optimal is None else {"optimal": optimal[0], "next_optimal": optimal[1]}
+        for name, array in (known | best).items():
+            _check_shape(name, array, values.shape)
+        for name, array in known.items():
+            _check_finite(name, array)
+        prompts = np.full(values.size, np.nan, _PROMPT)
+        for name, array in (known | best).items():
+            prompts[name] = array
+        self._prompts.append(prompts)
+
+    def add_targets(self, values: FloatArray, targets: FloatArray) -> None:
+        """Count values [m] in at positions for which rows have targets [m] of their own."""
+        self._targets += _Fit.of(np.asarray(values, np.float64), np.asarray(targets, np.float64))
+
     def _add_tokens(
         self,
         values: _Doubles,
@@ -131,6 +179,8 @@ class ValueMetrics:
         self._by_prediction += other._by_prediction
         self._by_position += other._by_position
         self._records += other._records
+        self._prompts += other._prompts
+        self._targets += other._targets
 
     def compute(self) -> dict[str, float]:
         """Every metric that is defined; an undefined one is left out, none is NaN.
@@ -154,6 +204,18 @@ class ValueMetrics:
         of different reward whose higher reward has the higher response value, ties counting
         half: the accuracy of Bradley and Terry's model (1952, doi:10.2307/2334029) on them.
         achievable_share is (mse_constant - mse) / (mse_constant - mse_optimal).
+
+        r2_between_problems and r2_within_problems split r2: of the means of each problem's tokens
+        (how difficult it is), and of what is left without them (what a solution adds). Errors and
+        variances of both parts add up to mse and mse_constant.
+
+        Under "targets/" stands how values meet the targets that rows have at positions, each
+        weighing the same.
+
+        Under "prompt/" stand the values before responses, each sequence weighing the same: auc is
+        that of the reward, first_step the mean change to the value after the first token (0 for
+        values that are right and undiscounted), and the distances to optimal values, there and
+        after the first token, are roots of mean squares.
         """
         records = np.concatenate([np.empty(0, _RECORD), *self._records])
         metrics: _Metrics = {
@@ -164,6 +226,9 @@ class ValueMetrics:
         if records.size:
             metrics |= self._token_metrics() | self._optimal_metrics()
             metrics |= _response_metrics(records) | _length_metrics(records)
+            metrics |= _problem_metrics(records, self._tokens)
+            metrics |= self._target_metrics()
+            metrics |= _prompt_metrics(np.concatenate([np.empty(0, _PROMPT), *self._prompts]))
         return {name: value for name, value in metrics.items() if value is not None}
 
     def reliability(self) -> Reliability:
@@ -180,6 +245,13 @@ class ValueMetrics:
             "ece": float(np.abs(predictions - labels).sum() / count.sum()),
             **{f"position_{k:02}": None if math.isnan(x) else x for k, x in enumerate(positions)},
         }
+
+    def _target_metrics(self) -> _Metrics:
+        fit = self._targets
+        if not fit.target.count:
+            return {}
+        found = {"count": float(fit.target.count)} | fit.metrics()
+        return {f"targets/{name}": value for name, value in found.items()}
 
     def _optimal_metrics(self) -> _Metrics:
         tokens, optimal = self._tokens, self._optimal
@@ -206,6 +278,9 @@ def metric_names() -> list[str]:
         np.zeros(2, np.uint64),
         values / 2 + 0.25,
     )
+    two = np.array([0.25, 0.75])
+    metrics.add_prompts(two, two, np.array([0.0, 1.0]), np.array([0.0, 1.0]), (two, two))
+    metrics.add_targets(two, np.array([0.0, 1.0]))
     return [*metrics.compute()]
 
 
@@ -291,10 +366,18 @@ def _check_batch(
     shapes = {name: (int(lengths.sum()),) for name in per_token}
     shapes |= dict.fromkeys(per_sequence, lengths.shape)
     for name, array in (per_token | per_sequence).items():
-        if array.shape != shapes[name]:
-            raise ValueError(f"{name} has shape {array.shape}, but lengths imply {shapes[name]}")
-        if bad := np.count_nonzero(~np.isfinite(array)):
-            raise ValueError(f"{bad} of {array.size} {name} are NaN or infinite")
+        _check_shape(name, array, shapes[name])
+        _check_finite(name, array)
+
+
+def _check_shape(name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}, not {shape}")
+
+
+def _check_finite(name: str, array: npt.NDArray[Any]) -> None:
+    if bad := np.count_nonzero(~np.isfinite(array)):
+        raise ValueError(f"{bad} of {array.size} {name} are NaN or infinite")
 
 
 def _records(
@@ -360,6 +443,46 @@ def _response_metrics(records: _Records) -> _Metrics:
         "last_token_mse": last.mse,
         "last_token_auc": _auc(records["last_value"], records["reward"] >= _PASS),
     }
+
+
+def _problem_metrics(records: _Records, tokens: _Fit) -> _Metrics:
+    """r2 of the means of problems, and of what is left without them."""
+    problem = _ranks(records["problem"])
+    weight = np.bincount(problem, records["length"])
+    value, target = (
+        np.bincount(problem, records["length"] * records[name]) / weight
+        for name in ("value", "target")
+    )
+    error = float(weight @ np.square(value - target) / weight.sum())
+    spread = float(weight @ np.square(target - tokens.target.mean) / weight.sum())
+    least = _ROUNDING * tokens.target.variance
+    within = tokens.target.variance - spread
+    return {
+        "r2_between_problems": 1 - error / spread if spread > least else None,
+        "r2_within_problems": 1 - (tokens.mse - error) / within if within > least else None,
+    }
+
+
+def _prompt_metrics(prompts: _Records) -> _Metrics:
+    if not prompts.size:
+        return {}
+    fit = _Fit.of(prompts["value"], prompts["target"])
+    metrics = fit.metrics() | {
+        "auc": _auc(prompts["value"], prompts["reward"] >= _PASS),
+        "first_step": float((prompts["next_value"] - prompts["value"]).mean()),
+    }
+    if not np.isnan(prompts["optimal"]).any():
+        metrics |= {
+            "mse_optimal": _Fit.of(prompts["optimal"], prompts["target"]).mse,
+            "distance_to_optimal": _distance(prompts["value"], prompts["optimal"]),
+            "next_distance_to_optimal": _distance(prompts["next_value"], prompts["next_optimal"]),
+        }
+    return {f"prompt/{name}": value for name, value in metrics.items()}
+
+
+def _distance(x: _Doubles, y: _Doubles) -> float:
+    """Root of the mean square of the difference."""
+    return math.sqrt(float(np.square(x - y).mean()))
 
 
 def _length_metrics(records: _Records) -> _Metrics:

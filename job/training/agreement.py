@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from job.common.errors import NoProgress, Stopped
@@ -34,10 +34,10 @@ class Agreement:
 
     def check(self) -> None:
         """Raise Superseded or Stopped on every rank where one of them has a reason to."""
-        self.all_reduce(0.0)
+        self.all_reduce([])
 
-    def all_reduce(self, count: float) -> float:
-        """The sum of all ranks' counts; the flags travel with it, through host memory.
+    def all_reduce(self, counts: Sequence[float]) -> list[float]:
+        """The sums of all ranks' counts; the flags travel with them, through host memory.
 
         Raises:
             Superseded: a newer attempt has begun.
@@ -45,12 +45,13 @@ class Agreement:
         """
         self.watchdog.beat()
         newer = self._world.is_main and self._fence.superseded()
-        total, stops, newer_ones = self._world.sum([count, self._why() is not None, newer])
+        flags = [self._why() is not None, newer]
+        *totals, stops, newer_ones = self._world.sum([*counts, *flags])
         if newer_ones:
             raise self._fence.ending().everywhere()
         if stops:
             raise Stopped(f"stopped by {self._why() or 'another rank'}").everywhere()
-        return total
+        return totals
 
     def _why(self) -> str | None:
         if self._world.is_main and os.path.exists(self._stop_file):  # noqa: PTH110 - never raises

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from job.common.config import set_key
 from job.common.errors import InputError, NoProgress, Stopped, Superseded, file_error, first_line
 from job.common.nested import to_dict
-from job.common.progress import log_file, only_warnings
+from job.common.progress import keep_in_files, log_file, only_warnings
 from job.common.schema import CriticConfig
 from job.common.signals import STOP_FILE
 from job.distributed.world import World, joined_world
@@ -53,6 +54,10 @@ def claimed_attempt(
     """
     with joined_world(config.distributed) as world:
         run = RunDirectory(config.run.dir, is_main=world.is_main)
+        for key, value in world.main_decides(lambda: run.kept_from_before(config)).items():
+            set_key(config, key, value)
+            if world.is_main:
+                _log.info("%s: %s, as this run began", key, str(value).lower())
         number = world.main_decides(lambda: _claim(config, run, resume))
         if number is None:
             yield None
@@ -117,7 +122,7 @@ def _failures_reported(world: World) -> Iterator[None]:
     except BaseException as error:
         world.report_failure(error)
         if not isinstance(error, Stopped | Superseded):
-            _log.error("%s", first_line(error, named=True))
+            keep_in_files(first_line(error, named=True))  # on stderr the command ends with it
         raise
 
 

@@ -31,7 +31,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -54,6 +53,7 @@ from job.run.directory import RunDirectory
 from job.run.fence import Fence
 from job.run.manifest import FACTS, MANIFEST, DamagedError, FileSum, Manifest
 from job.run.names import checkpoint_name, is_leftover, unfinished_name
+from job.training.host_copy import HostCopy
 from job.training.learner import Learner
 from job.training.state import TrainingState
 
@@ -74,12 +74,13 @@ class SaveError(StorageError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One rank's copy of everything that a checkpoint holds."""
+    """One rank's copy of everything that a checkpoint holds; `problem` is why it is none."""
 
     tensors: Tensors
     state: bytes
     facts: dict[str, Any]
     step: int
+    problem: Exception | None = None
 
 
 class Checkpoints:
@@ -90,6 +91,7 @@ class Checkpoints:
 
     Attributes:
         newest: the last committed step; 0 if there is none.
+        has_saved: whether this attempt has committed one.
         logs_written: makes metrics up to now durable, as far as that is possible.
     """
 
@@ -105,14 +107,26 @@ class Checkpoints:
         self._identity, self._world = identity, world
         self._folder = run.file("checkpoints")
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-        self._stager = _stager(world.device)
+        self._copy = HostCopy()
         self._saving: Future[int] | None = None
         self._failed: SaveError | None = None  # how the last save ended
         self._next = config.every_steps
-        self.newest = 0
+        self.newest, self.has_saved = 0, False
         self.logs_written: Callable[[], None] = lambda: None
 
     # Saving
+
+    def reserve(self, learner: Learner) -> None:
+        """Take the host memory that saving needs, so that no step has to wait for it.
+
+        Raises:
+            SaveError: there is too little of it.
+        """
+        try:
+            self._copy.update(trained_tensors(learner))
+        except RuntimeError as error:
+            text = f"no host memory for the copy that checkpoints are written from: {error}"
+            raise SaveError(text) from error
 
     def save_if_due(self, learner: Learner, state: TrainingState, figures: Figures) -> None:
         """Begin to save where it is time to; every rank must call this after every step."""
@@ -164,9 +178,12 @@ class Checkpoints:
             "evaluation": dict(figures),
             "commit": commit(),
         }
-        tensors = self._stager.stage(trained_tensors(learner))
-        assert not isinstance(tensors, Future)
-        snapshot = Snapshot(tensors, state.to_bytes(), facts, state.step)
+        tensors, problem = Tensors(), None
+        try:
+            tensors = self._copy.update(trained_tensors(learner))
+        except Exception as error:  # the others, who write together with this rank, must hear it
+            problem = error
+        snapshot = Snapshot(tensors, state.to_bytes(), facts, state.step, problem)
         self._saving = _in_background(lambda: self._write(snapshot))
 
     def _report(self) -> None:
@@ -175,7 +192,7 @@ class Checkpoints:
             return
         error, saving, self._saving = self._saving.exception(), self._saving, None
         if error is None:
-            self._failed, self.newest = None, saving.result()
+            self._failed, self.newest, self.has_saved = None, saving.result(), True
             self._run.set_status(checkpoint=self.newest, checkpoint_error=None)
             return
         self._failed = error if isinstance(error, SaveError) else SaveError(str(error))
@@ -220,6 +237,8 @@ class Checkpoints:
 
     def _prepare(self, scratch: Path, snapshot: Snapshot) -> None:
         """Refuse what is not worth saving, and make the folder."""
+        if snapshot.problem is not None:
+            raise snapshot.problem
         damaged = [
             n for n, tensor in snapshot.tensors.items() if not local_shard(tensor).isfinite().all()
         ]
@@ -313,7 +332,7 @@ class Checkpoints:
         facts = read_facts(folder)
         stored = [_state_file(folder, rank).read_bytes() for rank in range(facts["world_size"])]
         state = TrainingState.of_rank(stored, self._world.rank, self._world.size)
-        learner.set_updates(state.step - state.skipped_steps)
+        learner.set_updates(state.step, state.skipped_steps, state.skipped_at)
         self.newest = state.step
         self._next = (state.step // self._config.every_steps + 1) * self._config.every_steps
         return state
@@ -348,19 +367,6 @@ def trained_tensors(learner: Learner) -> Tensors:
 
 def _state_file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05}.state"
-
-
-def _stager(device: torch.device) -> DefaultStager:
-    """Copies a state to host memory that is allocated once, pinned where that helps."""
-    pinned = device.type == "cuda"
-    return DefaultStager(
-        StagingOptions(
-            use_pinned_memory=pinned,
-            use_shared_memory=False,
-            use_async_staging=False,
-            use_non_blocking_copy=pinned,
-        )
-    )
 
 
 def _writer(scratch: Path) -> FileSystemWriter:

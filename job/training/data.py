@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from job.common.data_file import check_readable
+from job.common.data_file import check_readable, described
 from job.common.errors import InputError
-from job.common.schema import EMBEDDED, CriticConfig, Loss
-from job.data.packing import Indices, Packer, single_units
-from job.data.pairs import balanced_pairs
+from job.common.schema import EMBEDDED, CriticConfig, Spread
+from job.data.packing import Indices, Packer, first_valued, single_units
+from job.data.pairs import balanced_pairs, with_others
 from job.data.token_cache import TokenizedSet, count_shared_problems, load_split
 from job.data.tokenizer import Tokenizer, load_tokenizer
+from job.data.weights import Weights, position_weights
 from job.distributed.world import World
 from job.model.architecture_file import read_architecture
 from job.run.directory import RunDirectory
@@ -37,9 +38,9 @@ class CriticData:
 
 def check_sources(config: CriticConfig) -> None:
     """Raise InputError where a data file cannot be read; before everything that takes time."""
-    for path in (config.data.train, config.data.validation):
-        if path != EMBEDDED:
-            check_readable(path)
+    for source in (config.data.train, config.data.validation):
+        if source != EMBEDDED and not isinstance(source, float):
+            check_readable(source)
 
 
 def load_critic_data(
@@ -54,11 +55,13 @@ def load_critic_data(
     tokenizer = load_tokenizer(config.tokenizer.path or config.model.path)
     sets = {}
     for split in ("train", "validation"):
-        found = sets[split] = load_split(config.data, split, tokenizer, verify=verify)
+        seed = config.training.seed
+        found = sets[split] = load_split(config.data, split, tokenizer, verify=verify, seed=seed)
         _keep_bad_rows(found, run, split)
         check_tokens(found, architecture.vocab_size)
         warn_of_unknown(found, tokenizer, f"{split} data")
     train, validation = sets["train"], sets["validation"]
+    check_targets(config, train)
     if shared := count_shared_problems(train, validation):
         _log.warning("%d problem(s) are in both training and validation data", shared)
     _log.info(
@@ -74,9 +77,15 @@ def load_critic_data(
         device=world.device,
         rank=world.rank,
         world=world.size,
+        prompt_value=config.objective.trains_prompts,
     )
     return CriticData(
-        pack(train, _training_units(config, train)),
+        pack(
+            train,
+            _training_units(config, train),
+            weights=_training_weights(config, train),
+            spread=config.objective.spread,
+        ),
         pack(validation, kept[:, None]),
         float(train.rewards.mean()),
         tokenizer.fingerprint,
@@ -132,16 +141,51 @@ def warn_of_unknown(found: TokenizedSet, tokenizer: Tokenizer, name: str) -> Non
 
 
 def _training_units(config: CriticConfig, train: TokenizedSet) -> Indices:
-    if config.objective.loss is not Loss.pairwise:
+    if not config.objective.all_terms.pairwise:
         return single_units(len(train))
     pairs = balanced_pairs(train.rewards, train.problems, train.response_lengths)
     if not len(pairs):
         raise InputError(
-            f"{config.data.train}: no two solutions of one problem with different rewards; "
-            "the pairwise loss needs some (is problem_id right?)"
+            f"{described(config.data.train)}: no two solutions of one problem with different "
+            "rewards; the pairwise loss needs some (is problem_id right?)"
         )
     _log.info("%d length-balanced pairs", len(pairs))
-    return pairs
+    return pairs if config.objective.ranks_only else with_others(pairs, len(train))
+
+
+def check_targets(config: CriticConfig, train: TokenizedSet) -> None:
+    """Raise InputError where targets at positions and the objective do not go together."""
+    objective = config.objective
+    if train.targets is None:
+        if objective.spread is not Spread.none:
+            raise InputError(
+                f"objective.spread: no row of {config.data.train} has targets at positions "
+                "(data.fields.targets names the field)"
+            )
+        return
+    if objective.ranks_only or objective.all_terms.td:
+        raise InputError(
+            f"{config.data.train}: rows have targets at positions (data.fields.targets); they are "
+            "learnt by objective.target=monte_carlo, or objective.terms without td"
+        )
+
+
+def _training_weights(config: CriticConfig, train: TokenizedSet) -> Weights:
+    rows = np.arange(len(train))
+    positions = train.lengths - first_valued(train, rows, config.objective.trains_prompts)
+    if train.targets is not None:
+        firsts, lengths = (train.lengths - positions).tolist(), train.lengths.tolist()
+        spread, targets = config.objective.spread, train.targets
+        each = zip(range(len(train)), firsts, lengths, strict=True)
+        found = (targets.spread(row, first, n, spread)[1].sum() for row, first, n in each)
+        positions = np.fromiter(found, np.float64, len(train))
+    return position_weights(
+        config.objective.weighting,
+        config.objective.balance_labels,
+        positions=positions,
+        rewards=train.rewards,
+        problems=train.problems,
+    )
 
 
 def _keep_bad_rows(found: TokenizedSet, run: RunDirectory, split: str) -> None:

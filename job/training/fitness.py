@@ -13,13 +13,16 @@ from pathlib import Path
 
 import torch
 
-from job.common.errors import Exit, InputError, StorageError, UnfitNode
+from job.common.data_file import described
+from job.common.errors import Exit, InputError, StorageError, UnfitNode, first_line
 from job.common.places import SCRATCH_BYTES, disk, free_bytes, read_problem, write_problem
 from job.common.schema import EMBEDDED, CriticConfig
 from job.distributed.links import interface, library_log, pair_rates
 from job.distributed.world import World, joined_world
+from job.model.architecture_file import read_architecture
 from job.model.weights import check_trunk
 from job.training.data import check_sources
+from job.training.gpu import gpu_problem, slower_attention
 
 _SHARED_MEMORY_BYTES = 64 << 20  # NCCL's buffers between the GPUs of a node
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # on any node
@@ -49,17 +52,22 @@ def of_this_node(config: CriticConfig, gpus: int, scratch: Path | None) -> Itera
     yield _packages()
     yield _driver(gpus)
     yield _visible_gpus(gpus)
+    yield from _capable_gpus(config)
     yield _shared_memory()
     if scratch is not None:
         yield _scratch(scratch)
     yield _run_folder(Path(config.run.dir))
     weights = config.model.path if config.model.recipe is None else None
-    yield _readable("weights", weights, lambda: _check_trunk(config))
+    found = _readable("weights", weights, lambda: _check_trunk(config))
+    yield found
+    if torch.cuda.device_count() and weights is not None and found.fault is Exit.FINISHED:
+        yield _attention(config)
     for name, source in (
         ("data.train", config.data.train),
         ("data.validation", config.data.validation),
     ):
-        yield _readable(name, None if source == EMBEDDED else source, lambda: check_sources(config))
+        named = None if source == EMBEDDED else described(source)
+        yield _readable(name, named, lambda: check_sources(config))
 
 
 def _packages() -> Finding:
@@ -109,6 +117,24 @@ def _visible_gpus(gpus: int) -> Finding:
         advice = "see --gpus-per-node, and --nv of the container; a GPU may have failed: nvidia-smi"
         return unfit("GPUs", seen, advice)
     return Finding("GPUs", seen)
+
+
+def _capable_gpus(config: CriticConfig) -> Iterator[Finding]:
+    """Whether each visible GPU can compute as the configuration wants it."""
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        try:
+            problem = gpu_problem(config.distributed.fsdp, device)
+        except RuntimeError as error:
+            problem = f"it does not answer ({first_line(error)}); see nvidia-smi"
+        if problem is not None:
+            yield unfit(f"GPU {index}", problem, "")
+
+
+def _attention(config: CriticConfig) -> Finding:
+    """Which attention the trunk's heads get on a GPU."""
+    slower = slower_attention(config.distributed.fsdp, read_architecture(config.model.path))
+    return Finding("attention", slower or "as CUDA's flash attention takes it")
 
 
 def _shared_memory() -> Finding:

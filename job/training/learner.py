@@ -19,12 +19,13 @@ from job.distributed.world import World
 from job.model.critic import Critic
 from job.model.shards import full_tensor, local_shard
 from job.run.value_metrics import ValueMetrics
-from job.training.objective import Objective
+from job.training.objective import Counts, Objective
 from job.training.optimizer import build_optimizer, set_learning_rate
+from job.training.stages import Stages
 
 ADVICE = "Lower training.learning_rate"
 Phase = Callable[[str], AbstractContextManager[object]]  # marks what memory is used for
-AllReduce = Callable[[float], float]  # the sum of all ranks' values
+AllReduce = Callable[[Sequence[float]], list[float]]  # the sums of all ranks' values
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Learner:
         self._phase = phase
         self.optimizer = build_optimizer(critic, config)
         self.trainable = [p for p in critic.parameters() if p.requires_grad]
+        self.stages = Stages(critic, config)
         self._ids = {id(p) for p in self.trainable}
-        self._checked_gradients = False
+        self._checked: set[int] = set()  # how many parameters learned when gradients were looked at
 
     def step(
         self,
@@ -67,42 +69,41 @@ class Learner:
     ) -> StepResult:
         """Optimizer step `step` (from 0) on this rank's micro-batches.
 
-        The loss is a sum over all that carries a target, on all ranks, divided by their global
-        count: `all_reduce` sums the counts, and may raise before anything has changed. Predictions
-        go into `metrics`. If the loss or the gradient norm is not finite on some rank, nothing is
-        changed anywhere.
+        The loss is a weighted sum over all that carries a target, on all ranks, divided by its
+        global weight: `all_reduce` sums the weights, and may raise before anything has changed.
+        Predictions go into `metrics`. If the loss or the gradient norm is not finite on some rank,
+        nothing is changed anywhere.
         """
-        # all ranks' count, before anything is computed: gradients of two ranks could not be put
+        # all ranks' counts, before anything is computed: gradients of two ranks could not be put
         # together later if each had divided by its own
-        count = (all_reduce or self._sum)(sum(self.objective.count(batch) for batch in batches))
+        own = Counts.of([self.objective.counts(batch) for batch in batches])
+        whole = Counts(*(all_reduce or self.world.sum)([own.weight, own.pairs]))
         rate = set_learning_rate(self.optimizer, self.config, step)
-        losses, outputs = [], []
+        learning = self.stages.enter(step)
+        losses, values = [], []
         for batch in batches:
             with self._phase("forward"):
                 output = self.outputs(batch)  # [n]
-                loss = self.objective.loss_sum(output, batch, step) / count
+                loss = self.objective.loss(output, batch, step, whole)
             with self._phase("backward"):
                 (loss * self.world.size).backward()  # FSDP averages gradients over ranks
             # without their graph, which would keep the activations of every micro-batch
             losses.append(loss.detach())
-            outputs.append(output.detach())
-        self._check_gradients()
+            values.append(self.objective.values(output.detach()))
+        self._keep_gradients(learning)
         with self._phase("optimizer"):
             # over the shards of all ranks, and so the same on each of them
-            norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.config.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(learning, self.config.max_grad_norm)
             # exact sums: the loss does not hang on how a step is cut into micro-batches
-            loss_of_all = self._sum(math.fsum(loss.item() for loss in losses))
+            (loss_of_all,) = self.world.sum([math.fsum(loss.item() for loss in losses)])
             result = StepResult(loss_of_all, full_tensor(norm).item(), rate)
             if result.is_finite:
                 self.optimizer.step()
             self.optimizer.zero_grad()
         if result.is_finite:  # what was predicted before the step learned from it
-            for batch, output in zip(batches, outputs, strict=True):
-                self._record(metrics, output, batch)
+            for batch, one in zip(batches, values, strict=True):
+                self._record(metrics, one, batch)
         return result
-
-    def _sum(self, value: float) -> float:
-        return self.world.sum([value])[0]
 
     @torch.no_grad()
     def evaluate(self, packer: Packer, advance: Advance) -> ValueMetrics:
@@ -119,7 +120,7 @@ class Learner:
                 outputs = self.outputs(batch)
                 if not outputs.isfinite().all():
                     raise InputError(f"evaluation: predictions are not finite. {ADVICE}")
-                self._record(metrics, outputs, batch)
+                self._record(metrics, self.objective.values(outputs), batch)
                 advance(done, f"of {len(plan)} evaluation batches")
         finally:
             self._reshard()
@@ -145,8 +146,8 @@ class Learner:
         return merged
 
     def outputs(self, batch: Batch) -> Tensor:
-        """Head outputs at the batch's response tokens, float32 [n]."""
-        return self.critic(batch.tokens, batch.layout, batch.layout.reads(batch.responses))
+        """Head outputs at the batch's valued positions, float32 [n]."""
+        return self.critic(batch.tokens, batch.layout, batch.layout.reads(batch.positions))
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """AdamW's moments of a trainable parameter, sharded as it is; zeros before the first step.
@@ -162,26 +163,26 @@ class Learner:
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         return {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
 
-    def set_updates(self, n: int) -> None:
-        """Tell the optimizer how many updates it has made, for its bias correction."""
-        for state in self.optimizer.state.values():
-            state["step"].fill_(n)
+    def set_updates(self, step: int, skipped: int, skipped_at: Sequence[int]) -> None:
+        """Tell the optimizer how many updates it has made, for its bias correction.
 
-    def _record(self, metrics: ValueMetrics, outputs: Tensor, batch: Batch) -> None:
-        metrics.add(
-            self.objective.values(outputs).cpu().numpy(),
-            self.objective.labels(batch).cpu().numpy(),
-            batch.response_lengths.cpu().numpy(),
-            batch.rewards.cpu().numpy(),
-            batch.problems,
-            batch.optimal if self.objective.config.gamma == 1 else None,  # it is undiscounted
-        )
+        Args:
+            step, skipped, skipped_at: as in `Stages.updates`.
+        """
+        for parameter, state in self.optimizer.state.items():
+            state["step"].fill_(self.stages.updates(parameter, step, skipped, skipped_at))
 
-    def _check_gradients(self) -> None:
-        """After the first backward: a gradient for each trainable parameter, none for others."""
-        if self._checked_gradients:
-            return
-        self._checked_gradients = True
-        for name, parameter in self.critic.named_parameters():
-            has = parameter.grad is not None
-            assert has == parameter.requires_grad, f"{name}: gradient {has}"
+    def _record(self, metrics: ValueMetrics, values: Tensor, batch: Batch) -> None:
+        self.objective.record(metrics, values.cpu().numpy(), batch)
+
+    def _keep_gradients(self, learning: Sequence[nn.Parameter]) -> None:
+        """Drop the gradients of what rests; what learns, and nothing else, has one then."""
+        ids = {id(p) for p in learning}
+        for parameter in self.trainable:
+            if id(parameter) not in ids:
+                parameter.grad = None
+        if len(ids) not in self._checked:
+            self._checked.add(len(ids))
+            for name, parameter in self.critic.named_parameters():
+                has = parameter.grad is not None
+                assert has == (id(parameter) in ids), f"{name}: gradient {has}"

@@ -142,7 +142,11 @@ class Training:
         return _prefixed("validation/value/", figures)
 
     def _sound_alarm(self, figures: Mapping[str, float]) -> None:
-        n = self.config.training.num_unfrozen_layers
+        training = self.config.training
+        stage = training.stage_at(self.state.step - 1)
+        n = training.all_stages[stage].num_unfrozen_layers
+        if n == 0 and n < max(later.num_unfrozen_layers for later in training.all_stages[stage:]):
+            return  # a head alone that waits for its blocks
         text = self.state.alarm.check(self.state.step, figures, n)
         if text is not None:
             _log.warning("%s", text)
@@ -163,6 +167,7 @@ class Training:
             self.state.bad_steps = 0
             return True
         self.state.skipped_steps += 1
+        self.state.skipped_at += (self.state.step,)
         if result is not _PASSED_OVER:
             self.state.bad_steps += 1
             if self._world.is_main:

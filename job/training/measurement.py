@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from job.common.progress import progress
-from job.common.schema import CriticConfig
+from job.common.schema import CriticConfig, TrainingConfig
 from job.distributed.world import World, joined_world
 from job.memory.fit import prediction
 from job.memory.recorder import Recorder
@@ -66,8 +66,9 @@ def _measured(
         lambda *_: stages.__setitem__("backward", _now(recorder))
     )
     with progress("measuring", STEPS) as advance:
+        first = _first_of_largest(config.training)
         for step in range(STEPS):
-            _step(learner, data, step)
+            _step(learner, data, first + step)
             stages["update"] = _now(recorder)
             advance(step + 1, f"N={config.training.num_unfrozen_layers}")
     summary = recorder.summary()
@@ -89,6 +90,12 @@ def warm_up(device: torch.device) -> None:
     critic(tokens, layout, torch.arange(len(tokens), device=device)).square().mean().backward()
     torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
     optimizer.step()
+
+
+def _first_of_largest(training: TrainingConfig) -> int:
+    """The first step of the stage that takes the most memory."""
+    ns = [stage.num_unfrozen_layers for stage in training.all_stages]
+    return sum(stage.steps for stage in training.all_stages[: ns.index(max(ns))])
 
 
 def _step(learner: Learner, data: CriticData, step: int) -> None:

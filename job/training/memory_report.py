@@ -96,11 +96,11 @@ def heaviest(config: CriticConfig, data: CriticData, world: World) -> Setting:
     evaluated = max(data.validation.size(units)[0] for units in data.validation.everything)
     accumulates = any(len(plan) > 1 for plan in plans)
     gathered = world.gather((max(sizes), evaluated, accumulates))
-    (tokens, responses) = max(size for size, _, _ in gathered)
+    (tokens, valued) = max(size for size, _, _ in gathered)
     return replace(
         setting,
         micro_batch_tokens=tokens,
-        response_tokens=responses,
+        response_tokens=valued,
         accumulates=any(a for _, _, a in gathered),
         evaluation_tokens=max(e for _, e, _ in gathered),
         sequence_tokens=int(data.train.data.lengths.mean()),
@@ -127,12 +127,7 @@ class MemoryAccount:
         self._predicted = prediction(self._setting)
         run.write_json(FILE, {"predicted": self._predicted})
         if world.is_main:
-            _log.info(
-                "memory: %.3f GB predicted at the peak (%s), and %.1f GB outside the allocator",
-                self._predicted["peak_bytes"] / 1e9,
-                self._predicted["peak_moment"],
-                self._predicted["outside_bytes"] / 1e9,
-            )
+            _log.info("memory: %s", _expected(self._predicted, on_gpu=self._setting.cuda))
 
     def close(self) -> dict[str, float]:
         """Write what was measured beside the prediction; both, for tracking."""
@@ -163,13 +158,25 @@ def measured_peak(rank: Mapping[str, Any]) -> float | None:
     return peak.get("allocated")
 
 
+def _expected(predicted: Mapping[str, Any], *, on_gpu: bool) -> str:
+    peak, moment = predicted["peak_bytes"] / 1e9, predicted["peak_moment"]
+    if not on_gpu:  # a process takes some hundred MB besides, for torch itself
+        return f"{peak:.3f} GB predicted for the critic and its training, at the peak ({moment})"
+    reserved, outside = predicted["reserved_bytes"] / 1e9, predicted["outside_bytes"] / 1e9
+    return (
+        f"{peak:.3f} GB predicted at the peak ({moment}), {reserved:.1f} GB reserved for it, "
+        f"and {outside:.1f} GB outside torch"
+    )
+
+
 def _compare(predicted: float, measured: float, *, on_gpu: bool) -> None:
+    """Say how the prediction did; a process is measured too coarsely to be told that it did."""
     text = f"{predicted / 1e9:.3f} GB predicted, {measured / 1e9:.3f} GB measured at the peak"
-    if within(predicted, measured, on_gpu=on_gpu):
+    if not within(predicted, measured, on_gpu=on_gpu):
+        _log.warning("memory: %s: they part; see %s and docs/memory.md", text, FILE)
+    elif on_gpu:
         margin = _tolerance(measured, on_gpu=on_gpu) / 1e9
         _log.info("memory: as predicted, to the %.3f GB that count as equal: %s", margin, text)
-    else:
-        _log.warning("memory: %s: they part; see %s and docs/memory.md", text, FILE)
 
 
 def within(predicted: float, measured: float, *, on_gpu: bool) -> bool:

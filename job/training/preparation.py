@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from job.training.data import CriticData, check_sources
 from job.training.objective import Objective
 from job.training.pretraining import ensure_trunk
 
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # new name and old
 _log = logging.getLogger("job.train")
 
 
@@ -46,7 +48,9 @@ def load_critic(
     """
     with torch.device("meta"):
         critic = Critic(
-            read_architecture(config.model.path), head_bias=config.training.value_head.bias
+            read_architecture(config.model.path),
+            head_bias=config.training.value_head.bias,
+            head_outputs=config.objective.head_outputs,
         )
     unfreeze_last_blocks(critic, config.training.num_unfrozen_layers)
     if config.distributed.fsdp.activation_checkpointing:
@@ -64,7 +68,7 @@ def _begin_head(critic: Critic, config: CriticConfig, mean_reward: float) -> Non
         head = _kept_head(config)
         critic.set_head(head.weight, torch.zeros(1) if head.bias is None else head.bias)
         return
-    bias = config.training.value_head.bias_init
+    bias: float | Sequence[float] | None = config.training.value_head.bias_init
     if bias is None:
         bias = Objective(config.objective).initial_bias(mean_reward)
     critic.initialise_head(bias, config.training.seed)
@@ -86,9 +90,30 @@ def _kept_head(config: CriticConfig) -> StoredHead:
 
 
 def set_up_torch(config: CriticConfig) -> None:
-    """Threads and determinism of this process."""
+    """Threads, memory and determinism of this process; before CUDA is used."""
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
-    if config.training.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    set_up_allocator()
+    torch.use_deterministic_algorithms(config.training.deterministic)
+    # nothing here reads memory that nothing has written, and filling it is a tenth of a step
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def set_up_allocator() -> None:
+    """Settings of torch's CUDA memory that it reads from the environment, where none are made.
+
+    Segments that grow leave fewer gaps. torch 2.13 dies making them where NVML is missing, as in a
+    container without the driver's utilities. The workspace is one with which cuBLAS gives the same
+    bits, and of one size on all GPUs.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if not any(name in os.environ for name in _ALLOCATOR_SETTINGS) and _has_nvml():
+        os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
+
+
+def _has_nvml() -> bool:
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")  # by the name that torch opens it by
+    except OSError:
+        return False
+    return True

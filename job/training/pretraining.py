@@ -26,7 +26,7 @@ from job.common.state_files import read_yaml
 from job.common.text_values import dump, load_plain
 from job.data.arithmetic import ALPHABET
 from job.data.packing import Batch, Packer, single_units
-from job.data.rows import BadRow, read_rows
+from job.data.rows import BadRow, read_source
 from job.data.token_cache import load_split
 from job.data.tokenizer import load_tokenizer, write_bpe_tokenizer, write_character_tokenizer
 from job.model.architecture import TransformerConfig
@@ -159,7 +159,7 @@ def _write_tokenizer(config: PretrainConfig, folder: Path) -> None:
 
 
 def _texts(config: PretrainConfig) -> Iterator[str]:
-    for _, row in read_rows(config.data.train, config.data.fields, rewards=False):
+    for _, row in read_source(config.data.train, config.data.fields, rewards=False):
         if isinstance(row, BadRow):
             raise InputError(str(row))
         yield row.prompt + row.response

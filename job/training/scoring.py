@@ -1,4 +1,4 @@
-"""A trained critic values every token of every response in a file."""
+"""A trained critic values every token of every response in a file, and the last before it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from job.common.data_file import check_readable
+from job.common.data_file import Source, check_readable, described
 from job.common.errors import InputError, Stopped
 from job.common.progress import only_warnings, progress
 from job.common.schema import AUTO, EMBEDDED, CriticConfig, DistributedConfig
@@ -23,7 +23,8 @@ from job.common.signals import reason
 from job.data.packing import Batch, Packer, assemble, single_units
 from job.data.token_cache import TokenizedSet, load_to_score
 from job.data.tokenizer import load_tokenizer
-from job.data.values_file import Values, ValuesFile
+from job.data.values_file import ValuesFile
+from job.data.values_text import Values
 from job.distributed.fsdp import shard
 from job.distributed.world import World, joined_world
 from job.model.critic import Critic
@@ -32,7 +33,9 @@ from job.run.manifest import MANIFEST
 from job.run.trained import TrainedCritic, load_weights
 from job.run.value_metrics import ValueMetrics
 from job.training.data import check_tokens, warn_of_unknown
+from job.training.gpu import check_gpu
 from job.training.objective import Objective
+from job.training.preparation import set_up_allocator
 
 MICRO_BATCHES = 16  # of each rank, between two parts that are committed
 _AUTO_TOKENS = 8192  # of a micro-batch
@@ -40,9 +43,9 @@ _log = logging.getLogger("job.score")
 
 
 def score(
-    find: Callable[[], TrainedCritic], source: str, out: Path, *, verify: bool = False
-) -> None:
-    """Score a data file as one of the job's processes.
+    find: Callable[[], TrainedCritic], source: Source, out: Path, *, verify: bool = False
+) -> bool:
+    """Score data as one of the job's processes; returns whether this is the one that writes.
 
     Args:
         find: finds the critic; called on rank 0 alone.
@@ -52,6 +55,7 @@ def score(
         InputError: something in the input is wrong; nothing is scored yet.
         Stopped: asked to stop; what is scored so far is kept.
     """
+    set_up_allocator()
     with joined_world(DistributedConfig()) as world:
         if not world.is_main:
             only_warnings()
@@ -66,9 +70,10 @@ def score(
                 _Scorer(trained, data, world).score(file, start)
             if world.is_main:
                 _finish(file, trained, data)
+        return world.is_main
 
 
-def _found(find: Callable[[], TrainedCritic], source: str, verify: bool) -> TrainedCritic:
+def _found(find: Callable[[], TrainedCritic], source: Source, verify: bool) -> TrainedCritic:
     if source != EMBEDDED:
         check_readable(source)
     trained = find()
@@ -76,18 +81,20 @@ def _found(find: Callable[[], TrainedCritic], source: str, verify: bool) -> Trai
     return trained
 
 
-def _load_data(trained: TrainedCritic, source: str, verify: bool) -> TokenizedSet:
+def _load_data(trained: TrainedCritic, source: Source, verify: bool) -> TokenizedSet:
     config = trained.config
     tokenizer = load_tokenizer(config.tokenizer.path or config.model.path)
     trained.check_tokenizer(tokenizer.fingerprint)
     data = load_to_score(config.data, source, tokenizer, verify=verify)
     check_tokens(data, trained.architecture.vocab_size)
-    warn_of_unknown(data, tokenizer, source)
+    warn_of_unknown(data, tokenizer, described(source))
     if odd := list(data.odd_labels()):
         text = "%d row(s) are scored and left out of the table, for their label: %s"
         _log.warning(text, len(odd), odd[0])
     if data.n_skipped:
-        _log.warning("%s: %d row(s) left out; they have no values", source, data.n_skipped)
+        _log.warning(
+            "%s: %d row(s) left out; they have no values", described(source), data.n_skipped
+        )
     return data
 
 
@@ -99,6 +106,7 @@ def _plan(trained: TrainedCritic, data: TokenizedSet) -> dict[str, Any]:
         "critic": hashlib.sha256(manifest).hexdigest(),
         "data": data.folder.name,
         "mixed_precision": trained.config.distributed.fsdp.mixed_precision,
+        "prompt_value": True,  # 0.1.0 wrote none
     }
 
 
@@ -124,6 +132,7 @@ class _Scorer:
             device=world.device,
             rank=world.rank,
             world=world.size,
+            prompt_value=True,
         )
 
     def score(self, file: ValuesFile, start: int) -> None:
@@ -132,7 +141,7 @@ class _Scorer:
         with progress("scoring", n) as advance:
             while start < n:
                 _stop_together(self._world)
-                chosen = np.arange(start, self._end_of_part(start))
+                chosen = self._packer.units[start : self._end_of_part(start)]
 
                 def advanced(done: int, first: int = start) -> None:
                     advance(first + done, "sequences")
@@ -153,14 +162,16 @@ class _Scorer:
         own: dict[int, Values] = {}
         for units in self._packer.split(chosen):
             batch = self._packer.assemble(units)
-            parts = self._value(batch).split(batch.response_lengths.tolist())
-            own |= {int(u): part.numpy() for u, part in zip(units, parts, strict=True)}
+            parts = self._value(batch).split(batch.lengths.tolist())
+            lengths = batch.response_lengths.tolist()
+            for row, part, n in zip(units.ravel().tolist(), parts, lengths, strict=True):
+                own[row] = Values.of(part.numpy(), n)
             advance(min(len(own) * self._world.size, len(chosen)))
-        found = {u: part for one in self._world.gather(own) for u, part in one.items()}
-        return [found[int(u)] for u in chosen]
+        found = {row: part for one in self._world.gather(own) for row, part in one.items()}
+        return [found[row] for row in chosen.ravel().tolist()]
 
     def _value(self, batch: Batch) -> torch.Tensor:
-        outputs = self._critic(batch.tokens, batch.layout, batch.layout.reads(batch.responses))
+        outputs = self._critic(batch.tokens, batch.layout, batch.layout.reads(batch.positions))
         if not outputs.isfinite().all():
             raise InputError("values are not finite: the critic is damaged, or bf16 too coarse")
         return self._objective.values(outputs).cpu()
@@ -168,8 +179,10 @@ class _Scorer:
 
 def _place(trained: TrainedCritic, world: World) -> Critic:
     """The critic in shards, its trunk and its trained parameters loaded."""
+    fsdp = trained.config.distributed.fsdp
+    check_gpu(fsdp, trained.architecture, world.device)
     critic = trained.on_meta()
-    shard(critic, trained.config.distributed.fsdp, world)
+    shard(critic, fsdp, world)
     load_trunk(critic.trunk, trained.config.model.path, lambda: _stop_together(world))
     load_weights(critic, trained.folder, world)
     return critic
@@ -203,15 +216,9 @@ def measure(file: ValuesFile, data: TokenizedSet, objective: Objective) -> Value
         labelled = rows[~np.isnan(data.rewards[rows])]
         if not len(labelled):
             continue
-        batch = assemble(data, labelled, None, torch.device("cpu"))
-        metrics.add(
-            np.concatenate([values[row - rows[0]] for row in labelled]),
-            objective.labels(batch).numpy(),
-            batch.response_lengths.numpy(),
-            batch.rewards.numpy(),
-            batch.problems,
-            batch.optimal if objective.config.gamma == 1 else None,  # it is undiscounted
-        )
+        batch = assemble(data, labelled, None, torch.device("cpu"), prompt_value=True)
+        found = np.concatenate([values[row - rows[0]].in_order for row in labelled])
+        objective.record(metrics, found, batch)
     return metrics
 
 

@@ -34,6 +34,7 @@ from job.memory.footprint import Footprint, Moment, Setting
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.shards import local_shard
 from job.model.transformer import PackedLayout, Reads
+from job.training.histogram import Histogram, histogram_loss
 from job.training.optimizer import build_optimizer
 
 
@@ -71,7 +72,9 @@ def _pretended_ranks(world_size: int) -> Iterator[int]:
 def _critic(setting: Setting, world: World) -> Critic:
     """The critic on the meta device, laid out as a training would."""
     with torch.device("meta"):
-        critic = Critic(setting.architecture, head_bias=setting.head_bias)
+        critic = Critic(
+            setting.architecture, head_bias=setting.head_bias, head_outputs=setting.head_outputs
+        )
     unfreeze_last_blocks(critic, setting.num_unfrozen_layers)
     if setting.has_cache:
         del critic.trunk.layers[: critic.trunk.first_trainable_block()]
@@ -152,7 +155,11 @@ class _Simulation:
 
     def _micro_batch(self) -> None:
         outputs = self._critic(self._tokens, self._layout, self._reads)
-        outputs.square().sum().backward()
+        if self._setting.head_outputs == 1:
+            outputs.square().sum().backward()
+            return
+        histogram = Histogram(self._setting.head_outputs, 0.75)
+        histogram_loss(histogram, outputs, outputs.detach()[:, 0]).sum().backward()
 
     def _update(self) -> None:
         torch.nn.utils.clip_grad_norm_(self._trainable, 1.0)

@@ -24,6 +24,7 @@ class TrainingState:
         unfinished: the metrics of `step` while they still lack its evaluation.
         bad_steps: how many steps in a row had a loss or gradient that was not finite.
         skipped_steps: how many there were in all.
+        skipped_at: which they were; states of 0.1.0 do not say.
     """
 
     alarm: ConstantPredictorAlarm
@@ -32,6 +33,7 @@ class TrainingState:
     unfinished: dict[str, float] | None = None
     bad_steps: int = 0
     skipped_steps: int = 0
+    skipped_at: tuple[int, ...] = ()
 
     @property
     def recorded_step(self) -> int:

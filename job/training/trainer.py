@@ -18,7 +18,7 @@ from job.distributed.world import World
 from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, parameter_report
 from job.model.fingerprint import fingerprint
-from job.model.weights import save_tensors
+from job.model.safetensors_file import save_tensors
 from job.run.alarm import ConstantPredictorAlarm
 from job.run.directory import RunDirectory
 from job.run.metrics_log import Tracker
@@ -28,11 +28,13 @@ from job.training.attempt import Attempt, claimed_attempt
 from job.training.checkpoint import Checkpoints
 from job.training.compilation import choose_compilation
 from job.training.data import CriticData, load_critic_data
+from job.training.gpu import check_gpu
 from job.training.learner import Learner
 from job.training.loop import Training, try_to_save
 from job.training.machine import describe
 from job.training.memory_report import MemoryAccount, choose_by_memory
 from job.training.objective import Objective
+from job.training.out_of_memory import out_of_memory_judged
 from job.training.preparation import load_critic, set_up_torch
 from job.training.state import TrainingState
 
@@ -57,12 +59,27 @@ def train(config: CriticConfig, *, resume: bool = True, verify: bool = False) ->
 
 
 def _train(attempt: Attempt) -> None:
-    config, run, world, recorder = attempt.config, attempt.run, attempt.world, attempt.recorder
+    config, run, world = attempt.config, attempt.run, attempt.world
+    check_gpu(config.distributed.fsdp, read_architecture(config.model.path), world.device)
     choose_compilation(config, world)
     choose_by_memory(config, run, world)
     data = world.main_first(lambda: load_critic_data(config, run, world, verify=attempt.verify))
     identity = world.main_decides(lambda: _identity(config, data, attempt.verify))
     checkpoints = Checkpoints(run, attempt.fence, config.checkpoint, identity, world)
+    with out_of_memory_judged(config, world, lambda: _has_saved(checkpoints)):
+        _train_from_checkpoint(attempt, data, checkpoints, identity)
+
+
+def _has_saved(checkpoints: Checkpoints) -> bool:
+    checkpoints.wait()  # for a save that is under way: it may be the one
+    return checkpoints.has_saved
+
+
+def _train_from_checkpoint(
+    attempt: Attempt, data: CriticData, checkpoints: Checkpoints, identity: dict[str, Any]
+) -> None:
+    """Load the critic, go on from the newest checkpoint, if there is one, and train to the end."""
+    config, run, world, recorder = attempt.config, attempt.run, attempt.world, attempt.recorder
     checkpoint = world.main_decides(checkpoints.newest_good)
     memory = MemoryAccount(config, data, run, world, recorder)
     with recorder.phase("load"):
@@ -72,6 +89,8 @@ def _train(attempt: Attempt) -> None:
         state = checkpoints.restore(checkpoint, learner)
     else:
         state = _first_state(config, learner, identity)
+    with recorder.phase("load"):
+        checkpoints.reserve(learner)
     _go_on_from(state, attempt, checkpoints)
     _report_parameters(critic, run, world)
     with Tracker(run) as tracker, run.recorded():

@@ -49,6 +49,33 @@ def _wait_until(condition: Callable[[], object], process: subprocess.Popen[str])
         time.sleep(0.1)
 
 
+# What is in it
+
+
+_EXTENSION = """
+import pathlib, subprocess, sys, sysconfig, tempfile
+folder = pathlib.Path(tempfile.mkdtemp())
+source = folder / "launcher.c"
+source.write_text(
+    "#include <Python.h>\\n"
+    "static struct PyModuleDef m = {PyModuleDef_HEAD_INIT, \\"launcher\\"};"
+    "PyMODINIT_FUNC PyInit_launcher(void) { return PyModule_Create(&m); }"
+)
+include = sysconfig.get_path("include")
+library = folder / "launcher.so"
+flags = ["-shared", "-fPIC", f"-I{include}"]
+subprocess.run(["gcc", *flags, str(source), "-o", str(library)], check=True)
+sys.path.insert(0, str(folder))
+import launcher
+print("built", launcher.__name__)
+"""
+
+
+def test_what_torch_compile_builds_at_run_time_can_be_built(tools: Tools, image: str) -> None:
+    """An extension of Python in C, as Triton makes one for each kernel."""
+    assert _inside(tools, image, "python", "-c", _EXTENSION).strip() == "built launcher"
+
+
 # The entry point
 
 

@@ -31,8 +31,11 @@ from job.common.schema import (
     DataConfig,
     DistributedConfig,
     FsdpConfig,
+    Loss,
     ModelConfig,
+    ObjectiveConfig,
     ShardingStrategy,
+    StageConfig,
     TrainingConfig,
 )
 from job.data.packing import Batch, Packer, single_units
@@ -72,6 +75,8 @@ class Case:
     steps: int = 1
     mixed: bool = False
     recompute: bool = False
+    bins: int = 0  # of the histogram loss
+    stages: str = ""  # blocks:steps, one after the other
     gather_frozen: bool = False  # undo what keeps frozen blocks from being gathered in backward
 
     def __str__(self) -> str:
@@ -93,11 +98,14 @@ def _config(case: Case) -> CriticConfig:
     config.model = ModelConfig(f"trunk-{case.layers}")
     config.training = TrainingConfig(
         num_unfrozen_layers=case.n,
+        stages=[StageConfig(*map(int, one.split(":"))) for one in case.stages.split()],
         learning_rate=1e-3,
         warmup_steps=0,
         max_steps=max(case.steps, 1),
         max_grad_norm=MAX_NORM if case.kind == "steps" else 1e9,
     )
+    if case.bins:
+        config.objective = ObjectiveConfig(loss=Loss.hl_gauss, bins=case.bins)
     strategy = ShardingStrategy[case.strategy]
     config.distributed = DistributedConfig(FsdpConfig(strategy, mixed_precision=case.mixed))
     return config
@@ -113,6 +121,7 @@ def _packer(case: Case, world: World) -> Packer:
         device=world.device,
         rank=world.rank,
         world=world.size,
+        prompt_value=True,
     )
 
 
@@ -120,7 +129,9 @@ def _critic(case: Case, world: World) -> Critic:
     """A critic in shards, made as job.train makes one."""
     config = _config(case)
     with torch.device("meta"):
-        critic = Critic(read_architecture(config.model.path))
+        critic = Critic(
+            read_architecture(config.model.path), head_outputs=config.objective.head_outputs
+        )
     unfreeze_last_blocks(critic, case.n)
     if case.recompute:
         critic.trunk.recompute_trainable_blocks()
@@ -160,7 +171,8 @@ def _batches(case: Case, world: World, step: int = 0) -> list[Batch]:
 
 def _plain_critic(case: Case) -> Critic:
     """The critic without FSDP, in float32."""
-    critic = Critic(read_architecture(f"trunk-{case.layers}"))
+    outputs = _config(case).objective.head_outputs
+    critic = Critic(read_architecture(f"trunk-{case.layers}"), head_outputs=outputs)
     unfreeze_last_blocks(critic, case.n)
     load_trunk(critic.trunk, f"trunk-{case.layers}")
     critic.initialise_head(BIAS, _config(case).training.seed)
@@ -186,7 +198,7 @@ def gradients(case: Case, world: World) -> Result:
     learner.optimizer.register_step_pre_hook(keep)
     batches = _batches(case, world)
     norm = _step(learner, 0, batches).grad_norm
-    reference = _reference(case.n, case.layers, case.sequences)
+    reference = _reference(case.n, case.layers, case.sequences, case.bins)
     assert kept.keys() == reference.keys()
     return {
         "overall": _distance(list(kept.values()), list(reference.values())),
@@ -201,13 +213,13 @@ def gradients(case: Case, world: World) -> Result:
 
 
 @functools.cache
-def _reference(n: int, layers: int, sequences: int) -> Tensors:
-    case = Case("gradients", n, layers=layers, sequences=sequences, budget=10**6)
+def _reference(n: int, layers: int, sequences: int, bins: int) -> Tensors:
+    case = Case("gradients", n, layers=layers, sequences=sequences, budget=10**6, bins=bins)
     critic = _plain_critic(case)
     objective = Objective(_config(case).objective)
     (batch,) = _batches(case, World())
-    output = critic(batch.tokens, batch.layout, batch.responses)
-    (objective.loss_sum(output, batch, 0) / objective.count(batch)).backward()
+    output = critic(batch.tokens, batch.layout, batch.positions)
+    objective.loss(output, batch, 0, objective.counts(batch)).backward()
     return {n: p.grad for n, p in critic.named_parameters() if p.grad is not None}
 
 
@@ -232,7 +244,7 @@ def steps(case: Case, world: World) -> Result:
     replicas = {n: [_slice_of(p), _digest(_local(p))] for n, p in named.items()}
     (same,) = _batches(case, World())[:1]
     with torch.no_grad():
-        outputs = critic(same.tokens, same.layout, same.responses)
+        outputs = critic(same.tokens, same.layout, same.positions)
     gathered = world.gather(
         {
             "norms": [result.grad_norm.hex() for result in results],
@@ -304,8 +316,8 @@ def saved(case: Case, world: World) -> Result:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = critic(batch.tokens, batch.layout, batch.responses)
-    loss = objective.loss_sum(output, batch, 0)
+        output = critic(batch.tokens, batch.layout, batch.positions)
+    loss = objective.loss(output, batch, 0, objective.counts(batch))
     nodes = _count_nodes(loss.grad_fn)
     loss.backward()
     return {"bytes": world.gather(sum(storages.values())), "nodes": world.gather(nodes)}

@@ -208,11 +208,12 @@ def killed(folder: Path, request: pytest.FixtureRequest) -> tuple[Job, int]:
     return job, victim
 
 
-def test_the_others_end_and_name_a_rank_that_was_killed(killed: tuple[Job, int]) -> None:
+def test_the_others_end_and_one_names_a_rank_that_was_killed(killed: tuple[Job, int]) -> None:
     job, victim = killed
-    for rank in job.others(victim):
-        assert job.processes[rank].returncode == Exit.CRASHED
-        assert job.blamed(rank) == [f"rank {victim} failed first: it died without a word"]
+    others = job.others(victim)
+    assert [job.processes[rank].returncode for rank in others] == [Exit.CRASHED] * 2
+    said = [f"rank {victim} failed first: it died without a word"]
+    assert [job.blamed(rank) for rank in others] == [said, []]
 
 
 def test_who_was_killed_is_in_the_logs_and_status_of_the_run(killed: tuple[Job, int]) -> None:
@@ -252,10 +253,11 @@ def failed(folder: Path) -> Job:
     return job
 
 
-def test_an_error_of_one_rank_is_named_by_all(failed: Job) -> None:
+def test_an_error_of_one_rank_is_in_all_logs_and_once_on_the_terminal(failed: Job) -> None:
     assert failed.codes(failed.processes) == [Exit.CRASHED] * 3
     named = "rank 1 failed first: RuntimeError: a bad day"
-    assert [failed.blamed(rank) for rank in (0, 2)] == [[named]] * 2
+    assert [rank for rank in (0, 2) if f" ERROR {named}\n" in failed.kept_log(rank)] == [0, 2]
+    assert [failed.errors(rank).count("a bad day") for rank in (0, 1, 2)] == [0, 1, 0]
     assert (failed.status["state"], failed.status["error"]) == ("failed", named)
 
 
@@ -275,8 +277,19 @@ def test_wrong_input_on_one_rank_ends_all_as_wrong_input(folder: Path) -> None:
     error = {"ERROR": "InputError('rows.jsonl: nothing in it')"}
     with _job(folder, "input", world=2, command=["raising.py"], environment=error) as job:
         assert job.codes(job.processes, START_SECONDS) == [Exit.BAD_INPUT] * 2
-    assert job.blamed(0) == ["rank 1 failed first: InputError: rows.jsonl: nothing in it"]
+    assert "rank 1 failed first: InputError: rows.jsonl: nothing in it" in job.kept_log(0)
     assert job.errors(1).splitlines()[-1] == "error: rows.jsonl: nothing in it"
+    assert (job.errors(0) + job.errors(1)).count("nothing in it") == 1
+
+
+def test_what_all_ranks_end_with_is_said_by_the_first(folder: Path) -> None:
+    data = ("data.train=nowhere.jsonl", "data.validation=nowhere.jsonl")
+    with _job(folder, "all", *data, world=2) as job:
+        assert job.codes(job.processes, START_SECONDS) == [Exit.BAD_INPUT] * 2
+    said = "error: nowhere.jsonl: cannot read the data: No such file or directory"
+    assert [job.errors(rank).count("nowhere.jsonl") for rank in (0, 1)] == [1, 0]
+    assert job.errors(0).splitlines()[-1] == said
+    assert ["nowhere.jsonl" in job.kept_log(rank) for rank in (0, 1)] == [True, True]
 
 
 # A rank that hangs

@@ -36,6 +36,7 @@ ACCUMULATED = {
     world: [Case("gradients", n, s, budget=64) for s in names for n in DEPTHS]
     for world, names in STRATEGIES.items()
 }
+ACCUMULATED[2].append(Case("gradients", 2, budget=64, bins=21))
 AT_ONCE = {w: [Case("gradients", 2, s) for s in STRATEGIES[w]] for w in (2, 4)}
 WITH_EMPTY_RANK = {
     2: [Case("gradients", n, s, sequences=1) for s in STRATEGIES[2] for n in DEPTHS],
@@ -48,7 +49,8 @@ STEPS = {
         Case("steps", n, s, budget=128, steps=30)
         for s in ("FULL_SHARD", "NO_SHARD")
         for n in (0, 2)
-    ],
+    ]
+    + [Case("steps", 2, budget=128, steps=30, stages="0:10 2:12 1:8")],
     4: [Case("steps", 2, "HYBRID_SHARD", budget=128, steps=30)],
 }
 SAVED = {

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import tokenizers
+from pieces import train_llama_pieces
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
@@ -170,19 +169,7 @@ def smollm(folder: Path) -> None:
 def sentencepiece_model(folder: Path) -> None:
     """Only tokenizer.model, as Meta and Mistral ship it."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS),
-        model_writer=model,
-        minloglevel=2,
-        hard_vocab_limit=False,
-        vocab_size=400,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-    )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    (folder / "tokenizer.model").write_bytes(train_llama_pieces(TEXTS))
 
 
 def tiktoken(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece
 import tokenizers
 import transformers
+from pieces import train_llama_pieces
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from job.common.schema import CHAT
@@ -124,20 +123,8 @@ def metaspace(folder: Path) -> None:
 
 
 def sentencepiece_model(folder: Path) -> None:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences()),
-        model_writer=model,
-        minloglevel=2,
-        hard_vocab_limit=False,
-        vocab_size=400,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        control_symbols=SPECIAL[3:],
-    )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    model = train_llama_pieces(sentences(), control_symbols=SPECIAL[3:])
+    (folder / "tokenizer.model").write_bytes(model)
     described = settings(tokenizer_class="LlamaTokenizer", legacy=False)
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
 

@@ -361,3 +361,93 @@ def test_trl_trains_a_step_on_a_sequence_classification_folder(
     )
     assert found["after"][0] - found["after"][1] > found["before"][0] - found["before"][1]
     assert found["moved"] > 0
+
+
+# As PPO trainers slice what they read: V_0 at the last prompt token up to V_{T-1}
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """ROWS as a trainer has them: prompts padded on the left, responses on the right."""
+
+    ids: Tensor
+    mask: Tensor
+    context: int  # columns of prompts
+    lengths: list[int]  # of responses
+
+    @classmethod
+    def of(cls, folder: Path) -> Rollouts:
+        pad = transformers.AutoConfig.from_pretrained(folder).pad_token_id
+        rows = [(str(row["prompt"]), str(row["response"])) for row in [*ROWS, LONGER]]
+        encoded = load_tokenizer(folder).encode(rows)
+        parts = [(e.ids[: e.response_start], e.ids[e.response_start :]) for e in encoded]
+        before, after = (max(len(part[k]) for part in parts) for k in (0, 1))
+        ids = [
+            [pad] * (before - len(prompt)) + prompt + answer + [pad] * (after - len(answer))
+            for prompt, answer in parts[:-1]
+        ]
+        whole = torch.tensor(ids)
+        return cls(whole, whole != pad, before, [len(answer) for _, answer in parts[:-1]])
+
+    @property
+    def positions(self) -> Tensor:
+        return (self.mask.long().cumsum(1) - 1).clamp(min=0)
+
+    def assert_read(self, values: Tensor, expected: list[dict[str, Any]], bias: float = 0) -> None:
+        """Values [b, n], of the first n places for response tokens, are the run's."""
+        for row, length, known in zip(values, self.lengths, expected, strict=True):
+            wanted = [known["prompt_value"], *known["values"][:-1]]
+            assert (row[:length] + bias).tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+LONGER = {"prompt": "1+2+3?", "response": "1+2=3;3+3=6;A6"}  # so that all of ROWS is padded
+
+
+def test_verl_s_slice_of_a_token_classification_folder_is_the_values_before_each_token(
+    case: Case, tmp_path: Path
+) -> None:
+    folder = case.export("token-classification", tmp_path / "out")
+    model = _load(transformers.AutoModelForTokenClassification, folder)
+    rollouts = Rollouts.of(folder)
+    n = rollouts.ids.shape[1] - rollouts.context
+    with torch.no_grad():
+        logits = model(
+            input_ids=rollouts.ids, attention_mask=rollouts.mask, position_ids=rollouts.positions
+        ).logits
+    rollouts.assert_read(logits[:, -n - 1 : -1, 0], case.values)
+
+
+def test_nemo_rl_s_shift_of_a_token_classification_folder_is_the_values_before_each_token(
+    case: Case, tmp_path: Path
+) -> None:
+    """Sequences padded on the right, and outputs moved by one: each token has the one before."""
+    folder = case.export("token-classification", tmp_path / "out")
+    model = _load(transformers.AutoModelForTokenClassification, folder)
+    ids, mask, at = _batch(folder)
+    with torch.no_grad():
+        outputs = model(input_ids=ids, attention_mask=mask).logits[..., 0]
+    moved = nn.functional.pad(outputs[:, :-1], (1, 0))
+    for row, where, known in zip(moved, at, case.values, strict=True):
+        wanted = [known["prompt_value"], *known["values"][:-1]]
+        assert row[where].tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("reader", ["OpenRLHF", "TRL"])
+def test_slices_of_a_sequence_classification_folder_are_the_values_before_each_token(
+    case: Case, reader: str, tmp_path: Path
+) -> None:
+    """Both put `score` on every token's hidden state."""
+    folder = case.export("sequence-classification", tmp_path / "out")
+    model = _load(transformers.AutoModelForSequenceClassification, folder)
+    bias = load_file(case.run / "critic.safetensors")["value_head.bias"].item()
+    rollouts = Rollouts.of(folder)
+    with torch.no_grad():
+        hidden = model.model(
+            input_ids=rollouts.ids, attention_mask=rollouts.mask, position_ids=rollouts.positions
+        ).last_hidden_state
+        outputs = model.score(hidden)[..., 0]
+    if reader == "OpenRLHF":  # as many of the last as there are actions, without the very last
+        read = outputs[:, :-1][:, -(rollouts.ids.shape[1] - rollouts.context) :]
+    else:
+        read = outputs[:, rollouts.context - 1 : -1]
+    rollouts.assert_read(read, case.values, bias)

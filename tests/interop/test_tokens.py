@@ -20,7 +20,7 @@ from versions import ALL, OTHERS, PINNED, read_with
 
 from job.common.config import load_config
 from job.common.schema import CriticConfig
-from job.data.rows import alpaca_prompt
+from job.data.layouts import alpaca_prompt
 from job.data.template import load_template
 from job.data.tokenizer import Tokenizer, load_tokenizer
 from job.data.tokenizer_files import reader_of, write_tokenizer

@@ -261,13 +261,13 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     "training.learning_rate=fast": ("training.learning_rate", "'fast'", "Float"),
     "training.deterministic=perhaps": ("training.deterministic", "'perhaps'", "bool"),
     "training.deterministic=2": ("training.deterministic", "true or false, not 2"),
-    "objective.loss=hinge": ("objective.loss", "'hinge'", "mse, huber, bce, pairwise"),
+    "objective.loss=hinge": ("objective.loss", "'hinge'", "mse, huber, bce, pairwise, hl_gauss"),
     "distributed.fsdp.sharding_strategy=full": ("sharding_strategy", "'full'", "FULL_SHARD"),
     "training.betas=0.9": ("training.betas",),
     "training.betas.0=0.9": ("training.betas: a single value",),
     "training.betas=[a, b]": ("training.betas", "'a'", "Float"),
     "mlflow={experiment: {a: 1}}": ("mlflow.experiment: a single value",),
-    "data.fields=[prompt]": ("data.fields", "a mapping or the preset alpaca"),
+    "data.fields=[prompt]": ("data.fields", "a mapping or a preset (alpaca, "),
     "data.fields={prompt: {a: 1}}": ("data.fields.prompt: the name of a field",),
     # value
     "training.num_unfrozen_layers=-1": ("training.num_unfrozen_layers: -1 is below 0",),
@@ -318,12 +318,52 @@ def test_override(override: str, refused: Callable[..., None]) -> None:
         (("training.batch_size=3",), ("training.batch_size: 3 is odd",)),
         (("data.max_length=33",), ("training.micro_batch_tokens", "2 x data.max_length")),
         (("objective.target=lambda_return",), ("objective.target", "pairwise")),
+        (("objective.weighting=problem",), ("objective.weighting: the pairwise loss",)),
+        (("objective.balance_labels=true",), ("objective.balance_labels: the pairwise loss",)),
     ],
 )
 def test_pairwise_loss(
     overrides: tuple[str, ...], words: tuple[str, ...], refused: Callable[..., None]
 ) -> None:
     refused(*words, overrides=("objective.loss=pairwise", *overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("objective.loss=pairwise",), ("objective.loss: pairwise is one of objective.terms",)),
+        (("objective.target=lambda_return",), ("objective.target", "td is lambda_return")),
+        (("objective.terms.monte_carlo=0",), ("pairwise alone is objective.loss=pairwise",)),
+        (("objective.terms.td=-1",), ("objective.terms.td", "below 0")),
+        (("data.max_length=33",), ("training.micro_batch_tokens", "2 x data.max_length")),
+    ],
+)
+def test_joint_objective(
+    overrides: tuple[str, ...], words: tuple[str, ...], refused: Callable[..., None]
+) -> None:
+    terms = ("objective.terms.monte_carlo=1", "objective.terms.pairwise=0.5")
+    refused(*words, overrides=(*terms, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("objective.bins=4",), ("objective.bins: 4 leave nothing", "of 0.75 bins")),
+        (("objective.sigma=9",), ("objective.bins: 51 leave nothing",)),
+        (("objective.sigma=0",), ("objective.sigma", "below 0.01")),
+        (("model.keep_head=true",), ("model.keep_head", "hl_gauss")),
+        (("training.value_head.bias_init=0.5",), ("bias_init", "each of its bins")),
+    ],
+)
+def test_histogram_loss(
+    overrides: tuple[str, ...], words: tuple[str, ...], refused: Callable[..., None]
+) -> None:
+    refused(*words, overrides=("objective.loss=hl_gauss", *overrides))
+
+
+def test_the_best_checkpoint_by_values_that_are_not_trained(refused: Callable[..., None]) -> None:
+    given = ("objective.prompt_value=false", "checkpoint.keep_best=validation/value/prompt/mse")
+    refused("checkpoint.keep_best", "needs objective.prompt_value", overrides=given)
 
 
 def test_an_initial_bias_of_a_head_without_one(refused: Callable[..., None]) -> None:

@@ -33,10 +33,10 @@ def data(throughput: ModuleType, tmp_path: Path) -> object:
 def test_converted_weights_give_the_same_values(throughput: ModuleType, data: object) -> None:
     critic = throughput.make_critic(TINY, 0)
     rows = np.array([3, 0, 7])
-    batch = throughput.make_packer(data, TINY).assemble(rows)
+    batch = throughput.make_packer(data, TINY).assemble(rows[:, None])
     padded = throughput.pad(data, rows)
     with torch.no_grad():
-        ours = critic(batch.tokens, batch.layout, batch.responses)
+        ours = critic(batch.tokens, batch.layout, batch.positions)
         theirs = throughput.LlamaCritic(critic)(padded.tokens, padded.mask)[padded.responses]
     assert ours.std() > 1e-3  # constant values would agree for no reason
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)

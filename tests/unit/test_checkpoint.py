@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from micro_job import write_job, write_recipe
+from micro_job import train_run, write_job, write_recipe
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -28,11 +28,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 import job.train
 from job.common.config import load_config
-from job.common.errors import Exit, InputError, Stopped, Superseded, exit_code
+from job.common.errors import Exit, InputError, Stopped, Superseded, UnfitNode, exit_code
 from job.common.nested import to_dict
 from job.common.schema import CheckpointConfig, CriticConfig, DistributedConfig
 from job.data.packing import Batch
-from job.distributed.world import joined_world
+from job.distributed.world import World, joined_world
 from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.run.checkpoint_store import best, retained
@@ -43,9 +43,10 @@ from job.run.manifest import MANIFEST, DamagedError, Manifest
 from job.run.trained import find_weights
 from job.training import checkpoint as checkpoint_module
 from job.training.checkpoint import Checkpoints, SaveError
+from job.training.host_copy import HostCopy
 from job.training.learner import Learner, StepResult
-from job.training.objective import Objective
-from job.training.trainer import train
+from job.training.objective import Counts, Objective
+from job.training.out_of_memory import out_of_memory_judged
 
 TRUNK = ("data.arithmetic.train_examples=64", "training.max_steps=2", "training.batch_size=8")
 CHANGES = (
@@ -95,9 +96,7 @@ def _at_once(work: Callable[[], Any]) -> Future[Any]:
 
 
 def run_training(name: str, *overrides: str) -> RunDirectory:
-    config = load_config(CriticConfig, "critic.yaml", [f"run.name={name}", *overrides])
-    train(config)
-    return RunDirectory(config.run.dir)
+    return train_run(f"run.name={name}", *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +146,12 @@ def _crash_before(step: int, name: str, *overrides: str) -> RunDirectory:
 
 def _factors(patch: pytest.MonkeyPatch, factor: Callable[[int], float]) -> None:
     """Multiply the loss of each step, counted from 1, by a factor."""
-    original = Objective.loss_sum
+    original = Objective.loss
 
-    def loss_sum(self: Objective, outputs: Tensor, batch: Batch, step: int) -> Tensor:
-        return original(self, outputs, batch, step) * factor(step + 1)
+    def loss(self: Objective, outputs: Tensor, batch: Batch, step: int, whole: Counts) -> Tensor:
+        return original(self, outputs, batch, step, whole) * factor(step + 1)
 
-    patch.setattr(Objective, "loss_sum", loss_sum)
+    patch.setattr(Objective, "loss", loss)
 
 
 def _bad_steps(patch: pytest.MonkeyPatch, steps: Iterable[int]) -> None:
@@ -598,7 +597,7 @@ def test_another_n_is_refused_before_anything_is_touched(halted: RunDirectory) -
     ("change", "difference"),
     [
         ({"num_unfrozen_layers": 2}, "num_unfrozen_layers: 1 -> 2"),
-        ({"base": "f" * 64}, f"-> {'f' * 64}"),
+        ({"base": "f" * 64}, " -> ffffffff)"),
         ({"train_data": "other"}, "-> other"),
         ({"validation_data": "other"}, "-> other"),
         ({"architecture": {"dim": 64}}, "architecture.dim: 32 -> 64"),
@@ -655,7 +654,12 @@ def test_another_base_is_refused_and_the_right_one_goes_on(
     run = _copy(halted, "other-base")
     other = _other_trunk("other-trunk")
     ours = _identity(run)["base"]
-    _refused(run, f"base: {ours} -> ", f"model.path={other}", "model.recipe=null")
+    _refused(
+        run,
+        f"the weights of the trunk differ ({ours[:8]} -> ",
+        f"model.path={other}",
+        "model.recipe=null",
+    )
     run_training("other-base")
     _same(run, whole)
 
@@ -669,7 +673,7 @@ def test_another_base_put_in_place_of_the_first_is_refused() -> None:
     ours = _identity(run)["base"]
     shutil.rmtree("in-place")
     _other_trunk("in-place")
-    _refused(run, f"base: {ours} -> ", *here)
+    _refused(run, f"the weights of the trunk differ ({ours[:8]} -> ", *here)
 
 
 @pytest.mark.slow
@@ -700,7 +704,10 @@ def test_other_data_at_the_same_path_is_refused_and_a_copy_elsewhere_is_not(fold
         shutil.copy(f"{split}.jsonl", f"copy.{split}.jsonl")
         ours = _identity(run)[f"{split}_data"]
         _write_rows(Path(f"{split}.jsonl"), 3, shift=1)
-        _refused(_copy(run, f"data-{split}"), f"{split}_data: {ours} -> ", *paths)
+        text = (
+            f"the rows of data.{split}, or their fields, template or tokens, differ ({ours[:8]} -> "
+        )
+        _refused(_copy(run, f"data-{split}"), text, *paths)
         shutil.copy(f"copy.{split}.jsonl", f"{split}.jsonl")
     elsewhere = ("data.train=copy.train.jsonl", "data.validation=copy.validation.jsonl")
     run_training("data", *elsewhere)
@@ -1102,7 +1109,8 @@ def test_the_command_line_names_the_run_to_begin_with(
 @pytest.mark.slow
 def test_weights_of_another_base_are_refused(whole: RunDirectory) -> None:
     other = _other_trunk("init-trunk")
-    with pytest.raises(InputError, match=f"base: {_identity(whole)['base']} -> "):
+    ours = _identity(whole)["base"][:8]
+    with pytest.raises(InputError, match=rf"the weights of the trunk differ \({ours} -> "):
         run_training(
             "init-base",
             f"model.path={other}",
@@ -1205,15 +1213,15 @@ def test_a_bad_step_changes_no_weight_and_training_goes_on(
 
 @pytest.mark.slow
 def test_a_gradient_that_is_not_finite_is_a_bad_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Objective.loss_sum
+    original = Objective.loss
 
-    def loss_sum(self: Objective, outputs: Tensor, batch: Batch, step: int) -> Tensor:
-        loss = original(self, outputs, batch, step)
+    def loss(self: Objective, outputs: Tensor, batch: Batch, step: int, whole: Counts) -> Tensor:
+        loss = original(self, outputs, batch, step, whole)
         if step + 1 != 5:
             return loss
         return loss + 0 * (outputs - outputs.detach()).abs().sqrt().sum()  # 0, with slope nan
 
-    monkeypatch.setattr(Objective, "loss_sum", loss_sum)
+    monkeypatch.setattr(Objective, "loss", loss)
     run = run_training("bad-gradient")
     record = run.records()[4]
     assert record["train/loss"] is not None
@@ -1538,6 +1546,48 @@ def test_a_checkpoints_folder_that_cannot_be_written_for_a_while_costs_nothing(
 
 
 @pytest.mark.slow
+def test_a_copy_for_a_checkpoint_that_fails_costs_only_this_one(
+    whole: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory("runs/uncopied")
+    update, steps = HostCopy.update, [0]
+
+    def fail_at_six(self: HostCopy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if steps[-1] == 6:
+            raise RuntimeError("CUDA error: out of memory")
+        return update(self, tensors)
+
+    monkeypatch.setattr(HostCopy, "update", fail_at_six)
+    _before_steps(monkeypatch, lambda step, _: steps.append(step))
+    run_training(run.path.name)
+    assert "saving a checkpoint failed: rank 0: CUDA error: out of memory" in _log(run)
+    assert _steps(run) == [2, 4, 7, 8]
+    _same(run, whole)
+
+
+def test_the_memory_that_saving_needs_is_taken_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    places: list[set[int]] = []
+    update = HostCopy.update
+
+    def look(self: HostCopy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        copies = update(self, tensors)
+        places.append({copy.data_ptr() for copy in copies.values()})
+        return copies
+
+    def at_step(step: int, _: Learner) -> None:
+        if step == 1:
+            assert len(places) == 1
+
+    monkeypatch.setattr(HostCopy, "update", look)
+    _before_steps(monkeypatch, at_step)
+    run_training("reserved", "training.max_steps=2")
+    assert len(places) == 2
+    assert places[0] == places[1]
+
+
+@pytest.mark.slow
 def test_a_checkpoints_folder_that_vanishes_while_it_is_written_is_made_anew(
     whole: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1691,3 +1741,58 @@ def test_a_last_save_that_fails_once_is_tried_again(
     assert run.status()["checkpoint_error"] is None
     assert _steps(run) == [2, 4, 6, 8]
     _same(run, whole)
+
+
+# A GPU whose memory runs out
+
+
+def _out_of_memory(step: int) -> Callable[[int, Learner], None]:
+    def act(current: int, _: Learner) -> None:
+        if current == step:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"
+            )
+
+    return act
+
+
+def test_memory_that_runs_out_before_anything_is_saved_is_wrong_input_that_says_what_to_lower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _before_steps(monkeypatch, _out_of_memory(2))
+    with pytest.raises(InputError) as ended:
+        run_training("too-large")
+    assert exit_code(ended.value) is Exit.BAD_INPUT
+    assert str(ended.value) == (
+        "the GPU's memory ran out (Tried to allocate 2.00 GiB): lower training.micro_batch_tokens "
+        "(128), set distributed.fsdp.activation_checkpointing, unfreeze fewer blocks than 1 "
+        "(training.num_unfrozen_layers), or take more GPUs"
+    )
+
+
+@pytest.mark.usefixtures("_background")
+def test_memory_that_runs_out_after_a_checkpoint_is_a_crash_that_goes_on_from_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _before_steps(monkeypatch, _out_of_memory(3))
+    with pytest.raises(torch.OutOfMemoryError):
+        run_training("too-large-later")
+    with pytest.raises(InputError, match="memory ran out"):  # the second attempt comes no further
+        run_training("too-large-later")
+
+
+def test_a_gpu_that_other_processes_fill_is_unfit(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, world = load_config(CriticConfig, "critic.yaml"), World(device=torch.device("cuda", 0))
+    sizes = {"free": 1, "reserved": 20}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (sizes["free"] * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: sizes["reserved"] * 10**9)
+
+    def run_out() -> None:
+        with out_of_memory_judged(config, world, lambda: True):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UnfitNode, match=r"other processes have 58\.4 of its 80\.0 GB"):
+        run_out()
+    sizes["reserved"] = 77
+    with pytest.raises(torch.OutOfMemoryError):
+        run_out()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_slurm import SEVEN_B, STARTS, FakeSlurm, options, partition, profile, write_inputs
+from fake_slurm import ROW, SEVEN_B, STARTS, FakeSlurm, options, partition, profile, write_inputs
 
 from job.common import places
 from slurm import checks
@@ -106,6 +106,44 @@ def test_data_that_no_training_would_read_is_an_error(
     assert found.state == "error"
     assert found.text.startswith(f"data.validation: {tmp_path}/{name}: ")
     assert why in found.text
+
+
+@pytest.mark.parametrize(
+    ("content", "skip", "why"),
+    [
+        (
+            '{"question": "1+1=", "response": "2", "reward": 1}\n',
+            False,
+            "field 'prompt' is missing",
+        ),
+        ('{"question": "1+1=", "response": "2", "reward": 1}\n', True, "field 'prompt' is missing"),
+        (
+            ROW + "{}\n",
+            False,
+            ":2: field 'prompt' is missing; the row has none; 1 of the first 2 row",
+        ),
+        (ROW + "{}\n", True, None),
+        (ROW * 50 + "{}\n", False, None),
+        ("\n\n", False, "there is no row in it"),
+        ("prompt,response\n", False, "broken JSON"),
+        ("[" + ROW + "]", False, None),
+    ],
+)
+def test_the_first_rows_are_looked_at(
+    plan: Planner, tmp_path: Path, content: str, skip: bool, why: str | None
+) -> None:
+    (tmp_path / "train.jsonl").write_text(content)
+    found = _named(plan(*["data.bad_rows=skip"] * skip), "files")
+    assert found.state == ("ok" if why is None else "error")
+    if why is not None:
+        assert found.text.startswith(f"data.train: {tmp_path}/train.jsonl:")
+        assert why in found.text
+
+
+def test_rows_are_looked_at_under_their_fields_names(plan: Planner, tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.jsonl").write_text('{"q": "1+1=", "response": "2", "ok": true}\n')
+    assert _named(plan("data.fields={prompt: q, reward: ok}"), "files").state == "ok"
 
 
 def test_embedded_data_need_no_file(plan: Planner, tmp_path: Path) -> None:
@@ -251,8 +289,8 @@ def test_checkpoints_need_a_place(plan: Planner, monkeypatch: pytest.MonkeyPatch
 def test_tokens_that_are_kept_need_a_place(
     plan: Planner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "train.jsonl").write_bytes(b"x" * 700)
-    (tmp_path / "val.jsonl").write_bytes(b"x" * 300)
+    (tmp_path / "train.jsonl").write_text(ROW.ljust(700))
+    (tmp_path / "val.jsonl").write_text(ROW.ljust(300))
     _free(monkeypatch, 2000)
     assert _named(plan(), "disk for caches").state != "ok"
     _free(monkeypatch, 2001)

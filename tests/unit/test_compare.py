@@ -21,6 +21,9 @@ def row(n: int, share: float, half: int | None) -> dict[str, Any]:
         "mse_optimal": 0.1125,
         "std_optimal": 0.3622,
         "last_token_auc": 0.9612,
+        "prompt_mse": 0.2461,
+        "prompt_mse_constant": 0.2459,
+        "prompt_mse_optimal": 0.2458,
         "steps_to_half": half,
         "seconds": 12345.6,
     }
@@ -33,5 +36,16 @@ def test_the_closing_table_fits_80_columns_with_every_figure_whole() -> None:
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= 80
     assert "\N{HORIZONTAL ELLIPSIS}" not in text
-    for figure in ("share", "seconds", "-0.0312", "0.9512", "10400", "12346", "constant"):
+    for figure in ("share", "-0.0312", "0.9512", "10400", "0.3607", "constant"):
         assert figure in text
+    assert [line.split("│")[6].strip() for line in text.splitlines() if "│" in line] == [
+        *("0.2459", "0.2461", "0.2461", "0.2458")
+    ]
+
+
+def test_a_critic_without_values_before_responses_has_a_gap_in_the_table() -> None:
+    out = io.StringIO()
+    names = ("prompt_mse", "prompt_mse_constant", "prompt_mse_optimal")
+    Console(file=out, width=80).print(comparison_table([row(2, 0.5, 1) | dict.fromkeys(names)]))
+    cells = [line.split("│")[6].strip() for line in out.getvalue().splitlines() if "│" in line]
+    assert set(cells) == {"-"}

@@ -1,13 +1,28 @@
-"""Which rows a critic is evaluated on."""
+"""What a critic is trained and evaluated on."""
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
+from micro_job import write_job
 
-from job.training.data import sample_of_problems, warn_of_one_label
+from job.common.config import load_config
+from job.common.schema import CriticConfig
+from job.data.arithmetic import ALPHABET
+from job.data.packing import single_units
+from job.data.tokenizer import write_character_tokenizer
+from job.distributed.world import World
+from job.run.directory import RunDirectory
+from job.training.data import (
+    CriticData,
+    load_critic_data,
+    sample_of_problems,
+    warn_of_one_label,
+)
 
 
 def test_a_sample_is_of_whole_problems_from_all_over_the_file() -> None:
@@ -39,3 +54,57 @@ def test_evaluations_of_one_label_are_warned_of(caplog: pytest.LogCaptureFixture
         assert not caplog.text
         warn_of_one_label(np.array([1.0, 1.0]))
     assert "all 2 solutions of the evaluations have the reward 1" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration, a tokenizer and an architecture: all that loading data asks of a trunk."""
+    folder = tmp_path_factory.mktemp("workplace")
+    write_job(folder, (f"data.cache_dir={folder}/cache", f"model.path={folder}/trunk"))
+    write_character_tokenizer(folder / "trunk", ALPHABET)
+    params = {"dim": 32, "n_layers": 4, "n_heads": 4, "vocab_size": 32}
+    (folder / "trunk/params.json").write_text(json.dumps(params))
+    return folder
+
+
+def loaded(workplace: Path, *overrides: str) -> CriticData:
+    config = load_config(CriticConfig, workplace / "critic.yaml", overrides)
+    return load_critic_data(config, RunDirectory(workplace / "run", is_main=False), World())
+
+
+@pytest.mark.parametrize("prompt_value", [True, False])
+def test_values_before_responses_are_trained_and_evaluated_where_they_are_asked_for(
+    workplace: Path, prompt_value: bool
+) -> None:
+    data = loaded(workplace, f"objective.prompt_value={str(prompt_value).lower()}")
+    for packer in (data.train, data.validation):
+        batch = packer.assemble(single_units(3))
+        assert int(batch.at_prompts.sum()) == 3 * prompt_value
+
+
+def test_pairs_have_no_target_before_their_responses(workplace: Path) -> None:
+    data = loaded(workplace, "objective.loss=pairwise")
+    for packer in (data.train, data.validation):
+        assert not packer.assemble(packer.units[:3]).at_prompts.any()
+
+
+def test_training_sets_weigh_as_configured(workplace: Path) -> None:
+    plain = loaded(workplace).train
+    assert plain.assemble(single_units(3)).weights.unique().tolist() == [1.0]
+    by_sequence = loaded(workplace, "objective.weighting=sequence").train
+    batch = by_sequence.assemble(single_units(3))
+    assert batch.weight == pytest.approx(3)
+    assert batch.weights[0] * batch.lengths[0] == pytest.approx(1)  # the prompt's value included
+    balanced = loaded(workplace, "objective.balance_labels=true").train
+    weights = balanced.assemble(single_units(200)).weights
+    right = balanced.data.rewards.repeat(balanced.data.response_lengths + 1) == 1
+    assert weights[right].sum() == pytest.approx(weights[~right].sum().item(), rel=1e-5)
+
+
+def test_a_joint_objective_trains_pairs_and_every_other_solution(workplace: Path) -> None:
+    terms = "objective.terms={monte_carlo: 1.0, pairwise: 0.5}"
+    joint = loaded(workplace, terms).train
+    pairs = loaded(workplace, "objective.loss=pairwise").train
+    assert joint.units[: len(pairs.units)].tolist() == pairs.units.tolist()
+    assert sorted(joint.units[joint.units >= 0].tolist()) == list(range(200))
+    assert loaded(workplace).train.units.shape == (200, 1)

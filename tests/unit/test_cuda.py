@@ -27,7 +27,10 @@ def test_flash_attention_on_packed_sequences_equals_masked_attention(kv_heads: i
     mixed.square().sum().backward()
     expected.square().sum().backward()
     for ours, theirs in zip(flash, exact, strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0.05, atol=0.05)
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        # single gradients come close to any bound: bf16 rounds each by up to 0.4 %
+        assert (ours.grad - theirs.grad).norm() < 0.02 * theirs.grad.norm()
 
 
 def test_a_bf16_trunk_stays_close_to_its_float32_form() -> None:

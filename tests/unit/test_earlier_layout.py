@@ -8,21 +8,21 @@ cache, as that commit left them.
 from __future__ import annotations
 
 import json
+import logging
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+from micro_job import train_run
 from safetensors.torch import load_file
 
-from job.common.config import completed, load_config
+from job.common.config import completed, kept_from_before, set_key
 from job.common.errors import InputError
-from job.common.schema import CriticConfig
 from job.export.formats import export
 from job.run.directory import RunDirectory
 from job.run.report_page import write_report
 from job.run.trained import TrainedCritic
-from job.training.trainer import train
 
 ARCHIVE = Path(__file__).parents[1] / "fixtures/first_layout.tar.xz"
 # Another CPU rounds otherwise, and ten steps carry that on.
@@ -38,9 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _go_on(name: str, *overrides: str) -> RunDirectory:
-    config = load_config(CriticConfig, "critic.yaml", [f"run.name={name}", *overrides])
-    train(config)
-    return RunDirectory(config.run.dir)
+    return train_run(f"run.name={name}", *overrides)
 
 
 @pytest.mark.slow
@@ -61,6 +59,17 @@ def test_a_finished_run_is_left_as_it_is(folder: Path) -> None:
     run = _go_on("finished")
     assert (run.path / "metrics.jsonl").read_bytes() == before
     assert not (run.path / "attempts/0002").exists()
+
+
+def test_a_run_without_values_before_responses_goes_on_without_them(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for _ in range(2):  # the second time it is stored that there are none
+        run = _go_on("finished", "training.max_steps=22")
+        assert run.stored_config()["objective"]["prompt_value"] is False
+    assert not [key for key in run.records()[-1] if "/prompt/" in key]
+    assert caplog.text.count("objective.prompt_value: false, as this run began") == 2
 
 
 def test_its_configuration_means_what_it_meant(folder: Path) -> None:
@@ -88,6 +97,13 @@ def test_a_key_whose_default_changed_things_is_completed_with_what_was_done_befo
         section: Section = field(default_factory=Section)
 
     assert completed({"section": {"old": 5}}, Whole) == {"section": {"old": 5, "new": False}}
+    stored = completed({}, Whole)
+    assert kept_from_before(stored, Whole()) == {"section.new": False}
+    assert kept_from_before(completed({"section": {"new": True}}, Whole), Whole()) == {}
+    asked = Whole(Section(new=False))
+    assert kept_from_before(stored, asked) == {}
+    set_key(asked, "section.new", True)
+    assert asked == Whole()
     assert completed({}, Whole) == {"section": {"old": 3, "new": False}}
     assert completed({"section": {"new": True, "gone": 1}}, Whole) == {
         "section": {"old": 3, "new": True, "gone": 1}

@@ -288,6 +288,7 @@ def test_a_card_tells_quality_data_depth_and_commit(run: MicroRun, tmp_path: Pat
         facts["identity"]["base"],
         f"| commit of the training | {head} |",
         "Outputs are values, in units of the reward.",
+        "the first that PPO reads, is trained as the others are.",
     ):
         assert words in card
     assert re.search(r"\| sequences \| 30 \|", card)  # counts are whole numbers, however large

@@ -12,10 +12,11 @@ import pytest
 from job.common.config import load_config
 from job.common.errors import Exit, InputError, Superseded
 from job.common.nested import to_dict
+from job.common.progress import ATTEMPT
 from job.common.schema import CriticConfig
 from job.run.committed import committed
 from job.run.directory import RunDirectory
-from job.run.fence import ATTEMPT, Fence
+from job.run.fence import Fence
 from job.run.manifest import Manifest
 from job.run.metrics_log import Tracker
 from job.run.reader import StoredRun

@@ -304,6 +304,7 @@ def test_a_missing_file_is_an_error_after_a_cached_value_too(name: str, tmp_path
         (folder / name).write_bytes(content)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch 2.11
 @pytest.mark.parametrize(
     "unfit",
     [

@@ -16,9 +16,11 @@ from job.memory.fit import (
     largest_micro_batch,
     largest_unfrozen,
     outside_bytes,
+    prediction,
 )
 from job.memory.footprint import Setting, footprint
 from job.memory.settings import SHAPES
+from job.model.architecture import TransformerConfig
 
 A100_40GB, A100_80GB = 42_300_000_000, 85_000_000_000
 
@@ -33,8 +35,9 @@ def _fits(setting: Setting, capacity: int) -> bool:
 
 def test_a_margin_of_the_gpu_stays_free() -> None:
     predicted = footprint(_setting())
-    needed = predicted.peak.total + CONTEXT_BYTES
-    roomy = Fit(predicted, CONTEXT_BYTES, int(needed / (1 - MARGIN)) + 1)
+    reserved = 32 * 10**9
+    needed = reserved + CONTEXT_BYTES
+    roomy = Fit(predicted, reserved, CONTEXT_BYTES, int(needed / (1 - MARGIN)) + 1)
     assert roomy.needed == needed
     assert (roomy.fits, roomy.is_tight) == (True, False)
     for capacity in (int(needed / (1 - MARGIN)) - 1, needed):
@@ -49,12 +52,31 @@ def test_what_lies_outside_of_the_allocator() -> None:
     assert outside_bytes(_setting(gpus=4)) == CONTEXT_BYTES + NCCL_BYTES
     assert outside_bytes(replace(_setting(gpus=4), cuda=False)) == 0
     found = fit(_setting(gpus=4), A100_40GB)
-    assert found.outside == found.needed - found.footprint.peak.total == 1_600_000_000
+    assert found.outside == found.needed - found.reserved == 1_600_000_000
+
+
+@pytest.mark.parametrize(("gpus", "share"), [(1, 0.035), (4, 0.06)])
+def test_room_is_left_for_what_the_allocator_reserves(gpus: int, share: float) -> None:
+    setting = _setting(gpus=gpus)
+    given = footprint(setting).peak.total + 33_554_432
+    assert fit(setting, A100_80GB).reserved == pytest.approx(given * (1 + share))
+    assert prediction(setting)["reserved_bytes"] == fit(setting, A100_80GB).reserved
+    on_cpu = replace(setting, cuda=False)
+    assert fit(on_cpu, A100_80GB).reserved == footprint(on_cpu).peak.total
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_what_cublas_works_in_is_predicted_as_it_is_measured(cuda: bool) -> None:
+    shape = TransformerConfig(dim=64, n_layers=2, n_heads=2, vocab_size=100)
+    small = Setting(shape, 1, FsdpConfig(), 256, cuda=cuda)
+    found = prediction(small)
+    assert found["peak_bytes"] - footprint(small).peak.total == (33_554_432 if cuda else 0)
+    assert found["peak_bytes"] == sum(found["peak"].values())
 
 
 @pytest.mark.parametrize(
     ("gpus", "capacity", "n"),
-    [(1, A100_40GB, 5), (1, A100_80GB, 15), (4, A100_40GB, 16), (2, A100_80GB, 25)],
+    [(1, A100_40GB, 5), (1, A100_80GB, 15), (4, A100_40GB, 16), (2, A100_80GB, 24)],
 )
 def test_the_largest_n_fits_and_one_more_does_not(gpus: int, capacity: int, n: int) -> None:
     assert largest_unfrozen(_setting(gpus=gpus), capacity) == n

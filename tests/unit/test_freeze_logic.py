@@ -45,8 +45,11 @@ def _batch(seed: int) -> Batch:
     return Batch(
         tokens=torch.from_numpy(rng.integers(0, 50, sum(lengths))),
         layout=PackedLayout(lengths),
-        responses=torch.from_numpy(positions),
+        positions=torch.from_numpy(positions),
+        lengths=torch.tensor(lengths) - 2,
         response_lengths=torch.tensor(lengths) - 2,
+        weights=torch.ones(len(positions)),
+        weight=float(len(positions)),
         rewards=torch.tensor([1.0, 0.0, 1.0]),
         problems=np.zeros(3, np.uint64),
         optimal=None,
@@ -133,7 +136,8 @@ def test_a_smaller_n_freezes_what_a_larger_one_had_unfrozen() -> None:
 @pytest.mark.parametrize("n", [0, 1, 2, 4, 5])
 def test_every_trainable_parameter_has_a_finite_non_zero_gradient(n: int) -> None:
     learner, batch = _learner(n), _batch(0)
-    learner.objective.loss_sum(learner.outputs(batch), batch, 0).backward()
+    counts = learner.objective.counts(batch)
+    learner.objective.loss(learner.outputs(batch), batch, 0, counts).backward()
     for name, parameter in learner.critic.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name
@@ -148,7 +152,7 @@ def test_no_frozen_parameter_changes_in_twenty_steps_and_every_trainable_one_doe
     learner = _learner(n)
     before = {name: p.detach().clone() for name, p in learner.critic.named_parameters()}
     for step in range(20):
-        learner.step(step, [_batch(step)], ValueMetrics(), lambda _: 1.0)
+        learner.step(step, [_batch(step)], ValueMetrics(), lambda _: [1.0, 0.0])
     for name, parameter in learner.critic.named_parameters():
         unchanged = torch.equal(before[name], parameter)
         assert unchanged != parameter.requires_grad, name

@@ -5,10 +5,10 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import pytest
+from python_process import python_process
 
 HEARS = """
 import signal, sys, time
@@ -23,19 +23,10 @@ HANGS = "import threading; lock = threading.Lock(); lock.acquire(); {}; lock.acq
 FLAG = "while reason() is None: time.sleep(0.01)\nprint(reason(), flush=True)\ntime.sleep(60)"
 
 
-@contextmanager
-def _process(body: str, before: str = "signal.default_int_handler") -> Iterator[subprocess.Popen]:
-    code = HEARS.format(body=body, before=before)
-    with subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        yield process
-        process.kill()
+def _process(
+    body: str, before: str = "signal.default_int_handler"
+) -> AbstractContextManager[subprocess.Popen[str]]:
+    return python_process(HEARS.format(body=body, before=before))
 
 
 def _next_line(stream: object) -> str:

@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from micro_critic import write_rows
+
+from job.data.arithmetic import chains
 
 ROOT = Path(__file__).parents[2]
 LOCAL = "configs/critic/critic_local.yaml"
@@ -45,6 +49,41 @@ def _compared(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return probe, critic
 
 
+def _choosing(folder: Path, run: str, problems: int, attempts: int) -> dict[str, Any]:
+    """How well a run chooses among attempts at held-out problems, which are written first."""
+    drawn = chains(
+        problems * attempts,
+        min_steps=2,
+        max_steps=2,
+        error_probability=0.25,
+        attempts=attempts,
+        seed=1,
+        held_out=True,
+    )
+    rows = (
+        {
+            "prompt": c.prompt,
+            "response": c.response,
+            "reward": c.reward,
+            "problem_id": k // attempts,
+        }
+        for k, c in enumerate(drawn)
+    )
+    write_rows(folder / "attempts.jsonl", rows)
+    options = ("--critic", run, "--data", "attempts.jsonl", "--answer", r"A(\d)")
+    _run(folder, "job.evaluate", *options)
+    written = folder / run / "evaluations/attempts.jsonl/evaluation.json"
+    found: dict[str, Any] = json.loads(written.read_text())["choosing"]
+    assert found["problems"] == [problems] * attempts
+    return found
+
+
+def _lead(found: dict[str, Any], rival: str, n: int) -> float:
+    """By how much the critic's choice of n is better at least, with 95 %."""
+    low: float = found["lead"][rival]["low"][n - 1]
+    return low
+
+
 @pytest.mark.all
 @pytest.mark.timeout(2400)  # ten minutes with one thread
 def test_two_unfrozen_blocks_explain_what_a_frozen_trunk_cannot(folder: Path) -> None:
@@ -52,12 +91,18 @@ def test_two_unfrozen_blocks_explain_what_a_frozen_trunk_cannot(folder: Path) ->
     probe, critic = _compared(folder / "runs/local")
     worst = json.loads(MEASURED.read_text())["summary"]["share"]["worst"]
     assert critic["achievable_share"] > worst - MARGIN
+    assert critic["prompt_distance_to_optimal"] <= 2 * critic["prompt_next_distance_to_optimal"]
     assert probe["std"] < critic["std_optimal"] / 2
     assert probe["achievable_share"] < 0.2
     assert str(folder / "runs/local/report.html") in shown
     assert "mlflow ui --backend-store-uri sqlite:///" in shown
     alarm = json.loads((folder / "runs/local/n0/status.json").read_text())["alarm"]
     assert "CONSTANT PREDICTOR" in alarm
+    found = _choosing(folder, "runs/local/n2", problems=500, attempts=64)
+    critic, best = (np.array(found["rules"][rule]["value"]) for rule in ("best_of_n", "oracle"))
+    assert (critic >= 0.98 * best).all(), "the optimal value of a whole solution is its reward"
+    for rival in ("random", "shortest", "majority"):
+        assert min(_lead(found, rival, n) for n in (2, 4, 8, 16)) > 0
 
 
 def test_a_shorter_training_reaches_half_of_what_is_achievable(folder: Path) -> None:
@@ -72,6 +117,9 @@ def test_a_shorter_training_reaches_half_of_what_is_achievable(folder: Path) -> 
     assert critic["std"] > 0.2
     assert probe["achievable_share"] < 0.2
     assert probe["std"] < critic["std_optimal"] / 2
+    found = _choosing(folder, "short/n2", problems=60, attempts=8)
+    for rival in ("random", "shortest"):
+        assert _lead(found, rival, 4) > 0
 
 
 @pytest.mark.all

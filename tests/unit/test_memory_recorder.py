@@ -259,6 +259,27 @@ def test_a_gpu_is_recorded_by_phase(nvml: FakeNvml, allocator: FakeAllocator) ->
     json.dumps(summary)
 
 
+def test_figures_of_this_moment_are_none_that_were_read_before(
+    nvml: FakeNvml, allocator: FakeAllocator
+) -> None:
+    readings = " ".join(f"{n * GB},80,1" for n in range(1, 60))  # each round one more
+    nvml.says(ONE_GPU, f"nvmlDeviceGetMemoryInfo_v2 * {readings}", PROCESSES)
+    with Recorder(GPU, hertz=5) as recorder:
+        known = recorder._device["device_used"]
+        assert recorder.now()["device_used"] > known
+
+
+def test_figures_of_this_moment_do_not_wait_for_an_nvml_that_hangs(
+    nvml: FakeNvml, allocator: FakeAllocator
+) -> None:
+    nvml.says(ONE_GPU, "nvmlDeviceGetMemoryInfo_v2 * 5,80,1 hang", PROCESSES)
+    with Recorder(GPU, hertz=50) as recorder:
+        began = time.monotonic()
+        assert recorder.now()["device_used"] == 5
+        assert time.monotonic() - began < 1.0
+    nvml.let_go()
+
+
 @pytest.mark.parametrize(
     ("named", "problem"),
     [

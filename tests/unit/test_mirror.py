@@ -17,6 +17,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,9 @@ def test_a_finished_run_arrives_whole(tmp_path: Path, database: str) -> None:
     assert run.info.start_time == round(1000 * (START + 2))
     assert (result.metrics, result.params, result.artifacts) == (9, 11, 6)
     assert (result.run_id, result.waiting) == (run.info.run_id, 0)
+    sent = f"11 parameters, 9 values and 6 files sent to run {result.run_id} of {database}"
+    assert str(result) == sent
+    assert str(replace(result, waiting=2)) == f"{sent}; 2 steps wait for their time"
 
 
 def test_a_second_sync_sends_nothing(

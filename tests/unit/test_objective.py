@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from job.common.schema import Loss, ObjectiveConfig, Target
+from job.common.schema import Loss, ObjectiveConfig, Target, TermsConfig
 from job.data.packing import Batch
 from job.model.transformer import PackedLayout
-from job.training.objective import Objective, lambda_return
+from job.run.value_metrics import ValueMetrics
+from job.training.objective import Counts, Objective, lambda_return
+
+ONE = Counts(1, 1)  # so that a loss is a sum
 
 
 def _batch(lengths: list[int], rewards: list[float], pairs: list[list[int]] | None = None) -> Batch:
@@ -20,12 +24,32 @@ def _batch(lengths: list[int], rewards: list[float], pairs: list[list[int]] | No
     return Batch(
         tokens=torch.zeros(n, dtype=torch.int64),
         layout=PackedLayout(lengths),
-        responses=torch.arange(n),
+        positions=torch.arange(n),
+        lengths=torch.tensor(lengths),
         response_lengths=torch.tensor(lengths),
+        weights=torch.ones(n),
+        weight=float(n),
         rewards=torch.tensor(rewards),
         problems=np.zeros(len(lengths), np.uint64),
         optimal=None,
         pairs=torch.tensor(pairs or [], dtype=torch.int64).reshape(-1, 2),
+    )
+
+
+def _with_prompts(batch: Batch, *prompted: int) -> Batch:
+    """The batch, with one token before the response of each sequence of that number."""
+    before = torch.zeros(len(batch.lengths), dtype=torch.int64)
+    before[list(prompted)] = 1
+    lengths = batch.lengths + before
+    n = int(lengths.sum())
+    return dataclasses.replace(
+        batch,
+        tokens=torch.zeros(n, dtype=torch.int64),
+        layout=PackedLayout(lengths.tolist()),
+        positions=torch.arange(n),
+        lengths=lengths,
+        weights=torch.ones(n),
+        weight=float(n),
     )
 
 
@@ -36,6 +60,52 @@ def _objective(**settings: object) -> Objective:
 def test_monte_carlo_targets_are_the_discounted_outcome() -> None:
     targets = _objective(gamma=0.5).labels(_batch([3, 2], [1.0, 0.5]))
     assert targets.tolist() == [0.25, 0.5, 1.0, 0.25, 0.5]
+
+
+def test_the_value_before_a_response_of_t_tokens_is_discounted_t_times() -> None:
+    batch = _with_prompts(_batch([3, 2, 1], [1.0, 0.5, 1.0]), 0, 2)
+    targets = _objective(gamma=0.5).labels(batch)
+    assert targets.tolist() == [0.125, 0.25, 0.5, 1.0, 0.25, 0.5, 0.5, 1.0]
+    assert batch.at_prompts.nonzero().flatten().tolist() == [0, 6]
+    assert _objective().counts(batch) == Counts(8, 0)
+
+
+def test_lambda_return_before_a_response_by_hand() -> None:
+    # as below, and G0 = .9 (.5 * .2 + .5 * .5535) = .339075
+    values = torch.tensor([0.7, 0.2, 0.6, 0.4, 0.3])
+    batch = _with_prompts(_batch([3, 1], [1.0, 0.0]), 0)
+    returns = lambda_return(values, batch, gamma=0.9, lam=0.5)
+    torch.testing.assert_close(returns, torch.tensor([0.339075, 0.5535, 0.63, 1.0, 0.0]))
+
+
+def test_the_pairwise_loss_takes_the_outputs_of_responses_alone() -> None:
+    plain = _batch([2, 1], [1.0, 0.0], [[0, 1]])
+    batch, objective = _with_prompts(plain, 0, 1), _objective(loss=Loss.pairwise)
+    outputs = torch.tensor([9.0, 0.5, 1.5, -7.0, 0.0])
+    expected = objective.loss(outputs[[1, 2, 4]], plain, 0, ONE)
+    assert objective.loss(outputs, batch, 0, ONE) == expected
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_metrics_of_responses_and_of_prompts_are_told_apart(gamma: float) -> None:
+    optimal = np.array([0.5, 0.6, 1.0, 0.0, 0.5, 0.2], np.float32)
+    batch = dataclasses.replace(
+        _with_prompts(_batch([2, 1, 1], [1.0, 0.0, 0.0]), 0, 2), optimal=optimal
+    )
+    values = np.array([0.4, 0.7, 0.9, 0.2, 0.3, 0.1], np.float32)
+    metrics = ValueMetrics()
+    _objective(gamma=gamma).record(metrics, values, batch)
+    got = metrics.compute()
+    assert got["tokens"] == 4
+    labels = [gamma, 1.0, 0.0, 0.0]
+    errors = [(v - g) ** 2 for v, g in zip([0.7, 0.9, 0.2, 0.1], labels, strict=True)]
+    assert got["mse"] == pytest.approx(sum(errors) / 4)
+    assert got["prompt/mse"] == pytest.approx(((0.4 - gamma**2) ** 2 + 0.3**2) / 2)
+    assert got["prompt/first_step"] == pytest.approx((0.3 - 0.2) / 2)
+    assert ("prompt/distance_to_optimal" in got) == ("mse_optimal" in got) == (gamma == 1)
+    if gamma == 1:
+        assert got["prompt/distance_to_optimal"] == pytest.approx(((0.01 + 0.04) / 2) ** 0.5)
+        assert got["prompt/next_distance_to_optimal"] == pytest.approx(((0.01 + 0.01) / 2) ** 0.5)
 
 
 def test_lambda_return_by_hand() -> None:
@@ -70,8 +140,8 @@ def test_bootstrapped_targets_carry_no_gradient() -> None:
     objective = _objective(target=Target.lambda_return, lambda_start=0.5, lambda_end=0.5)
     outputs = torch.tensor([0.2, 0.6, 0.4], requires_grad=True)
     batch = _batch([3], [1.0])
-    objective.loss_sum(outputs, batch, 0).backward()
-    targets = objective.targets(outputs, batch, 0)
+    objective.loss(outputs, batch, 0, ONE).backward()
+    targets = objective.returns(outputs, batch, 0)
     assert not targets.requires_grad
     torch.testing.assert_close(outputs.grad, 2 * (outputs.detach() - targets))
 
@@ -95,8 +165,17 @@ def test_lambda_schedule_is_linear_and_stays() -> None:
 def test_losses_by_hand(loss: Loss, expected: float) -> None:
     objective = _objective(loss=loss, huber_delta=0.5)
     outputs, batch = torch.tensor([0.5, -1.0]), _batch([2], [1.0])
-    assert objective.loss_sum(outputs, batch, 0).item() == pytest.approx(expected, rel=1e-6)
-    assert objective.count(batch) == 2
+    assert objective.loss(outputs, batch, 0, ONE).item() == pytest.approx(expected, rel=1e-6)
+    assert objective.counts(batch) == Counts(2, 0)
+
+
+def test_the_loss_weighs_each_position_by_hand() -> None:
+    """Errors .25 and 4 of a right solution, 0.01 of a wrong one, at weights 1/2, 1/2 and 1."""
+    batch = _batch([2, 1], [1.0, 0.0])
+    batch = dataclasses.replace(batch, weights=torch.tensor([0.5, 0.5, 1.0]), weight=2.0)
+    outputs, objective = torch.tensor([0.5, -1.0, 0.1]), _objective()
+    found = objective.loss(outputs, batch, 0, objective.counts(batch)).item()
+    assert found == pytest.approx((0.5 * 0.25 + 0.5 * 4 + 0.01) / 2, rel=1e-6)
 
 
 def test_pairwise_loss_by_hand() -> None:
@@ -105,8 +184,47 @@ def test_pairwise_loss_by_hand() -> None:
     objective = _objective(loss=Loss.pairwise)
     outputs = torch.tensor([0.5, 1.5, 0.0, 1.0, 0.0])
     expected = math.log1p(math.exp(-1.0)) + math.log1p(math.exp(-0.5))
-    assert objective.loss_sum(outputs, batch, 0).item() == pytest.approx(expected, rel=1e-6)
-    assert objective.count(batch) == 2
+    assert objective.loss(outputs, batch, 0, ONE).item() == pytest.approx(expected, rel=1e-6)
+    assert objective.counts(batch) == Counts(5, 2)
+
+
+def test_a_joint_loss_is_each_term_s_mean_times_its_share_by_hand() -> None:
+    """Three sequences, of which the first two are a pair; weights and counts of a larger step."""
+    batch = _batch([2, 1, 1], [1.0, 0.0, 1.0], [[0, 1]])
+    batch = dataclasses.replace(batch, weights=torch.tensor([1.0, 1.0, 2.0, 0.5]), weight=4.5)
+    terms = TermsConfig(monte_carlo=1.0, td=0.5, pairwise=0.25)
+    objective = _objective(terms=terms, gamma=0.5, lambda_start=0.0, lambda_end=0.0)
+    outputs, whole = torch.tensor([0.2, 0.6, 0.4, 0.9]), Counts(10, 4)
+    # returns: .5 * .6, then rewards
+    monte_carlo = (0.3**2 + 0.4**2 + 2 * 0.4**2 + 0.5 * 0.1**2) / 10
+    td = ((0.2 - 0.3) ** 2 + 0.4**2 + 2 * 0.4**2 + 0.5 * 0.1**2) / 10
+    pairwise = math.log1p(math.exp(0.0)) / 4  # both have the mean .4
+    found = objective.loss(outputs, batch, 0, whole).item()
+    assert found == pytest.approx(monte_carlo + 0.5 * td + 0.25 * pairwise, rel=1e-6)
+    assert not objective.ranks_only
+    assert objective.initial_bias(0.3) == 0.3
+
+
+def test_a_term_of_a_joint_loss_alone_is_the_loss_of_that_name() -> None:
+    batch, outputs = _batch([2, 3], [1.0, 0.0], [[0, 1]]), torch.tensor([0.2, 0.6, 0.4, 0.9, 0.1])
+    short = {
+        "monte_carlo": _objective(),
+        "td": _objective(target=Target.lambda_return, lambda_start=0.5),
+        "pairwise": _objective(loss=Loss.pairwise),
+    }
+    for name, objective in short.items():
+        joint = _objective(terms=TermsConfig(**{name: 1.0}), lambda_start=0.5)
+        assert joint.loss(outputs, batch, 0, ONE) == objective.loss(outputs, batch, 0, ONE)
+
+
+def test_a_step_without_pairs_trains_the_other_terms() -> None:
+    objective = _objective(terms=TermsConfig(monte_carlo=1.0, pairwise=1.0))
+    outputs, batch = torch.tensor([0.5, 0.0], requires_grad=True), _batch([2], [1.0])
+    loss = objective.loss(outputs, batch, 0, objective.counts(batch))
+    assert loss.item() == pytest.approx((0.25 + 1) / 2)
+    loss.backward()
+    assert outputs.grad is not None
+    assert outputs.grad.isfinite().all()
 
 
 def test_initial_bias_predicts_the_mean_reward() -> None:

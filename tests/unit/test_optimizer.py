@@ -23,7 +23,9 @@ def _settings(critic: Critic, config: TrainingConfig) -> dict[str, tuple[float, 
     """Rate and weight decay by parameter name."""
     names = {id(p): name for name, p in critic.named_parameters()}
     groups = build_optimizer(critic, config).param_groups
-    return {names[id(p)]: (g["base_lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    return {
+        names[id(p)]: (g["base_lrs"][0], g["weight_decay"]) for g in groups for p in g["params"]
+    }
 
 
 @pytest.mark.parametrize("n", [0, 2, 4, 5])

@@ -18,11 +18,12 @@ from job.data.packing import (
     Packer,
     assemble,
     distribute,
+    mixed_step,
     sequence_cost,
     single_units,
     step_units,
 )
-from job.data.pairs import balanced_pairs
+from job.data.pairs import balanced_pairs, with_others
 from job.data.token_cache import TokenizedSet, load_split
 from job.data.tokenizer import load_tokenizer, write_character_tokenizer
 
@@ -237,23 +238,30 @@ def sequence(data: TokenizedSet, i: int) -> list[int]:
     return data.tokens[int(data.offsets[i]) : int(data.offsets[i + 1])].tolist()
 
 
-def check_batch(batch: Batch, data: TokenizedSet, rows: list[int]) -> None:
+def check_batch(
+    batch: Batch, data: TokenizedSet, rows: list[int], *, prompt_value: bool = False
+) -> None:
     """A batch against the same laid out one sequence after the other."""
     tokens: list[int] = []
-    responses: list[int] = []
+    positions: list[int] = []
+    at_prompts: list[bool] = []
     optimal: list[float] = []
     for i in rows:
         ids, start = sequence(data, i), int(data.response_starts[i])
-        responses += range(len(tokens) + start, len(tokens) + len(ids))
+        before = prompt_value and start > 0
+        at_prompts += [True] * before + [False] * (len(ids) - start)
+        positions += range(len(tokens) + start - before, len(tokens) + len(ids))
         tokens += ids
         if data.optimal is not None:
-            optimal += data.optimal[data.offsets[i] + start : data.offsets[i + 1]].tolist()
+            optimal += data.optimal[data.offsets[i] + start - before : data.offsets[i + 1]].tolist()
     lengths = [len(sequence(data, i)) for i in rows]
     assert batch.tokens.tolist() == tokens
     assert batch.layout.lengths == lengths
     assert batch.layout.n_tokens == len(tokens)
     assert batch.layout.positions.tolist() == [p for n in lengths for p in range(n)]
-    assert batch.responses.tolist() == responses
+    assert batch.positions.tolist() == positions
+    assert batch.at_prompts.tolist() == at_prompts
+    assert batch.lengths.sum() == len(positions)
     assert batch.response_lengths.tolist() == [
         n - int(data.response_starts[i]) for i, n in zip(rows, lengths, strict=True)
     ]
@@ -274,6 +282,30 @@ def test_a_batch_is_its_sequences_end_to_end(data: TokenizedSet) -> None:
         batch = assemble(data, rows, None, CPU)
         check_batch(batch, data, rows.tolist())
         assert batch.pairs.shape == (0, 2)
+        valued = assemble(data, rows, None, CPU, prompt_value=True)
+        check_batch(valued, data, rows.tolist(), prompt_value=True)
+
+
+def test_a_begin_token_stands_for_an_empty_prompt_and_nothing_for_none(tmp_path: Path) -> None:
+    """Which has a value before its response, if the tokenizer has a begin token or none."""
+    rows = [{"prompt": p, "response": "2=2;A2", "reward": 1} for p in ("", "2?")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    starts = {}
+    for begins in (True, False):
+        folder = tmp_path / str(begins)
+        folder.mkdir()
+        write_character_tokenizer(folder, ALPHABET)
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings = json.dumps(settings | {"add_bos_token": begins})
+        (folder / "tokenizer_config.json").write_text(settings)
+        path = str(tmp_path / "rows.jsonl")
+        config = DataConfig(path, path, cache_dir=str(tmp_path / "cache"))
+        data = load_split(config, "train", load_tokenizer(folder))
+        batch = assemble(data, np.arange(2), None, CPU, prompt_value=True)
+        starts[begins] = data.response_starts.tolist()
+        assert (batch.lengths - batch.response_lengths).tolist() == [int(begins), 1]
+        assert batch.positions[0] == 0
+    assert starts == {True: [1, 3], False: [0, 2]}
 
 
 def test_a_sequence_may_come_twice_as_at_the_end_of_an_epoch(data: TokenizedSet) -> None:
@@ -283,7 +315,7 @@ def test_a_sequence_may_come_twice_as_at_the_end_of_an_epoch(data: TokenizedSet)
 
 def test_a_batch_has_the_types_that_it_promises(embedded: TokenizedSet) -> None:
     batch = assemble(embedded, np.arange(4), np.array([[0, 1], [2, 3]]), CPU)
-    whole = (batch.tokens, batch.responses, batch.response_lengths, batch.pairs)
+    whole = (batch.tokens, batch.positions, batch.lengths, batch.response_lengths, batch.pairs)
     assert {tensor.dtype for tensor in whole} == {torch.int64}
     assert batch.rewards.dtype == torch.float32
     assert batch.problems.dtype == np.uint64
@@ -304,7 +336,7 @@ def test_pairs_stay_together_and_point_at_their_sequences(data: TokenizedSet) ->
     seen: list[list[int]] = []
     for part in packer.everything:
         batch = packer.assemble(part)
-        rows = units[part].ravel().tolist()
+        rows = part.ravel().tolist()
         check_batch(batch, data, rows)
         assert batch.pairs.shape == (len(part), 2)
         better, worse = batch.rewards[batch.pairs].T
@@ -337,13 +369,14 @@ def sequences_of(data: TokenizedSet, batches: list[Batch]) -> Iterator[tuple[int
 def test_an_evaluation_covers_everything_once_over_all_ranks(
     data: TokenizedSet, world: int
 ) -> None:
-    for units in (single_units(len(data)), single_units(37), pairs_of(data)):
+    mixed = with_others(pairs_of(data), len(data))
+    for units in (single_units(len(data)), single_units(37), pairs_of(data), mixed):
         parts = [packer.everything for packer in packers(data, units, world)]
         assert len({len(part) for part in parts}) == 1
         covered = np.concatenate([np.concatenate(part) for part in parts])
-        assert np.array_equal(np.sort(covered), np.arange(len(units)))
+        assert sorted(covered.tolist()) == sorted(units.tolist())
         for part in (one for rank in parts for one in rank):
-            assert data.lengths[units[part]].sum() <= BUDGET
+            assert data.lengths[part[part >= 0]].sum() <= BUDGET
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -373,8 +406,40 @@ def test_a_step_of_pairs_counts_sequences(data: TokenizedSet) -> None:
         assert found == sorted(tuple(sequence(data, int(i))) for i in rows)
 
 
+def test_steps_of_pairs_and_others_have_every_sequence_once_an_epoch(data: TokenizedSet) -> None:
+    """Pairs stay whole, but for those that lie across the end of a step or an epoch."""
+    pairs, n = pairs_of(data), len(data)
+    units = with_others(pairs, n)
+    steps = [mixed_step(units, 7, step, seed=5) for step in range(2 * n)]
+    assert all((step >= 0).sum() == 7 for step in steps)
+    assert all((step[:, 0] >= 0).all() for step in steps)
+    seen = np.concatenate([step[step >= 0] for step in steps])
+    for epoch in range(14):
+        assert np.array_equal(np.sort(seen[epoch * n : (epoch + 1) * n]), np.arange(n))
+    known = set(map(tuple, pairs.tolist()))
+    whole = [tuple(unit) for step in steps for unit in step.tolist() if unit[1] >= 0]
+    assert set(whole) == known
+    assert 14 * len(pairs) - len(steps) <= len(whole) < 14 * len(pairs)
+    first = [one[one >= 0] for one in (steps[0], mixed_step(units, 7, 0, 6))]
+    assert not np.array_equal(*first)
+
+
+def test_pairs_among_others_are_paired_in_the_batch(data: TokenizedSet) -> None:
+    units = with_others(pairs_of(data), len(data))
+    seen = 0
+    for packer in packers(data, units, 2):
+        for batch in packer.step(3, 60, seed=1):
+            better, worse = batch.rewards[batch.pairs].T
+            assert (better > worse).all()
+            problems = batch.problems[batch.pairs.numpy()]
+            assert (problems[:, 0] == problems[:, 1]).all()
+            assert len(batch.rewards) >= 2 * len(batch.pairs)
+            seen += len(batch.pairs)
+    assert seen > 3
+
+
 def test_a_step_is_the_same_each_time(embedded: TokenizedSet) -> None:
     first, second = (packers(embedded, single_units(500), 2)[1].step(9, 32, 1) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.tokens, b.tokens)
-        assert torch.equal(a.responses, b.responses)
+        assert torch.equal(a.positions, b.positions)

@@ -55,6 +55,7 @@ def _check_against_modules(
     assert list(counts.components.items()) == list(report.components.items())
     assert (counts.total, counts.trainable) == (report.total, report.trainable)
     assert counts.frozen == report.total - report.trainable
+    assert {len(line) for line in str(report).splitlines()[:5]} == {60}  # of a terminal's 80
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -275,6 +275,24 @@ def test_what_a_configuration_names(here: Path, plan: Planner) -> None:
     assert inputs(config) == [(key, here / name) for key, name in names.items()]
 
 
+def test_data_of_several_files_is_seen_file_by_file(
+    tmp_path_factory: pytest.TempPathFactory, here: Path, plan: Planner
+) -> None:
+    blobs, shards = (tmp_path_factory.mktemp(name) for name in ("blobs", "shards"))
+    for k in range(3):
+        (blobs / f"{k}.jsonl").write_text("{}\n")
+        (shards / f"train-{k}.jsonl").symlink_to(blobs / f"{k}.jsonl")
+    one = plan(f"data.train=['{shards}/train-[01]*', train.jsonl]", "data.validation=0.1")
+    config = one.runs[0].config
+    assert config.data.train == [f"{shards}/train-[01]*", f"{here}/train.jsonl"]
+    assert config.data.validation == 0.1
+    named = [path for key, path in inputs(config) if key.startswith("data.")]
+    assert named == [shards / "train-0.jsonl", shards / "train-1.jsonl", here / "train.jsonl"]
+    assert one.submission.binds == sorted(map(str, (here, blobs, shards)))
+    folder = plan(f"data.train={shards}", "data.validation=nothing-*.jsonl").runs[0].config
+    assert [key for key, _ in inputs(folder)[1:]] == ["data.train"] * 3 + ["data.validation"]
+
+
 def test_embedded_data_and_a_trunk_to_be_made_are_no_inputs(here: Path, plan: Planner) -> None:
     embedded = ("data.train=embedded", "data.validation=embedded", "model.recipe=pretrain.yaml")
     config = plan(*embedded).runs[0].config
@@ -396,6 +414,8 @@ def test_what_may_change_between_attempts_may_be_overridden(here: Path, given: l
     _submitted(here, given)
     resumed = make_plan(options(resume="runs/mine", override=["training.max_steps=9"]))
     assert resumed.runs[0].config.training.max_steps == 9
+    assert not resumed.submission.verify
+    assert make_plan(options(resume="runs/mine", verify=True)).submission.verify
 
 
 @pytest.mark.parametrize("option", [{"config": "a.yaml"}, {"name": "a"}, {"unfreeze": [0]}])

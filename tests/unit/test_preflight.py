@@ -46,6 +46,7 @@ def test_a_node_without_fault_has_none(config: CriticConfig, tmp_path: Path) -> 
 
 def test_too_few_gpus(config: CriticConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     found = _found(config, gpus=4)["GPUs"]
     assert (found.fault, found.seen) == (

@@ -21,6 +21,7 @@ import yaml
 
 from job.common.errors import InputError, run_command
 from job.report import main
+from job.run.figure import STEPS, draw_line, panels, png
 from job.run.plots import draw_memory, draw_plots, write_plots
 from job.run.reader import Snapshot
 from job.run.report_page import verdict, write_report
@@ -152,6 +153,11 @@ def values(share: float) -> dict[str, float]:
         "pairwise_pairs": 1234.0,
         "length_correlation": -0.087,
         "length_auc": 0.55,
+        "prompt/mse": 0.2345,
+        "prompt/mse_constant": 0.24,
+        "prompt/mse_optimal": 0.2301,
+        "prompt/auc": 0.612,
+        "prompt/distance_to_optimal": 0.0321,
     }
 
 
@@ -294,6 +300,10 @@ def test_single_table_sets_the_run_beside_constant_and_optimum(
     assert rows["last-token AUC"][:3] == ["0.871", "0.500", NONE]
     assert rows["pairwise accuracy"][:3] == ["82.5 % of 1,234", "50.0 %", NONE]
     assert rows["length correlation"][:3] == ["-0.087", NONE, NONE]
+    assert rows["V₀ MSE"][:3] == ["0.2345", "0.2400", "0.2301"]
+    assert rows["V₀ AUC"][:3] == ["0.612", "0.500", NONE]
+    assert rows["V₀ to optimum"][:3] == ["0.0321", NONE, "0.0000"]
+    assert "R² between problems" not in rows
 
 
 def test_parameters_are_listed_by_component(tmp_path: Path, no_plots: None) -> None:
@@ -308,11 +318,41 @@ def test_parameters_are_listed_by_component(tmp_path: Path, no_plots: None) -> N
     assert rows["total"][:3] == ["7,504,928,769", "872,456,193", "11.63 %"]
 
 
+def test_the_page_says_where_a_run_comes_from(tmp_path: Path, no_plots: None) -> None:
+    run = write_run(tmp_path / "critic")
+    first, last = run / "attempts" / "0001", run / "attempts" / "0002"
+    for attempt in (first, last):
+        attempt.mkdir(parents=True)
+    write_json(first / "attempt.json", {"commit": "b" * 40, "version": "0.1.0"})
+    write_json(last / "attempt.json", {"commit": "a" * 40, "version": "0.2.0", "world_size": 4})
+    write_json(last / "machine.json", {"device": "A100", "instructions": "AVX2", "torch": "2.13.0"})
+    words = report(run).words
+    for line in (
+        "code\n0.2.0, commit aaaaaaaaaaaa\n",
+        "training data\nembedded\n",
+        "torch\n2.13.0\n",
+        "device\nA100, AVX2\n",
+        "ranks\n4\n",
+    ):
+        assert line in words
+
+
+def test_the_calibrations_bins_say_how_many_tokens_they_have(
+    tmp_path: Path, no_plots: None
+) -> None:
+    run = write_run(tmp_path / "critic")
+    curves = {"bin_mean_prediction": [0.25, None], "bin_mean_label": [0.5, None]}
+    write_json(run / "reliability.json", curves | {"bin_count": [1234.0, 0.0]})
+    words = report(run).words
+    assert "tokens\n0.00 to 0.50\n0.250\n0.500\n1,234\n" in words
+    assert "0.50 to 1.00" not in words
+
+
 def test_configuration_is_folded_and_whole(tmp_path: Path, no_plots: None) -> None:
     run = write_run(tmp_path / "critic")
     page = report(run)
     assert (run / "config.yaml").read_text() in page.words
-    assert page.tags.count("details") == 1
+    assert page.tags.count("details") == 2  # and the calibration's numbers
 
 
 def test_undefined_metrics_are_left_out(tmp_path: Path, no_plots: None) -> None:
@@ -354,7 +394,8 @@ def test_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
     assert "N = 2 unfrozen blocks\n" in page.words
     assert "There is nothing to plot yet." in page.words
     assert "There is no parameter report yet." in page.words
-    assert page.tables == []
+    (origin,) = page.tables  # what the configuration says of it
+    assert origin[0] == ["", "new"]
 
 
 def test_running_run_shows_how_far_it_is(tmp_path: Path, no_plots: None) -> None:
@@ -413,7 +454,7 @@ def test_everything_is_escaped(tmp_path: Path, no_plots: None) -> None:
     (run / "train.log").write_text(evil)
     text = write_report([run]).read_text(encoding="utf-8")
     assert "<script" not in text
-    assert text.count("&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;&amp;amp;") == 8
+    assert text.count("&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;&amp;amp;") == 9
     other = write_run(tmp_path / "other", steps=20)
     assert "<script" not in write_report([run, other]).read_text(encoding="utf-8")
 
@@ -549,6 +590,21 @@ def test_every_plot_shows_something(tmp_path: Path, count: int) -> None:
         assert_shows_something(path, 806 if by_phase else 633)
 
 
+def test_a_line_of_one_point_is_seen() -> None:
+    _, (axes,) = panels("a run with one log line so far")
+    draw_line(axes, [20], [0.5], {"color": "black"})
+    draw_line(axes, [10, 20], [0.5, 0.6], {"color": "black"})
+    assert [line.get_marker() for line in axes.get_lines()] == [".", "None"]
+
+
+def test_the_axis_of_steps_has_whole_numbers_alone() -> None:
+    figure, (axes,) = panels("a short run")
+    axes.set(xlabel=STEPS)
+    draw_line(axes, [1, 2, 3], [0.5, 0.6, 0.7], {})
+    png(figure)
+    assert all(tick == round(tick) for tick in axes.get_xticks())
+
+
 def test_plots_without_data_are_left_out(tmp_path: Path) -> None:
     run = write_run(tmp_path / "critic", steps=5)
     (run / "telemetry.jsonl").unlink()
@@ -595,6 +651,27 @@ def test_command_names_the_page(
     assert run_main(monkeypatch, *runs, "--out", out) == 0
     assert capsys.readouterr().out == f"report: {out}\n"
     assert "Comparison of 3 runs" in out.read_text(encoding="utf-8")
+
+
+def test_of_several_paths_those_without_a_run_are_left_out(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_plots: None,
+) -> None:
+    """As `runs/*` gives them: a cache and a database lie there too."""
+    runs = three_runs(tmp_path)
+    others = [tmp_path / "cache", tmp_path / "mlflow.db"]
+    others[0].mkdir()
+    others[1].touch()
+    assert run_main(monkeypatch, *runs, *others) == 0
+    out, err = capsys.readouterr()
+    assert out == f"report: {tmp_path / 'report.html'}\n"
+    assert err == f"left out, for they hold no run: {others[0]}, {others[1]}\n"
+    assert run_main(monkeypatch, *others) == 78
+    assert "mlflow.db: none of them is a run directory\n" in capsys.readouterr().err
+    assert run_main(monkeypatch, *runs, tmp_path / "nowhere") == 78
+    assert "nowhere: does not exist" in capsys.readouterr().err
 
 
 def test_bad_path_ends_with_78_and_one_line(tmp_path: Path) -> None:

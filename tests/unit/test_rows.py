@@ -19,10 +19,13 @@ import pytest
 
 from job.common.data_file import check_readable
 from job.common.errors import InputError
+from job.data.first_rows import first_bad_rows
 from job.data.json_array import array_items
-from job.data.rows import ALPACA_FIELDS, BadRow, Row, read_rows
+from job.data.layouts import ALPACA_FIELDS
+from job.data.rows import BadRow, Row, read_rows
 
 RawRow = dict[str, Any]
+KINDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".ndjson", ".parquet")
 HALF = "half of a surrogate pair"
 
 
@@ -620,7 +623,7 @@ def test_a_file_of_an_unknown_kind_is_refused_with_the_kinds_that_are_known(tmp_
     [
         (lambda path: None, "cannot read the data: No such file or directory"),
         (Path.touch, "the file is empty"),
-        (Path.mkdir, "cannot read the data: Is a directory"),
+        (Path.mkdir, f"a folder without data files; known: {', '.join(KINDS)}"),
     ],
     ids=["missing", "empty", "directory"],
 )
@@ -678,3 +681,34 @@ def memory_of_reading(path: Path) -> int:
         return tracemalloc.get_traced_memory()[1] + pa.total_allocated_bytes() - before
     finally:
         tracemalloc.stop()
+
+
+# The first rows
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.parquet"])
+def test_of_the_first_rows_the_bad_ones_are_given(tmp_path: Path, name: str) -> None:
+    rows = [{"prompt": "1?", "response": "1" if k % 2 else "", "reward": 1} for k in range(30)]
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        write_parquet(path, rows)
+    else:
+        content = json.dumps(rows).encode() if name.endswith(".json") else lines(rows)
+        pack = {".gz": gzip.compress, ".zst": zstd}.get(path.suffix, bytes)
+        write(path, pack(content))
+    bad, looked_at = first_bad_rows(path)
+    assert ([one.line for one in bad], looked_at) == (list(range(1, 21, 2)), 20)
+    assert bad[0].reason == "field 'response' is empty"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.parquet"])
+def test_without_pyarrow_a_file_of_its_kind_is_known_by_how_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path, rows = tmp_path / name, [{"prompt": "1?"}]
+    write_parquet(path, rows) if name == "a.parquet" else write(path, zstd(lines(rows)))
+    monkeypatch.setattr("job.data.first_rows.find_spec", lambda name: None)
+    assert first_bad_rows(path) == ([], 0)
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(InputError, match=r"damaged file: it does not begin as \.\w+ files do"):
+        first_bad_rows(path)

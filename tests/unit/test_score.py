@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,17 @@ from launch import PYTHONPATH, ended, run_ranks, running
 from micro_critic import MicroCritics, write_rows
 from micro_job import MicroRun
 
+from job import evaluate
 from job.common.errors import InputError
 from job.common.schema import EMBEDDED
+from job.data import packing
+from job.data.packing import Indices
+from job.data.token_cache import TokenizedSet
 from job.data.tokenizer import load_tokenizer
+from job.evaluation.reading import Data, read_solutions
 from job.model.transformer import PackedLayout
+from job.run.manifest import FileSum, Manifest
+from job.run.report_page import write_report
 from job.run.trained import TrainedCritic
 from job.training import scoring
 from job.training.scoring import score
@@ -71,8 +79,13 @@ def data(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "rows.jsonl", ROWS)
 
 
-def _alone(trained: TrainedCritic, prompt: str, response: str) -> tuple[list[int], list[float]]:
-    """A response's tokens and head outputs, by a critic put together here, packed with nothing."""
+def _alone(
+    trained: TrainedCritic, prompt: str, response: str, before: int = 0
+) -> tuple[list[int], list[float]]:
+    """A response's tokens and head outputs, by a critic put together here, packed with nothing.
+
+    Those of `before` tokens before the response come first.
+    """
     critic = trained.on_meta().to_empty(device="cpu")
     base = torch.load(Path(trained.config.model.path) / "consolidated.pth", weights_only=True)
     for name, parameter in critic.named_parameters():
@@ -81,7 +94,7 @@ def _alone(trained: TrainedCritic, prompt: str, response: str) -> tuple[list[int
         )
         parameter.detach().copy_(source)
     (encoded,) = load_tokenizer(trained.config.model.path).encode([(prompt, response)])
-    at = torch.arange(encoded.response_start, len(encoded.ids))
+    at = torch.arange(encoded.response_start - before, len(encoded.ids))
     with torch.no_grad():
         outputs = critic(torch.tensor(encoded.ids), PackedLayout([len(encoded.ids)]), at)
     return encoded.ids[encoded.response_start :], outputs.tolist()
@@ -94,9 +107,9 @@ def test_values_are_the_critics_one_by_one_in_the_order_of_the_file(
     trained = TrainedCritic.find(run.path)
     assert [row["line"] for row in found] == list(range(1, len(ROWS) + 1))
     for row, value in zip(ROWS, found, strict=True):
-        tokens, values = _alone(trained, str(row["prompt"]), str(row["response"]))
+        tokens, values = _alone(trained, str(row["prompt"]), str(row["response"]), before=1)
         assert value["tokens"] == tokens
-        assert value["values"] == pytest.approx(values, abs=1e-6)
+        assert [value["prompt_value"], *value["values"]] == pytest.approx(values, abs=1e-6)
         assert value["final_value"] == value["values"][-1]
         assert (value["reward"], value["error"]) == (row["reward"], None)
     assert not (tmp_path / "values.parquet.parts").exists()
@@ -108,7 +121,8 @@ def test_metrics_of_the_validation_data_are_the_runs_own(
     _score(run.path, EMBEDDED, tmp_path / "values.parquet")
     table = capsys.readouterr().out
     last = run.records[-1]
-    for name in ("mse", "r2", "std_prediction", "ece", "mse_optimal", "last_token_auc"):
+    names = ("mse", "r2", "std_prediction", "ece", "mse_optimal", "last_token_auc")
+    for name in (*names, "prompt/mse", "prompt/distance_to_optimal", "r2_between_problems"):
         assert f"{name} " in table
         assert f"{last[f'validation/value/{name}']:.4f}" in table
 
@@ -142,6 +156,34 @@ def test_a_head_without_bias_is_scored_without(
     found = _score(trained.folder, data, tmp_path / "values.parquet")
     _, values = _alone(trained, str(ROWS[3]["prompt"]), str(ROWS[3]["response"]))
     assert found[3]["values"] == pytest.approx(values, abs=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_an_empty_prompt_is_valued_at_its_begin_token_and_none_is_made_up(
+    run: MicroRun, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing stands before a response, as after a cut, it has no such value."""
+    rows = [{"prompt": "", "response": "1+1=2;A2", "reward": 1}, ROWS[0], ROWS[1]]
+    file, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / f"v{suffix}"
+    trained = TrainedCritic.find(run.path)
+    found = _score(run.path, file, tmp_path / "begins.parquet")
+    _, values = _alone(trained, "", "1+1=2;A2", before=1)
+    assert found[0]["prompt_value"] == pytest.approx(values[0], abs=1e-6)
+    first_valued = packing.first_valued
+
+    def without_begin(data: TokenizedSet, rows: Indices, prompt_value: bool) -> Indices:
+        first = first_valued(data, rows, prompt_value)
+        return first + (data.lines[rows] == 1)
+
+    monkeypatch.setattr(packing, "first_valued", without_begin)
+    for _ in range(2):  # the second time it is read, and measured
+        score(lambda: TrainedCritic.find(run.path), str(file), out)
+    if suffix == ".csv":
+        with out.open(newline="") as text:
+            given = [row["prompt_value"] for row in csv.DictReader(text)]
+        assert [value == "" for value in given] == [True, False, False]
+    else:
+        assert [row["prompt_value"] is None for row in _read(out)] == [True, False, False]
 
 
 # Labels and bad rows
@@ -237,6 +279,99 @@ def _same_values(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
 @pytest.fixture
 def many(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "many.jsonl", ROWS * 60)
+
+
+def test_several_solutions_of_a_line_keep_their_order_and_problem(
+    run: MicroRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "MICRO_BATCHES", 1)
+    tries = ["1+1=2;A2", " ", "1+1=3;A3", "A2"]
+    row = {"prompt": "1+1?", "responses": tries, "labels": [1, 0, 0, 1]}
+    rows = [row, "", row | {"prompt": "1+2?"}, "not JSON", row | {"labels": [1]}]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    shared = ("data.fields=attempts", "training.micro_batch_tokens=64", "data.bad_rows=skip")
+    found = _score(run.path, file, tmp_path / "values.parquet", *shared)
+    assert [one["line"] for one in found] == [1, 1, 1, 1, 3, 3, 3, 3, 4, 5]
+    assert [one["values"] is None for one in found] == [False, True, False, False] * 2 + [True] * 2
+    first, second = ({one["problem"] for one in found[k : k + 4] if one["values"]} for k in (0, 4))
+    assert len(first) == len(second) == len(first | second) - 1 == 1
+    asked = [(p, r) for p in ("1+1?", "1+2?") for r in tries if r != " "]
+    plain = write_rows(
+        tmp_path / "plain.jsonl", [{"prompt": p, "response": r, "reward": 0} for p, r in asked]
+    )
+    alone = _score(run.path, plain, tmp_path / "plain.parquet")
+    for one, other in zip((f for f in found if f["values"]), alone, strict=True):
+        assert (one["tokens"], one["ends"]) == (other["tokens"], other["ends"])
+        assert one["values"] == pytest.approx(other["values"], abs=1e-6)
+        assert one["ends"][-1] == len(tries[0]) or one["ends"][-1] == len("A2")
+
+
+# Evaluation
+
+
+def _evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["job.evaluate", *map(str, arguments)])
+    evaluate.main()
+
+
+def test_an_evaluation_of_a_run_is_shown_by_its_report(
+    run: MicroRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = write_rows(
+        tmp_path / "attempts.jsonl",
+        [row | {"problem_id": k // 8} for k, row in enumerate(ROWS)],
+    )
+    copy = tmp_path / "run"
+    shutil.copytree(run.path, copy)
+    _evaluate(monkeypatch, "--critic", copy, "--data", file, "--answer", r"A(\d+)")
+    assert "Reward of the solution chosen out of n" in capsys.readouterr().out
+    folder = copy / "evaluations" / "attempts.jsonl"
+    figures = json.loads((folder / "evaluation.json").read_text())
+    assert (figures["problems"], figures["attempts"]) == (5, [8, 8])
+    values = pyarrow.parquet.read_table(folder / "values.parquet").to_pylist()
+    assert values == _score(run.path, file, tmp_path / "values.parquet")
+    best = [max(values[k : k + 8], key=lambda v: v["final_value"]) for k in range(0, 40, 8)]
+    chosen = figures["choosing"]["rules"]["best_of_n"]["value"][7]
+    assert chosen == pytest.approx(np.mean([one["reward"] for one in best]))
+    report = write_report([copy]).read_text()
+    for page in (report, (folder / "evaluation.html").read_text()):
+        assert "<h2>Evaluation: attempts.jsonl</h2>" in page
+        assert "majority weighted by the critic" in page
+    assert (
+        report.count("data:image/png")
+        > (folder / "evaluation.html").read_text().count("data:image/png")
+        > 0
+    )
+
+
+def test_the_first_errors_of_an_evaluation_are_at_the_ends_of_its_steps(
+    run: MicroRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"id": f"{part}-{k}", "problem": f"{k}+1?", "steps": ["1+1=2;", "A2"], "label": k % 3 - 1}
+        for k in range(6)
+        for part in ("gsm8k", "math")
+    ]
+    file = write_rows(tmp_path / "bench.jsonl", rows)
+    out = tmp_path / "out"
+    shared = ("--data", file, "--fields", "processbench", "--out", out, "--tune-on", "math")
+    _evaluate(monkeypatch, "--critic", run.path, *shared)
+    figures = json.loads((out / "evaluation.json").read_text())["steps"]
+    assert figures["tuned_on"] == "math"
+    assert figures["drop"]["parts"].keys() == {"gsm8k", "math"}
+    data = Data(str(file), "processbench")
+    solutions = read_solutions(out / "values.parquet", data)
+    stored = pyarrow.parquet.read_table(out / "values.parquet").to_pylist()
+    for row, solution in zip(stored, solutions, strict=True):
+        # characters are tokens here, but for the blank lines, which are one unknown token each
+        at = [row["ends"].index(end) for end in (6, 10)]
+        assert solution.step_values == tuple(row["values"][k] for k in at)
+    before = (out / "evaluation.json").read_text()
+    _evaluate(monkeypatch, "--values", out / "values.parquet", *shared)
+    assert (out / "evaluation.json").read_text() == before
 
 
 def _command(run: MicroRun, data: Path, out: str) -> list[str]:
@@ -348,10 +483,12 @@ def test_text_holds_what_parquet_holds(
             if suffix == ".csv"
             else [json.loads(line) for line in text]
         )
-    assert [row | {"values": None, "final_value": None} for row in found] == [
-        row | {"values": None, "final_value": None} for row in expected
-    ]
+    numbers = dict.fromkeys(("prompt_value", "values", "final_value"))
+    assert [row | numbers for row in found] == [row | numbers for row in expected]
     for row, other in zip(found, expected, strict=True):
+        assert (row["prompt_value"] is None) == (row["error"] is not None)
+        if row["error"] is None:
+            assert np.float32(row["prompt_value"]) == np.float32(other["prompt_value"])
         assert np.array_equal(
             np.asarray(row["values"] or [], np.float32),
             np.asarray(other["values"] or [], np.float32),
@@ -367,7 +504,10 @@ def test_text_holds_what_parquet_holds(
 
 def _typed(row: dict[str, str]) -> dict[str, Any]:
     """A row of a table as JSON has it."""
-    return {k: v if k == "error" and v else json.loads(v) if v else None for k, v in row.items()}
+    return {
+        k: v if k in ("error", "problem") and v else json.loads(v) if v else None
+        for k, v in row.items()
+    }
 
 
 def test_a_suffix_that_is_no_format_is_refused_before_the_critic_is_looked_for(
@@ -387,7 +527,10 @@ def test_values_of_something_else_are_refused(
     content = out.read_bytes()
     with pytest.raises(InputError, match=r"(?s)values of something else.*step: 6 -> 3"):
         _score(run.path / "checkpoints/step-00000003", data, out)
-    with pytest.raises(InputError, match=r"(?s)values of something else.*data: "):
+    with pytest.raises(
+        InputError,
+        match=r"something else.*\n  the rows of the data, .* differ \(\w{8} -> \w{8}\)$",
+    ):
         _score(run.path, write_rows(tmp_path / "other.jsonl", ROWS[1:]), out)
     assert out.read_bytes() == content
     parts = tmp_path / "b.parquet.parts"
@@ -444,7 +587,7 @@ def test_a_critic_is_used_with_its_own_base_alone(
     weights["layers.0.attention.wq.weight"][0, 0] += 1
     torch.save(weights, moved / "consolidated.pth")
     with pytest.raises(
-        InputError, match=r"(?s)not trained on the trunk .*moved.*base: \w{64} -> \w{64}"
+        InputError, match=r"(?s)not trained on the trunk .*moved.*trunk differ \(\w{8} -> \w{8}\)"
     ):
         _score(run.path, data, tmp_path / "c.parquet", base=str(moved))
     params = json.loads((moved / "params.json").read_text())
@@ -457,13 +600,36 @@ def test_a_critic_is_used_with_its_own_base_alone(
         _score(run.path, data, tmp_path / "e.parquet", base="nowhere")
 
 
+def test_a_run_with_relative_paths_is_used_from_anywhere(
+    critics: MicroCritics, run: MicroRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "project" / "runs" / "n1"
+    shutil.copytree(run.path, copy)
+    shutil.copytree(critics.trunk, tmp_path / "project" / "trunk")
+    file = copy / "checkpoints" / "step-00000006" / "config.yaml"
+    text = file.read_text().replace(f"{critics.folder}/trunk", "trunk")
+    file.write_text(text.replace(str(run.path), "runs/n1"))
+    manifest = Manifest.read(file.parent)  # it knows the configuration's checksum
+    sums = manifest.files | {"config.yaml": FileSum.of(file)}
+    replace(manifest, files=sums).write(file.parent)
+    monkeypatch.chdir(tmp_path)
+    assert TrainedCritic.find(copy).config.model.path == f"{tmp_path}/project/trunk"
+    assert TrainedCritic.find(copy, "other").config.model.path == "other"
+    shutil.rmtree(tmp_path / "project" / "trunk")
+    with pytest.raises(InputError, match=r"trunk: the trunk .* is not here; name its .* --trunk"):
+        TrainedCritic.find(copy).check()
+
+
 def test_another_tokenizer_is_refused(
     critics: MicroCritics, run: MicroRun, data: Path, tmp_path: Path
 ) -> None:
     shutil.copy(critics.trunk / "tokenizer.json", tmp_path)
     settings = {"bos_token": "</s>", "eos_token": "<s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match="trained with another tokenizer"):
+    with pytest.raises(
+        InputError,
+        match=r"with another tokenizer: the vocabulary .* differ \(\w{8} -> \w{8}\); name",
+    ):
         _score(run.path, data, tmp_path / "v.parquet", f"tokenizer.path={tmp_path}")
 
 

@@ -188,6 +188,8 @@ def test_without_an_image_the_trainer_is_this_environments(monkeypatch: pytest.M
     given = submission(Path("/runs/mine"))
     command = given.command("train", "--config", "/c.yaml")
     assert command == ["python", "-m", "job.train", "--config", "/c.yaml"]
+    assert given.train_command("/c.yaml") == command
+    assert replace(given, verify=True).train_command("/c.yaml") == [*command, "--verify"]
     environment = given.task_environment({"RANK": "1"})
     assert (environment["RANK"], environment["ANYTHING"]) == ("1", "else")
     assert not [name for name in environment if name.startswith("APPTAINERENV_")]

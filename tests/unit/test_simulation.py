@@ -120,6 +120,7 @@ def test_every_number_of_gpus(strategy: str, gpus: int) -> None:
         {"micro_batch_tokens": 300, "activation_checkpointing": True},
         {"micro_batch_tokens": 800},
         {"head_bias": False},
+        {"head_outputs": 51},
     ],
     ids=lambda changes: ", ".join(f"{key}={value}" for key, value in changes.items()),
 )

@@ -38,6 +38,9 @@ SETUP = "or once, for all your runs:\n  python slurm/submit.py init"
 Submit = Callable[..., tuple[int, str, str]]
 
 
+ROW = '{"prompt": "1+1=", "response": "2", "reward": 1, "is_correct": 1, "ok": true}\n'
+
+
 @pytest.fixture
 def here(tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a trunk, data, an image and a home, in which submit.py is called."""
@@ -49,7 +52,7 @@ def here(tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> P
         Path(name).mkdir()
         Path(name, "params.json").write_text(json.dumps(SEVEN_B))
     for name in ("train.jsonl", "val.jsonl", "critic.sif"):
-        Path(name).write_text("{}\n")
+        Path(name).write_text(ROW)
     Path("gaps.yaml").write_text(GAPS)
     return tmp_path
 
@@ -447,6 +450,19 @@ def test_what_is_wrong_is_said_and_nothing_written(
     assert not own.exists()
 
 
+@pytest.mark.parametrize("answer", ["none", "{prompt: question}", "alpaca"])
+def test_fields_that_the_data_do_not_have_are_refused(
+    here: Path, own: Path, submit: Submit, answer: str
+) -> None:
+    (here / "val.jsonl").write_text('{"query": "1+1=", "response": "2", "reward": 1}\n')
+    code, out, err = submit("init", *NEEDED, "--fields", answer)
+    file = "train" if answer != "none" else "val"
+    assert (code, out) == (78, "")
+    assert err.startswith(f"error: --fields: {here}/{file}.jsonl:1: field ")
+    assert "is missing; the row has" in err
+    assert not own.exists()
+
+
 def test_a_file_that_is_there_is_changed_only_when_asked_to(
     here: Path, own: Path, submit: Submit
 ) -> None:
@@ -511,13 +527,15 @@ def _read(terminal: int) -> bytes:
 
 @pytest.mark.slow
 def test_a_person_is_asked_until_the_answers_are_good(here: Path, own: Path) -> None:
-    answers = ["", "nowhere", "trunk", "~/../train.jsonl", "", "val.jsonl", "", "a100-40gb"]
-    code, said = _on_terminal("init", answers=[*answers, "critic.sif"])
+    answers = ["", "nowhere", "trunk", "~/../train.jsonl", "", "val.jsonl", "{prompt: q}", ""]
+    code, said = _on_terminal("init", answers=[*answers, "a100-40gb", "critic.sif"])
     assert code == 0, said
     assert f"{here}/nowhere: cannot read the model: No such file or directory" in said
     assert "cluster profile, a name or a file [a100-80gb]: a100-40gb\n" in said
     assert said.count("trunk, the folder of a language model: ") == 3
     assert said.count("validation data, a file: ") == 2
+    assert "train.jsonl:1: field 'q' is missing; the row has 'prompt', 'response'" in said
+    assert said.count("their fields, ") == 2
     content = yaml.safe_load(own.read_text())
     assert content == {
         "model": {"path": f"{here}/trunk"},

@@ -13,7 +13,7 @@ import pytest
 from job.common.config import load_config
 from job.common.errors import InputError
 from job.common.schema import CHAT, CriticConfig
-from job.data.rows import BadRow, Row
+from job.data.rows import BadRow, Place, Row
 from job.data.template import Template, TemplateError, load_template, render_rows
 from job.data.tokenizer import Tokenizer, load_tokenizer, write_bpe_tokenizer
 
@@ -301,8 +301,9 @@ def test_a_row_that_the_template_refuses_is_a_bad_row(folder: Path) -> None:
     template = chat(folder, text)
     earlier = BadRow("a", 1, "broken")
     texts = [("q", "r"), ("#", "r"), ("q", "why</think>r")]
-    examples = [(n, Row(*pair, 1.0, "p")) for n, pair in enumerate(texts, 2)]
-    rows = dict(render_rows([(1, earlier), *examples], template, "a"))
+    examples = [(Place("a", n), Row(*pair, 1.0, "p")) for n, pair in enumerate(texts, 2)]
+    given = [(Place("a", 1), earlier), *examples]
+    rows = {place.line: row for place, row in render_rows(given, template)}
     assert rows[1] == earlier
     assert rows[2] == Row("q|", "r|", 1.0, "p")
     refused, cut = rows[3], rows[4]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import io
 import itertools
 import json
 import re
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
+from pieces import train_pieces
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from job.common.errors import InputError
@@ -292,15 +292,7 @@ def test_characters_outside_the_alphabet_are_one_unknown_token_each(tmp_path: Pa
 
 @functools.cache
 def train_sentencepiece(**options: Any) -> bytes:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences()),
-        model_writer=model,
-        minloglevel=2,
-        hard_vocab_limit=False,
-        **options,
-    )
-    return model.getvalue()
+    return train_pieces(sentences(), **options)
 
 
 @pytest.fixture(scope="module")

@@ -11,18 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from micro_job import write_job
+from micro_job import train_run, write_job
 from safetensors.torch import load_file
 
-from job.common.config import load_config
 from job.common.errors import InputError, Stopped
-from job.common.schema import CriticConfig
 from job.common.signals import DEADLINE
 from job.compare import compare
 from job.run.comparison import steps_to_half, summarise
 from job.run.directory import RunDirectory
 from job.run.metrics_log import Tracker
-from job.training.trainer import train
 
 CHANGES = (
     "run.name=n${training.num_unfrozen_layers}",
@@ -42,15 +39,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _train(*overrides: str) -> RunDirectory:
-    config = load_config(CriticConfig, "critic.yaml", overrides)
-    train(config)
-    return RunDirectory(config.run.dir)
-
-
 @pytest.mark.slow
 def test_a_run_directory_tells_the_whole_run(folder: Path) -> None:
-    run = _train("report.enabled=true")
+    run = train_run("report.enabled=true")
     status = run.status()
     assert (status["state"], status["step"], status["max_steps"]) == ("finished", 8, 8)
     records = run.records()
@@ -73,7 +64,7 @@ def test_a_run_directory_tells_the_whole_run(folder: Path) -> None:
 def test_every_file_has_the_modes_of_the_umask(folder: Path) -> None:
     before = os.umask(0o027)  # for a group that shares its runs
     try:
-        run = _train("report.enabled=true", "checkpoint.every_steps=4", "run.dir=new/run")
+        run = train_run("report.enabled=true", "checkpoint.every_steps=4", "run.dir=new/run")
     finally:
         os.umask(before)
     written = [path for place in ("new", "trunk", "cache") for path in Path(place).rglob("*")]
@@ -87,7 +78,7 @@ def test_every_file_has_the_modes_of_the_umask(folder: Path) -> None:
 def test_a_slice_shorter_than_the_save_interval_still_makes_progress(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = _train("run.name=whole")
+    whole = train_run("run.name=whole")
     slices = ["run.name=slices", "checkpoint.every_steps=1000000"]
     run, reached, metrics = RunDirectory("runs/slices"), [0], Tracker.metrics
 
@@ -100,18 +91,18 @@ def test_a_slice_shorter_than_the_save_interval_still_makes_progress(
     while reached[-1] < 6:
         monkeypatch.setenv(DEADLINE, "inf")
         with pytest.raises(Stopped, match="the deadline"):
-            _train(*slices)
+            train_run(*slices)
         reached.append(run.newest_checkpoint())
     assert reached == [0, 2, 4, 6]
     monkeypatch.setenv(DEADLINE, "inf")
     monkeypatch.setattr(Tracker, "metrics", metrics)
-    _train(*slices)
+    train_run(*slices)
     assert run.records() == whole.records()
 
 
 @pytest.mark.slow
 def test_only_trained_parameters_are_saved_and_they_have_moved(folder: Path) -> None:
-    run = _train()
+    run = train_run()
     saved = load_file(run.file("critic.safetensors"))
     base = torch.load(folder / "trunk/consolidated.pth", weights_only=True)
     assert {n.split(".")[0] for n in saved} == {"trunk", "value_head"}
@@ -123,10 +114,10 @@ def test_only_trained_parameters_are_saved_and_they_have_moved(folder: Path) -> 
 
 @pytest.mark.slow
 def test_two_equal_runs_write_the_same_metrics_to_the_bit(folder: Path) -> None:
-    first, second = _train("run.dir=runs/a"), _train("run.dir=runs/b")
+    first, second = train_run("run.dir=runs/a"), train_run("run.dir=runs/b")
     a, b = (run.file("metrics.jsonl").read_bytes() for run in (first, second))
     assert a == b
-    other = _train("run.dir=runs/c", "training.seed=1").file("metrics.jsonl").read_bytes()
+    other = train_run("run.dir=runs/c", "training.seed=1").file("metrics.jsonl").read_bytes()
     assert other != a
 
 
@@ -134,35 +125,35 @@ def test_two_equal_runs_write_the_same_metrics_to_the_bit(folder: Path) -> None:
 def test_the_micro_batch_size_changes_only_rounding(folder: Path) -> None:
     losses = []
     for tokens in (128, 4096):
-        run = _train(f"run.dir=runs/{tokens}", f"training.micro_batch_tokens={tokens}")
+        run = train_run(f"run.dir=runs/{tokens}", f"training.micro_batch_tokens={tokens}")
         losses.append([r["train/loss"] for r in run.records()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(folder: Path) -> None:
-    run = _train()
+    run = train_run()
     before = run.file("metrics.jsonl").stat()
-    _train()
+    train_run()
     assert run.file("metrics.jsonl").stat().st_mtime_ns == before.st_mtime_ns
 
 
 @pytest.mark.slow
 def test_an_unfinished_run_starts_over(folder: Path) -> None:
-    complete = _train("run.dir=runs/whole").file("metrics.jsonl").read_bytes()
+    complete = train_run("run.dir=runs/whole").file("metrics.jsonl").read_bytes()
     run = RunDirectory("runs/n1")
     run.claim(json.loads(json.dumps(RunDirectory("runs/whole").config())))
     run.file("metrics.jsonl").write_text('{"step": 1, "train/loss": 9.0}\n')
-    _train()
+    train_run()
     assert run.file("metrics.jsonl").read_bytes() == complete
 
 
 @pytest.mark.slow
 def test_another_configuration_in_the_same_directory_is_refused(folder: Path) -> None:
-    run = _train()
+    run = train_run()
     before = run.file("metrics.jsonl").read_bytes()
     with pytest.raises(InputError, match=r"training.learning_rate: 0\.001 -> 0\.002"):
-        _train("training.learning_rate=0.002")
+        train_run("training.learning_rate=0.002")
     assert run.file("metrics.jsonl").read_bytes() == before
 
 
@@ -174,6 +165,8 @@ def test_another_configuration_in_the_same_directory_is_refused(folder: Path) ->
         ["objective.loss=huber", "objective.gamma=0.99"],
         ["objective.target=lambda_return", "objective.lambda_end=0.8"],
         ["objective.loss=pairwise"],
+        ["objective.loss=hl_gauss", "training.num_unfrozen_layers=0"],
+        ["objective.terms={monte_carlo: 1.0, td: 0.5, pairwise: 0.5}"],
         ["training.num_unfrozen_layers=0"],
         ["training.num_unfrozen_layers=4", "training.lr_decay_factor=0.8"],
         ["training.value_head.bias=false"],
@@ -183,7 +176,7 @@ def test_another_configuration_in_the_same_directory_is_refused(folder: Path) ->
     ids=" ".join,
 )
 def test_every_objective_and_depth_trains(folder: Path, settings: list[str]) -> None:
-    records = _train(*settings, "run.dir=runs/x").records()
+    records = train_run(*settings, "run.dir=runs/x").records()
     assert len(records) == 8
     assert all(math.isfinite(r["train/loss"]) for r in records)
     assert records[-1]["validation/value/mse"] < 1.0
@@ -191,7 +184,7 @@ def test_every_objective_and_depth_trains(folder: Path, settings: list[str]) -> 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_says_so(folder: Path) -> None:
     with pytest.raises(InputError, match=r"step \d+: loss .*Lower training.learning_rate"):
-        _train("training.learning_rate=1e30", "training.max_grad_norm=1e30")
+        train_run("training.learning_rate=1e30", "training.max_grad_norm=1e30")
     status = RunDirectory("runs/n1").status()
     assert status["state"] == "failed"
     assert "Lower training.learning_rate" in status["error"]
@@ -200,7 +193,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_says_so(folder: Path) -> Non
 def test_predictions_that_are_not_finite_in_an_evaluation_end_the_run(folder: Path) -> None:
     huge = ("training.learning_rate=1e38", "training.value_head.learning_rate=1e38")
     with pytest.raises(InputError, match=r"not finite|gradient norm"):
-        _train(*huge, "training.warmup_steps=0", "evaluation.every_steps=1")
+        train_run(*huge, "training.warmup_steps=0", "evaluation.every_steps=1")
     assert "Lower training.learning_rate" in RunDirectory("runs/n1").status()["error"]
 
 
@@ -212,7 +205,7 @@ def test_a_report_that_fails_does_not_undo_a_training(
         raise RuntimeError("no ink")
 
     monkeypatch.setattr("job.training.trainer.write_report", fail)
-    assert _train("report.enabled=true").status()["state"] == "finished"
+    assert train_run("report.enabled=true").status()["state"] == "finished"
     assert "finished, without a report: no ink" in caplog.text
 
 
@@ -221,21 +214,21 @@ def test_a_training_without_a_report_says_that_it_is_finished(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    run = _train("report.enabled=false", "training.max_steps=1")
+    run = train_run("report.enabled=false", "training.max_steps=1")
     assert f"finished: {run.path}" in caplog.text
     assert not run.file("report.html").exists()
 
 
 @pytest.mark.slow
 def test_the_logged_learning_rate_is_the_trunks(folder: Path) -> None:
-    run = _train("training.value_head.learning_rate=0.5", "training.max_steps=3")
+    run = train_run("training.value_head.learning_rate=0.5", "training.max_steps=3")
     rates = [r["train/learning_rate"] for r in run.records()]
     assert rates[1] == 0.001
 
 
 @pytest.mark.slow
 def test_the_alarm_reaches_the_status_file(folder: Path) -> None:
-    run = _train(
+    run = train_run(
         "training.num_unfrozen_layers=0",
         "evaluation.every_steps=1",
         "training.value_head.learning_rate=0",
@@ -248,10 +241,10 @@ def test_the_alarm_reaches_the_status_file(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_trunk_that_another_recipe_made_is_refused(folder: Path) -> None:
-    _train()
+    train_run()
     write_job(folder, CHANGES, ["training.max_steps=6"])
     with pytest.raises(InputError, match=r"training\.max_steps: 5 -> 6"):
-        _train("run.dir=runs/other")
+        train_run("run.dir=runs/other")
 
 
 @pytest.mark.slow
@@ -261,7 +254,7 @@ def test_validation_problems_in_the_training_data_are_counted(
     rows = [{"prompt": f"{i}+1?", "response": f"A{i + 1}", "reward": i % 2} for i in range(8)]
     _write(folder / "train.jsonl", rows[:6])
     _write(folder / "validation.jsonl", rows[4:])
-    _train("data.train=train.jsonl", "data.validation=validation.jsonl")
+    train_run("data.train=train.jsonl", "data.validation=validation.jsonl")
     assert "2 problem(s) are in both training and validation data" in caplog.text
 
 
@@ -270,7 +263,9 @@ def test_skipped_rows_are_listed_beside_the_run(folder: Path) -> None:
     good = [{"prompt": "1+1?", "response": "A2", "reward": i % 2} for i in range(6)]
     _write(folder / "train.jsonl", [*good, {"prompt": "1+1?", "response": "A2", "reward": 7}])
     _write(folder / "validation.jsonl", good)
-    run = _train("data.train=train.jsonl", "data.validation=validation.jsonl", "data.bad_rows=skip")
+    run = train_run(
+        "data.train=train.jsonl", "data.validation=validation.jsonl", "data.bad_rows=skip"
+    )
     (row,) = map(json.loads, run.file("bad_rows.train.jsonl").read_text().splitlines())
     assert (row["line"], row["reason"]) == (7, "reward 7 lies outside [0, 1]")
     assert not run.file("bad_rows.validation.jsonl").exists()

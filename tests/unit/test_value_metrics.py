@@ -175,13 +175,33 @@ def brute_responses(data: Sequence[Response]) -> dict[str, float]:
     }
 
 
+def brute_problems(data: Sequence[Response]) -> dict[str, float]:
+    """The split of r2 from each token's deviation from its problem's mean."""
+    tokens = [(r.problem, v, t) for r in data for v, t in zip(r.values, r.targets, strict=True)]
+    of_problem: dict[int, list[tuple[float, float]]] = {}
+    for problem, v, t in tokens:
+        of_problem.setdefault(problem, []).append((v, t))
+    means = {
+        p: tuple(map(statistics.fmean, zip(*all_, strict=True))) for p, all_ in of_problem.items()
+    }
+    centre = statistics.fmean(t for _, _, t in tokens)
+    errors = [
+        ((means[p][0] - means[p][1]) ** 2, (v - means[p][0] - t + means[p][1]) ** 2)
+        for p, v, t in tokens
+    ]
+    spreads = [((means[p][1] - centre) ** 2, (t - means[p][1]) ** 2) for p, _, t in tokens]
+    between, within = (1 - sum(e[k] for e in errors) / sum(s[k] for s in spreads) for k in (0, 1))
+    return {"r2_between_problems": between, "r2_within_problems": within}
+
+
 # --- every metric, independently -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_metric_equals_brute_force(seed: int) -> None:
     data = random_responses(seed)
-    assert computed(data) == pytest.approx(brute_tokens(data) | brute_responses(data), rel=1e-10)
+    expected = brute_tokens(data) | brute_responses(data) | brute_problems(data)
+    assert computed(data) == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("levels", [1, 2, 4])
@@ -206,6 +226,7 @@ def test_hand_example_weighs_tokens_and_responses_as_named() -> None:
         "mse": (0.04 + 0.01 + 0.09 + 0.04) / 4,
         "mse_constant": 0.1875,
         "r2": 1 - 0.045 / 0.1875,
+        "r2_within_problems": 1 - (0.09 + 0.0 + 0.04 + 0.01) / 4 / 0.1875,
         "mean_target": 0.25,
         "std_target": 0.1875**0.5,
         "ece": (0.2 + 0.1 + 0.3 + 0.2) / 4,
@@ -351,6 +372,95 @@ def test_equal_responses_tie_wherever_they_lie() -> None:
     got = computed(data[:31], data[31:])
     assert got["pairwise_pairs"] == 400
     assert got["pairwise_accuracy"] == 0.5
+
+
+# --- problems and prompts ---------------------------------------------------------------------
+
+
+def test_what_a_problem_tells_is_apart_from_what_its_solutions_add() -> None:
+    """Two problems, solved in 3 of 4 cases and in 1 of 4, and predictors that know one of both."""
+    rewards = [(0, 1.0), (0, 1.0), (0, 1.0), (0, 0.0), (1, 1.0), (1, 0.0), (1, 0.0), (1, 0.0)]
+    mean = {0: 0.75, 1: 0.25}
+    difficulty = computed([response([mean[p]], r, p) for p, r in rewards])
+    assert difficulty["r2_between_problems"] == 1.0
+    assert difficulty["r2_within_problems"] == 0.0
+    solution = computed([response([r - mean[p] + 0.5], r, p) for p, r in rewards])
+    assert solution["r2_between_problems"] == 0.0
+    assert solution["r2_within_problems"] == 1.0
+
+
+def test_one_problem_or_one_label_a_problem_leaves_out_its_part_of_r2() -> None:
+    one = computed([response([0.2, 0.3], 1.0), response([0.1], 0.0)])
+    assert "r2_between_problems" not in one
+    errors = (1 / 3) ** 2 + (1 / 3 - 0.1) ** 2 + (2 / 3 - 0.1) ** 2  # less the means, .2 and 2/3
+    assert one["r2_within_problems"] == pytest.approx(1 - errors / (2 / 3))
+    alike = computed([response([0.2, 0.3], 1 / 3, p) for p in range(2)] + [response([0.9], 0.7, 7)])
+    assert "r2_within_problems" not in alike
+    assert "r2_between_problems" in alike
+
+
+def _with_prompts(*parts: slice) -> ValueMetrics:
+    """Values .5, .8, .1 and .4 before responses, of problems that were solved, solved, not, not."""
+    values, following = np.array([0.5, 0.8, 0.1, 0.4]), np.array([0.6, 0.8, 0.0, 0.4])
+    rewards = np.array([1.0, 1.0, 0.0, 0.0])
+    best, following_best = np.array([0.5, 0.5, 0.5, 0.5]), np.array([0.6, 0.4, 0.4, 0.4])
+    metrics = measured([response([0.5], 1.0)])
+    for part in parts:
+        metrics.add_prompts(
+            *(x[part] for x in (values, following, rewards, rewards)),
+            (best[part], following_best[part]),
+        )
+    return metrics
+
+
+def test_values_before_responses_by_hand() -> None:
+    whole, parts = _with_prompts(slice(0, 4)), _with_prompts(slice(0, 1))
+    parts.merge(_with_prompts(slice(1, 4)))
+    got = whole.compute()
+    assert got["prompt/mse"] == pytest.approx((0.25 + 0.04 + 0.01 + 0.16) / 4)
+    assert got["prompt/mse_constant"] == got["prompt/mse_optimal"] == 0.25
+    assert got["prompt/r2"] == pytest.approx(1 - 0.115 / 0.25)
+    assert got["prompt/auc"] == 1.0
+    assert got["prompt/mean_prediction"] == pytest.approx(0.45)
+    assert got["prompt/first_step"] == pytest.approx((0.1 - 0.1) / 4)
+    assert got["prompt/distance_to_optimal"] == pytest.approx(((0.09 + 0.16 + 0.01) / 4) ** 0.5)
+    assert got["prompt/next_distance_to_optimal"] == pytest.approx(((0.16 + 0.16) / 4) ** 0.5)
+    together = {k: v for k, v in parts.compute().items() if k.startswith("prompt/")}
+    assert together == pytest.approx({k: v for k, v in got.items() if k.startswith("prompt/")})
+
+
+def test_an_optimum_that_is_not_known_for_some_prompt_is_left_out() -> None:
+    metrics, x = _with_prompts(slice(0, 4)), np.zeros(1)
+    metrics.add_prompts(x, x, x, x, (np.array([np.nan]), x))
+    names = ("prompt/mse_optimal", "prompt/distance_to_optimal", "prompt/next_distance_to_optimal")
+    assert not set(names) & metrics.compute().keys()
+    assert "prompt/mse" in metrics.compute()
+
+
+def test_values_before_responses_leave_those_after_their_tokens_alone() -> None:
+    apart = {k: v for k, v in _with_prompts(slice(0, 4)).compute().items() if "prompt/" not in k}
+    assert apart == computed([response([0.5], 1.0)])
+
+
+def test_a_checkpoint_s_metrics_from_before_prompts_go_on() -> None:
+    metrics = measured(random_responses(1))
+    old = copy.copy(vars(metrics))
+    del old["_prompts"]
+    restored = ValueMetrics.__new__(ValueMetrics)
+    restored.__setstate__(old)
+    restored.merge(measured(random_responses(2)))
+    assert restored.compute() == measured(random_responses(1), random_responses(2)).compute()
+
+
+def test_prompts_that_are_not_finite_or_too_few_are_refused() -> None:
+    x, metrics = np.zeros(2), measured([response([0.5], 1.0)])
+    with pytest.raises(ValueError, match="1 of 2 next_value are NaN"):
+        metrics.add_prompts(x, np.array([0.0, np.nan]), x, x)
+    with pytest.raises(ValueError, match="reward has shape"):
+        metrics.add_prompts(x, x, x, np.zeros(3))
+    with pytest.raises(ValueError, match="next_optimal has shape"):
+        metrics.add_prompts(x, x, x, x, (x, np.zeros(3)))
+    assert not [name for name in metrics.compute() if name.startswith("prompt/")]
 
 
 # --- special predictors ----------------------------------------------------------------------

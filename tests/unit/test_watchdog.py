@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+
+from python_process import python_process
 
 BEATS = """
 import sys, time
@@ -23,24 +21,8 @@ with dog.watching():
 """
 
 
-@contextmanager
-def _process(folder: Path, seconds: float) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(
-        [sys.executable, "-c", BEATS, str(seconds)],
-        cwd=folder,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        yield process
-        process.kill()
-
-
 def test_a_process_that_was_suspended_for_longer_than_its_timeout_goes_on(tmp_path: Path) -> None:
-    with _process(tmp_path, 20) as process:
+    with python_process(BEATS, "20", folder=tmp_path) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.send_signal(signal.SIGSTOP)
@@ -55,7 +37,7 @@ def test_a_process_that_was_suspended_for_longer_than_its_timeout_goes_on(tmp_pa
 
 
 def test_silence_ends_a_process_with_its_stacks(tmp_path: Path) -> None:
-    with _process(tmp_path, 1) as process:
+    with python_process(BEATS, "1", folder=tmp_path) as process:
         process.send_signal(signal.SIGSTOP)
         time.sleep(0.2)
         process.send_signal(signal.SIGCONT)

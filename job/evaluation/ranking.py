@@ -1,0 +1,68 @@
+"""Ranking solutions of one problem: along the way, and the best of four."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from job.evaluation.bootstrap import ratio
+from job.evaluation.solutions import Problem, Solution
+
+Doubles = NDArray[np.float64]
+TENTHS = 10
+
+
+def pair_accuracy(problems: Sequence[Problem]) -> dict[str, Any]:
+    """How often the better of two solutions has the higher value, after each tenth of both.
+
+    Over all pairs of one problem whose rewards differ, equal values counting half: the accuracy of
+    Bradley and Terry's model (1952, doi:10.2307/2334029). After k tenths of t tokens, k t / 10
+    tokens are read, rounded up.
+    """
+    won, pairs = zip(*map(_pairs_of, problems), strict=True)
+    there = np.array(pairs, np.float64)
+    return {
+        "pairs": int(there.sum()),
+        "accuracy": ratio(np.stack(won), np.repeat(there[:, None], TENTHS, 1)).to_json(),
+    }
+
+
+def _pairs_of(problem: Problem) -> tuple[Doubles, int]:
+    values = np.stack([_at_tenths(solution) for solution in problem.solutions])
+    better = problem.rewards[:, None] > problem.rewards
+    over = values[:, None] > values
+    same = values[:, None] == values
+    won: Doubles = (over + 0.5 * same)[better].sum(0)
+    return won, int(better.sum())
+
+
+def _at_tenths(solution: Solution) -> Doubles:
+    t = len(solution.values)
+    read = -(-np.arange(1, TENTHS + 1) * t // TENTHS)  # rounded up
+    return np.asarray(solution.values, np.float64)[read - 1]
+
+
+def best_of_four(problems: Sequence[Problem]) -> dict[str, Any] | None:
+    """How often the one right of four solutions has the highest value; ties are drawn by lot.
+
+    As RewardBench 2 counts outside its ties (arXiv 2506.01937): by part, and the mean of its parts.
+    None without a problem of one right solution and three wrong ones.
+    """
+    parts: dict[str, list[float]] = {}
+    for problem in problems:
+        right = problem.rewards >= 0.5
+        if len(right) == 4 and right.sum() == 1:
+            first = problem.scores == problem.scores.max()
+            parts.setdefault(problem.part, []).append(float((first & right).sum() / first.sum()))
+    if not parts:
+        return None
+    shown = {name: _accuracy(np.array(own)) for name, own in parts.items()}
+    mean = float(np.mean([np.mean(own) for own in parts.values()]))
+    return {"parts": shown, "mean": mean}
+
+
+def _accuracy(won: Doubles) -> dict[str, Any]:
+    return {"problems": len(won), **ratio(won, np.ones_like(won)).to_json()}

@@ -1,0 +1,128 @@
+"""The solutions of a file of values, with what the data says of them beyond."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import re
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from job.common.data_file import Source
+from job.common.errors import InputError
+from job.data.rows import BadRow, Place, Row, read_source
+from job.data.values_text import stored_rows
+from job.evaluation.solutions import Solution
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data that the values belong to, and how to read it.
+
+    Attributes:
+        fields: as `data.fields`.
+        answer: a pattern whose last match in a response is its answer, or the match's first group.
+    """
+
+    source: Source
+    fields: Any = None
+    reward_range: list[float] | None = None
+    answer: re.Pattern[str] | None = None
+
+
+def read_solutions(values: Path, data: Data | None) -> list[Solution]:
+    """The solutions that have values, in order.
+
+    Raises:
+        InputError: one of the files cannot be read, or the values belong to other data.
+    """
+    stored = stored_rows(values)
+    if data is None:
+        return [
+            _solution(row, None, None) for row in _named_problems(stored, values) if row["values"]
+        ]
+    options = {"rewards": "optional", "reward_range": data.reward_range}
+    rows = read_source(data.source, data.fields, **options)
+    paired = itertools.zip_longest(stored, rows)
+    return [
+        _solution(row, found, data.answer)
+        for row, found in _checked(paired, values)
+        if row["values"]
+    ]
+
+
+def _named_problems(stored: Iterator[dict[str, Any]], values: Path) -> Iterator[dict[str, Any]]:
+    for row in stored:
+        if "problem" not in row:
+            raise InputError(
+                f"{values}: an earlier version's, which does not say what solutions belong to one "
+                "problem; name the data with --data"
+            )
+        yield row
+
+
+def _checked(
+    paired: Iterator[tuple[dict[str, Any] | None, tuple[Place, Row | BadRow] | None]], values: Path
+) -> Iterator[tuple[dict[str, Any], Row | None]]:
+    """Values and their rows; whether a row has any, the data alone does not say."""
+    for number, (stored, there) in enumerate(paired, 1):
+        if stored is None or there is None or stored["line"] != there[0].line:
+            raise InputError(
+                f"{values}: row {number} is {_named(stored)}, and in the data {_place(there)}: "
+                "values of other data, or read with other --fields"
+            )
+        found = there[1]
+        yield stored, found if isinstance(found, Row) else None
+
+
+def _named(stored: dict[str, Any] | None) -> str:
+    return "missing" if stored is None else f"line {stored['line']}"
+
+
+def _place(there: tuple[Place, Row | BadRow] | None) -> str:
+    return "missing" if there is None else f"{there[0].file}:{there[0].line}"
+
+
+def _solution(stored: dict[str, Any], row: Row | None, pattern: re.Pattern[str] | None) -> Solution:
+    values = np.asarray(stored["values"], np.float64)
+    prompt = stored.get("prompt_value")
+    reward = stored["reward"]
+    own: dict[str, Any] = {
+        "problem": stored.get("problem", ""),
+        "values": values,
+        "reward": np.nan if reward is None else float(reward),
+        "prompt_value": np.nan if prompt is None else float(prompt),
+    }
+    if row is not None:
+        own |= {
+            "problem": row.problem_id,
+            "reward": own["reward"] if np.isnan(row.reward) else row.reward,
+            "answer": _answer(row, pattern),
+            "part": row.part,
+            "step_values": tuple(_at(row.step_ends, stored, values)),
+            "first_error": row.first_error,
+        }
+    return Solution(**own)
+
+
+def _answer(row: Row, pattern: re.Pattern[str] | None) -> str | None:
+    """The answer that the data has, or else the last one that the pattern finds."""
+    if row.answer is not None or pattern is None:
+        return row.answer
+    last = deque(pattern.finditer(row.response), 1)
+    if not last:
+        return None
+    found = last[0]
+    return ((found[1] if pattern.groups else found[0]) or "").strip()
+
+
+def _at(step_ends: tuple[int, ...], stored: dict[str, Any], values: Any) -> Iterator[float]:
+    """The value after the token with which, or within which, each step ends."""
+    ends = stored.get("ends") or []
+    for at in step_ends if ends else ():
+        yield float(values[min(bisect.bisect_left(ends, at), len(values) - 1)])

@@ -1,0 +1,83 @@
+"""The closed form of memory against torch's own CUDA allocator, with trunks of true size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fake_cuda.runtime import FakeCuda, Gpu
+from job.common.schema import ShardingStrategy
+
+TOLERANCE = 0.005
+GPUS = {  # of the job; 8 of them on a node
+    ShardingStrategy.NO_SHARD: 2,
+    ShardingStrategy.HYBRID_SHARD: 16,
+}
+LARGE = Gpu(memory=1_000_000_000_000)  # so that nothing is left out for its size
+FULL = 33  # one more than there are blocks
+
+
+def _case(strategy: ShardingStrategy, n: int, **fsdp: Any) -> dict[str, Any]:
+    fsdp = {"sharding_strategy": strategy.name, **fsdp}
+    return {"trunk": "7b", "n": n, "world": GPUS.get(strategy, 4), "fsdp": fsdp}
+
+
+def _alone(n: int, **changes: Any) -> dict[str, Any]:
+    return {"trunk": "7b", "n": n, **changes}
+
+
+FEW = [
+    _alone(4),
+    _alone(0, micro_batches=1),
+    _alone(4, trunk="8b grouped", fsdp={"sharding_strategy": "REPLICATE_FROZEN"}),
+    _case(ShardingStrategy.FULL_SHARD, 4, activation_checkpointing=True),
+]
+
+
+def _check(cuda: FakeCuda, cases: list[dict[str, Any]]) -> None:
+    found = cuda.ask("measure_memory.py", cases, LARGE, timeout=600)
+    off = []
+    for case, one in zip(cases, found, strict=True):
+        for what in ("peak", "after_backward"):
+            predicted, measured = one["predicted"][what], one["measured"][what]
+            if abs(predicted - measured) > TOLERANCE * one["measured"]["peak"]:
+                off.append((case, what, predicted, measured))
+    assert not off
+    assert len(found) == len(cases)
+
+
+@pytest.mark.slow
+def test_predictions_are_what_the_allocator_counts() -> None:
+    _check(FakeCuda.of(fetch=False), FEW)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("strategy", ShardingStrategy)
+def test_every_strategy_and_depth(cuda: FakeCuda, strategy: ShardingStrategy) -> None:
+    cases = [_case(strategy, n) for n in (0, 1, 4, 8, 32, FULL)]
+    _check(cuda, cases)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("strategy", ShardingStrategy)
+def test_recomputation_with_every_strategy(cuda: FakeCuda, strategy: ShardingStrategy) -> None:
+    cases = [_case(strategy, n, activation_checkpointing=True) for n in (1, 4, 32, FULL)]
+    _check(cuda, cases)
+
+
+@pytest.mark.all
+def test_one_gpu(cuda: FakeCuda) -> None:
+    whole = {"sharding_strategy": "REPLICATE_FROZEN"}
+    cases = [_alone(n, fsdp=fsdp) for n in (0, 1, 2, 4, 8, 32) for fsdp in ({}, whole)]
+    cases += [_alone(n, micro_batches=1) for n in (0, 4, 8)]
+    _check(cuda, cases)
+
+
+@pytest.mark.all
+def test_other_trunks_and_micro_batches(cuda: FakeCuda) -> None:
+    trunks = ("13b", "70b", "8b grouped")
+    cases = [_alone(n, trunk=trunk, world=8) for trunk in trunks for n in (0, 4)]
+    cases += [_alone(4, tokens=65536, sequence=2048), _alone(4, tokens=2048, sequence=300)]
+    cases.append(_alone(4, world=4, fsdp={"cpu_offload": True}))
+    _check(cuda, cases)

@@ -1,0 +1,148 @@
+"""A critic's training on the fake GPU, of any size: no weights are read and nothing is computed.
+
+For scripts that run under torch's CUDA wheel (see runtime.py).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from job.common.schema import (
+    CriticConfig,
+    FsdpConfig,
+    ObjectiveConfig,
+    ShardingStrategy,
+    TrainingConfig,
+)
+from job.data.packing import Batch, assemble
+from job.distributed.fsdp import shard
+from job.distributed.world import World
+from job.memory.footprint import Setting
+from job.memory.settings import SHAPES
+from job.model.architecture import TransformerConfig
+from job.model.critic import Critic, unfreeze_last_blocks
+from job.training.learner import Learner, Phase
+from job.training.measurement import warm_up
+from job.training.objective import Objective
+from job.training.preparation import set_up_torch
+
+logging.disable(logging.WARNING)
+DEVICE = torch.device("cuda", 0)
+TRUNKS = SHAPES | {
+    "8b grouped": TransformerConfig(
+        dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256, ffn_hidden=14336
+    ),
+    "small": TransformerConfig(dim=512, n_layers=6, n_heads=8, vocab_size=2000),
+    "small grouped": TransformerConfig(
+        dim=512, n_layers=6, n_heads=8, n_kv_heads=2, vocab_size=2000, qkv_bias=True, qk_norm=True
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training: `tokens` in sequences of `sequence`, whose second halves are responses."""
+
+    trunk: str = "7b"
+    n: int = 4
+    world: int = 1
+    per_node: int = 8
+    tokens: int = 8192
+    sequence: int = 512
+    micro_batches: int = 2
+    layers: int | None = None  # other than the trunk's own
+    compiled: bool = False
+    fsdp: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def architecture(self) -> TransformerConfig:
+        trunk = TRUNKS[self.trunk]
+        return trunk if self.layers is None else replace(trunk, n_layers=self.layers)
+
+    @property
+    def lengths(self) -> list[int]:
+        whole, rest = divmod(self.tokens, self.sequence)
+        return [self.sequence] * whole + [rest] * bool(rest)
+
+    @property
+    def fsdp_config(self) -> FsdpConfig:
+        given = dict(self.fsdp)
+        strategy = given.pop("sharding_strategy", None)
+        config = FsdpConfig(**given)
+        if strategy is not None:
+            config.sharding_strategy = ShardingStrategy[strategy]
+        return config
+
+    @property
+    def setting(self) -> Setting:
+        """What the closed form is asked."""
+        return Setting(
+            architecture=self.architecture,
+            num_unfrozen_layers=self.n,
+            fsdp=self.fsdp_config,
+            micro_batch_tokens=self.tokens,
+            response_tokens=sum(length - length // 2 for length in self.lengths),
+            accumulates=self.micro_batches > 1,
+            sequence_tokens=self.sequence,
+            world_size=self.world,
+            per_node=min(self.world, self.per_node),
+        )
+
+
+@contextmanager
+def ranks(case: Case) -> Iterator[World]:
+    """Rank 0 of so many, whose others answer by themselves."""
+    dist.init_process_group("fake", rank=0, world_size=case.world, store=FakeStore())
+    try:
+        yield World(size=case.world, local_size=min(case.world, case.per_node), device=DEVICE)
+    finally:
+        dist.destroy_process_group()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def learner(case: Case, world: World, phase: Phase = nullcontext) -> Learner:
+    with torch.device("meta"):
+        critic = Critic(case.architecture)
+    unfreeze_last_blocks(critic, case.n)
+    if case.fsdp_config.activation_checkpointing:
+        critic.trunk.recompute_trainable_blocks()
+    if case.compiled:
+        critic.trunk.compile_blocks()
+    shard(critic, case.fsdp_config, world)
+    config = TrainingConfig(num_unfrozen_layers=case.n, warmup_steps=0, **case.training)
+    return Learner(critic, Objective(ObjectiveConfig()), config, world, phase)
+
+
+def batch(lengths: list[int]) -> Batch:
+    """As the packer assembles it, of tokens 0."""
+    n, ends = len(lengths), np.cumsum([0, *lengths])
+    data = SimpleNamespace(
+        offsets=ends,
+        tokens=np.zeros(ends[-1], np.uint32),
+        response_starts=np.array(lengths) // 2,
+        lengths=np.array(lengths),
+        rewards=np.ones(n, np.float32),
+        problems=np.arange(n, dtype=np.uint64),
+        optimal=None,
+    )
+    return assemble(data, np.arange(n), None, DEVICE)  # type: ignore[arg-type]
+
+
+def prepare() -> None:
+    """As the job begins, and what comes with the first use of CUDA."""
+    set_up_torch(CriticConfig())
+    warm_up(DEVICE)
+    torch.cuda.empty_cache()

@@ -1,0 +1,221 @@
+"""What job.evaluate reads of values and data, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from job import evaluate
+from job.common.errors import InputError
+from job.data.values_text import write_rows
+from job.evaluation.reading import Data, read_solutions
+from job.evaluation.solutions import Solution
+from job.run.evaluations import evaluation_folder, evaluations
+
+ROWS = [
+    {"prompt": "1+1?", "steps": ["ab", "cd"], "label": -1, "id": "x-1"},
+    {"prompt": "1+1?", "steps": ["ef"], "label": 0, "id": "y-2"},
+    {"prompt": "1+1?", "steps": [], "label": -1, "id": "y-3"},
+]
+VALUES: list[dict[str, Any]] = [
+    {"line": 1, "values": [0.5, 0.25, 0.75, 0.125], "final_value": 0.125, "tokens": [1, 2, 3, 4],
+     "reward": 1.0, "problem": "12e4567890123456", "ends": [1, 3, 5, 6], "error": None},
+    {"line": 2, "values": [0.5], "final_value": 0.5, "tokens": [1],
+     "reward": 0.0, "problem": "12e4567890123456", "ends": [2], "error": None},
+    {"line": 3, "values": None, "final_value": None, "tokens": None,
+     "reward": None, "problem": None, "ends": None, "error": "no step"},
+]  # fmt: skip
+
+
+def stored(folder: Path, name: str = "values.parquet", rows: Any = VALUES) -> Path:
+    file = folder / name
+    if name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    else:
+        plain = [row | {"prompt_value": None} for row in rows]
+        with file.open("wb") as stream:
+            write_rows(file, stream, list(plain[0]), plain)
+    return file
+
+
+def data(folder: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    file = folder / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def same(a: Solution, b: Solution) -> bool:
+    return a.values.tolist() == b.values.tolist() and repr(a) == repr(b)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.csv"])
+def test_values_of_each_kind_are_the_same_solutions(tmp_path: Path, name: str) -> None:
+    found = read_solutions(stored(tmp_path, name), None)
+    first, second = found
+    assert (first.problem, first.reward, first.score) == ("12e4567890123456", 1.0, 0.125)
+    assert second.problem == first.problem
+    expected = read_solutions(stored(tmp_path), None)
+    assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_value_of_a_step_is_that_of_the_token_in_which_it_ends(tmp_path: Path) -> None:
+    given = Data(str(data(tmp_path)), "processbench")
+    first, second = read_solutions(stored(tmp_path), given)
+    # "ab", a blank line, "cd": character 2 is within the second token, and 6 ends the last
+    assert first.step_values == (0.25, 0.125)
+    assert (first.first_error, first.part) == (-1, "x")
+    assert (second.step_values, second.first_error, second.part) == ((0.5,), 0, "y")
+    assert np.isnan(first.prompt_value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "answer"), [(r"A(\d)", "7"), (r"A\d", "A7"), ("(B)?A", ""), ("C", None)]
+)
+def test_an_answer_is_the_last_match_or_its_first_group(
+    tmp_path: Path, pattern: str, answer: str | None
+) -> None:
+    rows = [{"prompt": "p", "response": "A5 then A7"}, {"prompt": "p", "response": "A"}]
+    options = evaluate._pattern(pattern)
+    given = Data(str(data(tmp_path, rows)), None, None, options)
+    file = stored(tmp_path, rows=VALUES[:2])
+    assert read_solutions(file, given)[0].answer == answer
+
+
+def test_answers_and_parts_may_be_columns(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "response": "r", "said": k, "of": "b"} for k in (5, 5.0)]
+    given = Data(str(data(tmp_path, rows)), {"answer": "said", "part": "of"})
+    found = read_solutions(stored(tmp_path, rows=VALUES[:2]), given)
+    assert [(one.answer, one.part) for one in found] == [("5", "b"), ("5", "b")]
+
+
+def test_rewards_of_the_data_go_before_those_of_the_values(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "response": "r", "reward": 3}, {"prompt": "p", "response": "s"}]
+    given = Data(str(data(tmp_path, rows)), None, [0, 4])
+    found = read_solutions(stored(tmp_path, rows=VALUES[:2]), given)
+    assert [one.reward for one in found] == [0.75, 0.0]
+
+
+def test_values_of_other_data_are_refused(tmp_path: Path) -> None:
+    given = Data(str(data(tmp_path, ROWS[:2])), "processbench")
+    with pytest.raises(InputError, match="row 3 is line 3, and in the data missing"):
+        read_solutions(stored(tmp_path), given)
+    file = data(tmp_path)
+    file.write_text("\n" + file.read_text())
+    with pytest.raises(InputError, match=r"row 1 is line 1, and in the data .*data\.jsonl:2"):
+        read_solutions(stored(tmp_path), given)
+
+
+def test_values_that_know_no_problems_need_the_data(tmp_path: Path) -> None:
+    old = [{k: v for k, v in row.items() if k not in ("problem", "ends")} for row in VALUES]
+    file = stored(tmp_path, rows=old)
+    with pytest.raises(InputError, match="name the data with --data"):
+        read_solutions(file, None)
+    found = read_solutions(file, Data(str(data(tmp_path)), "processbench"))
+    assert found[0].problem == found[1].problem != ""
+    assert found[0].step_values == ()
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"{}\n"])
+def test_what_holds_no_values_is_refused(tmp_path: Path, content: bytes) -> None:
+    for name in ("a.parquet", "a.jsonl"):
+        (tmp_path / name).write_bytes(content if name == "a.parquet" else b"{}\n")
+        with pytest.raises(InputError, match=f"{name}: "):
+            read_solutions(tmp_path / name, None)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["job.evaluate", *map(str, arguments)])
+    evaluate.main()
+
+
+def test_the_command_writes_beside_the_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = stored(tmp_path)
+    run(monkeypatch, "--values", file, "--error", "0.5", "0.1")
+    folder = tmp_path / "values.parquet.evaluation"
+    found = json.loads((folder / "evaluation.json").read_text())
+    # of two the right one has the lower value
+    assert found["choosing"]["rules"]["best_of_n"]["value"] == [0.5, 0.0]
+    assert found["choosing"]["errors"] == [0.5, 0.1]
+    assert found["choosing"]["needed"]["oracle"] == [1, 2]
+    said = capsys.readouterr().out
+    assert str(folder / "evaluation.html") in said
+    assert "critic" in said
+    assert "<h2>Evaluation: values.parquet</h2>" in (folder / "evaluation.html").read_text()
+
+
+def test_values_that_only_rank_have_chances_by_the_sigmoid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = stored(tmp_path)
+    briers = []
+    for option in ([], ["--logits"]):
+        run(monkeypatch, "--values", file, *option, "--out", tmp_path / "out")
+        found = json.loads((tmp_path / "out/evaluation.json").read_text())
+        briers.append(found["calibration"]["before"]["brier"])
+    chances = 1 / (1 + np.exp([-0.125, -0.5]))
+    expected = [((1 - x) ** 2 + y**2) / 2 for x, y in ((0.125, 0.5), chances)]
+    assert briers == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give either --critic and --data, or --values"),
+        (["--critic", "run"], "--critic: name the solutions with --data"),
+        (["--critic", "run", "--values", "v"], "give either"),
+        (["--values", "none.parquet"], "none.parquet: no such file"),
+        (["--values", "values.parquet", "--answer", "A"], "name it with --data"),
+        (["--values", "values.parquet", "--data", "d", "--answer", "("], "--answer (: missing )"),
+        (["--values", "values.parquet", "--fields", "prm"], "unknown preset 'prm'"),
+        (["--values", "values.parquet", "--fields", "{a: b"], "--fields {a: b: "),
+        (["--values", "values.parquet", "--error", "2"], "--error 2: a share from 0 to 1"),
+        (["--values", "values.parquet", "--reward-range", "4", "0"], "the lower one first"),
+        (["--values", "values.parquet", "--data", "none.jsonl"], "none.jsonl: cannot read"),
+        (["--critic", "run", "--data", "embedded"], "--data embedded: an evaluation takes files"),
+        (["--values", "values.parquet", "--tune-on", "math"], "--tune-on math: no such part"),
+        (["--critic", "values.parquet", "--data", "d"], "not a run; say with --out"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    stored(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        run(monkeypatch, *arguments)
+    assert said in str(error.value)
+
+
+def test_evaluations_of_a_run_lie_by_the_names_of_their_data(tmp_path: Path) -> None:
+    names = ("a/math.jsonl", "math-*.parquet", "a.jsonl and 2 more", "...", "prüfung.jsonl")
+    folders = [evaluation_folder(tmp_path, name).name for name in names]
+    assert folders == [
+        "math.jsonl",
+        "math--.parquet",
+        "a.jsonl-and-2-more",
+        "data",
+        "pr-fung.jsonl",
+    ]
+    for name in folders[:2]:
+        (tmp_path / "evaluations" / name).mkdir(parents=True)
+    file = tmp_path / "evaluations" / "math.jsonl" / "evaluation.json"
+    file.write_text('{"solutions": 1}')
+    (tmp_path / "evaluations" / folders[1] / "evaluation.json").write_text("{")
+    assert [(found.name, found.figures) for found in evaluations(tmp_path)] == [
+        ("math.jsonl", {"solutions": 1})
+    ]
+
+
+def test_csv_values_have_lists_of_ends(tmp_path: Path) -> None:
+    with stored(tmp_path, "a.csv").open(newline="") as file:
+        assert [row["ends"] for row in csv.DictReader(file)] == ["[1, 3, 5, 6]", "[2]", ""]

@@ -1,0 +1,90 @@
+"""What torch is told before a training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from micro_job import write_job
+
+from job.common.config import completed, load_config
+from job.common.schema import CriticConfig
+from job.training import preparation
+from job.training.preparation import set_up_torch
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """An environment without settings, and torch's own state back afterwards."""
+    write_job(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for name in (*ALLOCATOR, "CUBLAS_WORKSPACE_CONFIG"):
+        os.environ.pop(name, None)
+    on, fill = torch.are_deterministic_algorithms_enabled(), _fills()
+    yield
+    torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def _fills() -> bool:
+    return bool(torch.utils.deterministic.fill_uninitialized_memory)
+
+
+def _set_up(*overrides: str) -> None:
+    set_up_torch(load_config(CriticConfig, "critic.yaml", overrides))
+
+
+def test_the_same_bits_are_asked_for_unless_the_configuration_says_otherwise() -> None:
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    _set_up()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not _fills()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    _set_up("training.deterministic=false")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_run_of_before_the_key_goes_on_as_it_began() -> None:
+    assert not completed({"training": {"seed": 1}}, CriticConfig)["training"]["deterministic"]
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The libraries that the loader finds."""
+    found = ["libnvidia-ml.so.1"]
+
+    def load(name: str) -> object:
+        if name not in found:
+            raise OSError(f"{name}: cannot open shared object file")
+        return object()
+
+    monkeypatch.setattr(preparation.ctypes, "CDLL", load)
+    return found
+
+
+def test_segments_of_gpu_memory_grow(nvml: list[str]) -> None:
+    _set_up()
+    assert os.environ[ALLOCATOR[0]] == "expandable_segments:True"
+    assert ALLOCATOR[1] not in os.environ
+
+
+def test_segments_do_not_grow_where_torch_would_die_of_it(nvml: list[str]) -> None:
+    nvml.clear()
+    _set_up()
+    assert not set(ALLOCATOR) & set(os.environ)
+
+
+@pytest.mark.parametrize("name", ALLOCATOR)
+def test_settings_of_the_users_own_stay_as_they_are(nvml: list[str], name: str) -> None:
+    os.environ |= {name: "max_split_size_mb:64", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    _set_up()
+    assert {n: os.environ[n] for n in ALLOCATOR if n in os.environ} == {
+        name: "max_split_size_mb:64"
+    }
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
