@@ -31,6 +31,7 @@ GROUPS_HEADS = torch.__version__ >= (2, 12)  # whether varlen_attn takes fewer h
 BACKEND = "inductor"  # of torch.compile
 _MOST_GRAPHS = 32  # of one function; there are about ten, by what needs gradients
 
+Parts = tuple[Callable[..., Any], Callable[..., Any]]  # of a block: before attention, after it
 Rows = tuple[Tensor, Tensor]  # hidden states [t, d] and their rotations [t, 1, e / 2, 2]
 
 
@@ -230,7 +231,7 @@ def _attend_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     group = q.shape[1] // k.shape[1]
-    grouped = {}
+    grouped: dict[str, Any] = {}
     if group > 1 and GROUPS_HEADS:
         grouped = {"enable_gqa": True}
     elif group > 1:
@@ -313,7 +314,8 @@ class Block(nn.Module):
     def _transform(
         self, x: Tensor, rope: Tensor, layout: PackedLayout, reads: Reads | None
     ) -> Tensor:
-        prepare, finish = _compiled(BACKEND) if self.compiled else (Block.prepare, Block.finish)
+        parts: Parts = _compiled(BACKEND) if self.compiled else (Block.prepare, Block.finish)
+        prepare, finish = parts
         read = None
         if reads is not None:
             read = x.index_select(0, reads.rows), rope.index_select(0, reads.rows)
@@ -339,13 +341,12 @@ class Block(nn.Module):
 
 
 @functools.cache
-def _compiled(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _compiled(backend: str) -> Parts:
     """Both parts of a block compiled, once for all blocks and any number of tokens."""
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
-    return tuple(
-        torch.compile(part, fullgraph=True, dynamic=True, backend=backend)
-        for part in (Block.prepare, Block.finish)
-    )
+    settings: dict[str, Any] = {"fullgraph": True, "dynamic": True, "backend": backend}
+    prepare, finish = (torch.compile(p, **settings) for p in (Block.prepare, Block.finish))
+    return prepare, finish
 
 
 class Trunk(nn.Module):
