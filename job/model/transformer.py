@@ -27,7 +27,7 @@ from job.model.architecture import (
 )
 
 SPAN_TOKENS = 128  # on CPU, sequences share one masked attention call up to this many tokens
-GROUPS_HEADS = torch.__version__ >= (2, 12)  # whether varlen_attn takes fewer heads of keys
+GROUPS_HEADS = torch.__version__ >= "2.12"  # whether varlen_attn takes fewer heads of keys
 BACKEND = "inductor"  # of torch.compile
 _MOST_GRAPHS = 32  # of one function; there are about ten, by what needs gradients
 
