@@ -69,6 +69,7 @@ class Weighting(enum.Enum):
 
 
 class ShardingStrategy(enum.Enum):
+    auto = "auto"  # REPLICATE_FROZEN on GPUs where it fits, else FULL_SHARD
     FULL_SHARD = "FULL_SHARD"
     SHARD_GRAD_OP = "SHARD_GRAD_OP"
     HYBRID_SHARD = "HYBRID_SHARD"
@@ -156,6 +157,8 @@ class TrainingConfig:
     max_bad_steps: int = 5  # in a row, with a loss or gradient that is not finite
     seed: int = 0
     threads: int | None = None  # CPU threads of one process; default: torch's own choice
+    # torch.compile for each block; auto: on a GPU where there is a C compiler
+    compile: bool | str = field(default="auto", metadata={"before": False})
     # on a GPU: the same bits each time; where an operation has no such form it is an error
     deterministic: bool = field(default=True, metadata={"before": False})
     value_head: ValueHeadConfig = field(default_factory=ValueHeadConfig)
@@ -258,7 +261,9 @@ class LoggingConfig:
 
 @dataclass
 class FsdpConfig:
-    sharding_strategy: ShardingStrategy = ShardingStrategy.FULL_SHARD
+    sharding_strategy: ShardingStrategy = field(
+        default=ShardingStrategy.auto, metadata={"before": "FULL_SHARD"}
+    )
     mixed_precision: bool = True  # bf16 compute on fp32 masters
     cpu_offload: bool = False
     activation_checkpointing: bool = False

@@ -18,7 +18,7 @@ from torch import Tensor
 from job.common.schema import Spread
 from job.data.token_cache import TokenizedSet
 from job.data.weights import Weights
-from job.model.transformer import PackedLayout
+from job.model.transformer import PackedLayout, to_device
 
 Indices = NDArray[np.int64]
 
@@ -27,8 +27,10 @@ Indices = NDArray[np.int64]
 class Batch:
     """A packed micro-batch: b sequences, t tokens, n positions at which values are read.
 
+    All but tokens and layout is on the host, where it is known without waiting for a GPU.
+
     Attributes:
-        tokens: int64 [t].
+        tokens: int64 [t] on the device.
         layout: where the sequences lie.
         positions: int64 [n], in the stream: of each sequence the last token before its response,
             where that is valued and there is one, then the tokens of its response.
@@ -37,8 +39,8 @@ class Batch:
         weights: float32 [n], of positions in the loss.
         weight: their sum.
         rewards: float32 [b].
-        problems: uint64 [b] on the host.
-        optimal: float32 [n] on the host, or None.
+        problems: uint64 [b].
+        optimal: float32 [n], or None.
         pairs: int64 [p, 2], (better, worse) as positions in this batch; empty without pairs.
         given: float32 [n], targets at positions, NaN where the reward is the target; None if it is
             everywhere.
@@ -207,7 +209,7 @@ class Packer:
         return [units[part] for part in parts[self.rank]]
 
     def assemble(self, units: Indices) -> Batch:
-        """One packed micro-batch of the given units; without any, a token that counts for nothing.
+        """One packed micro-batch of the given units; without any, tokens that count for nothing.
 
         A rank without units of its own still takes part in every gathering of weights.
         """
@@ -271,28 +273,29 @@ def assemble(
         places = zip(rows, skipped, lengths, strict=True)
         found = [data.targets.spread(row, first, n, spread) for row, first, n in places]
         values, shares = (np.concatenate(part) for part in zip(*found, strict=True))
-        given, each = torch.from_numpy(values.astype(np.float32)).to(device), each * shares
+        given, each = torch.from_numpy(values.astype(np.float32)), each * shares
     return Batch(
-        tokens=torch.from_numpy(data.tokens[where].astype(np.int64)).to(device),
+        tokens=to_device(torch.from_numpy(data.tokens[where].astype(np.int64)), device),
         layout=PackedLayout(lengths.tolist(), device),
-        positions=torch.from_numpy(positions).to(device),
-        lengths=torch.from_numpy(lengths - skipped).to(device),
-        response_lengths=torch.from_numpy(lengths - data.response_starts[rows]).to(device),
-        weights=torch.from_numpy(each.astype(np.float32)).to(device),
+        positions=torch.from_numpy(positions),
+        lengths=torch.from_numpy(lengths - skipped),
+        response_lengths=torch.from_numpy(lengths - data.response_starts[rows]),
+        weights=torch.from_numpy(each.astype(np.float32)),
         weight=float(each.sum()),
-        rewards=torch.from_numpy(data.rewards[rows].astype(np.float32)).to(device),
+        rewards=torch.from_numpy(data.rewards[rows].astype(np.float32)),
         problems=data.problems[rows],
         optimal=None if data.optimal is None else data.optimal[where[positions]],
-        pairs=torch.from_numpy(_no_pairs() if pairs is None else pairs).to(device),
+        pairs=torch.from_numpy(_no_pairs() if pairs is None else pairs),
         given=given,
     )
 
 
 def _filler(device: torch.device) -> Batch:
-    none = torch.empty(0, dtype=torch.int64, device=device)
+    none = torch.empty(0, dtype=torch.int64)
+    n_tokens = 2  # one alone would be a case of its own for torch.compile
     return Batch(
-        tokens=torch.zeros(1, dtype=torch.int64, device=device),
-        layout=PackedLayout([1], device),
+        tokens=torch.zeros(n_tokens, dtype=torch.int64, device=device),
+        layout=PackedLayout([n_tokens], device),
         positions=none,
         lengths=none,
         response_lengths=none,

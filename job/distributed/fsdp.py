@@ -9,6 +9,7 @@ backward pass. Strategies:
     HYBRID_SHARD      sharded inside a node, replicated across nodes
     NO_SHARD          everything whole on every GPU
     REPLICATE_FROZEN  the frozen part whole on every GPU, the trainable part sharded
+    auto              as FULL_SHARD; a training knows before what it stands for
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ def lay_out(critic: Critic, config: FsdpConfig, world: World) -> None:
 def _fully_shard(critic: Critic, config: FsdpConfig, world: World, compute: torch.dtype) -> None:
     strategy = config.sharding_strategy
     trunk = critic.trunk
-    mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    # inputs are what they are to be already, and the table of rotations stays float32
+    mixed = MixedPrecisionPolicy(
+        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
     on_gpu = world.device.type == "cuda"  # a CPU has no memory to pin for transfers
     gather_again = strategy not in (ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy.NO_SHARD)

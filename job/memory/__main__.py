@@ -52,6 +52,8 @@ def _predict(given: Sequence[str]) -> None:
     add("--json", action="store_true", help="as JSON")
     options = parser.parse_args(given)
     setting = _setting(options)
+    if options.simulate:  # which steps through torch's own kernels
+        setting = replace(setting, compiled=False)
     capacities = [int(size * 1e9) for size in options.gpu_memory]
     simulated = _simulated(setting) if options.simulate else None
     if options.json:
@@ -103,6 +105,8 @@ def _show(setting: Setting, capacities: Sequence[int], simulated: Footprint | No
         }
     n, tokens = setting.num_unfrozen_layers, setting.micro_batch_tokens
     title = f"memory of each of {setting.world_size} GPU(s), N={n}, {tokens:,} tokens"
+    title += f", {setting.fsdp.sharding_strategy.name}"
+    title += ", compiled blocks" if setting.compiled else ""
     _console.print(component_table(title, columns))
     if simulated is not None:
         _console.print("The simulation has activations and working set as one.")

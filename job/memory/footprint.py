@@ -75,6 +75,9 @@ class Setting:
         prefix_cached: whether the frozen prefix's hidden states come from a cache, so that neither
             its weights nor the embeddings are on the GPU.
         cuda: whether attention and norms are CUDA's kernels.
+        compiled: whether torch.compile has made the blocks' kernels.
+        repeats_keys: whether CUDA's attention wants as many heads of keys as of queries, as before
+            torch 2.12.
         sequence_tokens: of a typical sequence; on a CPU, short ones need masks.
         evaluation_tokens: of a micro-batch of an evaluation; 0 for none.
         head_bias: whether the value head has a bias.
@@ -91,10 +94,18 @@ class Setting:
     accumulates: bool = True
     prefix_cached: bool = False
     cuda: bool = True
+    compiled: bool = False
+    repeats_keys: bool = False
     sequence_tokens: int = 512
     evaluation_tokens: int = 0
     head_bias: bool = True
     head_outputs: int = 1
+
+    @property
+    def read_tokens(self) -> int:
+        """Tokens that the last block computes; one if none is read."""
+        n = self.micro_batch_tokens if self.response_tokens is None else self.response_tokens
+        return max(n, 1)
 
     @property
     def has_cache(self) -> bool:
@@ -168,13 +179,14 @@ class _Step:
         self.n_blocks = self.chosen.blocks
         self.n_frozen = a.n_trunk_layers - self.n_blocks
         self.t = setting.micro_batch_tokens
-        self.n = self.t if setting.response_tokens is None else setting.response_tokens
+        self.n = setting.read_tokens
         self.c = 2 if fsdp.mixed_precision else _FLOAT
         self.strategy = fsdp.sharding_strategy
         self.sharded = setting.world_size > 1 or fsdp.mixed_precision or fsdp.cpu_offload
         self.shards = shards(self.strategy, setting.world_size, setting.per_node)
         flash = flash_attention_takes(a.head_width)
         self.varlen = setting.cuda and fsdp.mixed_precision and flash
+        self.compiled = setting.cuda and setting.compiled
         self.block = block_parameters(a)
         self.embedding = a.vocab_size * a.dim
         self.d, self.h = a.dim, a.n_heads
@@ -244,26 +256,25 @@ class _Step:
         state = dict(self.state)
         if blocks_done is not None and not self.setting.accumulates:
             state["gradients"] = _share(blocks_done * self.block, self.shards) * GRADIENT_BYTES
-        batch = self.t * 2 * _TOKEN + self.n * _TOKEN
+        batch = (2 * self.t + self.n) * _TOKEN
         if self.setting.has_cache:
-            batch += self.hidden()
+            batch += self.hidden(self.t if self.n_blocks else self.n)
         others["batch"] = batch
         return Moment(name, dict.fromkeys(COMPONENTS, 0) | state | others)
 
     # Bytes of tensors
 
-    @property
-    def rotations(self) -> int:
+    def rotations(self, tokens: int) -> int:
         """A complex number for each token and pair of channels."""
-        return self.t * self.setting.architecture.head_width * _FLOAT
+        return tokens * self.setting.architecture.head_width * _FLOAT
 
-    def hidden(self, copies: int = 1) -> int:
+    def hidden(self, tokens: int, copies: int = 1) -> int:
         """[t, d] in the compute dtype."""
-        return copies * self.t * self.d * self.c
+        return copies * tokens * self.d * self.c
 
-    def inner(self, copies: int = 1) -> int:
+    def inner(self, tokens: int, copies: int = 1) -> int:
         """[t, f] in the compute dtype."""
-        return copies * self.t * self.setting.architecture.ffn_width * self.c
+        return copies * tokens * self.setting.architecture.ffn_width * self.c
 
     def rows(self, copies: int) -> int:
         """[n, d] in float32, in which norm and head work."""
@@ -287,67 +298,110 @@ class _Step:
     def gathered_embedding(self) -> int:
         return self.embedding * self.c if self.sharded else 0
 
-    @property
-    def float_input(self) -> int:
-        """[t, d] in float32, a norm's input."""
-        return self.t * self.d * _FLOAT
+    def norm_input(self, tokens: int) -> int:
+        """What a norm keeps of its input; torch's for the CPU works on a copy in float32."""
+        return tokens * self.d * (self.c if self.setting.cuda else _FLOAT)
 
-    @property
-    def saved_norm(self) -> int:
+    def saved_norm(self, tokens: int) -> int:
         """A norm's input and the root of its mean square in float32, and its output."""
-        scaled = 0 if self.setting.cuda else self.float_input  # before its weights
-        return self.float_input + self.t * _FLOAT + scaled + self.hidden()
+        scaled = 0 if self.setting.cuda else self.norm_input(tokens)  # before its weights
+        return self.norm_input(tokens) + tokens * _FLOAT + scaled + self.hidden(tokens)
+
+    def saved_attention(self, queries: int) -> int:
+        """Queries, keys, values, the result of attention and its log-sum-exp."""
+        if self.varlen:
+            keys = self.q if self.setting.repeats_keys else self.k
+            saved = 2 * self.c * (queries * self.q + self.t * keys) + _FLOAT * self.h * queries
+        else:  # with a query for each token; and once more the spans' results put together
+            keys = self.q if self.setting.cuda else self.k  # CUDA's kernel has them repeated
+            masked = _SPAN_TOKENS * (2 * self.setting.sequence_tokens <= _SPAN_TOKENS)
+            saved = self.t * (2 * self.c * (self.q + keys) + _FLOAT * (self.h + masked))
+            saved += self.c * self.q * queries
+        if self.setting.architecture.qk_norm:
+            saved += self._saved_head_norms(queries)
+        return saved
+
+    def _saved_head_norms(self, queries: int) -> int:
+        """As of other norms, and no output: rotations do not need it."""
+        width = self.c if self.setting.cuda else 2 * _FLOAT
+        heads = queries * self.h + self.t * self.setting.architecture.kv_heads
+        return width * (queries * self.q + self.t * self.k) + _FLOAT * heads
 
     @property
-    def saved_attention(self) -> int:
-        """Queries, keys, values, the result of attention and its log-sum-exp."""
-        keys = self.q if self.setting.cuda else self.k  # CUDA's kernels have them repeated
-        saved = self.c * (2 * self.q + 2 * keys) + _FLOAT * self.h
-        if not self.varlen:
-            masked = _SPAN_TOKENS * (2 * self.setting.sequence_tokens <= _SPAN_TOKENS)
-            saved += self.c * self.q + _FLOAT * masked  # the spans' results put together
-        if self.setting.architecture.qk_norm:
-            heads = self.h + self.setting.architecture.kv_heads
-            copies = 1 if self.setting.cuda else 2
-            saved += _FLOAT * (copies * (self.q + self.k) + heads)
-        return self.t * saved
+    def _saved_inners(self) -> int:
+        """w1 x, silu of it, w3 x and their product, which compiled code multiplies anew."""
+        return 3 if self.compiled else 4
 
     @cached_property
     def saved(self) -> int:
         """What the backward pass of a block needs: both norms, attention, feed forward layer."""
-        return 2 * self.saved_norm + self.saved_attention + self.inner(4)
+        norms = 2 * self.saved_norm(self.t)
+        return norms + self.saved_attention(self.t) + self.inner(self.t, self._saved_inners)
 
-    def kept(self, blocks: int) -> int:
-        """Activations of so many trained blocks between their forward and backward passes."""
+    @cached_property
+    def saved_last(self) -> int:
+        """That of the last block, which takes only the rows that are read through all of it."""
+        norms = self.saved_norm(self.t) + 2 * self.saved_norm(self.n)
+        others = self.rotations(self.n) + self.inner(self.n, self._saved_inners)
+        return norms + self.saved_attention(self.n) + others
+
+    def kept(self, blocks: int, *, last: bool = False) -> int:
+        """Activations of so many trained blocks between their forward and backward passes.
+
+        Args:
+            last: whether the trunk's last block is one of them.
+        """
         if not blocks:
             return 0
-        each = self.hidden() if self.recomputes else self.saved
-        return blocks * each + self.rotations - self._not_kept
+        if self.recomputes:
+            saved = blocks * self.hidden(self.t)
+        else:
+            saved = blocks * self.saved + last * (self.saved_last - self.saved)
+        return saved + self.rotations(self.t) - self._not_kept(only_last=last and blocks == 1)
 
-    @property
-    def _not_kept(self) -> int:
+    def _not_kept(self, *, only_last: bool) -> int:
         """Of the first block's input, which needs no gradient and may be kept elsewhere."""
         cached = self.setting.has_cache
         if self.recomputes:
-            return self.hidden() * cached  # the batch has it
-        elsewhere = not self.setting.cuda or (cached and self.c == _FLOAT)
-        return self.float_input * (self.has_prefix and elsewhere)
+            return self.hidden(self.t) * cached  # the batch has it
+        if self.setting.cuda:
+            return self.hidden(self.t) * cached
+        read = self.n if only_last else 0
+        return self.norm_input(self.t + read) * self.has_prefix
 
-    @property
-    def frozen_block(self) -> int:
+    def frozen_block(self, *, last: bool = False) -> int:
         """The most that a block works with while nothing is saved, without its input.
 
         In the feed forward layer: hidden states, the norm's, and three times [t, f]. In attention:
-        the norm's, queries, keys and values, and the rotation of the queries, in float32; or, where
-        that needs no copy, rotated queries and keys and twice the result.
+        see `_mixing`. The last block takes the rows that are read out of its input, too.
         """
-        feed_forward = self.hidden(2) + self.inner(3)
-        qkv = self.c * (self.q + 2 * self.k)
-        if self.c < _FLOAT:
-            mixing = (2 * _FLOAT + self.c) * self.q
+        rows = self.n if last else self.t
+        read = self.hidden(rows) + self.rotations(rows) if last else 0
+        if self.compiled:  # into the place of a factor; attention's result is kept by the caller
+            feed_forward = self.hidden(rows, 3) + self.inner(rows, 2)
         else:
-            mixing = self.c * (3 * self.q + self.k) + _FLOAT * self.h
-        return max(feed_forward, self.hidden() + self.t * (qkv + mixing))
+            feed_forward = self.hidden(rows, 2) + self.inner(rows, 3)
+        return read + max(feed_forward, self._mixing(rows, last=last))
+
+    def _mixing(self, queries: int, *, last: bool) -> int:
+        """Queries, keys, values, and either what makes them or what is made of them.
+
+        First the norm's result, and the rotation of queries or keys, in float32; then twice the
+        result and, in the last block, a query for each token.
+        """
+        normed = self.hidden(self.t) + last * self.hidden(queries)
+        wider = 2 * _FLOAT if self.c < _FLOAT and not self.compiled else 0
+        rotation = (self.c + wider) * max(queries * self.q, self.t * self.k)
+        results = 0
+        if not self.varlen:
+            results = self.t * (self.c * (2 + last) * self.q + _FLOAT * self.h)
+        qkv = self.c * (queries * self.q + 2 * self.t * self.k)
+        return qkv + max(normed + rotation, results)
+
+    @property
+    def any_block(self) -> int:
+        """The same of the block that takes most."""
+        return max(self.frozen_block(), self.frozen_block(last=True))
 
     # Moments
 
@@ -362,16 +416,16 @@ class _Step:
         """The frozen blocks: nothing is saved, and one block at a time is gathered."""
         copies = (2 if self.communicates else 1) * self.gathers_frozen
         embedding = copies * self.gathered_embedding
-        yield self.moment("embedding", 0, working_set=self.hidden(), gathered_weights=embedding)
+        carried = self.hidden(self.t) + self.rotations(self.t)
+        yield self.moment("embedding", 0, working_set=carried, gathered_weights=embedding)
         if not self.n_frozen:
             return
-        carried = self.hidden() + self.rotations
         gathered = self.gathered(copies and 2 * copies - 1)
         yield self.moment("gather", 0, working_set=carried, gathered_weights=gathered)
         yield self.moment(
             "prefix",
             0,
-            working_set=carried + self.frozen_block,
+            working_set=carried + (self.frozen_block() if self.n_blocks else self.any_block),
             gathered_weights=self.gathered(copies),
         )
 
@@ -380,13 +434,13 @@ class _Step:
         yield self.moment(
             "gather",
             0,
-            activations=self.kept(trained - 1) + self.hidden(),
+            activations=self.kept(trained - 1) + self.hidden(self.t),
             gathered_weights=keeps + self.gathered(2 if self.communicates else 0),
         )
         yield self.moment(
             "suffix",
             0,
-            activations=self.kept(trained),
+            activations=self.kept(trained, last=True),
             working_set=self._end_of_block(),
             gathered_weights=keeps + self._last_buffer,
         )
@@ -394,11 +448,8 @@ class _Step:
     def _end_of_block(self) -> int:
         """What the last trained block works with beyond what is kept."""
         if self.recomputes:
-            return self.frozen_block
-        if self.c == _FLOAT:  # its norms keep the hidden states themselves
-            return self.hidden(2 + (not self.setting.cuda and self.has_prefix))
-        is_first = self.n_blocks == 1 and self.has_prefix
-        return self.hidden(4 + self.reads_prefix - is_first)
+            return self.frozen_block(last=True)
+        return self.hidden(self.n, 2)
 
     @property
     def _kept_gathered(self) -> int:
@@ -418,15 +469,21 @@ class _Step:
 
     def _value_head(self) -> Moment:
         """Norm and head, where values are read."""
-        hidden = self.hidden() * (self.n_blocks > 0 or self.reads_prefix)
+        hidden = self.hidden(self.n) * (self.n_blocks > 0 or self.reads_prefix)
         buffer = self._last_buffer if self.n_blocks or self._gathers_last else 0
         return self.moment(
             "value head",
             0,
-            activations=self.kept(self.n_blocks),
-            working_set=hidden + self.rows(2 if self.setting.cuda else 3) + self.histograms,
+            activations=self.kept(self.n_blocks, last=True),
+            working_set=hidden + self._value_head_rows + self.histograms,
             gathered_weights=buffer + (self._kept_gathered if self.n_blocks else 0),
         )
+
+    @property
+    def _value_head_rows(self) -> int:
+        """The norm's result, and its input where that is not float32 already."""
+        scaled = 0 if self.setting.cuda else 1  # before the weights
+        return self.rows(1 + scaled + (self.c < _FLOAT))
 
     @property
     def _gathers_last(self) -> bool:
@@ -446,37 +503,42 @@ class _Step:
         return self.moment(
             "head",
             0,
-            activations=self.kept(self.n_blocks),
+            activations=self.kept(self.n_blocks, last=True),
             working_set=self.rows(3 if self.setting.cuda else 6) + self.histograms,
             gathered_weights=self._kept_gathered,
         )
 
     def _block(self, done: int) -> Moment:
-        """On the way back through silu(a) * b, of which product and weights are done with."""
+        """On the way back through silu(a) * b, of which product and weights are done with.
+
+        Compiled, one kernel makes the product and the gradients of a and b of these two.
+        """
         gradient = self._weight_gradients(self.d * self.setting.architecture.ffn_width)
+        tokens = self.t if done else self.n
         return self.moment(
             f"block {done}",
             done,
-            activations=self._saved_on_the_way(done) - self.inner(),
-            working_set=self.hidden() + self.inner(3) + gradient + self.outputs,
+            activations=self._saved_on_the_way(done) - self.inner(tokens, 1 + self.compiled),
+            working_set=self.hidden(tokens) + self.inner(tokens, 3) + gradient + self.outputs,
             gathered_weights=self._gathered_backward(done),
             gradient_buffers=self._reduced_before(done),
         )
 
     def _saved_on_the_way(self, done: int) -> int:
         """What is saved when a block's backward pass begins."""
-        saved = self.kept(self.n_blocks - done)
+        saved = self.kept(self.n_blocks - done, last=not done)
         if not self.recomputes:
             return saved
-        return saved + self.saved - self.hidden() * (self.c == _FLOAT)  # the input is kept already
+        input_kept = self.hidden(self.t) * (self.setting.cuda or self.c == _FLOAT)
+        return saved + (self.saved if done else self.saved_last) - input_kept
 
     def _attention(self, done: int) -> Moment:
         is_first = self._ends_at(done)
         return self.moment(
             f"attention {done}",
             done,
-            activations=self.kept(self.n_blocks - done - 1) + self.saved_norm,
-            working_set=self.hidden(3 if is_first else 4)
+            activations=self.kept(self.n_blocks - done - 1) + self.saved_norm(self.t),
+            working_set=self.hidden(self.t, 3 if is_first else 4)
             + self._weight_gradients(self.block)
             + self.outputs,
             gathered_weights=self._gathered_backward(done),
@@ -520,7 +582,7 @@ class _Step:
             f"reduce {done}",
             done,
             activations=self.kept(self.n_blocks - done - 1),
-            working_set=self.outputs + (0 if self._ends_at(done) else self.hidden()),
+            working_set=self.outputs + (0 if self._ends_at(done) else self.hidden(self.t)),
             gathered_weights=self._gathered_backward(done) - self.gathered(1),
             gradient_buffers=self._between_replicas(done) + self._reduced,
         )
@@ -537,7 +599,7 @@ class _Step:
             "embeddings",
             self.n_blocks,
             gathered_weights=self.gathered_embedding,
-            working_set=self.hidden() + gradient,
+            working_set=self.hidden(self.t) + gradient,
             gradient_buffers=self._reduced_before(self.n_blocks),
         )
         if self.sharded:
@@ -552,11 +614,12 @@ class _Step:
         if not (self.gathers_frozen or self.n_blocks):
             copies = 0
         stays = self._kept_gathered if self.n_blocks else 0
-        head = self.hidden() + self.rows(2 if self.setting.cuda else 3) + self.histograms
+        head = self.hidden(self.n) + self._value_head_rows + self.histograms
+        carried = self.hidden(self.t) + self.rotations(self.t)
         moment = self.moment(
             "evaluate",
             None,
-            working_set=max(self.hidden() + self.rotations + self.frozen_block, head),
+            working_set=max(carried + self.any_block, head),
             gathered_weights=stays + self.gathered(copies),
         )
         return Moment(moment.name, moment.components | {"gradients": 0})

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from job.common.errors import InputError
-from job.common.schema import AUTO, CriticConfig
+from job.common.schema import AUTO, CriticConfig, ShardingStrategy
 from job.memory.fit import Fit, fit, largest_micro_batch, largest_unfrozen
 from job.memory.footprint import Setting
 from job.model.architecture import TransformerConfig
@@ -22,6 +22,7 @@ SHAPES = {  # Llama 2's
     ),
 }
 
+_USUAL_TOKENS = 8192  # of a micro-batch; larger ones gain less than whole frozen weights do
 _MOST_TOKENS = 65_536  # beyond, larger micro-batches gain nothing
 
 
@@ -33,11 +34,13 @@ def setting_of(
     per_node: int = 1,
     capacity: int = 0,
     cuda: bool = True,
+    repeats_keys: bool = False,
 ) -> Setting:
     """The most that a training with this configuration can ask for, whatever its data.
 
     Args:
-        capacity: bytes of a GPU, of which `training.micro_batch_tokens: auto` makes the most.
+        capacity: bytes of a GPU, of which `auto` makes the most, for `training.micro_batch_tokens`
+            and for `distributed.fsdp.sharding_strategy`; 0 if not known.
 
     Raises:
         InputError: the micro-batch is to be chosen, and not even the smallest one fits.
@@ -52,19 +55,35 @@ def setting_of(
         world_size=world_size,
         per_node=per_node,
         cuda=cuda,
+        repeats_keys=repeats_keys,
+        compiled=cuda and config.training.compile is not False,
         head_bias=config.training.value_head.bias,
         head_outputs=config.objective.head_outputs,
     )
-    if config.training.micro_batch_tokens == AUTO:
-        tokens = _largest(setting, capacity, -(-step_tokens // world_size))
-    else:
-        tokens = config.training.token_budget
+    chooses, share = config.training.micro_batch_tokens == AUTO, -(-step_tokens // world_size)
+    usual = min(share, _USUAL_TOKENS) if chooses else config.training.token_budget
+    setting = _placed(setting, capacity, max(longest, usual))
+    tokens = _largest(setting, capacity, share) if chooses else usual
     return replace(
         setting,
         micro_batch_tokens=min(tokens, step_tokens),
         accumulates=_micro_batches(step_tokens, longest, tokens) > world_size,
         evaluation_tokens=tokens,
     )
+
+
+def _placed(setting: Setting, capacity: int, tokens: int) -> Setting:
+    """The setting with the strategy that `auto` stands for: with frozen weights whole on each GPU
+    nothing waits for them, if micro-batches of so many tokens fit beside them.
+    """
+    fsdp = setting.fsdp
+    if fsdp.sharding_strategy is not ShardingStrategy.auto:
+        return setting
+    whole = replace(fsdp, sharding_strategy=ShardingStrategy.REPLICATE_FROZEN)
+    tried = replace(setting, fsdp=whole, micro_batch_tokens=tokens, evaluation_tokens=tokens)
+    if setting.cuda and not fsdp.cpu_offload and fit(tried, capacity).fits:
+        return replace(setting, fsdp=whole)
+    return replace(setting, fsdp=replace(fsdp, sharding_strategy=ShardingStrategy.FULL_SHARD))
 
 
 def _largest(setting: Setting, capacity: int, of_a_step: int) -> int:

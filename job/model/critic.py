@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from job.model.architecture import TransformerConfig
 from job.model.parameters import Count, ParameterCounts, bytes_text, select_trainable
 from job.model.shards import fill, full_tensor
-from job.model.transformer import PackedLayout, Trunk
+from job.model.transformer import PackedLayout, Reads, Trunk
 
 _log = logging.getLogger(__name__)
 
@@ -29,15 +29,20 @@ class Critic(nn.Module):
         self.value_head = nn.Linear(config.dim, head_outputs, bias=head_bias)
         self.num_unfrozen_layers = len(self.trunk.layers) + 1  # all, until some are frozen
 
-    def forward(self, tokens: Tensor, layout: PackedLayout, at: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, layout: PackedLayout, at: Tensor | Reads) -> Tensor:
         """Head outputs at positions `at` (int64 [n]) of the stream tokens [t]: float32 [n], or
         [n, k] of a head with k > 1 outputs.
-        """
-        return self.evaluate_hidden(self.trunk.hidden(tokens, layout), at)
 
-    def evaluate_hidden(self, hidden: Tensor, at: Tensor) -> Tensor:
-        """As `forward`, from the last block's output [t, d]."""
-        outputs: Tensor = self.value_head(self.trunk.norm(hidden[at].float()))
+        What `layout.reads` makes of positions does as well, and a GPU need not be waited for:
+        FSDP would move the positions there first.
+        """
+        reads = at if isinstance(at, Reads) else layout.reads(at)
+        return self.evaluate_hidden(self.trunk.hidden(tokens, layout, reads), reads)
+
+    def evaluate_hidden(self, hidden: Tensor, reads: Reads) -> Tensor:
+        """As `forward`, from the last block's output [r, d] on what is read."""
+        chosen = hidden if reads.at is None else hidden[reads.at]
+        outputs: Tensor = self.value_head(self.trunk.norm(chosen.float()))
         # a sum, since FSDP loses its backward hook on a view that is changed in place
         return outputs.sum(-1) if self.value_head.out_features == 1 else outputs
 

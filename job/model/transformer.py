@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,19 @@ from job.model.architecture import (
 )
 
 SPAN_TOKENS = 128  # on CPU, sequences share one masked attention call up to this many tokens
+GROUPS_HEADS = torch.__version__ >= "2.12"  # whether varlen_attn takes fewer heads of keys
+BACKEND = "inductor"  # of torch.compile
+_MOST_GRAPHS = 32  # of one function; there are about ten, by what needs gradients
+
+Parts = tuple[Callable[..., Any], Callable[..., Any]]  # of a block: before attention, after it
+Rows = tuple[Tensor, Tensor]  # hidden states [t, d] and their rotations [t, 1, e / 2, 2]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there; from the host without waiting for a GPU, which takes pinned memory."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class PackedLayout:
@@ -43,12 +57,17 @@ class PackedLayout:
         self.device = torch.device(device)
         self.varlen = self.device.type == "cuda"  # which kernel attends; see `attend`
         # on the host, where the lengths are: a GPU would be waited for to know n_tokens
-        ends = torch.tensor([0, *self.lengths]).cumsum(0)
-        self.n_tokens = int(ends[-1])
-        starts = torch.repeat_interleave(ends[:-1], torch.tensor(self.lengths))
-        self.positions = (torch.arange(self.n_tokens) - starts).to(self.device)  # [t]
-        self.boundaries = ends.to(self.device, torch.int32)  # [b + 1], as varlen kernels take them
+        self.ends = torch.tensor([0, *self.lengths]).cumsum(0)  # [b + 1] on the host, from 0 on
+        self.n_tokens = int(self.ends[-1])
+        starts = torch.repeat_interleave(self.ends[:-1], torch.tensor(self.lengths))
+        self.positions = to_device(torch.arange(self.n_tokens) - starts, self.device)  # [t]
+        # as varlen kernels take them
+        self.boundaries = to_device(self.ends.to(torch.int32), self.device)  # [b + 1]
         self.max_length = max(self.lengths)
+
+    def reads(self, at: Tensor) -> Reads:
+        """What the last block must compute for outputs at positions `at` (int64 [n], host)."""
+        return Reads(self, at)
 
     @functools.cached_property
     def spans(self) -> tuple[list[int], list[Tensor | None]]:
@@ -61,6 +80,43 @@ class PackedLayout:
         """Block-diagonal and causal, bool [span, span]."""
         ids = torch.repeat_interleave(torch.arange(len(run)), torch.tensor(run))
         return (ids[:, None] == ids[None, :]).tril().to(self.device)
+
+
+class Reads:
+    """The r tokens of a packed stream that the last block computes, for those that are read.
+
+    Of each sequence they begin with the first that is read and go to its end, as attention's
+    kernels take queries; responses do so anyway. Where nothing is read it is the last token.
+
+    Args:
+        at: positions that are read, int64 [n]; on the host, or a GPU is waited for.
+
+    Attributes:
+        rows: positions in the stream, int64 [r].
+        at: places of the n among the r, int64 [n]; None if they are all of them in order.
+        boundaries: int32 [b + 1], where the sequences' rows begin and end.
+        max_length: rows of the sequence that has most.
+    """
+
+    def __init__(self, layout: PackedLayout, at: Tensor) -> None:
+        at = at.cpu()
+        ends = layout.ends[1:]
+        sequence = torch.searchsorted(ends, at, right=True)
+        first = ends.scatter_reduce(0, sequence, at, "amin")
+        if not len(at):
+            first[-1] -= 1
+        counts = ends - first
+        before = counts.cumsum(0) - counts
+        n_rows = int(counts.sum())
+        shift = torch.repeat_interleave(first - before, counts, output_size=n_rows)
+        rows = torch.arange(n_rows) + shift
+        place = at - (first - before)[sequence]
+        everything = len(at) == n_rows and bool((place == torch.arange(n_rows)).all())
+        self.rows = to_device(rows, layout.device)
+        self.at = None if everything else to_device(place, layout.device)
+        boundaries = torch.cat((before, torch.tensor([n_rows]))).to(torch.int32)
+        self.boundaries = to_device(boundaries, layout.device)
+        self.max_length = int(counts.max())
 
 
 def _group_sequences(lengths: list[int], budget: int) -> list[list[int]]:
@@ -93,22 +149,27 @@ def _scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
-def rope_table(config: TransformerConfig, positions: Tensor) -> Tensor:
-    """Rotation at each position as unit complex numbers, complex64 [t, 1, e / 2]."""
-    frequencies = rope_frequencies(config).to(positions.device)
+def rope_table(frequencies: Tensor, positions: Tensor) -> Tensor:
+    """Cosine and sine of the rotation at each position, float32 [t, 1, e / 2, 2]."""
     # float32: bf16 has no exact numbers for odd positions beyond 256
     angles = positions[:, None, None].float() * frequencies
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate neighbouring channel pairs (Meta's layout) of x [t, heads, e]."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # Inductor makes no kernels of complex numbers
+        (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
+    else:  # in one kernel
+        product = torch.view_as_complex(pairs) * torch.view_as_complex(rope)
+        turned = torch.view_as_real(product)
+    return turned.flatten(-2).type_as(x)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the statistic in float32 (Zhang & Sennrich 2019)."""
+    """x / rms(x) * weight, in float32 inside the kernel (Zhang & Sennrich 2019)."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -116,7 +177,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -133,34 +194,60 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(width, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(width, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rope: Tensor, layout: PackedLayout) -> Tensor:
-        q = self.wq(x).unflatten(-1, (-1, self.width))  # [t, h, e]
-        k = self.wk(x).unflatten(-1, (-1, self.width))  # [t, k, e]
-        v = self.wv(x).unflatten(-1, (-1, self.width))
+    def project(self, all_rows: Rows, read: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [r, h, e] of the rows that are read, keys and values [t, k, e] of all."""
+        q = self.wq(read[0]).unflatten(-1, (-1, self.width))
+        k = self.wk(all_rows[0]).unflatten(-1, (-1, self.width))
+        v = self.wv(all_rows[0]).unflatten(-1, (-1, self.width))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed = attend(rotate(q, rope), rotate(k, rope), v, layout)
-        return self.wo(mixed.flatten(-2))
+        q = rotate(q, read[1])  # before k, and what was q is given up
+        return q, rotate(k, all_rows[1]), v
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
-    """Block-diagonal causal attention: q [t, h, e], k and v [t, k, e] -> [t, h, e]."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, reads: Reads | None = None
+) -> Tensor:
+    """Block-diagonal causal attention: q [r, h, e], k and v [t, k, e] -> [r, h, e].
+
+    Queries are those of `reads`, or of all tokens.
+    """
     if layout.varlen and _fits_flash_attention(q):
-        return _attend_varlen(q, k, v, layout)
-    return _attend_spans(q, k, v, layout)
+        return _attend_varlen(q, k, v, layout, reads)
+    if reads is None:
+        return _attend_spans(q, k, v, layout)
+    # with queries for all tokens, since only then a kernel may know which keys come too late
+    everywhere = q.new_zeros(len(k), *q.shape[1:]).index_put((reads.rows,), q)
+    return _attend_spans(everywhere, k, v, layout).index_select(0, reads.rows)
 
 
 def _fits_flash_attention(q: Tensor) -> bool:
     return q.dtype in (torch.bfloat16, torch.float16) and flash_attention_takes(q.shape[-1])
 
 
-def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+def _attend_varlen(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, reads: Reads | None
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    ends, longest = layout.boundaries, layout.max_length
-    mixed = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
+    grouped: dict[str, Any] = {}
+    if group > 1 and GROUPS_HEADS:
+        grouped = {"enable_gqa": True}
+    elif group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    queries = reads or layout
+    mixed = varlen_attn(
+        q,
+        k,
+        v,
+        queries.boundaries,
+        layout.boundaries,
+        queries.max_length,
+        layout.max_length,
+        window_size=(-1, 0),  # the last query sees the last key
+        **grouped,
+    )
     assert isinstance(mixed, Tensor)  # a pair only where the log-sum-exp is asked for
     return mixed
 
@@ -201,10 +288,12 @@ class Block(nn.Module):
     """Pre-norm transformer block on a packed stream [t, d].
 
     With `recompute` set, the backward pass computes the block's activations again instead of
-    keeping them.
+    keeping them. With `compiled` set, what comes before attention and what comes after it are two
+    functions that torch.compile has made; attention is a kernel of its own anyway.
     """
 
     recompute = False
+    compiled = False
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -213,15 +302,51 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, rope: Tensor, layout: PackedLayout) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Tensor, layout: PackedLayout, reads: Reads | None = None
+    ) -> Tensor:
+        """The block's output [t, d], or [r, d] where only `reads` are wanted."""
         if self.recompute and torch.is_grad_enabled():
             # the reentrant form drops all gradients where x needs none
-            return checkpoint(self._transform, x, rope, layout, use_reentrant=False)
-        return self._transform(x, rope, layout)
+            return checkpoint(self._transform, x, rope, layout, reads, use_reentrant=False)
+        return self._transform(x, rope, layout, reads)
 
-    def _transform(self, x: Tensor, rope: Tensor, layout: PackedLayout) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, layout)
+    def _transform(
+        self, x: Tensor, rope: Tensor, layout: PackedLayout, reads: Reads | None
+    ) -> Tensor:
+        parts: Parts = _compiled(BACKEND) if self.compiled else (Block.prepare, Block.finish)
+        prepare, finish = parts
+        read = None
+        if reads is not None:
+            read = x.index_select(0, reads.rows), rope.index_select(0, reads.rows)
+        return finish(
+            self,
+            x if read is None else read[0],
+            # without names, which would keep them while the feed forward layer works
+            attend(*prepare(self, (x, rope), read), layout, reads).flatten(-2),
+        )
+
+    def prepare(self, rows: Rows, read: Rows | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values; see `Attention.project`."""
+        normed = self.attention_norm(rows[0]), rows[1]
+        if read is None:
+            return self.attention.project(normed, normed)
+        return self.attention.project(normed, (self.attention_norm(read[0]), read[1]))
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The block's output from its input and attention's result [r, h * e]."""
+        x = x + self.attention.wo(mixed)
+        del mixed  # nor is it kept here
         return x + self.feed_forward(self.ffn_norm(x))
+
+
+@functools.cache
+def _compiled(backend: str) -> Parts:
+    """Both parts of a block compiled, once for all blocks and any number of tokens."""
+    torch._dynamo.config.recompile_limit = _MOST_GRAPHS
+    settings: dict[str, Any] = {"fullgraph": True, "dynamic": True, "backend": backend}
+    prepare, finish = (torch.compile(p, **settings) for p in (Block.prepare, Block.finish))
+    return prepare, finish
 
 
 class Trunk(nn.Module):
@@ -230,6 +355,7 @@ class Trunk(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self._frequencies: Tensor | None = None  # no buffer, which FSDP would cast to bf16
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_trunk_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -251,34 +377,65 @@ class Trunk(nn.Module):
             assert isinstance(block, Block)
             block.recompute = True
 
-    @torch.no_grad()
-    def prefix(self, tokens: Tensor, layout: PackedLayout) -> Tensor:
-        """Hidden states [t, d] before the first block with gradients, without any."""
-        return self._run(self.tok_embeddings(tokens), 0, self._first_with_gradients(), layout)
+    def compile_blocks(self) -> None:
+        """Let torch.compile make the blocks' kernels, when they are first run."""
+        for block in self.layers:
+            assert isinstance(block, Block)
+            block.compiled = True
 
-    def suffix(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
-        """Output of the last block [t, d], from the prefix's result on."""
-        return self._run(hidden, self._first_with_gradients(), len(self.layers), layout)
+    def rope(self, layout: PackedLayout) -> Tensor:
+        """The stream's rotations (see `rope_table`)."""
+        device = layout.positions.device
+        if self._frequencies is None or self._frequencies.device != device:
+            self._frequencies = to_device(rope_frequencies(self.config), device)
+        return rope_table(self._frequencies, layout.positions)
+
+    @torch.no_grad()
+    def prefix(
+        self, tokens: Tensor, layout: PackedLayout, rope: Tensor, reads: Reads | None = None
+    ) -> Tensor:
+        """Hidden states [t, d] before the first block with gradients, without any.
+
+        Where no block has some it is the last one's output, as `suffix` has it.
+        """
+        stop = self._first_with_gradients()
+        return self._run(self.tok_embeddings(tokens), 0, stop, layout, rope, reads)
+
+    def suffix(
+        self, hidden: Tensor, layout: PackedLayout, rope: Tensor, reads: Reads | None = None
+    ) -> Tensor:
+        """Output of the last block [t, d], or [r, d] of `reads`, from the prefix's result on."""
+        start = self._first_with_gradients()
+        return self._run(hidden, start, len(self.layers), layout, rope, reads)
 
     def _first_with_gradients(self) -> int:
         if self.gradients_from is not None:
             return self.gradients_from
         return self.first_trainable_block()
 
-    def hidden(self, tokens: Tensor, layout: PackedLayout) -> Tensor:
-        """Output of the last block [t, d], before the final norm; tokens int [t]."""
+    def hidden(self, tokens: Tensor, layout: PackedLayout, reads: Reads | None = None) -> Tensor:
+        """Output of the last block [t, d] before the final norm, or [r, d]; tokens int [t]."""
+        rope = self.rope(layout)  # one for both: a second would have to wait for the whole prefix
         if self.tok_embeddings.weight.requires_grad and self.gradients_from is None:
-            return self._run(self.tok_embeddings(tokens), 0, len(self.layers), layout)
-        return self.suffix(self.prefix(tokens, layout), layout)
+            embedded = self.tok_embeddings(tokens)
+            return self._run(embedded, 0, len(self.layers), layout, rope, reads)
+        return self.suffix(self.prefix(tokens, layout, rope, reads), layout, rope, reads)
 
     def forward(self, tokens: Tensor, layout: PackedLayout) -> Tensor:
         """Normed hidden states [t, d]."""
         return self.norm(self.hidden(tokens, layout))
 
-    def _run(self, x: Tensor, start: int, stop: int, layout: PackedLayout) -> Tensor:
-        rope = rope_table(self.config, layout.positions)
+    def _run(
+        self,
+        x: Tensor,
+        start: int,
+        stop: int,
+        layout: PackedLayout,
+        rope: Tensor,
+        reads: Reads | None = None,
+    ) -> Tensor:
         for block in self.layers[start:stop]:
-            x = block(x, rope, layout)
+            x = block(x, rope, layout, reads if block is self.layers[-1] else None)
         return x
 
 
@@ -296,8 +453,8 @@ class Transformer(Trunk):
 
     def head_logits(self, tokens: Tensor, layout: PackedLayout) -> list[Tensor]:
         """Logits [t, vocab] for the tokens 1, 2, ... n_future_tokens ahead."""
-        rope = rope_table(self.config, layout.positions)
+        rope, last = self.rope(layout), len(self.layers) - 1
         # the trunk without its last block, which is the head of the next token
-        shared = self._run(self.tok_embeddings(tokens), 0, len(self.layers) - 1, layout)
+        shared = self._run(self.tok_embeddings(tokens), 0, last, layout, rope)
         heads = [self.layers[-1], *self.extra_heads]
         return [self.output(self.norm(head(shared, rope, layout))) for head in heads]

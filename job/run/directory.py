@@ -47,6 +47,7 @@ MAY_CHANGE = (
     "training.max_bad_steps",
     "training.micro_batch_tokens",
     "training.threads",
+    "training.compile",
     "training.deterministic",
     "logging.",
     "checkpoint.",

@@ -147,7 +147,7 @@ class Learner:
 
     def outputs(self, batch: Batch) -> Tensor:
         """Head outputs at the batch's valued positions, float32 [n]."""
-        return self.critic(batch.tokens, batch.layout, batch.positions)
+        return self.critic(batch.tokens, batch.layout, batch.layout.reads(batch.positions))
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """AdamW's moments of a trainable parameter, sharded as it is; zeros before the first step.

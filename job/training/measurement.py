@@ -20,9 +20,10 @@ from job.model.critic import Critic
 from job.model.transformer import PackedLayout
 from job.run.directory import RunDirectory
 from job.run.value_metrics import ValueMetrics
+from job.training.compilation import choose_compilation
 from job.training.data import CriticData, load_critic_data
 from job.training.learner import Learner
-from job.training.memory_report import choose_micro_batch, heaviest
+from job.training.memory_report import choose_by_memory, heaviest
 from job.training.objective import Objective
 from job.training.preparation import load_critic, prepare_inputs, set_up_torch
 
@@ -42,7 +43,8 @@ def measure(config: CriticConfig, scratch: Path) -> list[dict[str, Any]] | None:
     with joined_world(config.distributed) as world:
         run = RunDirectory(scratch, is_main=False)  # nothing of it is kept
         world.main_first(lambda: prepare_inputs(config))
-        choose_micro_batch(config, run, world)
+        choose_compilation(config, world)
+        choose_by_memory(config, run, world)
         data = world.main_first(lambda: load_critic_data(config, run, world))
         with Recorder(world.device) as recorder:
             ranks = world.gather(_measured(config, data, world, recorder))

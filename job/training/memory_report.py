@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from job.common.schema import AUTO, CriticConfig
+from job.common.schema import AUTO, CriticConfig, ShardingStrategy
 from job.distributed.world import World
 from job.memory.fit import CONTEXT_BYTES, CPU_TOLERANCE, GPU_TOLERANCE, prediction
 from job.memory.footprint import Setting
@@ -18,6 +18,7 @@ from job.memory.recorder import Recorder
 from job.memory.settings import setting_of
 from job.model.architecture import TransformerConfig
 from job.model.architecture_file import read_architecture
+from job.model.transformer import GROUPS_HEADS
 from job.run.directory import RunDirectory
 from job.training.data import CriticData
 
@@ -29,28 +30,32 @@ _HOST_SHARE = 0.5  # of what is free on the host, for the processes of a job wit
 _log = logging.getLogger(__name__)
 
 
-def choose_micro_batch(config: CriticConfig, run: RunDirectory, world: World) -> None:
-    """Replace `training.micro_batch_tokens: auto` by the most that every rank's memory takes.
+def choose_by_memory(config: CriticConfig, run: RunDirectory, world: World) -> None:
+    """Replace `auto` by what every rank's memory takes: micro-batch and sharding strategy.
 
-    A run that goes on keeps what it has begun with, unless that does not fit any more.
+    A run that goes on keeps the micro-batch it has begun with, unless that does not fit any more.
 
     Raises:
         InputError: on every rank, if nothing fits.
     """
-    if config.training.micro_batch_tokens != AUTO:
-        return
+    chosen: dict[str, Any] = {}
     capacity = min(world.gather(_capacity(world)))
-
-    def choose() -> int:
-        setting = _setting(config, read_architecture(config.model.path), world, capacity)
-        before = run.status().get("micro_batch_tokens", setting.evaluation_tokens)
-        return min(setting.evaluation_tokens, before)
-
-    tokens = world.main_decides(choose)
-    config.training.micro_batch_tokens = tokens
-    run.set_status(micro_batch_tokens=tokens)
+    setting = world.main_decides(
+        lambda: _setting(config, read_architecture(config.model.path), world, capacity)
+    )
+    if config.training.micro_batch_tokens == AUTO:
+        before = world.main_decides(run.status).get("micro_batch_tokens")
+        tokens = min(setting.evaluation_tokens, before or setting.evaluation_tokens)
+        chosen["training.micro_batch_tokens"] = config.training.micro_batch_tokens = tokens
+        run.set_status(micro_batch_tokens=tokens)
+    fsdp = config.distributed.fsdp
+    if fsdp.sharding_strategy is ShardingStrategy.auto:
+        fsdp.sharding_strategy = setting.fsdp.sharding_strategy
+        if world.device.type == "cuda":
+            chosen["distributed.fsdp.sharding_strategy"] = fsdp.sharding_strategy.name
     if world.is_main:
-        _log.info("training.micro_batch_tokens: %d, by the memory of %s", tokens, world.device)
+        for key, value in chosen.items():
+            _log.info("%s: %s, by the memory of %s", key, value, world.device)
 
 
 def _capacity(world: World) -> int:
@@ -72,6 +77,7 @@ def _setting(
         per_node=world.local_size,
         capacity=capacity,
         cuda=world.device.type == "cuda",
+        repeats_keys=not GROUPS_HEADS,
     )
 
 

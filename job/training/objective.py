@@ -26,6 +26,7 @@ from torch import Tensor
 
 from job.common.schema import Loss, ObjectiveConfig
 from job.data.packing import Batch
+from job.model.transformer import to_device
 from job.run.value_metrics import ValueMetrics
 from job.training.histogram import Histogram, histogram_loss
 
@@ -80,7 +81,7 @@ class Objective:
         return outputs.sigmoid() if self.config.loss is Loss.bce else outputs
 
     def labels(self, batch: Batch) -> Tensor:
-        """Monte-Carlo targets [n], what the metrics compare values with."""
+        """Monte-Carlo targets [n] on the host, what the metrics compare values with."""
         rewards = batch.rewards.repeat_interleave(batch.lengths)
         return rewards * self.config.gamma ** _tokens_left(batch).to(rewards.dtype)
 
@@ -142,9 +143,10 @@ class Objective:
             whole: the counts of all batches of the step, on all ranks.
         """
         terms, found = self.config.all_terms, []
-        weights = batch.weights.to(outputs.device)
+        weights = to_device(batch.weights, outputs.device)
         if terms.monte_carlo:
-            errors = weights @ self._errors(outputs, self.targets(batch))
+            targets = to_device(self.targets(batch), outputs.device)
+            errors = weights @ self._errors(outputs, targets)
             found.append(terms.monte_carlo * errors / (whole.weight or 1.0))
         if terms.td:
             errors = weights @ self._errors(outputs, self.returns(outputs, batch, step))
@@ -177,9 +179,10 @@ def lambda_return(values: Tensor, batch: Batch, gamma: float, lam: float) -> Ten
     """
     if not len(values):
         return values
-    left = _tokens_left(batch)
-    last = left == 0
+    left, device = _tokens_left(batch), values.device
+    last = to_device(left == 0, device)
     rewards = batch.rewards.repeat_interleave(batch.lengths).to(values.dtype)
+    rewards = to_device(rewards, device)
     bootstrap = gamma * (1 - lam) * values.roll(-1)
     returns = torch.where(last, rewards, bootstrap)
     carry = (~last).to(values.dtype) * (gamma * lam)
@@ -195,16 +198,18 @@ def lambda_return(values: Tensor, batch: Batch, gamma: float, lam: float) -> Ten
 def pairwise_loss_sum(outputs: Tensor, batch: Batch) -> Tensor:
     """-log sigmoid of the difference of mean outputs, summed over pairs (Bradley & Terry 1952)."""
     means = _sequence_means(outputs, batch)
-    better, worse = means[batch.pairs[:, 0]], means[batch.pairs[:, 1]]
+    better, worse = means[to_device(batch.pairs.T, means.device)]
     return F.softplus(worse - better).sum()
 
 
 def _sequence_means(outputs: Tensor, batch: Batch) -> Tensor:
     """Mean output of each response [b]; two of one problem have the same before it."""
-    inside = ~batch.at_prompts.to(outputs.device)
+    # as numbers: a GPU would be waited for to know how many a mask takes
+    inside = to_device((~batch.at_prompts).nonzero()[:, 0], outputs.device)
     b = len(batch.response_lengths)
-    index = torch.arange(b, device=outputs.device).repeat_interleave(batch.response_lengths)
-    return outputs.new_zeros(b).index_add(0, index, outputs[inside]) / batch.response_lengths
+    index = to_device(torch.arange(b).repeat_interleave(batch.response_lengths), outputs.device)
+    sums = outputs.new_zeros(b).index_add(0, index, outputs[inside])
+    return sums / to_device(batch.response_lengths, outputs.device)
 
 
 def _tokens_left(batch: Batch) -> Tensor:

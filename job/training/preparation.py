@@ -55,6 +55,8 @@ def load_critic(
     unfreeze_last_blocks(critic, config.training.num_unfrozen_layers)
     if config.distributed.fsdp.activation_checkpointing:
         critic.trunk.recompute_trainable_blocks()
+    if config.training.compile is True:  # auto is decided by then
+        critic.trunk.compile_blocks()
     shard(critic, config.distributed.fsdp, world)
     load_trunk(critic.trunk, config.model.path, at_boundary)
     _begin_head(critic, config, data.mean_reward)

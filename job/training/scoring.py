@@ -171,7 +171,7 @@ class _Scorer:
         return [found[row] for row in chosen.ravel().tolist()]
 
     def _value(self, batch: Batch) -> torch.Tensor:
-        outputs = self._critic(batch.tokens, batch.layout, batch.positions)
+        outputs = self._critic(batch.tokens, batch.layout, batch.layout.reads(batch.positions))
         if not outputs.isfinite().all():
             raise InputError("values are not finite: the critic is damaged, or bf16 too coarse")
         return self._objective.values(outputs).cpu()

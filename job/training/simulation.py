@@ -4,6 +4,7 @@ FakeTensorMode gives every tensor shape, dtype and lifetime but no bytes; a proc
 answers by itself stands for all other ranks; and torch's memory trackers add up what is alive.
 So one process steps through a 70B critic on 64 GPUs in seconds.
 
+Compiled kernels it does not know: blocks are those that torch runs operation by operation.
 On a machine without CUDA the tensors pretend to lie on the CPU, where torch splits a norm up that
 CUDA does in one kernel; `_FusedNorm` stands for that kernel.
 """
@@ -32,7 +33,7 @@ from job.distributed.world import World
 from job.memory.footprint import Footprint, Moment, Setting
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.shards import local_shard
-from job.model.transformer import PackedLayout
+from job.model.transformer import PackedLayout, Reads
 from job.training.histogram import Histogram, histogram_loss
 from job.training.optimizer import build_optimizer
 
@@ -53,9 +54,10 @@ def simulate(setting: Setting) -> Footprint:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         norm = mock.patch.object(F, "rms_norm", _fused_norm) if setting.cuda else nullcontext()
         layout = _layout(setting)
+        reads = _reads(setting, layout)
         with norm, mode:
             critic.to_empty(device="cpu")
-            return _Simulation(setting, critic, layout).footprint()
+            return _Simulation(setting, critic, layout, reads).footprint()
 
 
 @contextmanager
@@ -92,6 +94,12 @@ def _layout(setting: Setting) -> PackedLayout:
     return layout
 
 
+def _reads(setting: Setting, layout: PackedLayout) -> Reads:
+    """The last n tokens, of whole sequences and one more at most; closed form knows them alone."""
+    n, t = setting.read_tokens, setting.micro_batch_tokens
+    return layout.reads(torch.arange(t - n, t))
+
+
 class _NoEmbeddings(torch.nn.Embedding):
     """Embeddings that nothing asks for, of no parameters."""
 
@@ -103,20 +111,25 @@ class _NoEmbeddings(torch.nn.Embedding):
 class _Simulation:
     """The last micro-batch of a step and the update after it, in a training that is under way."""
 
-    def __init__(self, setting: Setting, critic: Critic, layout: PackedLayout) -> None:
+    def __init__(
+        self, setting: Setting, critic: Critic, layout: PackedLayout, reads: Reads
+    ) -> None:
         self._setting, self._critic = setting, critic
-        t = setting.micro_batch_tokens
-        n = t if setting.response_tokens is None else setting.response_tokens
+        t, n = setting.micro_batch_tokens, setting.read_tokens
         layout.positions = torch.empty(t, dtype=torch.int64)
         layout.boundaries = torch.empty(len(layout.lengths) + 1, dtype=torch.int32)
         self._layout = layout
         self._tokens = torch.empty(t, dtype=torch.int64)
-        self._at = torch.empty(n, dtype=torch.int64)
-        self._inputs = [self._tokens, self._at, layout.positions, layout.boundaries]
+        reads.rows = torch.empty(n, dtype=torch.int64)
+        reads.boundaries = torch.empty(len(reads.boundaries), dtype=torch.int32)
+        self._reads = reads
+        self._inputs = [self._tokens, layout.positions, layout.boundaries, reads.rows]
+        self._inputs.append(reads.boundaries)
         if setting.has_cache:
             dtype = torch.bfloat16 if setting.fsdp.mixed_precision else torch.float32
-            hidden = torch.empty(t, setting.architecture.dim, dtype=dtype)
-            critic.trunk.prefix = lambda tokens, layout: hidden  # type: ignore[method-assign]
+            rows = t if setting.num_unfrozen_layers else n
+            hidden = torch.empty(rows, setting.architecture.dim, dtype=dtype)
+            critic.trunk.prefix = lambda *_: hidden  # type: ignore[method-assign]
             self._inputs.append(hidden)
         config = TrainingConfig(num_unfrozen_layers=setting.num_unfrozen_layers)
         self._optimizer = build_optimizer(critic, config)
@@ -141,7 +154,7 @@ class _Simulation:
             parameter.grad = torch.zeros_like(parameter)
 
     def _micro_batch(self) -> None:
-        outputs = self._critic(self._tokens, self._layout, self._at)
+        outputs = self._critic(self._tokens, self._layout, self._reads)
         if self._setting.head_outputs == 1:
             outputs.square().sum().backward()
             return

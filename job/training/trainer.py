@@ -26,12 +26,13 @@ from job.run.report_page import write_report
 from job.run.trained import find_weights, load_weights
 from job.training.attempt import Attempt, claimed_attempt
 from job.training.checkpoint import Checkpoints
+from job.training.compilation import choose_compilation
 from job.training.data import CriticData, load_critic_data
 from job.training.gpu import check_gpu
 from job.training.learner import Learner
 from job.training.loop import Training, try_to_save
 from job.training.machine import describe
-from job.training.memory_report import MemoryAccount, choose_micro_batch
+from job.training.memory_report import MemoryAccount, choose_by_memory
 from job.training.objective import Objective
 from job.training.out_of_memory import out_of_memory_judged
 from job.training.preparation import load_critic, set_up_torch
@@ -60,7 +61,8 @@ def train(config: CriticConfig, *, resume: bool = True, verify: bool = False) ->
 def _train(attempt: Attempt) -> None:
     config, run, world = attempt.config, attempt.run, attempt.world
     check_gpu(config.distributed.fsdp, read_architecture(config.model.path), world.device)
-    choose_micro_batch(config, run, world)
+    choose_compilation(config, world)
+    choose_by_memory(config, run, world)
     data = world.main_first(lambda: load_critic_data(config, run, world, verify=attempt.verify))
     identity = world.main_decides(lambda: _identity(config, data, attempt.verify))
     checkpoints = Checkpoints(run, attempt.fence, config.checkpoint, identity, world)

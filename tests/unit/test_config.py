@@ -241,7 +241,7 @@ def test_plain_form(file: Path) -> None:
     plain = to_dict(_load(file, "objective.loss=bce", "data.fields={reward: ok}"))
     assert plain["run"] == {"name": "from-file", "dir": "runs/from-file"}
     assert plain["objective"]["loss"] == "bce"
-    assert plain["distributed"]["fsdp"]["sharding_strategy"] == "FULL_SHARD"
+    assert plain["distributed"]["fsdp"]["sharding_strategy"] == "auto"
     assert plain["data"]["fields"] == {"reward": "ok"}
     assert plain["training"]["betas"] == [0.9, 0.95]
 

@@ -76,7 +76,7 @@ def test_what_cublas_works_in_is_predicted_as_it_is_measured(cuda: bool) -> None
 
 @pytest.mark.parametrize(
     ("gpus", "capacity", "n"),
-    [(1, A100_40GB, 5), (1, A100_80GB, 14), (4, A100_40GB, 15), (2, A100_80GB, 23)],
+    [(1, A100_40GB, 5), (1, A100_80GB, 15), (4, A100_40GB, 16), (2, A100_80GB, 24)],
 )
 def test_the_largest_n_fits_and_one_more_does_not(gpus: int, capacity: int, n: int) -> None:
     assert largest_unfrozen(_setting(gpus=gpus), capacity) == n

@@ -188,9 +188,12 @@ def test_full_training_has_no_prefix_to_cache() -> None:
 
 BATCH = 10 * (8 + 8) + 4 * 8
 HIDDEN, INNER, ROW, ROTATIONS = 10 * 64 * 2, 10 * 160 * 2, 4 * 64 * 4, 10 * 8 * 8
-NORM = 10 * (64 * 4 + 4 + 64 * 2)  # input and 1 / rms in float32, output
-MIXED = 10 * (4 * 64 * 2 + 4 * 4)  # q, k and v repeated, result, log-sum-exp
+READ, READ_INNER = 4 * 64 * 2, 4 * 160 * 2  # of the rows that are read, in the last block
+NORM, READ_NORM = (tokens * (64 * 2 + 4 + 64 * 2) for tokens in (10, 4))  # input, 1 / rms, output
+MIXED = 10 * (2 * 64 * 2 + 2 * 32 * 2 + 4 * 4)  # q, result, k, v, log-sum-exp
+READ_MIXED = 4 * (2 * 64 * 2 + 4 * 4) + 10 * 2 * 32 * 2
 SAVED = 2 * NORM + MIXED + 4 * INNER
+LAST = NORM + 2 * READ_NORM + READ_MIXED + 4 * READ_INNER + 4 * 8 * 8  # the rows' rotations
 BLOCKS = {  # of two trained ones on two GPUs
     "prefix": {
         # input, attention's result, the norm's, and silu(a), b, silu(a) * b
@@ -198,23 +201,23 @@ BLOCKS = {  # of two trained ones on two GPUs
         "gathered_weights": 2 * 2 * BLOCK,
     },
     "suffix": {
-        "activations": 2 * SAVED + ROTATIONS,
-        "working_set": 5 * HIDDEN,  # the prefix's, and those of the last block
+        "activations": SAVED + LAST + ROTATIONS,
+        "working_set": 2 * READ,
         "gathered_weights": 2 * 2 * BLOCK,
     },
     "value head": {
-        "activations": 2 * SAVED + ROTATIONS,
-        "working_set": HIDDEN + 2 * ROW,
+        "activations": SAVED + LAST + ROTATIONS,
+        "working_set": READ + 2 * ROW,
         "gathered_weights": 2 * 2 * BLOCK,
     },
     "head": {
-        "activations": 2 * SAVED + ROTATIONS,
+        "activations": SAVED + LAST + ROTATIONS,
         "working_set": 3 * ROW,
         "gathered_weights": 2 * BLOCK,
     },
     "block 0": {
-        "activations": 2 * SAVED + ROTATIONS - INNER,
-        "working_set": HIDDEN + 3 * INNER + 2 * 64 * 160,
+        "activations": SAVED + LAST + ROTATIONS - READ_INNER,
+        "working_set": READ + 3 * READ_INNER + 2 * 64 * 160,
         "gathered_weights": 2 * 2 * BLOCK,
     },
     "attention 0": {
@@ -263,7 +266,7 @@ def test_recomputed_blocks_keep_their_inputs_alone() -> None:
     setting = _small(2, activation_checkpointing=True)
     assert _moment(setting, "suffix").components["activations"] == 2 * HIDDEN + ROTATIONS
     first = _moment(setting, "block 0").components["activations"]
-    assert first == 2 * HIDDEN + ROTATIONS + SAVED - INNER
+    assert first == HIDDEN + ROTATIONS + LAST - READ_INNER
 
 
 def test_gradients_come_block_by_block_where_none_are_left_from_before() -> None:
@@ -310,7 +313,8 @@ def test_an_evaluation_saves_nothing_and_has_no_gradients() -> None:
     evaluated = _moment(setting, "evaluate")
     assert evaluated.components["gradients"] == 0
     assert _on_top(evaluated) == {
-        "working_set": 2 * BLOCKS["prefix"]["working_set"],
+        # all are read, and taken out of the last block's input
+        "working_set": 2 * (BLOCKS["prefix"]["working_set"] + HIDDEN + ROTATIONS),
         "gathered_weights": 3 * 2 * BLOCK,  # the last one's stay from batch to batch
         "batch": 20 * 3 * 8,
     }

@@ -30,7 +30,7 @@ from job.training import memory_report as account
 from job.training.data import CriticData
 from job.training.memory_report import (
     MemoryAccount,
-    choose_micro_batch,
+    choose_by_memory,
     heaviest,
     measured_peak,
     within,
@@ -101,7 +101,7 @@ def test_auto_is_a_number_that_fits_and_is_kept(
     def chosen(capacity: float) -> int:
         monkeypatch.setattr(account, "_capacity", lambda world: int(capacity))
         config.training.micro_batch_tokens = "auto"
-        choose_micro_batch(config, run, World())
+        choose_by_memory(config, run, World())
         assert run.status()["micro_batch_tokens"] == config.training.token_budget
         return config.training.token_budget
 
@@ -112,7 +112,7 @@ def test_auto_is_a_number_that_fits_and_is_kept(
     with pytest.raises(InputError, match="micro_batch_tokens: auto"):
         chosen(1e5)
     config.training.micro_batch_tokens = 128
-    choose_micro_batch(config, run, World())
+    choose_by_memory(config, run, World())
     assert config.training.micro_batch_tokens == 128
 
 

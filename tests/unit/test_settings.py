@@ -102,3 +102,49 @@ def test_where_nothing_fits_it_is_said_what_would() -> None:
     assert said.endswith("or set distributed.fsdp.activation_checkpointing")
     with pytest.raises(InputError, match=r"GPU's 12\.0 GB even with 2048 tokens; no N fits"):
         _auto(capacity=12_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "world_size", "strategy"),
+    [
+        (A100_80GB, 4, "REPLICATE_FROZEN"),
+        (A100_80GB, 1, "REPLICATE_FROZEN"),
+        (18 * 10**9, 4, "FULL_SHARD"),  # 20.4 with frozen weights whole, 11.7 without
+        (0, 4, "FULL_SHARD"),  # not known
+    ],
+)
+def test_auto_keeps_frozen_weights_whole_where_they_fit(
+    capacity: int, world_size: int, strategy: str
+) -> None:
+    config = _config(micro_batch_tokens=8192)
+    assert config.distributed.fsdp.sharding_strategy is ShardingStrategy.auto
+    chosen = setting_of(config, SEVEN_B, world_size=world_size, per_node=8, capacity=capacity)
+    assert chosen.fsdp.sharding_strategy is ShardingStrategy[strategy]
+    assert fit(chosen, capacity).fits or not capacity
+    for other in ({"cuda": False}, {}):
+        config.distributed.fsdp.cpu_offload = not other
+        sharded = setting_of(config, SEVEN_B, world_size=4, capacity=A100_80GB, **other)
+        assert sharded.fsdp.sharding_strategy is ShardingStrategy.FULL_SHARD
+
+
+def test_a_strategy_that_is_named_is_kept() -> None:
+    config = _config(micro_batch_tokens=8192)
+    config.distributed.fsdp.sharding_strategy = ShardingStrategy.SHARD_GRAD_OP
+    kept = setting_of(config, SEVEN_B, world_size=4, capacity=A100_80GB)
+    assert kept.fsdp.sharding_strategy is ShardingStrategy.SHARD_GRAD_OP
+
+
+def test_with_both_auto_whole_weights_leave_room_for_a_usual_micro_batch() -> None:
+    config = _config(batch_size=256, micro_batch_tokens="auto")
+    for capacity in range(16, 40, 2):
+        found = setting_of(config, SEVEN_B, world_size=4, capacity=capacity * 10**9)
+        if found.fsdp.sharding_strategy is ShardingStrategy.REPLICATE_FROZEN:
+            assert found.micro_batch_tokens >= 8192
+
+
+@pytest.mark.parametrize(("given", "compiled"), [("auto", True), (True, True), (False, False)])
+def test_blocks_are_predicted_as_compiled_on_gpus(given: bool | str, compiled: bool) -> None:
+    config = _config(micro_batch_tokens=8192)
+    config.training.compile = given
+    assert setting_of(config, SEVEN_B).compiled is compiled
+    assert not setting_of(config, SEVEN_B, cuda=False).compiled

@@ -16,12 +16,13 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "critic"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "gpus", "peak"), [("1gpu", 1, 31.05), ("4gpu", 4, 13.04)])
+@pytest.mark.parametrize(("name", "gpus", "peak"), [("1gpu", 1, 30.65), ("4gpu", 4, 12.65)])
 def test_a_shipped_configuration_takes_a_step_of_a_7b_trunk_as_predicted(
     name: str, gpus: int, peak: float
 ) -> None:
     missing = [f"{key}=unused" for key in ("model.path", "data.train", "data.validation")]
-    config = load_config(CriticConfig, CONFIGS / f"critic_{name}.yaml", missing)
+    given = [*missing, "training.compile=false"]  # of compiled kernels there is no simulation
+    config = load_config(CriticConfig, CONFIGS / f"critic_{name}.yaml", given)
     setting = setting_of(config, SHAPES["7b"], world_size=gpus, per_node=gpus)
     stepped = simulate(setting)
     assert stepped.peak.total == pytest.approx(footprint(setting).peak.total, rel=0.02)

@@ -95,7 +95,7 @@ def test_a_stream_without_tokens_is_refused(lengths: list[int]) -> None:
 def test_rope_rotates_neighbouring_channels_by_position_times_frequency() -> None:
     config = TransformerConfig(dim=4, n_layers=1, n_heads=1, vocab_size=2)
     x = torch.tensor([[[1.0, 0.0, 0.0, 1.0]]])
-    turned = rotate(x, rope_table(config, torch.tensor([3])))[0, 0]
+    turned = rotate(x, rope_table(rope_frequencies(config), torch.tensor([3])))[0, 0]
     slow = 3 * 10000**-0.5
     expected = [math.cos(3), math.sin(3), -math.sin(slow), math.cos(slow)]
     torch.testing.assert_close(turned, torch.tensor(expected))
@@ -179,10 +179,11 @@ def test_the_prefix_runs_without_gradients_and_joins_the_suffix() -> None:
     trunk = _trunk(PLAIN).requires_grad_(False)
     trunk.layers[2].requires_grad_(True)
     tokens, layout = torch.arange(6), PackedLayout([6])
-    prefix = trunk.prefix(tokens, layout)
+    rope = trunk.rope(layout)
+    prefix = trunk.prefix(tokens, layout, rope)
     assert trunk.first_trainable_block() == 2
     assert not prefix.requires_grad
-    hidden = trunk.suffix(prefix, layout)
+    hidden = trunk.suffix(prefix, layout, rope)
     assert hidden.requires_grad
     torch.testing.assert_close(hidden, trunk.hidden(tokens, layout))
 
