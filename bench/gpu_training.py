@@ -154,7 +154,7 @@ class GpuTraining:
         if self.case.activation_checkpointing:
             critic.trunk.recompute_trainable_blocks()
         if self.case.compiled:
-            compile_blocks(critic)
+            critic.trunk.compile_blocks()
         shard(critic, self.fsdp, self.world)
         torch.manual_seed(seed)
         with torch.no_grad():
@@ -208,6 +208,7 @@ class GpuTraining:
             accumulates=MICRO_BATCHES > 1,
             cuda=self.on_gpu,
             sequence_tokens=self.case.sequence,
+            compiled=self.case.compiled,
         )
 
     def speed(self, seconds: Sequence[float]) -> dict[str, Any]:
@@ -296,11 +297,6 @@ def packed(
         targets=None,
     )
     return assemble(cast(TokenizedSet, data), np.arange(b), None, device)
-
-
-def compile_blocks(critic: Critic) -> None:
-    for block in critic.trunk.layers:
-        block.compile(fullgraph=True, dynamic=True)
 
 
 def kind_of(kernel: str) -> str:

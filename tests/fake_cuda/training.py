@@ -93,7 +93,7 @@ class Case:
             response_tokens=sum(length - length // 2 for length in self.lengths),
             accumulates=self.micro_batches > 1,
             sequence_tokens=self.sequence,
-            **({"compiled": True} if self.compiled else {}),
+            compiled=self.compiled,
             world_size=self.world,
             per_node=min(self.world, self.per_node),
         )
