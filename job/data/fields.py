@@ -39,6 +39,8 @@ def first_there(row: RawRow, names: Sequence[str]) -> str:
 
 
 def _names(row: RawRow, wanted: str) -> str:
+    if not row:
+        return "none"
     if len(row) <= _NAMES:
         return ", ".join(map(short, map(repr, row)))
     near = difflib.get_close_matches(wanted, row, _NAMES // 2)

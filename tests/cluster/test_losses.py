@@ -37,7 +37,7 @@ MAX_ATTEMPTS = 3  # of the test cluster's profile
 # Which rank dies by which signal, one death an attempt.
 DEATHS = [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSEGV)]
 _SHOWN_STEPS = 60  # of progress between two of them
-_BAD_LINE = 7
+_BAD_LINE = 27  # behind those that a submission looks at
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +366,7 @@ def _submit_where_the_first_node_is_unfit(job: ClusterJob) -> Submitted:
 
 def _write_bad_data(file: Path) -> Path:
     row = {"prompt": "1+1=", "response": "2", "reward": 1}
-    rows = [row | ({"reward": "good"} if line == _BAD_LINE else {}) for line in range(1, 10)]
+    rows = [row | ({"reward": "good"} if line == _BAD_LINE else {}) for line in range(1, 30)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 

@@ -161,11 +161,6 @@ def test_nothing_in_it_makes_anybody_root_and_nothing_lies_in_roots_home(
     assert set(found) <= {"root/.bashrc", "root/.profile"}  # Debian's own
 
 
-def test_it_has_no_compiler(tools: Tools, image: str) -> None:
-    found = _inside(tools, image, "sh", "-c", "command -v cc gcc clang nvcc || true")
-    assert not found
-
-
 def test_the_bill_of_materials_lists_every_package_of_the_image(
     tools: Tools, image: str, built: Built
 ) -> None:

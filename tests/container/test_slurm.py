@@ -63,9 +63,10 @@ def _programs(pids: dict[int, dict[str, str]]) -> list[str]:
 def test_a_wrong_input_in_the_sif_is_the_jobs_end(
     job: ClusterJob, lab: Lab, tools: Tools, sif: Path
 ) -> None:
-    row = {"prompt": "1+1=", "response": "2", "reward": 7}
+    row = {"prompt": "1+1=", "response": "2", "reward": 1}
+    rows = [*[row] * 20, row | {"reward": 7}]  # a submission looks at twenty
     for name in ("train.jsonl", "validation.jsonl"):
-        (job.folder / name).write_text(json.dumps(row) + "\n")
+        (job.folder / name).write_text("".join(json.dumps(one) + "\n" for one in rows))
     data = ("data.train=train.jsonl", "data.validation=validation.jsonl")
     environment = _environment(lab, tools)
     run = job.submit("--gpus", "1", "--image", str(sif), environment=environment, settings=data)

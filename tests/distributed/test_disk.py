@@ -287,7 +287,8 @@ def test_checkpoints_on_a_file_system_that_is_read_only_for_a_while_cost_nothing
 def test_a_disk_that_stays_full_ends_the_run_with_its_last_good_checkpoint(
     job: MicroJob, undisturbed: MicroRun, mounted: Mount
 ) -> None:
-    mounted(job.run("for-good").path, 2 * MIB)  # enough for some checkpoints, not for all
+    # enough for six checkpoints, not for all, and for what is smaller than one
+    mounted(job.run("for-good").path, 2 * MIB + MIB // 8)
     run, log = _train(job, "for-good", "for-good", code=Exit.IO_FAILED)
     assert f"step {STEPS} could not be saved" in log
     assert log.count("trying again in 0 s") == 2 * 2  # on both ranks
