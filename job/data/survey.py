@@ -13,7 +13,7 @@ from job.common.progress import progress
 from job.common.schema import DataConfig
 from job.common.signals import stop_if_asked
 from job.data.rows import BadRow, Place, Placed, Row, in_chunks, read_source
-from job.data.targets import CHARACTER, END, Target, token_of
+from job.data.targets import CHARACTER, END, Target, TargetError, by_token, token_of
 from job.data.template import Template, encode_rows, load_template, render_rows
 from job.data.tokenizer import Encoded, Tokenizer
 
@@ -136,15 +136,28 @@ def _add(
         chunk = list(render_rows(chunk, template))
     good = [(place, row) for place, row in chunk if isinstance(row, Row)]
     bad = [row for _, row in chunk if isinstance(row, BadRow)]
-    found.n_bad += len(bad)
-    found.bad += bad[: max(_BAD - len(found.bad), 0)]
     encoded: Sequence[Encoded | None] = [None] * len(good)
     if tokenizer is not None and template is not None:
         encoded = encode_rows([row for _, row in good], tokenizer, framed=template.framed)
     for (place, row), tokens in zip(good, encoded, strict=True):
+        if (problem := _misplaced(row, tokens)) is not None:
+            bad.append(BadRow(*place, problem))
+            continue
         _count(found, row, tokens, data.max_length)
         if len(found.first) < shown:
             found.first.append(_shown(place, row, tokens, tokenizer))
+    found.n_bad += len(bad)
+    found.bad += bad[: max(_BAD - len(found.bad), 0)]
+
+
+def _misplaced(row: Row, tokens: Encoded | None) -> str | None:
+    """Why a row's targets have no place among its tokens."""
+    try:
+        if tokens is not None:
+            by_token(row.targets, row.prompt, tokens.ends, tokens.response_start)
+    except TargetError as error:
+        return str(error)
+    return None
 
 
 def _count(found: Survey, row: Row, tokens: Encoded | None, max_length: int) -> None:
