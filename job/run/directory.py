@@ -105,9 +105,13 @@ class RunDirectory(StoredRun):
 
     def kept_from_before(self, config: Any) -> dict[str, Any]:
         """What this run does otherwise than `config`, whose defaults were not when it began."""
-        if not self._binds or not any(read_yaml(file) for file in self.config_files()):
+        if not self._is_configured or not self._binds:
             return {}
         return kept_from_before(self.config(), config)
+
+    @property
+    def _is_configured(self) -> bool:
+        return any(read_yaml(file) for file in self.config_files())
 
     @property
     def _has_begun(self) -> bool:
@@ -123,7 +127,7 @@ class RunDirectory(StoredRun):
 
     def _refuse_other(self, config: dict[str, Any]) -> None:
         """Raise InputError if the directory is another run's, or no run's."""
-        if not any(read_yaml(file) for file in self.config_files()):
+        if not self._is_configured:
             foreign = self.file("metrics.jsonl").exists() or self.file("plots").exists()
             if foreign and not (self._has_begun or self.has_config):
                 raise InputError(f"run.dir: {self.path} holds files that no run here has written")
