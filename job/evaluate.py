@@ -38,7 +38,7 @@ from job.common.errors import InputError, file_error, run_and_leave
 from job.common.files import write_atomic
 from job.common.possible_values import impossible_fields, impossible_range
 from job.common.progress import set_up_logging
-from job.common.schema import EMBEDDED, Loss
+from job.common.schema import EMBEDDED
 from job.evaluation.reading import Data, read_solutions
 from job.evaluation.summary import ERRORS, Summary, summarise, tables
 from job.run.evaluations import FILE, Evaluation, evaluation_folder, evaluation_section
@@ -138,7 +138,7 @@ def _scored(options: argparse.Namespace) -> tuple[Path, Data, bool] | None:
         return None
     config = find().config
     data = Data(options.data, config.data.fields, config.data.reward_range, options.answer)
-    return values, data, config.objective.loss is Loss.pairwise
+    return values, data, config.objective.ranks_only
 
 
 def _given(options: argparse.Namespace) -> tuple[Path, Data | None, bool]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from job.common.errors import InputError, file_error
 
-Source = str | Path | Sequence[str]  # a file, a glob, a folder of shards, or a list of these
+Source = str | Path | Sequence[str | Path]  # a file, a glob, a folder of shards, or a list of these
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".ndjson", ".parquet")
 _ARROW = ".arrow"
 _STATE = "state.json"  # of a folder that `datasets.save_to_disk` made
@@ -28,7 +28,7 @@ def data_files(source: Source) -> list[Path]:
     """
     if isinstance(source, str | Path):
         return _of_one(str(source))
-    return [file for one in source for file in _of_one(one)]
+    return [file for one in source for file in _of_one(str(one))]
 
 
 def _of_one(source: str) -> list[Path]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from omegaconf import MISSING
 
+RIGHT = 0.5  # rewards and labels of steps from here on count as right
 EMBEDDED = "embedded"  # as data source: the chains of job.data.arithmetic
 AUTO = "auto"
 FIELD_PRESETS = (  # of data.fields, layouts that job.data.layouts reads

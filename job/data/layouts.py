@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from job.common.errors import quoted
+from job.common.schema import RIGHT
 from job.data import fields as read
 from job.data.raw_rows import RawRow, RowError
 from job.data.rows import Message, Range, Rewards, Row
@@ -22,7 +23,6 @@ from job.data.targets import END, Target, TargetError, read_targets
 
 ALPACA_FIELDS = {"prompt": "instruction", "response": "output", "reward": "is_correct"}
 _UNIT = (0.0, 1.0)
-_RIGHT = 0.5  # step labels from here on count as right
 _PROMPTS = ("prompt", "problem", "question", "instruction")
 _RESPONSES = ("responses", "answers", "generations", "completions", "solutions")
 _LABELS = ("labels", "correctness", "correct", "is_correct", "rewards", "scores")
@@ -346,7 +346,7 @@ def _stepped(
 
 
 def _first_error(labels: Sequence[float | None]) -> int | None:
-    wrong = [k for k, x in enumerate(labels) if x is not None and x < _RIGHT]
+    wrong = [k for k, x in enumerate(labels) if x is not None and x < RIGHT]
     if wrong:
         return wrong[0]
     return None if any(x is None for x in labels) or not labels else -1

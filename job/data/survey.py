@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,16 +12,14 @@ from numpy.typing import NDArray
 from job.common.progress import progress
 from job.common.schema import DataConfig
 from job.common.signals import stop_if_asked
-from job.data.rows import BadRow, Place, Row, read_source
-from job.data.targets import CHARACTER, END, Target, token_of
-from job.data.template import Template, load_template, render_rows
+from job.data.rows import BadRow, Place, Placed, Row, in_chunks, read_source
+from job.data.targets import CHARACTER, END, Target, TargetError, by_token, token_of
+from job.data.template import Template, encode_rows, load_template, render_rows
 from job.data.tokenizer import Encoded, Tokenizer
 
 SHOWN = 3  # rows that are shown whole
 _BAD = 10  # bad rows whose reasons are kept
-_AT_ONCE = 1024
 _LABELS = 5  # equal parts of [0, 1] between the labels 0 and 1
-Placed = tuple[Place, Row | BadRow]
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def survey(data: DataConfig, tokenizer: Tokenizer | None, shown: int = SHOWN) ->
     template = None if tokenizer is None else load_template(data.template, tokenizer)
     rows = _rows(data, data.train)
     with progress("reading") as advance:
-        for chunk in _chunks(rows):
+        for chunk in in_chunks(rows):
             stop_if_asked()
             _add(found, chunk, data, tokenizer, template, shown)
             advance(found.rows + found.n_bad, f"{found.n_bad} bad" if found.n_bad else "")
@@ -127,12 +124,6 @@ def _rows(data: DataConfig, source: str | list[str]) -> Iterator[Placed]:
     return read_source(source, data.fields, **options)
 
 
-def _chunks(rows: Iterable[Placed]) -> Iterator[list[Placed]]:
-    iterator = iter(rows)
-    while chunk := list(itertools.islice(iterator, _AT_ONCE)):
-        yield chunk
-
-
 def _add(
     found: Survey,
     chunk: list[Placed],
@@ -145,18 +136,28 @@ def _add(
         chunk = list(render_rows(chunk, template))
     good = [(place, row) for place, row in chunk if isinstance(row, Row)]
     bad = [row for _, row in chunk if isinstance(row, BadRow)]
-    found.n_bad += len(bad)
-    found.bad += bad[: max(_BAD - len(found.bad), 0)]
-    if tokenizer is None or template is None:
-        encoded: list[Encoded | None] = [None] * len(good)
-    else:
-        pairs = [(row.prompt, row.response) for _, row in good]
-        ended = [not row.truncated for _, row in good]
-        encoded = [*tokenizer.encode(pairs, framed=template.framed, ended=ended)]
+    encoded: Sequence[Encoded | None] = [None] * len(good)
+    if tokenizer is not None and template is not None:
+        encoded = encode_rows([row for _, row in good], tokenizer, framed=template.framed)
     for (place, row), tokens in zip(good, encoded, strict=True):
+        if (problem := _misplaced(row, tokens)) is not None:
+            bad.append(BadRow(*place, problem))
+            continue
         _count(found, row, tokens, data.max_length)
         if len(found.first) < shown:
             found.first.append(_shown(place, row, tokens, tokenizer))
+    found.n_bad += len(bad)
+    found.bad += bad[: max(_BAD - len(found.bad), 0)]
+
+
+def _misplaced(row: Row, tokens: Encoded | None) -> str | None:
+    """Why a row's targets have no place among its tokens."""
+    try:
+        if tokens is not None:
+            by_token(row.targets, row.prompt, tokens.ends, tokens.response_start)
+    except TargetError as error:
+        return str(error)
+    return None
 
 
 def _count(found: Survey, row: Row, tokens: Encoded | None, max_length: int) -> None:

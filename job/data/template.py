@@ -24,9 +24,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from job.common.errors import InputError, file_error, first_line
 from job.common.schema import CHAT, is_chat_template
-from job.data.rows import BadRow, Message, Place, Row
+from job.data.rows import BadRow, Message, Placed, Row
 from job.data.targets import CHARACTER, Target
-from job.data.tokenizer import Tokenizer
+from job.data.tokenizer import Encoded, Tokenizer
 from job.data.tokenizer_settings import NAMES
 
 _MAX_LOOPS = 100_000  # over ranges, in one text
@@ -245,9 +245,7 @@ def _left_open(text: str) -> set[str]:
     return left
 
 
-def render_rows(
-    rows: Iterable[tuple[Place, Row | BadRow]], template: Template
-) -> Iterator[tuple[Place, Row | BadRow]]:
+def render_rows(rows: Iterable[Placed], template: Template) -> Iterator[Placed]:
     """The rows with the template's texts for prompt and response, bad where it has none."""
     for place, row in rows:
         if isinstance(row, BadRow):
@@ -263,6 +261,13 @@ def render_rows(
             lead = template.lead(row.response, response)
             targets = tuple(_moved(one, lead) for one in row.targets)
             yield place, replace(row, prompt=prompt, response=response, lead=lead, targets=targets)
+
+
+def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, *, framed: bool) -> list[Encoded]:
+    """The tokens of rows that a template, `framed` or not, has rendered."""
+    texts = [(row.prompt, row.response) for row in rows]
+    ended = [not row.truncated for row in rows]
+    return [*tokenizer.encode(texts, framed=framed, ended=ended)]
 
 
 def _moved(target: Target, lead: int) -> Target:

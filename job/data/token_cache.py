@@ -7,7 +7,6 @@ into place wins. A set that is not whole any more is built anew.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import zipfile
 import zlib
@@ -34,17 +33,16 @@ from job.common.schema import (
 )
 from job.common.signals import stop_if_asked
 from job.data import arithmetic
-from job.data.rows import BadRow, Place, Rewards, Row, read_source
+from job.data.rows import BadRow, Place, Placed, Rewards, Row, in_chunks, read_source
 from job.data.stored_targets import Targets
 from job.data.targets import TargetError, by_token
-from job.data.template import Template, load_template, render_rows
+from job.data.template import Template, encode_rows, load_template, render_rows
 from job.data.tokenizer import Encoded, Tokenizer
 
 FORMAT = 5  # part of the key: raise it when the stored form changes
 _READING = 2  # raise it when some rows become other tokens; runs go on all the same
 _READING_EMBEDDED = 3  # the same for the embedded data
 _NO_TARGETS: dict[int, tuple[float, float]] = {}  # of most rows, once
-_BATCH = 1024  # examples tokenised together
 _ODD_LABELS = "odd_labels.jsonl"
 _DAMAGE = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # as numpy names it
 
@@ -129,7 +127,7 @@ class Source:
 
     name: str
     origin: dict[str, Any]
-    rows: Iterator[tuple[Place, Row | BadRow]]
+    rows: Iterator[Placed]
     reading: int = _READING
     scored: bool = False  # whether where tokens end is kept
 
@@ -260,14 +258,15 @@ def _embedded(config: ArithmeticConfig, split: str, labelled: bool) -> Source:
 
 def _files(files: Files, data: DataConfig | PretrainDataConfig, labelled: Rewards) -> Source:
     """Files that are read one after the other; a single one counts as itself, however named."""
-    check_readable(files)
-    content = [{"content": _digest(file), "kind": file.suffix} for file in data_files(files)]
+    found = data_files(files)  # once: a glob may find more by the time that rows are read
+    check_readable(found)
+    content = [{"content": _digest(file), "kind": file.suffix} for file in found]
     origin: dict[str, Any] = {**content[0]} if len(content) == 1 else {"files": content}
     origin |= {"fields": data.fields, "labelled": labelled}
     span = data.reward_range if isinstance(data, DataConfig) else None
     if span is not None:
         origin["reward_range"] = span
-    rows = read_source(files, data.fields, rewards=labelled, reward_range=span)
+    rows = read_source(found, data.fields, rewards=labelled, reward_range=span)
     return Source(described(files), origin, rows)
 
 
@@ -304,7 +303,7 @@ def _write(
     writer = _SetWriter(scratch, framed=template.framed, scored=source.scored)
     rows = render_rows(source.rows, template)
     with writer, progress(f"tokenising {source.name}") as advance:
-        for chunk in _chunks(rows):
+        for chunk in in_chunks(rows):
             stop_if_asked()
             writer.add(chunk, tokenizer, policy)
             advance(writer.n_seen, f"{len(writer.bad)} bad" if writer.bad else "")
@@ -319,21 +318,12 @@ def _write(
     writer.finish()
 
 
-_Placed = tuple[Place, Row | BadRow]
-
-
-def _chunks(rows: Iterable[_Placed]) -> Iterator[list[_Placed]]:
-    iterator = iter(rows)
-    while chunk := list(itertools.islice(iterator, _BATCH)):
-        yield chunk
-
-
 class _SetWriter:
     """Appends tokenised examples to the files of a set; only the index stays in memory."""
 
     def __init__(self, folder: Path, *, framed: bool, scored: bool = False) -> None:
         self.folder = folder
-        self.framed, self.scored = framed, scored
+        self.framed = framed
         self.n_seen = 0
         self.bad: list[BadRow] = []
         self.refused: list[BadRow] = []  # those of `bad` that the policy does not skip
@@ -356,11 +346,9 @@ class _SetWriter:
             if file is not None:
                 file.close()
 
-    def add(self, chunk: list[_Placed], tokenizer: Tokenizer, policy: _Policy) -> None:
+    def add(self, chunk: list[Placed], tokenizer: Tokenizer, policy: _Policy) -> None:
         good = [row for _, row in chunk if isinstance(row, Row)]
-        texts = [(row.prompt, row.response) for row in good]
-        ended = [not row.truncated for row in good]
-        encoded = iter(tokenizer.encode(texts, framed=self.framed, ended=ended))
+        encoded = iter(encode_rows(good, tokenizer, framed=self.framed))
         for place, row in chunk:
             self.n_seen += 1
             if isinstance(row, BadRow):

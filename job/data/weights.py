@@ -6,9 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from job.common.errors import InputError
-from job.common.schema import Weighting
+from job.common.schema import RIGHT, Weighting
 
-_RIGHT = 0.5  # rewards from here on, as in the metrics
 Weights = NDArray[np.float64]
 
 
@@ -40,7 +39,7 @@ def position_weights(
         _, problem, solutions = np.unique(problems, return_inverse=True, return_counts=True)
         weights /= solutions[problem]
     if balance_labels:
-        right = rewards >= _RIGHT
+        right = rewards >= RIGHT
         if right.all() or not right.any():
             kind = "right" if right.all() else "wrong"
             raise InputError(f"objective.balance_labels: all {len(right)} solutions are {kind}")

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from job.common.progress import progress
+from job.common.schema import RIGHT
 from job.common.signals import stop_if_asked
 from job.evaluation import subsets
 from job.evaluation.bootstrap import Estimate, ratio
@@ -18,7 +19,6 @@ from job.evaluation.solutions import Problem
 Doubles = NDArray[np.float64]
 MOST = 64  # attempts of a problem that are looked at together
 CRITIC, ORACLE = "best_of_n", "oracle"
-_RIGHT = 0.5  # rewards from here on count as right, as in the value metrics
 _VOTES = ("majority", "weighted_majority")
 
 
@@ -80,7 +80,7 @@ def _rewards(
         "shortest": subsets.best_of(-lengths, MOST) @ rewards,
         "random": np.full(min(MOST, len(rewards)), rewards.mean()),
         ORACLE: subsets.best_of(rewards, MOST) @ rewards,
-        "pass": subsets.pass_at(rewards >= _RIGHT, MOST),
+        "pass": subsets.pass_at(rewards >= RIGHT, MOST),
     }
 
 

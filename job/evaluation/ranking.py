@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from job.common.schema import RIGHT
 from job.evaluation.bootstrap import ratio
 from job.evaluation.solutions import Problem, Solution
 
@@ -53,7 +54,7 @@ def best_of_four(problems: Sequence[Problem]) -> dict[str, Any] | None:
     """
     parts: dict[str, list[float]] = {}
     for problem in problems:
-        right = problem.rewards >= 0.5
+        right = problem.rewards >= RIGHT
         if len(right) == 4 and right.sum() == 1:
             first = problem.scores == problem.scores.max()
             parts.setdefault(problem.part, []).append(float((first & right).sum() / first.sum()))

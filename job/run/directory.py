@@ -106,26 +106,35 @@ class RunDirectory(StoredRun):
 
     def kept_from_before(self, config: Any) -> dict[str, Any]:
         """What this run does otherwise than `config`, whose defaults were not when it began."""
-        if not any(read_yaml(file) for file in self.config_files()):
-            return {}
-        if not self._has_begun and not self.records():
+        if not self._is_configured or not self._binds:
             return {}
         return kept_from_before(self.config(), config)
+
+    @property
+    def _is_configured(self) -> bool:
+        return any(read_yaml(file) for file in self.config_files())
 
     @property
     def _has_begun(self) -> bool:
         return any(self.path.glob("attempts/*/attempt.json"))
 
+    @property
+    def _binds(self) -> bool:
+        """Whether later attempts are held to its configuration.
+
+        Those that ended before their first step bind nobody to what was wrong.
+        """
+        return self._has_begun or bool(self.records())
+
     def _refuse_other(self, config: dict[str, Any]) -> None:
         """Raise InputError if the directory is another run's, or no run's."""
-        begun = self._has_begun
-        if not any(read_yaml(file) for file in self.config_files()):
+        if not self._is_configured:
             foreign = self.file("metrics.jsonl").exists() or self.file("plots").exists()
-            if foreign and not (begun or self.has_config):
+            if foreign and not (self._has_begun or self.has_config):
                 raise InputError(f"run.dir: {self.path} holds files that no run here has written")
             return
-        if not begun and not self.records():
-            return  # attempts that ended before their first step bind nobody to what was wrong
+        if not self._binds:
+            return
         problem = (
             f"{self.path}: this run directory holds a different configuration "
             "(stored -> asked for); choose another run.dir or run.name"

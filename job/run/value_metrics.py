@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from job.common.schema import RIGHT
+
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.integer]
 _Doubles = npt.NDArray[np.float64]
@@ -21,7 +23,6 @@ _Metrics = dict[str, float | None]
 
 _BINS = 15
 _DECILES = 10
-_PASS = 0.5  # rewards from here on count as the positive class
 _ROUNDING = 1e-12  # of a variance, beside the whole
 _PROMPT = np.dtype(
     [
@@ -441,7 +442,7 @@ def _response_metrics(records: _Records) -> _Metrics:
     return {
         **{f"sequence/{name}": value for name, value in fit.metrics().items()},
         "last_token_mse": last.mse,
-        "last_token_auc": _auc(records["last_value"], records["reward"] >= _PASS),
+        "last_token_auc": _auc(records["last_value"], records["reward"] >= RIGHT),
     }
 
 
@@ -468,7 +469,7 @@ def _prompt_metrics(prompts: _Records) -> _Metrics:
         return {}
     fit = _Fit.of(prompts["value"], prompts["target"])
     metrics = fit.metrics() | {
-        "auc": _auc(prompts["value"], prompts["reward"] >= _PASS),
+        "auc": _auc(prompts["value"], prompts["reward"] >= RIGHT),
         "first_step": float((prompts["next_value"] - prompts["value"]).mean()),
     }
     if not np.isnan(prompts["optimal"]).any():
@@ -490,7 +491,7 @@ def _length_metrics(records: _Records) -> _Metrics:
     return {
         "length_correlation": _pearson(records["value"], length),
         "length_reward_correlation": _pearson(reward, length),
-        "length_auc": _auc(-length, reward >= _PASS),
+        "length_auc": _auc(-length, reward >= RIGHT),
     }
 
 

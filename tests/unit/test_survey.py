@@ -104,6 +104,17 @@ def test_rows_are_shown_as_the_model_sees_them(tmp_path: Path, tokenizer: Tokeni
     ]
 
 
+def test_a_target_behind_the_last_token_makes_a_row_bad(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    rows = [ROWS[0] | {"targets": [{"at": at, "unit": "token", "value": 1.0}]} for at in (1, 1000)]
+    found = looked_at(tmp_path, rows, fields={"targets": "targets"}, tokenizer=tokenizer)
+    assert (found.rows, found.n_bad, found.with_targets) == (1, 1, 1)
+    (bad,) = found.bad
+    assert bad.line == 2
+    assert "token 1000 of" in bad.reason
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
     monkeypatch.setattr(sys, "argv", ["job.data", *map(str, arguments)])
     command.main()
