@@ -78,6 +78,13 @@ class ShardingStrategy(enum.Enum):
     REPLICATE_FROZEN = "REPLICATE_FROZEN"
 
 
+class PrefixCacheMode(enum.Enum):
+    none = "none"
+    validation = "validation"  # only the states of evaluations
+    all = "all"
+    auto = "auto"  # what the disk and the first minutes say
+
+
 @dataclass
 class RunConfig:
     name: str = MISSING
@@ -162,6 +169,10 @@ class TrainingConfig:
     compile: bool | str = field(default="auto", metadata={"before": False})
     # on a GPU: the same bits each time; where an operation has no such form it is an error
     deterministic: bool = field(default=True, metadata={"before": False})
+    # whether the frozen blocks' states are kept on disk, instead of being computed again
+    prefix_cache: PrefixCacheMode = field(default=PrefixCacheMode.auto, metadata={"before": "none"})
+    prefix_cache_dir: str | None = None  # default: prefix, beside the tokenised data
+    prefix_cache_gb: float | None = None  # on disk; default: most of what is free there
     value_head: ValueHeadConfig = field(default_factory=ValueHeadConfig)
 
     @property

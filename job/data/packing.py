@@ -7,7 +7,7 @@ same data. A unit is what must stay together in one micro-batch: a sequence, or 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from job.common.schema import Spread
+from job.data.state_shards import Stored
 from job.data.token_cache import TokenizedSet
 from job.data.weights import Weights
 from job.model.transformer import PackedLayout, to_device
@@ -44,6 +45,7 @@ class Batch:
         pairs: int64 [p, 2], (better, worse) as positions in this batch; empty without pairs.
         given: float32 [n], targets at positions, NaN where the reward is the target; None if it is
             everywhere.
+        stored: by which keys the states of the b sequences are kept; None where they are not.
     """
 
     tokens: Tensor
@@ -58,6 +60,7 @@ class Batch:
     optimal: NDArray[np.float32] | None
     pairs: Tensor
     given: Tensor | None = None
+    stored: Stored | None = None
 
     @property
     def at_prompts(self) -> Tensor:
@@ -156,6 +159,9 @@ class Packer:
         prompt_value: whether the last token before a response is valued too.
         weights: float64 [sequences], of each position of each sequence; default: 1.
         spread: of targets at positions.
+
+    Attributes:
+        stored: by which keys the states of all sequences are kept; None where they are not.
     """
 
     def __init__(
@@ -178,6 +184,7 @@ class Packer:
         self._lengths = data.lengths
         self._costs = sequence_cost(self._lengths, dim)
         self._is_mixed = bool((units < 0).any())
+        self.stored: Stored | None = None
 
     def step(self, step: int, sequences: int, seed: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step` (from 0)."""
@@ -215,7 +222,7 @@ class Packer:
         """
         if not len(units):
             return _filler(self.device)
-        return assemble(
+        batch = assemble(
             self.data,
             units[units >= 0],
             _pairs(units),
@@ -224,6 +231,20 @@ class Packer:
             weights=self.weights,
             spread=self.spread,
         )
+        return replace(batch, stored=self.stored_of(units))
+
+    def stored_of(self, units: Indices) -> Stored | None:
+        """The keys of the sequences of a micro-batch, in its order."""
+        if self.stored is None or not len(units):
+            return None
+        return self.stored[units[units >= 0]]
+
+    def steps_before_epoch(self, step: int, sequences: int) -> int:
+        """How many optimizer steps were of earlier epochs alone than the one `step` begins in."""
+        total = int(np.count_nonzero(self.units >= 0))
+        if not self._is_mixed:
+            sequences -= sequences % self.units.shape[1]
+        return step * sequences // total * total // sequences
 
 
 def _of_units(values: NDArray[Any], units: Indices) -> NDArray[Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from job.model.architecture import TransformerConfig
 from job.model.parameters import Count, ParameterCounts, bytes_text, select_trainable
+from job.model.prefix import Prefix
 from job.model.shards import fill, full_tensor
 from job.model.transformer import PackedLayout, Reads, Trunk
 
@@ -29,7 +30,13 @@ class Critic(nn.Module):
         self.value_head = nn.Linear(config.dim, head_outputs, bias=head_bias)
         self.num_unfrozen_layers = len(self.trunk.layers) + 1  # all, until some are frozen
 
-    def forward(self, tokens: Tensor, layout: PackedLayout, at: Tensor | Reads) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        layout: PackedLayout,
+        at: Tensor | Reads,
+        prefix: Prefix | None = None,
+    ) -> Tensor:
         """Head outputs at positions `at` (int64 [n]) of the stream tokens [t]: float32 [n], or
         [n, k] of a head with k > 1 outputs.
 
@@ -37,7 +44,7 @@ class Critic(nn.Module):
         FSDP would move the positions there first.
         """
         reads = at if isinstance(at, Reads) else layout.reads(at)
-        return self.evaluate_hidden(self.trunk.hidden(tokens, layout, reads), reads)
+        return self.evaluate_hidden(self.trunk.hidden(tokens, layout, reads, prefix), reads)
 
     def evaluate_hidden(self, hidden: Tensor, reads: Reads) -> Tensor:
         """As `forward`, from the last block's output [r, d] on what is read."""

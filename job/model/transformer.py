@@ -25,6 +25,7 @@ from job.model.architecture import (
     TransformerConfig,
     flash_attention_takes,
 )
+from job.model.prefix import Prefix
 
 SPAN_TOKENS = 128  # on CPU, sequences share one masked attention call up to this many tokens
 GROUPS_HEADS = torch.__version__ >= "2.12"  # whether varlen_attn takes fewer heads of keys
@@ -408,14 +409,37 @@ class Trunk(nn.Module):
         start = self._first_with_gradients()
         return self._run(hidden, start, len(self.layers), layout, rope, reads)
 
+    @torch.no_grad()
+    def _stored(
+        self, tokens: Tensor, layout: PackedLayout, rope: Tensor, reads: Reads | None, given: Prefix
+    ) -> Tensor:
+        """As `prefix`, from states that are known."""
+        states = given.states
+        if states is None:
+            embedded = self.tok_embeddings(tokens)
+            states = given.settle(self._run(embedded, 0, given.block, layout, rope, reads))
+        return self._run(states, given.block, self._first_with_gradients(), layout, rope, reads)
+
     def _first_with_gradients(self) -> int:
         if self.gradients_from is not None:
             return self.gradients_from
         return self.first_trainable_block()
 
-    def hidden(self, tokens: Tensor, layout: PackedLayout, reads: Reads | None = None) -> Tensor:
-        """Output of the last block [t, d] before the final norm, or [r, d]; tokens int [t]."""
+    def hidden(
+        self,
+        tokens: Tensor,
+        layout: PackedLayout,
+        reads: Reads | None = None,
+        prefix: Prefix | None = None,
+    ) -> Tensor:
+        """Output of the last block [t, d] before the final norm, or [r, d]; tokens int [t].
+
+        With a `prefix`, blocks before it are run only for what is not known of it.
+        """
         rope = self.rope(layout)  # one for both: a second would have to wait for the whole prefix
+        if prefix is not None:
+            stored = self._stored(tokens, layout, rope, reads, prefix)
+            return self.suffix(stored, layout, rope, reads)
         if self.tok_embeddings.weight.requires_grad and self.gradients_from is None:
             embedded = self.tok_embeddings(tokens)
             return self._run(embedded, 0, len(self.layers), layout, rope, reads)

@@ -49,6 +49,7 @@ MAY_CHANGE = (
     "training.threads",
     "training.compile",
     "training.deterministic",
+    "training.prefix_cache",
     "logging.",
     "checkpoint.",
     "distributed.start_timeout_seconds",

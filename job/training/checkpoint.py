@@ -93,6 +93,8 @@ class Checkpoints:
         newest: the last committed step; 0 if there is none.
         has_saved: whether this attempt has committed one.
         logs_written: makes metrics up to now durable, as far as that is possible.
+        states_written: the same for what each rank has kept of frozen blocks' states, which later
+            steps rely on.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Checkpoints:
         self._next = config.every_steps
         self.newest, self.has_saved = 0, False
         self.logs_written: Callable[[], None] = lambda: None
+        self.states_written: Callable[[], None] = lambda: None
 
     # Saving
 
@@ -260,6 +263,7 @@ class Checkpoints:
 
     def _write_state(self, scratch: Path, snapshot: Snapshot) -> dict[str, FileSum]:
         """Write this rank's state; checksums of all files that this rank wrote, read back."""
+        self.states_written()
         _write_durably(scratch / f"rank-{self._world.rank:05}.state", snapshot.state)
         names = [f"rank-{self._world.rank:05}.state"]
         names += [file.name for file in scratch.glob(f"__{self._world.rank}_*")]

@@ -21,6 +21,7 @@ from job.model.shards import full_tensor, local_shard
 from job.run.value_metrics import ValueMetrics
 from job.training.objective import Counts, Objective
 from job.training.optimizer import build_optimizer, set_learning_rate
+from job.training.prefix_cache import EVALUATION, PrefixCache
 from job.training.stages import Stages
 
 ADVICE = "Lower training.learning_rate"
@@ -42,7 +43,10 @@ class StepResult:
 
 
 class Learner:
-    """A critic with its objective and optimizer; `phase` is told what is being done."""
+    """A critic with its objective and optimizer; `phase` is told what is being done.
+
+    Frozen blocks' states come from `cache`, as far as it has them.
+    """
 
     def __init__(
         self,
@@ -51,8 +55,10 @@ class Learner:
         config: TrainingConfig,
         world: World,
         phase: Phase = nullcontext,
+        cache: PrefixCache | None = None,
     ) -> None:
         self.critic, self.objective, self.config, self.world = critic, objective, config, world
+        self.cache = cache
         self._phase = phase
         self.optimizer = build_optimizer(critic, config)
         self.trainable = [p for p in critic.parameters() if p.requires_grad]
@@ -77,13 +83,15 @@ class Learner:
         # all ranks' counts, before anything is computed: gradients of two ranks could not be put
         # together later if each had divided by its own
         own = Counts.of([self.objective.counts(batch) for batch in batches])
-        whole = Counts(*(all_reduce or self.world.sum)([own.weight, own.pairs]))
+        lacking = [self._lacks(batch, step) for batch in batches]
+        sums = (all_reduce or self.world.sum)([own.weight, own.pairs, *lacking])
+        whole, computed = Counts(*sums[:2]), sums[2:]
         rate = set_learning_rate(self.optimizer, self.config, step)
         learning = self.stages.enter(step)
         losses, values = [], []
-        for batch in batches:
+        for batch, compute in zip(batches, computed, strict=True):
             with self._phase("forward"):
-                output = self.outputs(batch)  # [n]
+                output = self.outputs(batch, step, compute=compute > 0)  # [n]
                 loss = self.objective.loss(output, batch, step, whole)
             with self._phase("backward"):
                 (loss * self.world.size).backward()  # FSDP averages gradients over ranks
@@ -114,10 +122,11 @@ class Learner:
         """
         metrics = ValueMetrics()
         plan = packer.everything
+        computed = [True] * len(plan) if self.cache is None else self.cache.evaluate(packer)
         try:
-            for done, units in enumerate(plan, 1):
+            for done, (units, compute) in enumerate(zip(plan, computed, strict=True), 1):
                 batch = packer.assemble(units)
-                outputs = self.outputs(batch)
+                outputs = self.outputs(batch, EVALUATION, compute=compute)
                 if not outputs.isfinite().all():
                     raise InputError(f"evaluation: predictions are not finite. {ADVICE}")
                 self._record(metrics, self.objective.values(outputs), batch)
@@ -145,9 +154,23 @@ class Learner:
             merged.merge(part)
         return merged
 
-    def outputs(self, batch: Batch) -> Tensor:
-        """Head outputs at the batch's valued positions, float32 [n]."""
-        return self.critic(batch.tokens, batch.layout, batch.layout.reads(batch.positions))
+    def outputs(self, batch: Batch, step: int = EVALUATION, *, compute: bool = True) -> Tensor:
+        """Head outputs at the batch's valued positions, float32 [n].
+
+        Args:
+            step: the optimizer step (from 0), or EVALUATION.
+            compute: whether all ranks run the frozen blocks, since one of them has to.
+        """
+        reads = batch.layout.reads(batch.positions)
+        if self.cache is None:
+            return self.critic(batch.tokens, batch.layout, reads)
+        prefix = self.cache.take(batch, step, compute=compute)
+        outputs = self.critic(batch.tokens, batch.layout, reads, prefix)
+        self.cache.keep(batch, prefix, step)
+        return outputs
+
+    def _lacks(self, batch: Batch, step: int) -> bool:
+        return self.cache is None or self.cache.lacks(batch.stored, step)
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """AdamW's moments of a trainable parameter, sharded as it is; zeros before the first step.

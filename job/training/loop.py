@@ -45,6 +45,8 @@ class Training:
         self._save_seconds = 0.0  # that saving has held up training, since the last log line
         self._passed_over: list[int] = self._world.main_decides(self._run.bad_steps)
         checkpoints.logs_written = tracker.flush
+        if learner.cache is not None:
+            checkpoints.states_written = learner.cache.commit
 
     def run(self) -> None:
         """Train to the last step and save it.
@@ -89,6 +91,9 @@ class Training:
     def _learn_from(self, step: int) -> StepResult:
         """Optimizer step `step` (from 0), in the window of the next log line."""
         window, training, began = self.state.window, self.config.training, time.monotonic()
+        if self.learner.cache is not None:
+            packer, size = self.data.train, training.batch_size
+            self.learner.cache.enter(step, packer, size, training.seed)
         batches = self.data.train.step(step, training.batch_size, training.seed)
         result = self.learner.step(step, batches, window.metrics, self.agreement.all_reduce)
         window.add(batches, time.monotonic() - began)
@@ -117,6 +122,7 @@ class Training:
         if self.config.logging.product_rate:
             speed["product_rate"] = product_rate(self._world.device)
         speed["save_seconds"], self._save_seconds = self._save_seconds, 0.0
+        speed |= self._cache_telemetry(speed)
         memory = {"memory_bytes": self.recorder.peak_bytes(), **self.recorder.telemetry()}
         self.tracker.telemetry(state.step, speed | memory)
         self._run.set_status(step=state.step)
@@ -124,8 +130,31 @@ class Training:
         self._note = _note(figures, speed)
         return _prefixed("value/", figures)
 
+    def _cache_telemetry(self, speed: Mapping[str, float]) -> dict[str, float]:
+        """Which share of states was read; whether any are to be kept is chosen by the speed."""
+        cache, training = self.learner.cache, self.config.training
+        if cache is None:
+            return {}
+        cache.choose_training(
+            self.data.train,
+            training.batch_size,
+            step=self.state.step,
+            last=training.max_steps,
+            seconds=speed.get("seconds_per_step", 0.0),
+        )
+        share = cache.share()
+        return {} if math.isnan(share) else {"prefix_read_share": share}
+
+    def _choose_evaluations(self, seconds: float) -> None:
+        if self.learner.cache is not None:
+            every = self.config.evaluation.every_steps
+            last = self.config.training.max_steps
+            left = -(-last // every) - -(-self.state.step // every)
+            self.learner.cache.choose_evaluations(seconds, left)
+
     def _evaluate(self) -> dict[str, float]:
         """Evaluate, store the curves, and sound the alarm where it is due."""
+        began = time.monotonic()
         with self.recorder.phase("evaluate"), progress("evaluating") as advance:
 
             def at_boundary(done: int, note: str) -> None:
@@ -133,6 +162,7 @@ class Training:
                 advance(done, note)
 
             evaluated = self.learner.evaluate(self.data.validation, at_boundary)
+        self._choose_evaluations(time.monotonic() - began)
         figures = evaluated.compute()
         self._run.write_json("reliability.json", _curves(evaluated))
         if self._world.is_main:
@@ -200,6 +230,8 @@ class Training:
         self.agreement.watchdog.beat()
         restored = self.state = self.checkpoints.restore(folder, self.learner)
         self.tracker.rewind(restored.recorded_step)
+        if self.learner.cache is not None:
+            self.learner.cache.rewind()
         _log.error("%d bad steps in a row: went back to step %d", bad, restored.step)
         if restored.unfinished is not None:
             self._finish_step()

@@ -35,6 +35,7 @@ from job.training.machine import describe
 from job.training.memory_report import MemoryAccount, choose_by_memory
 from job.training.objective import Objective
 from job.training.out_of_memory import out_of_memory_judged
+from job.training.prefix_cache import PrefixCache, opened_cache
 from job.training.preparation import load_critic, set_up_torch
 from job.training.state import TrainingState
 
@@ -84,31 +85,33 @@ def _train_from_checkpoint(
     memory = MemoryAccount(config, data, run, world, recorder)
     with recorder.phase("load"):
         critic = load_critic(config, data, world, attempt.agreement.check)
-    learner = _learner(attempt, critic)
-    if checkpoint is not None:
-        state = checkpoints.restore(checkpoint, learner)
-    else:
-        state = _first_state(config, learner, identity)
-    with recorder.phase("load"):
-        checkpoints.reserve(learner)
-    _go_on_from(state, attempt, checkpoints)
-    _report_parameters(critic, run, world)
-    with Tracker(run) as tracker, run.recorded():
-        began = time.monotonic()
-        Training(attempt, learner, data, state, tracker, checkpoints).run()
-        tracker.telemetry(config.training.max_steps, memory.close())
-        _save_trained(critic, run)
-        seconds = time.monotonic() - began
-        try_to_save(lambda: run.finish(seconds=seconds), OSError)
-        if config.report.enabled and run.writes:
-            _write_report(run)
-        elif run.writes:
-            _log.info("finished: %s", run.path)
+    opened = opened_cache(config, data, identity["base"], run, world, attempt.fence.number)
+    with opened as cache:
+        learner = _learner(attempt, critic, cache)
+        if checkpoint is not None:
+            state = checkpoints.restore(checkpoint, learner)
+        else:
+            state = _first_state(config, learner, identity)
+        with recorder.phase("load"):
+            checkpoints.reserve(learner)
+        _go_on_from(state, attempt, checkpoints)
+        _report_parameters(critic, run, world)
+        with Tracker(run) as tracker, run.recorded():
+            began = time.monotonic()
+            Training(attempt, learner, data, state, tracker, checkpoints).run()
+            tracker.telemetry(config.training.max_steps, memory.close())
+            _save_trained(critic, run)
+            seconds = time.monotonic() - began
+            try_to_save(lambda: run.finish(seconds=seconds), OSError)
+            if config.report.enabled and run.writes:
+                _write_report(run)
+            elif run.writes:
+                _log.info("finished: %s", run.path)
 
 
-def _learner(attempt: Attempt, critic: Critic) -> Learner:
-    config, objective = attempt.config, Objective(attempt.config.objective)
-    return Learner(critic, objective, config.training, attempt.world, attempt.recorder.phase)
+def _learner(attempt: Attempt, critic: Critic, cache: PrefixCache | None) -> Learner:
+    objective, training = Objective(attempt.config.objective), attempt.config.training
+    return Learner(critic, objective, training, attempt.world, attempt.recorder.phase, cache)
 
 
 def _identity(config: CriticConfig, data: CriticData, verify: bool) -> dict[str, Any]:

@@ -1,0 +1,412 @@
+"""Hidden states of sequences on disk, in shards that are there as a whole or not at all.
+
+    FOLDER/NAME.states   entries end to end, each from a multiple of 4 KiB on
+    FOLDER/NAME.index    a line of JSON with a checksum, and an `ENTRY` for each of them
+
+The rename of its index commits a shard. An entry holds the rows of one sequence, whose tokens its
+key stands for, and has a checksum that is looked at whenever it is read.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import queue
+import threading
+import zlib
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from job.common.files import put_in_place
+
+ENTRY = np.dtype(
+    [
+        ("key", np.uint64, 2),
+        ("step", np.int64),  # in which it was computed
+        ("offset", np.int64),  # bytes
+        ("rows", np.int32),
+        ("sum", np.uint32),
+    ]
+)
+GIVEN = -2  # in place of the step, of entries that others have written
+PAGE = 4096  # bytes, of disks
+SHARD_BYTES = 2 * 2**30
+_WAITING = 8  # micro-batches that may wait to be written
+_log = logging.getLogger(__name__)
+
+Keys = NDArray[np.uint64]  # [n, 2]
+Bytes = NDArray[np.uint8]
+
+
+def sequence_keys(
+    tokens: NDArray[np.uint32], offsets: NDArray[np.int64], first_rows: NDArray[np.int64]
+) -> Keys:
+    """A key for each sequence tokens[offsets[i]:offsets[i + 1]], of which rows from the given on
+    are kept: by its tokens and that row, and by how many of them are the same before it.
+
+    Each has states of its own, since they differ in their last bits with the packing.
+    """
+    ends = zip(offsets[:-1], offsets[1:], first_rows, strict=True)
+    digests = (
+        hashlib.blake2b(tokens[a:b].tobytes(), digest_size=16, salt=int(r).to_bytes(8)).digest()
+        for a, b, r in ends
+    )
+    keys = np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2).copy()
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    is_first = np.r_[True, (keys[order][1:] != keys[order][:-1]).any(1)][: len(keys)]
+    place = np.arange(len(keys))
+    before = place - np.maximum.accumulate(np.where(is_first, place, 0))
+    keys[order, 1] += before.astype(np.uint64)
+    return keys
+
+
+@dataclass(frozen=True)
+class Stored:
+    """By which keys n sequences' states are kept [n, 2], and how many rows of each, int64 [n]."""
+
+    keys: Keys
+    rows: NDArray[np.int64]
+
+    def __getitem__(self, chosen: NDArray[np.int64]) -> Stored:
+        return Stored(self.keys[chosen], self.rows[chosen])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class DamagedShardError(ValueError):
+    """A shard's index is not as it was written, or its file is not as long as it says."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The committed entries of one file, and what their states are of."""
+
+    states: Path
+    entries: NDArray[Any]
+
+    @property
+    def index(self) -> Path:
+        return self.states.with_suffix(".index")
+
+    @classmethod
+    def read(cls, index: Path, facts: dict[str, Any]) -> Shard:
+        """The shard of an index.
+
+        Raises:
+            DamagedShardError: it cannot be used.
+            OSError: it cannot be read.
+        """
+        head, _, content = index.read_bytes().partition(b"\n")
+        try:
+            said = json.loads(head)
+            if said["sha256"] != hashlib.sha256(content).hexdigest():
+                raise ValueError("the checksum differs")
+            if said["facts"] != facts:
+                raise ValueError("it is of other states")
+            entries = np.frombuffer(content, ENTRY).copy()
+        except (ValueError, TypeError, KeyError) as error:
+            raise DamagedShardError(str(error)) from None
+        states = index.with_suffix(".states")
+        if states.stat().st_size != said["bytes"]:
+            raise DamagedShardError(f"{states.name} has not the {said['bytes']} bytes it had")
+        return cls(states, entries)
+
+
+class Shards:
+    """What can be read in a folder.
+
+    Args:
+        facts: what the states are of; shards that say otherwise are passed over.
+        row_bytes: of one row.
+    """
+
+    def __init__(self, folder: Path, facts: dict[str, Any], row_bytes: int) -> None:
+        self.folder, self._facts, self._row_bytes = folder, facts, row_bytes
+        self._shards: dict[str, Shard] = {}
+        self._unusable: set[str] = set()
+        self._files: dict[int, int] = {}  # shard -> descriptor
+        self._table = _table([])
+        self._lock = threading.Lock()
+        self.gives_up_pages = False  # so that a cache larger than memory drives out nothing else
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._shards)
+
+    @property
+    def bytes(self) -> int:
+        return int(self._table["rows"].sum()) * self._row_bytes
+
+    def refresh(self, own: str = "", given: Collection[str] | None = None) -> None:
+        """Take in what has been committed since.
+
+        Args:
+            own: what the names of shards begin with whose entries keep their steps.
+            given: the names of others that are wanted; default: all.
+        """
+        for index in sorted(self.folder.glob("*.index")):
+            name, is_own = index.stem, own != "" and index.stem.startswith(own)
+            is_wanted = is_own or given is None or name in given
+            if is_wanted and name not in self._shards and name not in self._unusable:
+                self._take_in(index, is_own=is_own)
+        self._table = _table([shard.entries for shard in self._shards.values()])
+
+    def _take_in(self, index: Path, *, is_own: bool) -> None:
+        try:
+            shard = Shard.read(index, self._facts)
+        except (DamagedShardError, OSError) as error:
+            self._unusable.add(index.stem)
+            _log.warning("%s is not used: %s", index, error)
+            return
+        if not is_own:
+            shard.entries["step"] = GIVEN
+        self._shards[index.stem] = shard
+
+    def find(self, keys: Keys, seen: Callable[[NDArray[np.int64]], NDArray[np.bool_]]) -> Any:
+        """The first entry of each key, of those whose steps are seen: [n] of the table's, -1."""
+        table, found = self._table, np.full(len(keys), -1)
+        at = np.searchsorted(table["high"], keys[:, 0])
+        open_ = np.arange(len(keys))
+        while len(open_ := open_[at[open_] < len(table)]):
+            there = table[at[open_]]
+            open_, there = _where(there["high"] == keys[open_, 0], open_, there)
+            fits = (there["low"] == keys[open_, 1]) & seen(there["step"])
+            found[open_[fits]] = at[open_[fits]]
+            open_ = open_[~fits]
+            at[open_] += 1
+        return found
+
+    def rows(self, found: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many rows each of these entries has, int64 [n]."""
+        return self._table["rows"][found].astype(np.int64)
+
+    def read(self, entry: int, into: memoryview) -> bool:
+        """Read one entry whole; False where it is not what was written, or cannot be read."""
+        one = self._table[entry]
+        try:
+            file = self._open(int(one["shard"]))
+            done = os.preadv(file, [into], int(one["offset"]))
+            if self.gives_up_pages:
+                os.posix_fadvise(file, int(one["offset"]), len(into), os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            _log.warning("%s: %s", self._path(entry), error.strerror)
+            return False
+        if done == len(into) and zlib.crc32(into) == one["sum"]:
+            return True
+        _log.warning("%s: states are not as they were written", self._path(entry))
+        return False
+
+    def set_aside(self, entry: int) -> None:
+        """Let the shard of a damaged entry be none, for everybody."""
+        states = self._path(entry)
+        with suppress(OSError):
+            states.with_suffix(".index").rename(states.with_suffix(".damaged"))
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+    def _path(self, entry: int) -> Path:
+        return list(self._shards.values())[int(self._table[entry]["shard"])].states
+
+    def _open(self, shard: int) -> int:
+        with self._lock:
+            if shard not in self._files:
+                path = list(self._shards.values())[shard].states
+                self._files[shard] = os.open(path, os.O_RDONLY)
+            return self._files[shard]
+
+
+def _where(mask: NDArray[np.bool_], *arrays: Any) -> tuple[Any, ...]:
+    return tuple(array[mask] for array in arrays)
+
+
+def _table(shards: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """All entries by key, those of one key by step and then in the order of the shards."""
+    kind = [("high", np.uint64), ("low", np.uint64), ("shard", np.int32), *ENTRY.descr[1:]]
+    table = np.empty(sum(map(len, shards)), np.dtype(kind))
+    whole = np.concatenate([np.empty(0, ENTRY), *shards])
+    table["high"], table["low"] = whole["key"].T
+    table["shard"] = np.repeat(np.arange(len(shards)), [len(s) for s in shards])
+    for name in ENTRY.names[1:]:  # type: ignore[index]
+        table[name] = whole[name]
+    return table[np.lexsort((table["shard"], table["step"], table["low"], table["high"]))]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows start to stop of a micro-batch, which are the entry of `key`."""
+
+    key: Keys  # [2]
+    start: int
+    stop: int
+
+
+@dataclass
+class _Open:
+    """A shard that is being written."""
+
+    name: str
+    scratch: Path
+    file: int
+    size: int = 0
+    entries: list[NDArray[Any]] = field(default_factory=list)
+
+
+class Writer:
+    """Writes entries into shards of its own, in a thread that no step waits for.
+
+    Args:
+        name: what the names of its shards begin with; nobody else's may.
+        facts: as in `Shards`.
+        may_take: bytes that all its shards together may have.
+
+    Attributes:
+        error: why nothing is written any more; None as long as it is.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        facts: dict[str, Any],
+        *,
+        may_take: float,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        self._folder, self._name, self._facts = folder, name, facts
+        self._left, self._shard_bytes = may_take, shard_bytes
+        self._shard: _Open | None = None
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(_WAITING)
+        self._stored: set[bytes] = set()
+        self.error: str | None = None
+        self._thread = threading.Thread(target=self._work, name="prefix cache", daemon=True)
+        self._thread.start()
+
+    def put(
+        self, pieces: Iterable[Piece], rows: Bytes, step: int, ready: Callable[[], object]
+    ) -> None:
+        """Write pieces of rows, uint8 [t, bytes of a row], once `ready` has returned.
+
+        What this writer has written is not written again.
+        """
+        new = [piece for piece in pieces if piece.key.tobytes() not in self._stored]
+        self._stored |= {piece.key.tobytes() for piece in new}
+        if new and self.error is None:
+            self._queue.put(lambda: self._write(new, rows, step, ready))
+
+    def commit(self) -> None:
+        """Return when everything that was put is committed, or `error` says why not."""
+        done = threading.Event()
+
+        def committed() -> None:
+            try:
+                self._commit()
+            finally:
+                done.set()
+
+        self._queue.put(committed)
+        done.wait()
+
+    def close(self) -> None:
+        """Commit, and end the thread."""
+        if self._thread.is_alive():
+            self.commit()
+            self._queue.put(None)
+            self._thread.join()
+
+    def _work(self) -> None:
+        while (work := self._queue.get()) is not None:
+            try:
+                work()
+            except OSError as error:
+                self._give_up(error)
+
+    def _write(
+        self, pieces: list[Piece], rows: Bytes, step: int, ready: Callable[[], object]
+    ) -> None:
+        ready()
+        if self.error is not None:
+            return
+        for piece in pieces:
+            content = np.ascontiguousarray(rows[piece.start : piece.stop]).reshape(-1).data
+            shard = self._room_for(len(content))
+            os.pwrite(shard.file, content, shard.size)
+            entry = np.zeros(1, ENTRY)
+            entry[0] = (piece.key, step, shard.size, piece.stop - piece.start, zlib.crc32(content))
+            shard.entries.append(entry)
+            shard.size += -(-len(content) // PAGE) * PAGE
+
+    def _room_for(self, size: int) -> _Open:
+        """The open shard, or a new one where that is full."""
+        if size > self._left:
+            raise OSError(errno.EDQUOT, "training.prefix_cache_gb is used up")
+        self._left -= size
+        if self._shard is not None and self._shard.size + size > self._shard_bytes:
+            self._commit()
+        if self._shard is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            n = next(n for n in range(10**6) if not self._path(n).with_suffix(".index").exists())
+            scratch = self._folder / f".{self._path(n).name}"
+            file = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._shard = _Open(self._path(n).stem, scratch, file)
+        return self._shard
+
+    def _path(self, n: int) -> Path:
+        return self._folder / f"{self._name}-{n:06}.states"
+
+    def _commit(self) -> None:
+        shard, self._shard = self._shard, None
+        if shard is None:
+            return
+        try:
+            if shard.entries:
+                os.ftruncate(shard.file, shard.size)
+                put_in_place(shard.scratch, self._folder / f"{shard.name}.states")
+                os.posix_fadvise(shard.file, 0, 0, os.POSIX_FADV_DONTNEED)
+                self._write_index(shard)
+        finally:
+            os.close(shard.file)
+            shard.scratch.unlink(missing_ok=True)
+
+    def _write_index(self, shard: _Open) -> None:
+        content = np.concatenate(shard.entries).tobytes()
+        digest = hashlib.sha256(content).hexdigest()
+        head = {"sha256": digest, "bytes": shard.size, "facts": self._facts}
+        scratch = self._folder / f".{shard.name}.index"
+        try:
+            scratch.write_bytes(json.dumps(head).encode() + b"\n" + content)
+            put_in_place(scratch, self._folder / f"{shard.name}.index")
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    def _give_up(self, error: OSError) -> None:
+        self.error = f"{self._folder}: {error.strerror}"
+        _log.warning("the prefix cache is not written any more: %s", self.error)
+        with suppress(OSError):
+            self._commit()  # what is there already
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove what a writer of this name had not committed when it was killed."""
+    for scratch in folder.glob(f".{name}-*"):
+        with suppress(OSError):
+            scratch.unlink()
+    for states in folder.glob(f"{name}-*.states"):
+        if not states.with_suffix(".index").exists():
+            with suppress(OSError):
+                states.unlink()

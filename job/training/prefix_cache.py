@@ -1,0 +1,545 @@
+"""The frozen blocks' states, kept on disk: computed once, and read from then on.
+
+What is written first is the truth for a run, so that it gives the same bits however often it is
+interrupted. Which entries a step sees does therefore not depend on when they came onto the disk:
+
+- those that were there when the run began (`given`), whoever wrote them;
+- the run's own of earlier epochs, all of which are committed when an epoch begins;
+- its own of the very step, which it is to compute again after an interruption;
+- an evaluation sees its own of evaluations, in which sequences always lie in the same packing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from job.common.errors import InputError, StorageError
+from job.common.places import free_bytes
+from job.common.schema import CriticConfig, PrefixCacheMode
+from job.common.state_files import read_json
+from job.data.packing import Batch, Packer, first_valued
+from job.data.state_shards import (
+    GIVEN,
+    Piece,
+    Shards,
+    Stored,
+    Writer,
+    remove_leftovers,
+    sequence_keys,
+)
+from job.distributed.world import World
+from job.model.architecture import TransformerConfig
+from job.model.architecture_file import read_architecture
+from job.model.parameters import select_trainable
+from job.model.prefix import Prefix
+from job.model.transformer import to_device
+from job.run.directory import RunDirectory
+from job.training.cache_choice import (
+    LEAST_SECONDS,
+    DiskRates,
+    Work,
+    training_share,
+    work_left,
+)
+from job.training.data import CriticData
+
+FORMAT = 1  # raise it when states of the same facts become others
+FACTS = "facts.json"
+RECORD = "prefix_cache.json"
+EVALUATION = -1  # in place of a step
+READERS = 4
+AHEAD = 4  # micro-batches that are read ahead
+CHOSEN_AFTER = 60.0  # seconds, so that steps have their usual time
+FREE_SHARE = 0.8  # of what is free, where no size is given
+_log = logging.getLogger("job.train")
+
+
+Known = tuple[Tensor, Tensor]  # states of which some are known, and bool [rows], which
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Which states are kept.
+
+    Attributes:
+        block: they are those before it, or behind the last one, where all are frozen.
+        n_blocks: of the trunk.
+        width: d.
+        dtype: as the blocks have them.
+    """
+
+    block: int
+    n_blocks: int
+    width: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: CriticConfig, architecture: TransformerConfig) -> Boundary:
+        n = max(stage.num_unfrozen_layers for stage in config.training.all_stages)
+        n_blocks = architecture.n_trunk_layers
+        mixed = config.distributed.fsdp.mixed_precision
+        return cls(
+            n_blocks - select_trainable(n, n_blocks).blocks,
+            n_blocks,
+            architecture.dim,
+            torch.bfloat16 if mixed else torch.float32,
+        )
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
+
+    @property
+    def of_read_rows(self) -> bool:
+        """Whether only rows are kept at which values are read."""
+        return self.block == self.n_blocks
+
+    def facts(self, base: str, device: torch.device) -> dict[str, Any]:
+        """All that states depend on, beside their tokens."""
+        return {
+            "format": FORMAT,
+            "base": base,
+            "block": self.block,
+            "of_read_rows": self.of_read_rows,
+            "width": self.width,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attention": "varlen" if device.type == "cuda" else "spans",
+            "torch": torch.__version__.partition("+")[0],
+        }
+
+    def stored(self, packer: Packer) -> Stored:
+        """The keys of all sequences of a set."""
+        data = packer.data
+        first = np.zeros(len(data), np.int64)
+        if self.of_read_rows:
+            first = first_valued(data, np.arange(len(data)), packer.prompt_value)
+        tokens = np.asarray(data.tokens)
+        return Stored(sequence_keys(tokens, data.offsets, first), data.lengths - first)
+
+
+def cache_folder(config: CriticConfig) -> Path:
+    """Where the states of all trunks and boundaries are."""
+    given = config.training.prefix_cache_dir
+    return Path(given) if given is not None else Path(config.data.cache_dir) / "prefix"
+
+
+def folder_of(root: Path, facts: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return root / digest[:16]
+
+
+@dataclass
+class Record:
+    """What a run has settled about its cache, for all its attempts.
+
+    Attributes:
+        name: what the names of its shards begin with.
+        given: the names of the shards that were there when it began.
+        validation, training: whether states are kept; None where that is still to be decided.
+    """
+
+    name: str
+    given: list[str]
+    validation: bool | None
+    training: bool | None
+
+    @classmethod
+    def read(cls, run: RunDirectory) -> Record | None:
+        found = read_json(run.file(RECORD), dict)
+        try:
+            return None if found is None else cls(**found)
+        except TypeError:  # of another version
+            return None
+
+
+class ReadAhead:
+    """Reads states in threads, some micro-batches before they are asked for."""
+
+    def __init__(self, read: Callable[[Stored, int], Known | None]) -> None:
+        self._read = read
+        self._pool = ThreadPoolExecutor(READERS, "prefix cache")
+        self._coming: deque[tuple[Stored, int]] = deque()
+        self._begun: dict[tuple[int, bytes], Future[Known | None]] = {}
+
+    def expect(self, coming: Iterable[Stored | None], step: int) -> None:
+        """Have the states of these micro-batches read after those that are expected already."""
+        self._coming.extend((stored, step) for stored in coming if stored is not None)
+        self._read_on()
+
+    def get(self, stored: Stored, step: int) -> Known | None:
+        future = self._begun.pop((step, stored.keys.tobytes()), None)
+        self._read_on()
+        return self._read(stored, step) if future is None else future.result()
+
+    def forget(self) -> None:
+        """Expect nothing any more."""
+        self._coming.clear()
+        for future in self._begun.values():
+            future.cancel()
+        self._begun.clear()
+
+    def close(self) -> None:
+        self.forget()
+        self._pool.shutdown()
+
+    def _read_on(self) -> None:
+        while self._coming and len(self._begun) < AHEAD:
+            stored, step = self._coming.popleft()
+            future = self._pool.submit(self._read, stored, step)
+            self._begun[step, stored.keys.tobytes()] = future
+
+
+class PrefixCache:
+    """The states of one run's sequences, as one of its ranks reads and writes them."""
+
+    def __init__(
+        self,
+        boundary: Boundary,
+        shards: Shards,
+        writer: Writer,
+        record: Record,
+        world: World,
+        run: RunDirectory,
+    ) -> None:
+        self._boundary, self._shards, self._writer = boundary, shards, writer
+        self.record, self._world, self._run = record, world, run
+        self._began = time.monotonic()
+        self._ahead, self._ahead_of_evaluation = ReadAhead(self._read), ReadAhead(self._read)
+        self._epoch_from, self._foreseen = -1, -1  # steps; see `enter` and `foresee`
+        self._rows = self._rows_read = 0  # since they were last asked for
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self._shards.refresh(f"{self.record.name}-", self.record.given)
+        self._shards.gives_up_pages = self._shards.bytes > _host_bytes() / 2
+
+    def enter(self, step: int, packer: Packer, sequences: int, seed: int) -> None:
+        """Begin a training step; what it and the next one need is read from now on.
+
+        Every rank must take part.
+        """
+        epoch_from = packer.steps_before_epoch(step, sequences)
+        if epoch_from != self._epoch_from:
+            self._ahead.forget()
+            self._writer.commit()
+            self._world.gather(None)  # all are committed
+            self._refresh()
+            self._epoch_from, self._foreseen = epoch_from, step - 1
+        for coming in (step, step + 1):
+            in_epoch = packer.steps_before_epoch(coming, sequences) == epoch_from
+            if coming == self._foreseen + 1 and in_epoch:
+                plan = packer.plan(coming, sequences, seed)
+                self._ahead.expect(map(packer.stored_of, plan), coming)
+                self._foreseen = coming
+
+    def evaluate(self, packer: Packer) -> list[bool]:
+        """Begin an evaluation: which of its micro-batches some rank must compute."""
+        coming = [packer.stored_of(units) for units in packer.everything]
+        self._ahead_of_evaluation.forget()
+        self._writer.commit()
+        self._refresh()
+        self._ahead_of_evaluation.expect(coming, EVALUATION)
+        return [n > 0 for n in self._world.sum([self.lacks(one, EVALUATION) for one in coming])]
+
+    def rewind(self) -> None:
+        """Begin anew from an earlier step."""
+        self._epoch_from = -1
+
+    def commit(self) -> None:
+        """Return when everything that was kept is on the disk."""
+        self._writer.commit()
+
+    def close(self) -> None:
+        self._ahead.close()
+        self._ahead_of_evaluation.close()
+        self._writer.close()
+        self._shards.close()
+
+    def share(self) -> float:
+        """Which share of rows was read since this was last asked; NaN without any."""
+        rows, read = self._world.sum([self._rows, self._rows_read])
+        self._rows = self._rows_read = 0
+        return read / rows if rows else float("nan")
+
+    # Choosing
+
+    def choose_evaluations(self, seconds: float, left: int) -> None:
+        """Settle whether the states of evaluations are kept, where that is still open.
+
+        Every rank must take part.
+
+        Args:
+            seconds: that an evaluation has taken, with everything computed.
+            left: how many will come.
+        """
+        if self.record.validation is None:
+            saved = left * seconds * self._boundary.block / self._boundary.n_blocks
+            self.record.validation = self._world.main_decides(lambda: saved > LEAST_SECONDS)
+            self._settled(
+                "states of evaluations",
+                self.record.validation,
+                f"{seconds:.1f} s an evaluation, {left} to come, {saved:,.0f} s saved",
+            )
+
+    def choose_training(
+        self, packer: Packer, sequences: int, *, step: int, last: int, seconds: float
+    ) -> None:
+        """The same for training data, after some minutes: `step` of `last` steps are done.
+
+        Args:
+            seconds: of a step that computes everything.
+        """
+        if self.record.training is not None:
+            return
+        late = self._world.main_decides(lambda: time.monotonic() - self._began > CHOSEN_AFTER)
+        if not late:
+            return
+        assert packer.stored is not None
+        rows = sequences * float(packer.stored.rows.mean()) / self._world.size
+        frozen = self._boundary.block
+        work = work_left(
+            step=step,
+            last=last,
+            epoch=-(-int(np.count_nonzero(packer.units >= 0)) // sequences),
+            seconds=seconds,
+            prefix_share=training_share(frozen, self._boundary.n_blocks - frozen),
+            step_bytes=rows * self._boundary.row_bytes,
+        )
+        self.record.training, why = self._world.main_decides(lambda: self._weigh(work))
+        self._settled("states of training data", self.record.training, why)
+
+    def _weigh(self, work: Work) -> tuple[bool, str]:
+        if work.reads <= 0:
+            return False, "no epoch comes after this one"
+        try:
+            disk = DiskRates.measured(self._shards.folder, self._world.size)
+        except OSError as error:
+            return False, f"{self._shards.folder}: {error.strerror}"
+        return work.saved(disk) > 0, work.told(disk)
+
+    def _settled(self, what: str, kept: bool, why: str) -> None:
+        self._run.write_json(RECORD, vars(self.record))
+        if self._world.is_main:
+            _log.info("prefix cache: %s are %s: %s", what, "kept" if kept else "not kept", why)
+
+    # Reading
+
+    def lacks(self, stored: Stored | None, step: int) -> bool:
+        """Whether the states of some of these sequences must be computed."""
+        return stored is not None and bool((self._find(stored, step) < 0).any())
+
+    def take(self, batch: Batch, step: int, *, compute: bool) -> Prefix:
+        """What is known of a micro-batch's states.
+
+        Args:
+            compute: whether the frozen blocks are run, since some rank lacks some of its states.
+
+        Raises:
+            StorageError: states cannot be read that all ranks relied on.
+        """
+        prefix, device = Prefix(self._boundary.block), batch.tokens.device
+        if batch.stored is None:  # nothing that counts
+            prefix.states = None if compute else self._no_states(batch)
+            return prefix
+        ahead = self._ahead_of_evaluation if step == EVALUATION else self._ahead
+        known = ahead.get(batch.stored, step)
+        self._count(known, batch.stored, step)
+        if known is not None and not compute and bool(known[1].all()):
+            prefix.states = to_device(known[0], device)
+            return prefix
+        if not compute and self._world.size > 1:
+            raise StorageError(
+                f"{self._shards.folder}: states are not there that other ranks rely on; what is "
+                "damaged was set aside, and the next attempt computes it"
+            )
+        if known is not None:
+            prefix.known = to_device(known[0], device), to_device(known[1], device)
+        return prefix
+
+    def _no_states(self, batch: Batch) -> Tensor:
+        rows = 1 if self._boundary.of_read_rows else len(batch.tokens)
+        shape = (rows, self._boundary.width)
+        return torch.zeros(shape, dtype=self._boundary.dtype, device=batch.tokens.device)
+
+    def _count(self, known: Known | None, stored: Stored, step: int) -> None:
+        if step != EVALUATION:
+            self._rows += int(stored.rows.sum())
+            self._rows_read += 0 if known is None else int(known[1].sum())
+
+    def _find(self, stored: Stored, step: int) -> NDArray[np.int64]:
+        found = self._shards.find(stored.keys, self._sees(step))
+        there = found >= 0
+        there[there] = self._shards.rows(found[there]) == stored.rows[there]
+        return np.where(there, found, -1)
+
+    def _sees(self, step: int) -> Callable[[NDArray[np.int64]], NDArray[np.bool_]]:
+        epoch_from = self._epoch_from
+        if step == EVALUATION:
+            return lambda steps: (steps == GIVEN) | (steps == EVALUATION)
+        return lambda steps: (
+            (steps == GIVEN) | (steps == step) | ((steps >= 0) & (steps < epoch_from))
+        )
+
+    def _read(self, stored: Stored, step: int) -> Known | None:
+        """States of these sequences, end to end, and which of their rows are known; or nothing."""
+        found = self._find(stored, step)
+        if (found < 0).all():
+            return None
+        n_rows = int(stored.rows.sum())
+        states = torch.zeros(
+            n_rows,
+            self._boundary.width,
+            dtype=self._boundary.dtype,
+            pin_memory=self._world.device.type == "cuda",
+        )
+        content = states.view(torch.uint8).numpy()
+        which = np.zeros(n_rows, np.bool_)
+        ends = np.cumsum(stored.rows)
+        for entry, start, stop in zip(found, ends - stored.rows, ends, strict=True):
+            if entry >= 0:
+                into = content[start:stop].reshape(-1).data
+                which[start:stop] = self._shards.read(int(entry), into)
+        return states, torch.from_numpy(which)
+
+    # Writing
+
+    def keep(self, batch: Batch, prefix: Prefix, step: int) -> None:
+        """Write the states that had to be computed, where they are to be kept."""
+        wanted = self.record.validation if step == EVALUATION else self.record.training
+        if not wanted or batch.stored is None or prefix.states is None or not prefix.computed:
+            return
+        ends = np.cumsum(batch.stored.rows)
+        found = self._find(batch.stored, step)
+        spans = zip(batch.stored.keys, ends - batch.stored.rows, ends, found, strict=True)
+        pieces = [Piece(key, int(a), int(b)) for key, a, b, entry in spans if entry < 0]
+        host, ready = _to_host(prefix.states)
+        self._writer.put(pieces, host.view(torch.uint8).numpy(), step, ready)
+
+
+def _to_host(states: Tensor) -> tuple[Tensor, Callable[[], object]]:
+    """A copy in host memory, and what to wait for until it is there."""
+    if not states.is_cuda:
+        return states.detach().contiguous(), lambda: None
+    host = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
+    host.copy_(states.detach(), non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event.synchronize
+
+
+def _host_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+# Opening
+
+
+@contextmanager
+def opened_cache(
+    config: CriticConfig,
+    data: CriticData,
+    base: str,
+    run: RunDirectory,
+    world: World,
+    attempt: int,
+) -> Iterator[PrefixCache | None]:
+    """The cache of a run as it is configured; None where there is to be none.
+
+    Every rank must take part. The sets know afterwards by which keys their states are kept.
+
+    Args:
+        base: the fingerprint of the trunk.
+
+    Raises:
+        InputError: it is to keep more than its disk or `training.prefix_cache_gb` takes.
+    """
+    mode = config.training.prefix_cache
+    boundary = Boundary.of(config, read_architecture(config.model.path))
+    if mode is PrefixCacheMode.none or boundary.block == 0:
+        yield None
+        return
+    facts = boundary.facts(base, world.device)
+    shards = Shards(folder_of(cache_folder(config), facts), facts, boundary.row_bytes)
+    for packer in (data.train, data.validation):
+        packer.stored = boundary.stored(packer)
+    there = Shards(shards.folder, facts, boundary.row_bytes)  # whoever has written it
+    record = world.main_decides(lambda: _settle(config, data, boundary, there, run))
+    writer = Writer(
+        shards.folder,
+        f"{record.name}-{attempt:04}-{world.rank:05}",
+        facts,
+        may_take=_room(config, shards) / world.size,
+    )
+    with closing(PrefixCache(boundary, shards, writer, record, world, run)) as cache:
+        yield cache
+
+
+def _settle(
+    config: CriticConfig,
+    data: CriticData,
+    boundary: Boundary,
+    shards: Shards,
+    run: RunDirectory,
+) -> Record:
+    """What the run has settled, or settles now, on rank 0."""
+    shards.refresh()
+    mode = config.training.prefix_cache
+    record = Record.read(run) or Record(uuid.uuid4().hex[:12], shards.names, None, None)
+    if mode is not PrefixCacheMode.auto:
+        record.validation, record.training = True, mode is PrefixCacheMode.all
+    room = _room(config, shards)
+    for name, packer in (("validation", data.validation), ("training", data.train)):
+        size = _missing_bytes(packer, boundary, shards)
+        if getattr(record, name) is not False and size > room:
+            _refuse(mode, name, size, room, shards.folder)
+            setattr(record, name, False)
+    remove_leftovers(shards.folder, record.name)
+    run.write_json(RECORD, vars(record))
+    return record
+
+
+def _missing_bytes(packer: Packer, boundary: Boundary, shards: Shards) -> int:
+    stored = packer.stored
+    assert stored is not None
+    chosen = stored[np.unique(packer.units[packer.units >= 0])]
+    lacking = shards.find(chosen.keys, lambda steps: steps > -np.inf) < 0
+    return int(chosen.rows[lacking].sum()) * boundary.row_bytes
+
+
+def _refuse(mode: PrefixCacheMode, name: str, size: int, room: float, folder: Path) -> None:
+    text = (
+        f"the states of the {name} data take {size / 1e9:,.1f} GB in {folder}, and there is room "
+        f"for {room / 1e9:,.1f} GB (training.prefix_cache_dir, training.prefix_cache_gb)"
+    )
+    if mode is not PrefixCacheMode.auto:
+        raise InputError(f"training.prefix_cache={mode.value}: {text}")
+    _log.info("prefix cache: none, for %s", text)
+
+
+def _room(config: CriticConfig, shards: Shards) -> float:
+    """Bytes that may still be written."""
+    given = config.training.prefix_cache_gb
+    free = FREE_SHARE * free_bytes(shards.folder)
+    return free if given is None else min(free, given * 1e9 - used_bytes(shards.folder.parent))
+
+
+def used_bytes(folder: Path) -> int:
+    """Bytes of all states below a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*.states"))
