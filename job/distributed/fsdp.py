@@ -30,6 +30,7 @@ from torch.distributed.fsdp import (
 from job.common.schema import FsdpConfig, ShardingStrategy
 from job.distributed.world import World
 from job.model.critic import Critic
+from job.model.transformer import LeftOut
 
 
 def shard(critic: Critic, config: FsdpConfig, world: World) -> None:
@@ -68,19 +69,17 @@ def _fully_shard(critic: Critic, config: FsdpConfig, world: World, compute: torc
         "ignored_params": _replicated(critic, strategy),
     }
     first = trunk.first_trainable_block()
-    for index, block in enumerate(trunk.layers):
+    left_out = sum(isinstance(block, LeftOut) for block in trunk.layers)
+    for index, block in enumerate(trunk.layers[left_out:], left_out):
         # the last block's backward comes next: gathering it again would be waste
         again = index < first or (gather_again and block is not trunk.layers[-1])
         fully_shard(block, mp_policy=mixed, reshard_after_forward=again, **settings)
-    fully_shard(
-        trunk.tok_embeddings,
-        mp_policy=mixed,
-        reshard_after_forward=gather_again or not trunk.tok_embeddings.weight.requires_grad,
-        **settings,
-    )
+    if not isinstance(trunk.tok_embeddings, LeftOut):
+        again = gather_again or not trunk.trains_embeddings
+        fully_shard(trunk.tok_embeddings, mp_policy=mixed, reshard_after_forward=again, **settings)
     fully_shard(critic.value_head, mp_policy=exact, reshard_after_forward=False, **settings)
     fully_shard(critic, mp_policy=mixed, reshard_after_forward=False, **settings)
-    for block in trunk.layers[:first]:
+    for block in trunk.layers[left_out:first]:
         assert isinstance(block, FSDPModule)
         block.set_unshard_in_backward(False)  # nothing in it has a gradient
 

@@ -350,6 +350,13 @@ def _compiled(backend: str) -> Parts:
     return prepare, finish
 
 
+class LeftOut(nn.Module):
+    """Stands for a part of a trunk that is not loaded, since its results are known."""
+
+    def forward(self, *_: Any) -> Tensor:
+        raise AssertionError("a part of the trunk is run that was left out")
+
+
 class Trunk(nn.Module):
     """Embedding, blocks and final norm: what a critic uses of a language model."""
 
@@ -357,15 +364,25 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         self._frequencies: Tensor | None = None  # no buffer, which FSDP would cast to bf16
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.tok_embeddings: nn.Module = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_trunk_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         # the block at which gradients end for now, though those before it are trainable too
         self.gradients_from: int | None = None
 
+    def leave_out(self, block: int) -> None:
+        """Do without embeddings and the blocks before `block`: their results are always known."""
+        self.tok_embeddings = LeftOut()
+        for index in range(block):
+            self.layers[index] = LeftOut()
+
+    @property
+    def trains_embeddings(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.tok_embeddings.parameters())
+
     def first_trainable_block(self) -> int:
         """Index of the first block that gradients must reach; len(layers) if there is none."""
-        if self.tok_embeddings.weight.requires_grad:
+        if self.trains_embeddings:
             return 0
         for index, block in enumerate(self.layers):
             if any(parameter.requires_grad for parameter in block.parameters()):
@@ -381,8 +398,8 @@ class Trunk(nn.Module):
     def compile_blocks(self) -> None:
         """Let torch.compile make the blocks' kernels, when they are first run."""
         for block in self.layers:
-            assert isinstance(block, Block)
-            block.compiled = True
+            if isinstance(block, Block):
+                block.compiled = True
 
     def rope(self, layout: PackedLayout) -> Tensor:
         """The stream's rotations (see `rope_table`)."""
@@ -440,7 +457,7 @@ class Trunk(nn.Module):
         if prefix is not None:
             stored = self._stored(tokens, layout, rope, reads, prefix)
             return self.suffix(stored, layout, rope, reads)
-        if self.tok_embeddings.weight.requires_grad and self.gradients_from is None:
+        if self.trains_embeddings and self.gradients_from is None:
             embedded = self.tok_embeddings(tokens)
             return self._run(embedded, 0, len(self.layers), layout, rope, reads)
         return self.suffix(self.prefix(tokens, layout, rope, reads), layout, rope, reads)

@@ -59,7 +59,7 @@ def load_trunk(
     """
     stored = open_weights(folder, trunk.config)
     named = dict(trunk.named_parameters())
-    _check_tensors({n: tuple(p.shape) for n, p in named.items()}, stored, find_trunk(folder))
+    _check_tensors(trunk_shapes(trunk.config), stored, find_trunk(folder))
     in_order = sorted(named, key=lambda name: stored[name].place)  # the disk reads on
     with progress("loading the trunk", len(named)) as advance:
         for done, name in enumerate(in_order, 1):

@@ -120,9 +120,11 @@ class MemoryAccount:
         run: RunDirectory,
         world: World,
         recorder: Recorder,
+        *,
+        prefix_cached: bool = False,
     ) -> None:
         self._run, self._world, self._recorder = run, world, recorder
-        self._setting = heaviest(config, data, world)
+        self._setting = replace(heaviest(config, data, world), prefix_cached=prefix_cached)
         self._before = recorder.now()
         self._predicted = prediction(self._setting)
         run.write_json(FILE, {"predicted": self._predicted})

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +152,13 @@ class Record:
     Attributes:
         name: what the names of its shards begin with.
         given: the names of the shards that were there when it began.
+        block: the boundary; see `Boundary`.
         validation, training: whether states are kept; None where that is still to be decided.
     """
 
     name: str
     given: list[str]
+    block: int
     validation: bool | None
     training: bool | None
 
@@ -224,6 +226,7 @@ class PrefixCache:
         self._ahead, self._ahead_of_evaluation = ReadAhead(self._read), ReadAhead(self._read)
         self._epoch_from, self._foreseen = -1, -1  # steps; see `enter` and `foresee`
         self._rows = self._rows_read = 0  # since they were last asked for
+        self._left_out = False
         self._refresh()
 
     def _refresh(self) -> None:
@@ -257,6 +260,23 @@ class PrefixCache:
         self._refresh()
         self._ahead_of_evaluation.expect(coming, EVALUATION)
         return [n > 0 for n in self._world.sum([self.lacks(one, EVALUATION) for one in coming])]
+
+    def leave_out(self, data: CriticData, step: int, sequences: int) -> int:
+        """How many blocks, and the embeddings, a training from `step` on can do without.
+
+        All of those before the boundary, where the states of all sequences are there, or none.
+        Every rank must take part.
+        """
+        self._epoch_from = data.train.steps_before_epoch(step, sequences)
+        sets = ((data.train, step), (data.validation, EVALUATION))
+        lacking = any(self.lacks(_wanted(packer), at) for packer, at in sets)
+        if not self._world.sum([lacking])[0]:
+            self._left_out = True
+            if self._world.is_main:
+                text = "prefix cache: all states are there: the trunk's first %d blocks and its "
+                _log.info(text + "embeddings are not loaded", self._boundary.block)
+        self._epoch_from = -1
+        return self._boundary.block if self._left_out else 0
 
     def rewind(self) -> None:
         """Begin anew from an earlier step."""
@@ -356,7 +376,7 @@ class PrefixCache:
         """
         prefix, device = Prefix(self._boundary.block), batch.tokens.device
         if batch.stored is None:  # nothing that counts
-            prefix.states = None if compute else self._no_states(batch)
+            prefix.states = None if compute and not self._left_out else self._no_states(batch)
             return prefix
         ahead = self._ahead_of_evaluation if step == EVALUATION else self._ahead
         known = ahead.get(batch.stored, step)
@@ -364,10 +384,10 @@ class PrefixCache:
         if known is not None and not compute and bool(known[1].all()):
             prefix.states = to_device(known[0], device)
             return prefix
-        if not compute and self._world.size > 1:
+        if self._left_out or (not compute and self._world.size > 1):
             raise StorageError(
-                f"{self._shards.folder}: states are not there that other ranks rely on; what is "
-                "damaged was set aside, and the next attempt computes it"
+                f"{self._shards.folder}: states that this training relies on cannot be read; what "
+                "is damaged was set aside, and the next attempt computes it"
             )
         if known is not None:
             prefix.known = to_device(known[0], device), to_device(known[1], device)
@@ -470,55 +490,107 @@ def opened_cache(
     Raises:
         InputError: it is to keep more than its disk or `training.prefix_cache_gb` takes.
     """
-    mode = config.training.prefix_cache
     boundary = Boundary.of(config, read_architecture(config.model.path))
-    if mode is PrefixCacheMode.none or boundary.block == 0:
+    if config.training.prefix_cache is PrefixCacheMode.none or boundary.block == 0:
         yield None
         return
-    facts = boundary.facts(base, world.device)
-    shards = Shards(folder_of(cache_folder(config), facts), facts, boundary.row_bytes)
-    for packer in (data.train, data.validation):
-        packer.stored = boundary.stored(packer)
-    there = Shards(shards.folder, facts, boundary.row_bytes)  # whoever has written it
-    record = world.main_decides(lambda: _settle(config, data, boundary, there, run))
+    opening = Opening(config, data, base, world)
+    record = world.main_decides(lambda: _settle(opening, boundary, run))
+    boundary = replace(boundary, block=record.block)
+    shards = opening.shards(boundary)
     writer = Writer(
         shards.folder,
         f"{record.name}-{attempt:04}-{world.rank:05}",
-        facts,
-        may_take=_room(config, shards) / world.size,
+        boundary.facts(base, world.device),
+        may_take=opening.room() / world.size,
     )
+    opening.name_sequences(boundary)
     with closing(PrefixCache(boundary, shards, writer, record, world, run)) as cache:
         yield cache
 
 
-def _settle(
-    config: CriticConfig,
-    data: CriticData,
-    boundary: Boundary,
-    shards: Shards,
-    run: RunDirectory,
-) -> Record:
+@dataclass(frozen=True)
+class Opening:
+    """What the caches of one training at any boundary share."""
+
+    config: CriticConfig
+    data: CriticData
+    base: str
+    world: World
+
+    @property
+    def packers(self) -> dict[str, Packer]:
+        return {"validation": self.data.validation, "training": self.data.train}
+
+    def shards(self, boundary: Boundary) -> Shards:
+        facts = boundary.facts(self.base, self.world.device)
+        return Shards(folder_of(cache_folder(self.config), facts), facts, boundary.row_bytes)
+
+    def name_sequences(self, boundary: Boundary) -> None:
+        """Let the sets know by which keys their states are kept."""
+        for packer in self.packers.values():
+            packer.stored = boundary.stored(packer)
+
+    def missing_bytes(self, boundary: Boundary) -> dict[str, int]:
+        """How much of each set's states is not there yet, whoever has written the rest."""
+        shards = self.shards(boundary)
+        shards.refresh()
+        self.name_sequences(boundary)
+        return {n: _missing_bytes(p, boundary, shards) for n, p in self.packers.items()}
+
+    def room(self) -> float:
+        """Bytes that may still be written."""
+        root, given = cache_folder(self.config), self.config.training.prefix_cache_gb
+        free = FREE_SHARE * free_bytes(root)
+        return free if given is None else min(free, given * 1e9 - used_bytes(root))
+
+
+def _settle(opening: Opening, boundary: Boundary, run: RunDirectory) -> Record:
     """What the run has settled, or settles now, on rank 0."""
-    shards.refresh()
-    mode = config.training.prefix_cache
-    record = Record.read(run) or Record(uuid.uuid4().hex[:12], shards.names, None, None)
+    mode, record = opening.config.training.prefix_cache, Record.read(run)
+    if record is None:
+        missing, boundary = _best(opening, boundary)
+        names = opening.shards(boundary)
+        names.refresh()
+        record = Record(uuid.uuid4().hex[:12], names.names, boundary.block, None, None)
+    else:
+        missing = opening.missing_bytes(replace(boundary, block=record.block))
     if mode is not PrefixCacheMode.auto:
         record.validation, record.training = True, mode is PrefixCacheMode.all
-    room = _room(config, shards)
-    for name, packer in (("validation", data.validation), ("training", data.train)):
-        size = _missing_bytes(packer, boundary, shards)
-        if getattr(record, name) is not False and size > room:
-            _refuse(mode, name, size, room, shards.folder)
+    folder = opening.shards(replace(boundary, block=record.block)).folder
+    for name, size in missing.items():
+        if getattr(record, name) is not False and size > opening.room():
+            _refuse(mode, name, size, opening.room(), folder)
             setattr(record, name, False)
-    remove_leftovers(shards.folder, record.name)
+    remove_leftovers(folder, record.name)
     run.write_json(RECORD, vars(record))
     return record
 
 
+def _best(opening: Opening, boundary: Boundary) -> tuple[dict[str, int], Boundary]:
+    """This boundary, or one before it at which all states are there, as they are in a sweep.
+
+    The blocks between are run then.
+    """
+    missing = opening.missing_bytes(boundary)
+    if any(missing.values()):
+        for block in range(boundary.block - 1, 0, -1):
+            other = replace(boundary, block=block)
+            if opening.shards(other).folder.exists():
+                theirs = opening.missing_bytes(other)
+                if not any(theirs.values()):
+                    return theirs, other
+    return missing, boundary
+
+
+def _wanted(packer: Packer) -> Stored:
+    """What a packer's units need."""
+    assert packer.stored is not None
+    return packer.stored[np.unique(packer.units[packer.units >= 0])]
+
+
 def _missing_bytes(packer: Packer, boundary: Boundary, shards: Shards) -> int:
-    stored = packer.stored
-    assert stored is not None
-    chosen = stored[np.unique(packer.units[packer.units >= 0])]
+    chosen = _wanted(packer)
     lacking = shards.find(chosen.keys, lambda steps: steps > -np.inf) < 0
     return int(chosen.rows[lacking].sum()) * boundary.row_bytes
 
@@ -531,13 +603,6 @@ def _refuse(mode: PrefixCacheMode, name: str, size: int, room: float, folder: Pa
     if mode is not PrefixCacheMode.auto:
         raise InputError(f"training.prefix_cache={mode.value}: {text}")
     _log.info("prefix cache: none, for %s", text)
-
-
-def _room(config: CriticConfig, shards: Shards) -> float:
-    """Bytes that may still be written."""
-    given = config.training.prefix_cache_gb
-    free = FREE_SHARE * free_bytes(shards.folder)
-    return free if given is None else min(free, given * 1e9 - used_bytes(shards.folder.parent))
 
 
 def used_bytes(folder: Path) -> int:

@@ -40,11 +40,16 @@ def prepare_inputs(config: CriticConfig, *, verify: bool = False) -> None:
 
 
 def load_critic(
-    config: CriticConfig, data: CriticData, world: World, at_boundary: Callable[[], object]
+    config: CriticConfig,
+    data: CriticData,
+    world: World,
+    at_boundary: Callable[[], object],
+    left_out: int = 0,
 ) -> Critic:
     """The critic in shards, the last N blocks trainable, its trunk loaded and head initialised.
 
-    `at_boundary` is called after each tensor, and may raise to end it.
+    `at_boundary` is called after each tensor, and may raise to end it. Without embeddings and the
+    first `left_out` blocks, if there are to be any.
     """
     with torch.device("meta"):
         critic = Critic(
@@ -53,6 +58,8 @@ def load_critic(
             head_outputs=config.objective.head_outputs,
         )
     unfreeze_last_blocks(critic, config.training.num_unfrozen_layers)
+    if left_out:
+        critic.trunk.leave_out(left_out)
     if config.distributed.fsdp.activation_checkpointing:
         critic.trunk.recompute_trainable_blocks()
     if config.training.compile is True:  # auto is decided by then

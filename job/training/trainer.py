@@ -20,6 +20,7 @@ from job.model.critic import Critic, parameter_report
 from job.model.fingerprint import fingerprint
 from job.model.safetensors_file import save_tensors
 from job.run.alarm import ConstantPredictorAlarm
+from job.run.checkpoint_store import read_facts
 from job.run.directory import RunDirectory
 from job.run.metrics_log import Tracker
 from job.run.report_page import write_report
@@ -82,11 +83,16 @@ def _train_from_checkpoint(
     """Load the critic, go on from the newest checkpoint, if there is one, and train to the end."""
     config, run, world, recorder = attempt.config, attempt.run, attempt.world, attempt.recorder
     checkpoint = world.main_decides(checkpoints.newest_good)
-    memory = MemoryAccount(config, data, run, world, recorder)
-    with recorder.phase("load"):
-        critic = load_critic(config, data, world, attempt.agreement.check)
     opened = opened_cache(config, data, identity["base"], run, world, attempt.fence.number)
     with opened as cache:
+        left_out = 0
+        if cache is not None:
+            step = 0 if checkpoint is None else read_facts(checkpoint)["step"]
+            left_out = cache.leave_out(data, step, config.training.batch_size)
+        cached = left_out > 0
+        memory = MemoryAccount(config, data, run, world, recorder, prefix_cached=cached)
+        with recorder.phase("load"):
+            critic = load_critic(config, data, world, attempt.agreement.check, left_out)
         learner = _learner(attempt, critic, cache)
         if checkpoint is not None:
             state = checkpoints.restore(checkpoint, learner)
