@@ -228,7 +228,7 @@ def llama_config(config: TransformerConfig) -> Any:
 def llama_weights(trunk: Trunk) -> dict[str, Tensor]:
     """A trunk's weights under transformers' names and in its layout."""
     weights = {
-        "embed_tokens.weight": trunk.tok_embeddings.weight.detach(),
+        "embed_tokens.weight": trunk.get_parameter("tok_embeddings.weight").detach(),
         "norm.weight": trunk.norm.weight.detach(),
     }
     for index, block in enumerate(trunk.layers):

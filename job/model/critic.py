@@ -154,28 +154,32 @@ def _row(name: str, total: str, trainable: str, weights: str, training: str) -> 
 
 
 def parameter_report(critic: Critic) -> ParameterReport:
-    """Count a critic's parameters; works on the meta device too."""
-    trunk = critic.trunk
-    parts = {
-        "value_head": list(critic.value_head.parameters()),
-        "norm": list(trunk.norm.parameters()),
-        "trunk_blocks": list(trunk.layers.parameters()),
-        "embeddings": list(trunk.tok_embeddings.parameters()),
-    }
+    """Count a critic's parameters; works on the meta device too.
+
+    What of the trunk is left out counts too, but for the bytes of its weights.
+    """
+    with torch.device("meta"):
+        whole = Trunk(critic.trunk.config)
+    held = {"value_head": critic.value_head, **_parts(critic.trunk)}
+    all_ = {"value_head": critic.value_head, **_parts(whole)}
     return ParameterReport(
-        **{name: _count(parameters) for name, parameters in parts.items()},
+        **{name: _count(all_[name], held[name]) for name in held},
         num_unfrozen_layers=critic.num_unfrozen_layers,
-        num_layers=len(trunk.layers),
-        weight_bytes={name: _bytes(parameters) for name, parameters in parts.items()},
+        num_layers=len(critic.trunk.layers),
+        weight_bytes={name: _bytes(module) for name, module in held.items()},
     )
 
 
-def _count(parameters: Sequence[nn.Parameter]) -> Count:
+def _parts(trunk: Trunk) -> dict[str, nn.Module]:
+    return {"norm": trunk.norm, "trunk_blocks": trunk.layers, "embeddings": trunk.tok_embeddings}
+
+
+def _count(whole: nn.Module, held: nn.Module) -> Count:
     return Count(
-        total=sum(p.numel() for p in parameters),
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(p.numel() for p in whole.parameters()),
+        trainable=sum(p.numel() for p in held.parameters() if p.requires_grad),
     )
 
 
-def _bytes(parameters: Sequence[nn.Parameter]) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())

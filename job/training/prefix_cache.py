@@ -434,9 +434,14 @@ class PrefixCache:
         ends = np.cumsum(stored.rows)
         for entry, start, stop in zip(found, ends - stored.rows, ends, strict=True):
             if entry >= 0:
-                into = content[start:stop].reshape(-1).data
-                which[start:stop] = self._shards.read(int(entry), into)
+                which[start:stop] = self._read_one(int(entry), content[start:stop])
         return states, torch.from_numpy(which)
+
+    def _read_one(self, entry: int, into: NDArray[np.uint8]) -> bool:
+        whole = self._shards.read(entry, into.reshape(-1).data)
+        if not whole:
+            self._shards.set_aside(entry)
+        return whole
 
     # Writing
 
@@ -597,8 +602,8 @@ def _missing_bytes(packer: Packer, boundary: Boundary, shards: Shards) -> int:
 
 def _refuse(mode: PrefixCacheMode, name: str, size: int, room: float, folder: Path) -> None:
     text = (
-        f"the states of the {name} data take {size / 1e9:,.1f} GB in {folder}, and there is room "
-        f"for {room / 1e9:,.1f} GB (training.prefix_cache_dir, training.prefix_cache_gb)"
+        f"the states of the {name} data take {size / 1e9:,.3f} GB in {folder}, and there is room "
+        f"for {room / 1e9:,.3f} GB (training.prefix_cache_dir, training.prefix_cache_gb)"
     )
     if mode is not PrefixCacheMode.auto:
         raise InputError(f"training.prefix_cache={mode.value}: {text}")

@@ -1,0 +1,98 @@
+"""Ranks that share the frozen blocks' states, and are killed while they write and read them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from launch import MicroJob
+from micro_job import MicroRun
+
+pytestmark = pytest.mark.slow
+
+KILLS = int(os.environ.get("SOAK_KILLS", "3"))
+STEPS = 30 + 8 * KILLS
+SETTINGS = (
+    f"training.max_steps={STEPS}",
+    "data.arithmetic.train_examples=150",  # epochs of 18.75 steps
+    "checkpoint.every_steps=3",
+    "distributed.fsdp.sharding_strategy=FULL_SHARD",
+    "training.prefix_cache=all",
+    "training.min_lr_ratio=1.0",  # so that a longer run begins as a shorter one
+)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> MicroJob:
+    return MicroJob.prepare(tmp_path_factory.mktemp("cached"), *SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job: MicroJob) -> MicroRun:
+    return job.finish("undisturbed", _states("undisturbed"))
+
+
+def _states(name: str) -> str:
+    return f"training.prefix_cache_dir={name}-states"
+
+
+def _shares(run: MicroRun) -> list[float]:
+    lines = (run.path / "telemetry.jsonl").read_text().splitlines()
+    return [
+        row["prefix_read_share"] for row in map(json.loads, lines) if "prefix_read_share" in row
+    ]
+
+
+def test_ranks_read_what_others_have_written(job: MicroJob, undisturbed: MicroRun) -> None:
+    plain = job.finish("plain", "training.prefix_cache=none")
+    assert _shares(undisturbed)[-1] == 1.0
+    for ours, theirs in zip(undisturbed.records, plain.records, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4), theirs["step"]
+
+
+def test_kills_while_states_are_written_and_read_leave_no_trace(
+    job: MicroJob, undisturbed: MicroRun
+) -> None:
+    draw, run, name = random.Random(3), job.run("killed"), "killed"
+    states = Path(job.folder / "killed-states")
+    for number in range(1, KILLS + 1):
+        after = run.step + draw.randint(3, 9)
+        what = f"kill {number}, from step {after} on"
+        with job.start(name, _states(name)) as ranks:
+            ranks.wait_until(lambda: run.step >= after, what)  # noqa: B023
+            time.sleep(draw.uniform(0, 0.05))
+            victims = draw.choice([[0], [1], [0, 1]])
+            ranks.signal(signal.SIGKILL, victims)
+            ranks.wait(60)
+        assert run.lines == undisturbed.lines[: len(run.lines)], what
+    job.finish(name, _states(name)).assert_equals(undisturbed)
+    assert len(run.attempts) == KILLS + 1
+    left = [path for path in states.glob("*/*") if path.suffix not in (".states", ".index")]
+    assert not left
+    assert len(list(states.glob("*/*.states"))) == len(list(states.glob("*/*.index")))
+
+
+def test_damage_that_one_rank_finds_ends_all_of_them_and_the_next_attempt_computes(
+    job: MicroJob, undisturbed: MicroRun
+) -> None:
+    name = "damaged"
+    job.finish(name, _states(name), "training.max_steps=20")
+    for path in (job.folder / "damaged-states").glob("*/*.states"):
+        content = bytearray(path.read_bytes())
+        content[7] ^= 32
+        path.write_bytes(content)
+    for _ in range(12):  # shards; each attempt sets aside what its ranks have come upon
+        with job.start(name, _states(name)) as ranks:
+            codes = ranks.wait()
+            assert codes[0] == codes[1] or 1 in codes, ranks.log()
+        if codes == [0, 0]:
+            break
+        assert "what is damaged was set aside" in ranks.log()
+    assert codes == [0, 0]
+    for ours, theirs in zip(job.run(name).records, undisturbed.records, strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-3)

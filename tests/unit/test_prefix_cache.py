@@ -1,0 +1,336 @@
+"""The frozen blocks' states kept on disk: the same training, without computing them again."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from micro_job import MicroRun, train_run, write_job
+from safetensors.torch import load_file
+from torch import Tensor
+
+from job.common.errors import InputError, StorageError
+from job.memory.footprint import Setting
+from job.model.prefix import Prefix
+from job.run.directory import RunDirectory
+from job.training import memory_report, prefix_cache
+from job.training.cache_choice import DiskRates, Work, training_share, work_left
+
+STEPS, PER_EPOCH = 45, 17.3  # of batches of ten, of 173 sequences
+SETTINGS = (
+    f"training.max_steps={STEPS}",
+    "data.arithmetic.train_examples=173",
+    "training.micro_batch_tokens=256",
+    "training.min_lr_ratio=1.0",  # so that a longer run begins as a shorter one
+    "checkpoint.every_steps=5",
+)
+pytestmark = pytest.mark.slow
+
+
+class Job:
+    """Trains runs by name in one folder, each with a cache of its own unless it is given one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, name: str, mode: str, *settings: str, cache: str = "") -> RunDirectory:
+        there = f"training.prefix_cache_dir={self.folder / (cache or 'states-' + name)}"
+        given = (f"run.name={name}", f"training.prefix_cache={mode}", there, *settings)
+        return RunDirectory(self.folder / train_run(*given).path)
+
+    @functools.cache  # noqa: B019 - as long as the tests
+    def once(self, name: str, mode: str, *settings: str) -> RunDirectory:
+        """A run that no test changes."""
+        return self(name, mode, *settings)
+
+    def shards(self, cache: str) -> list[Path]:
+        return sorted(self.folder.glob(f"{cache}/*/*.states"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("job")
+    write_job(folder, SETTINGS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path) -> Job:
+    return Job(folder)
+
+
+@pytest.fixture
+def job(shared: Job, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """The shared job, inside its folder."""
+    monkeypatch.chdir(shared.folder)
+    return shared
+
+
+def _lines(run: RunDirectory) -> list[bytes]:
+    return MicroRun(run.path).lines
+
+
+def _learned(run: RunDirectory) -> list[tuple[float, float]]:
+    return [(row["train/loss"], row["train/grad_norm"]) for row in MicroRun(run.path).records]
+
+
+def _weights(run: RunDirectory) -> dict[str, Tensor]:
+    return load_file(run.file("critic.safetensors"))
+
+
+def _difference(a: RunDirectory, b: RunDirectory) -> float:
+    """The largest difference of a trained weight."""
+    theirs = _weights(b)
+    return max(float((t - theirs[name]).abs().max()) for name, t in _weights(a).items())
+
+
+def _read_shares(run: RunDirectory) -> list[float]:
+    rows = [json.loads(line) for line in run.file("telemetry.jsonl").read_text().splitlines()]
+    return [row["prefix_read_share"] for row in rows if "prefix_read_share" in row]
+
+
+def _evaluated(run: RunDirectory) -> list[float]:
+    name = "validation/value/mse"
+    return [row[name] for row in MicroRun(run.path).records if name in row]
+
+
+def _record(run: RunDirectory) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(run.file("prefix_cache.json").read_text())
+    return record
+
+
+def test_evaluations_that_are_read_have_the_same_bits(job: Job) -> None:
+    plain, read = job.once("plain", "none"), job("evaluations", "validation")
+    assert _lines(read) == _lines(plain)
+    assert len(job.shards("states-evaluations")) == 1
+    assert not plain.file("prefix_cache.json").exists()
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_training_that_reads_agrees_to_rounding(job: Job, n: int) -> None:
+    blocks = () if n == 1 else (f"training.num_unfrozen_layers={n}",)
+    plain = job.once(f"plain{n}" if blocks else "plain", "none", *blocks)
+    read = job.once(f"read{n}", "all", *blocks)
+    assert _difference(plain, read) < 1e-4  # of weights near 1, after 45 steps of 1e-3
+    assert np.allclose(_evaluated(read), _evaluated(plain), rtol=1e-4)
+    first, *_, last = _read_shares(read)
+    assert (first, last) == (0.0, 1.0)
+    assert _lines(read)[:17] == _lines(plain)[:17]  # the first epoch computes
+
+
+def test_bf16_states_are_kept_as_they_are(job: Job) -> None:
+    mixed = "distributed.fsdp.mixed_precision=true"
+    exact, plain = job.once("plain", "none"), job("mixed", "none", mixed)
+    read = job("mixed-read", "all", mixed)
+    assert _lines(read)[:17] == _lines(plain)[:17]
+    rounding = abs(np.array(_evaluated(plain)) - _evaluated(exact)).max()
+    assert abs(np.array(_evaluated(plain)) - _evaluated(read)).max() <= 2 * rounding
+
+
+def test_another_run_reads_everything_and_loads_no_frozen_block(
+    job: Job, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = job.once("read1", "all")
+    before = job.shards("states-read1")
+    settings: list[Setting] = []
+
+    def never(prefix: Prefix, computed: Tensor) -> Tensor:
+        raise AssertionError("states were computed")
+
+    def noted(setting: Setting, known: Any = memory_report.prediction) -> Any:
+        settings.append(setting)
+        return known(setting)
+
+    monkeypatch.setattr(Prefix, "settle", never)
+    monkeypatch.setattr(memory_report, "prediction", noted)
+    caplog.set_level(logging.INFO, "job.train")
+    second = job("second", "all", "training.seed=1", cache="states-read1")
+    assert set(_read_shares(second)) == {1.0}
+    assert job.shards("states-read1") == before
+    assert settings[-1].prefix_cached
+    assert "the trunk's first 2 blocks and its embeddings are not loaded" in caplog.text
+    held = [json.loads(run.file("parameters.json").read_text()) for run in (first, second)]
+    for name in ("model_total_params", "model_trainable_params"):
+        assert held[0][name] == held[1][name]
+    bytes_ = [{c["name"]: c["weight_bytes"] for c in one["components"]} for one in held]
+    assert bytes_[1]["embeddings"] == 0 < bytes_[0]["embeddings"]
+    assert bytes_[1]["trunk_blocks"] == bytes_[0]["trunk_blocks"] / 3  # one of three blocks
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_fewer_unfrozen_blocks_read_the_states_before_those_of_more(job: Job, n: int) -> None:
+    blocks = f"training.num_unfrozen_layers={n}"
+    job.once("read2", "all", "training.num_unfrozen_layers=2")
+    before = job.shards("states-read2")
+    plain = job.once("plain0", "none", blocks) if n == 0 else job.once("plain", "none")
+    run = job(f"few{n}", "all", blocks, cache="states-read2")
+    assert _record(run)["block"] == 1
+    assert set(_read_shares(run)) == {1.0}
+    assert _difference(run, plain) < 1e-4
+    assert job.shards("states-read2") == before
+
+
+def test_stages_begin_at_the_boundary_of_the_one_that_trains_most(job: Job) -> None:
+    stages = "training.stages=[{num_unfrozen_layers: 0, steps: 20}, "
+    stages += "{num_unfrozen_layers: 2, steps: 25}]"
+    given = (stages, "training.num_unfrozen_layers=2")
+    plain, read = job("plain-stages", "none", *given), job("stages", "all", *given)
+    assert _record(read)["block"] == 1
+    assert _difference(plain, read) < 1e-4
+
+
+def test_pairs_are_read_too(job: Job) -> None:
+    mixed = "objective.terms={monte_carlo: 1.0, pairwise: 0.5}"
+    plain, read = job("plain-pairs", "none", mixed), job("pairs", "all", mixed)
+    assert _read_shares(read)[-1] == 1.0
+    assert _difference(plain, read) < 1e-4
+
+
+@pytest.mark.parametrize("stopped", [12, 18, 31])  # in an epoch, in its last step, in the next
+def test_a_resumed_run_has_the_bits_of_one_at_once(job: Job, stopped: int) -> None:
+    whole, name = job.once("read1", "all"), f"parts{stopped}"
+    job(name, "all", f"training.max_steps={stopped}")
+    parts = job(name, "all")
+    assert _difference(whole, parts) == 0
+    assert _learned(parts) == _learned(whole)
+    own = _record(parts)["name"]
+    assert {path.name.partition("-")[0] for path in job.shards(f"states-{name}")} == {own}
+
+
+def test_what_another_run_writes_meanwhile_is_not_seen(job: Job) -> None:
+    whole = job.once("read1", "all")
+    job("mine", "all", "training.max_steps=10", cache="two")
+    job("other", "all", "training.seed=5", "training.micro_batch_tokens=512", cache="two")
+    assert _difference(whole, job("mine", "all", cache="two")) == 0
+
+
+def test_a_run_without_its_own_states_computes_them_again(job: Job) -> None:
+    job("bare", "all", "training.max_steps=20")
+    for path in job.shards("states-bare"):
+        path.unlink()
+    run = job("bare", "all")
+    assert _read_shares(run)[-1] > 0.8  # but for those that were seen in steps 18 to 20
+    assert _difference(run, job.once("plain", "none")) < 1e-4
+
+
+@pytest.mark.parametrize(("there", "steps"), [("part", 10), ("whole", 20)])
+def test_a_flipped_bit_is_never_used(
+    job: Job, there: str, steps: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = f"flipped-{there}"
+    job(f"first-{there}", "all", f"training.max_steps={steps}", cache=cache)
+    for path in job.shards(cache):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2 // 4096 * 4096 + 5] ^= 1
+        path.write_bytes(content)
+    name = f"second-{there}"
+    if there == "whole":  # by the index all is there, and so frozen blocks are not loaded
+        with pytest.raises(StorageError, match="what is damaged was set aside, and the next"):
+            job(name, "all", cache=cache)
+    second = job(name, "all", cache=cache)
+    assert "states are not as they were written" in caplog.text
+    assert _difference(job.once("plain", "none"), second) < 1e-4
+
+
+def test_another_trunk_and_other_texts_have_states_of_their_own(job: Job) -> None:
+    other = (job.folder / "pretrain.yaml").read_text().replace("max_steps: 5", "max_steps: 6")
+    (job.folder / "other.yaml").write_text(other)
+    job.once("read1", "all")
+    trunk = ("model.path=other", "model.recipe=other.yaml")
+    few = "training.max_steps=10"
+    assert set(_read_shares(job("trunk", "all", few, *trunk, cache="states-read1"))) == {0.0}
+    texts = job("texts", "all", few, "data.arithmetic.seed=3", cache="states-read1")
+    assert _read_shares(texts)[0] < 0.5
+
+
+def test_a_cache_that_does_not_fit_is_refused(job: Job) -> None:
+    words = r"prefix_cache=all: the states of the training data take 0\.\d+ GB in .* room for 0\.0"
+    with pytest.raises(InputError, match=words):
+        job("large", "all", "training.prefix_cache_gb=0.0005")
+    assert not job.shards("states-large")
+
+
+def test_auto_does_without_a_cache_that_does_not_fit(job: Job) -> None:
+    run = job("small", "auto", "training.prefix_cache_gb=0.00001", "training.max_steps=5")
+    assert (_record(run)["validation"], _record(run)["training"]) == (False, False)
+
+
+def test_auto_keeps_nothing_that_takes_no_time(job: Job) -> None:
+    quick = job("quick", "auto", "training.max_steps=12")
+    assert (_record(quick)["validation"], _record(quick)["training"]) == (False, None)
+    assert not job.shards("states-quick")
+
+
+def test_auto_keeps_what_the_first_minutes_say(
+    job: Job, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(prefix_cache, "CHOSEN_AFTER", 0.0)
+    monkeypatch.setattr(prefix_cache, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(Work, "saved", lambda *_: 1.0)
+    caplog.set_level(logging.INFO, "job.train")
+    run = job("auto", "auto")
+    assert (_record(run)["validation"], _record(run)["training"]) == (True, True)
+    assert "prefix cache: states of evaluations are kept: " in caplog.text
+    assert "prefix cache: states of training data are kept: " in caplog.text
+    assert _read_shares(run)[-1] > 0.5
+    assert _difference(run, job.once("plain", "none")) < 1e-4
+
+
+def test_states_that_are_known_replace_computed_ones() -> None:
+    known, computed = torch.ones(3, 2), torch.zeros(3, 2)
+    prefix = Prefix(1, known=(known, torch.tensor([True, False, True])))
+    assert prefix.settle(computed).tolist() == [[1, 1], [0, 0], [1, 1]]
+    assert prefix.computed
+    assert Prefix(1).settle(computed) is computed
+
+
+# What auto weighs
+
+
+def test_frozen_blocks_take_a_third_of_what_trained_ones_do() -> None:
+    assert training_share(28, 4) == pytest.approx(56 / 80)
+    assert training_share(32, 0) == 1.0
+    assert training_share(0, 4) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("step", "last", "writes", "reads"),
+    [(10, 100, 20, 70), (10, 25, 15, 0), (10, 10, 0, 0)],
+)
+def test_states_are_written_for_one_epoch_and_read_from_then_on(
+    step: int, last: int, writes: int, reads: int
+) -> None:
+    work = work_left(step=step, last=last, epoch=20, seconds=1.0, prefix_share=0.5, step_bytes=1.0)
+    assert (work.writes, work.reads) == (writes, reads)
+
+
+@pytest.mark.parametrize(
+    ("read", "write", "saved"),
+    [
+        (1e9, 1e9, 100 * 0.7),  # the disk is never waited for
+        (1e6, 1e9, 100 * 0.5),  # a step's states take half a second
+        (0.5e6, 1e9, 0.0),
+        (1e9, 0.25e6, 100 * 0.7 - 20 * 1.0),  # and two to write
+        (0.25e6, 1e9, -100.0),
+    ],
+)
+def test_saved_seconds_are_what_reading_spares_less_what_the_disk_costs(
+    read: float, write: float, saved: float
+) -> None:
+    work = Work(1.0, 0.7, 0.5e6, writes=20, reads=100)
+    disk = DiskRates(write=write, read=read)
+    assert work.saved(disk) == pytest.approx(saved)
+    assert f"{saved:+,.0f} s saved" in work.told(disk)
+
+
+def test_a_disk_is_measured(tmp_path: Path) -> None:
+    one, four = (DiskRates.measured(tmp_path / "new", n) for n in (1, 4))
+    assert 1e6 < one.write < 1e12
+    assert 1e6 < four.read < 1e12
+    assert not list((tmp_path / "new").iterdir())
