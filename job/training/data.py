@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from job.common.data_file import check_readable, described
 from job.common.errors import InputError
-from job.common.schema import EMBEDDED, CriticConfig, Spread
+from job.common.schema import AUTO, EMBEDDED, CriticConfig, Spread
 from job.data.packing import Indices, Packer, first_valued, single_units
 from job.data.pairs import balanced_pairs, with_others
 from job.data.token_cache import TokenizedSet, count_shared_problems, load_split
@@ -22,6 +22,7 @@ from job.distributed.world import World
 from job.model.architecture_file import read_architecture
 from job.run.directory import RunDirectory
 
+_AUTO_TOKENS = 8192  # of a micro-batch
 _UNKNOWN_SHARE = 0.01  # of tokens; fewer may be rare characters
 _log = logging.getLogger("job.train")
 
@@ -34,6 +35,13 @@ class CriticData:
     validation: Packer
     mean_reward: float
     tokenizer: str  # its fingerprint
+
+
+def forward_budget(config: CriticConfig) -> int:
+    """Tokens of a micro-batch without gradients; a moderate number where training is to choose."""
+    if config.training.micro_batch_tokens == AUTO:
+        return max(_AUTO_TOKENS, config.data.max_length)
+    return config.training.token_budget
 
 
 def check_sources(config: CriticConfig) -> None:

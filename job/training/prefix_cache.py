@@ -11,8 +11,6 @@ interrupted. Which entries a step sees does therefore not depend on when they ca
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import time
@@ -20,7 +18,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,10 +56,10 @@ from job.training.cache_choice import (
     training_share,
     work_left,
 )
+from job.training.cache_folders import cache_folder, folder_of, used_bytes
 from job.training.data import CriticData
 
 FORMAT = 1  # raise it when states of the same facts become others
-FACTS = "facts.json"
 RECORD = "prefix_cache.json"
 EVALUATION = -1  # in place of a step
 READERS = 4
@@ -132,17 +130,6 @@ class Boundary:
             first = first_valued(data, np.arange(len(data)), packer.prompt_value)
         tokens = np.asarray(data.tokens)
         return Stored(sequence_keys(tokens, data.offsets, first), data.lengths - first)
-
-
-def cache_folder(config: CriticConfig) -> Path:
-    """Where the states of all trunks and boundaries are."""
-    given = config.training.prefix_cache_dir
-    return Path(given) if given is not None else Path(config.data.cache_dir) / "prefix"
-
-
-def folder_of(root: Path, facts: dict[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return root / digest[:16]
 
 
 @dataclass
@@ -269,7 +256,7 @@ class PrefixCache:
         """
         self._epoch_from = data.train.steps_before_epoch(step, sequences)
         sets = ((data.train, step), (data.validation, EVALUATION))
-        lacking = any(self.lacks(_wanted(packer), at) for packer, at in sets)
+        lacking = any(self.lacks(wanted(packer), at) for packer, at in sets)
         if not self._world.sum([lacking])[0]:
             self._left_out = True
             if self._world.is_main:
@@ -450,12 +437,18 @@ class PrefixCache:
         wanted = self.record.validation if step == EVALUATION else self.record.training
         if not wanted or batch.stored is None or prefix.states is None or not prefix.computed:
             return
-        ends = np.cumsum(batch.stored.rows)
-        found = self._find(batch.stored, step)
-        spans = zip(batch.stored.keys, ends - batch.stored.rows, ends, found, strict=True)
-        pieces = [Piece(key, int(a), int(b)) for key, a, b, entry in spans if entry < 0]
-        host, ready = _to_host(prefix.states)
-        self._writer.put(pieces, host.view(torch.uint8).numpy(), step, ready)
+        put_states(self._writer, batch.stored, prefix.states, step, self._find(batch.stored, step))
+
+
+def put_states(
+    writer: Writer, stored: Stored, states: Tensor, step: int, found: NDArray[np.int64]
+) -> None:
+    """Write the states [rows, d] of those sequences that were not found."""
+    ends = np.cumsum(stored.rows)
+    spans = zip(stored.keys, ends - stored.rows, ends, found, strict=True)
+    pieces = [Piece(key, int(a), int(b)) for key, a, b, entry in spans if entry < 0]
+    host, ready = _to_host(states)
+    writer.put(pieces, host.view(torch.uint8).numpy(), step, ready)
 
 
 def _to_host(states: Tensor) -> tuple[Tensor, Callable[[], object]]:
@@ -568,6 +561,8 @@ def _settle(opening: Opening, boundary: Boundary, run: RunDirectory) -> Record:
             _refuse(mode, name, size, opening.room(), folder)
             setattr(record, name, False)
     remove_leftovers(folder, record.name)
+    with suppress(OSError):
+        os.utime(folder)  # it is used
     run.write_json(RECORD, vars(record))
     return record
 
@@ -588,14 +583,14 @@ def _best(opening: Opening, boundary: Boundary) -> tuple[dict[str, int], Boundar
     return missing, boundary
 
 
-def _wanted(packer: Packer) -> Stored:
+def wanted(packer: Packer) -> Stored:
     """What a packer's units need."""
     assert packer.stored is not None
     return packer.stored[np.unique(packer.units[packer.units >= 0])]
 
 
 def _missing_bytes(packer: Packer, boundary: Boundary, shards: Shards) -> int:
-    chosen = _wanted(packer)
+    chosen = wanted(packer)
     lacking = shards.find(chosen.keys, lambda steps: steps > -np.inf) < 0
     return int(chosen.rows[lacking].sum()) * boundary.row_bytes
 
@@ -608,8 +603,3 @@ def _refuse(mode: PrefixCacheMode, name: str, size: int, room: float, folder: Pa
     if mode is not PrefixCacheMode.auto:
         raise InputError(f"training.prefix_cache={mode.value}: {text}")
     _log.info("prefix cache: none, for %s", text)
-
-
-def used_bytes(folder: Path) -> int:
-    """Bytes of all states below a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*.states"))

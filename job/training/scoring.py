@@ -18,7 +18,7 @@ from rich.table import Table
 from job.common.data_file import Source, check_readable, described
 from job.common.errors import InputError, Stopped
 from job.common.progress import only_warnings, progress
-from job.common.schema import AUTO, EMBEDDED, CriticConfig, DistributedConfig
+from job.common.schema import EMBEDDED, DistributedConfig
 from job.common.signals import reason
 from job.data.packing import Batch, Packer, assemble, single_units
 from job.data.token_cache import TokenizedSet, load_to_score
@@ -32,13 +32,12 @@ from job.model.weights import load_trunk
 from job.run.manifest import MANIFEST
 from job.run.trained import TrainedCritic, load_weights
 from job.run.value_metrics import ValueMetrics
-from job.training.data import check_tokens, warn_of_unknown
+from job.training.data import check_tokens, forward_budget, warn_of_unknown
 from job.training.gpu import check_gpu
 from job.training.objective import Objective
 from job.training.preparation import set_up_allocator
 
 MICRO_BATCHES = 16  # of each rank, between two parts that are committed
-_AUTO_TOKENS = 8192  # of a micro-batch
 _log = logging.getLogger("job.score")
 
 
@@ -110,13 +109,6 @@ def _plan(trained: TrainedCritic, data: TokenizedSet) -> dict[str, Any]:
     }
 
 
-def _budget(config: CriticConfig) -> int:
-    """Tokens of a micro-batch; where the training chose by its memory, a moderate number."""
-    if config.training.micro_batch_tokens == AUTO:
-        return max(_AUTO_TOKENS, config.data.max_length)
-    return config.training.token_budget
-
-
 class _Scorer:
     """A critic on its GPUs, and the data that it values."""
 
@@ -128,7 +120,7 @@ class _Scorer:
             data,
             single_units(len(data)),
             dim=trained.architecture.dim,
-            budget=_budget(trained.config),
+            budget=forward_budget(trained.config),
             device=world.device,
             rank=world.rank,
             world=world.size,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,17 @@ from micro_job import MicroRun, train_run, write_job
 from safetensors.torch import load_file
 from torch import Tensor
 
+from job import cache as job_cache
+from job.common.config import load_config
 from job.common.errors import InputError, StorageError
+from job.common.schema import CriticConfig
 from job.memory.footprint import Setting
 from job.model.prefix import Prefix
 from job.run.directory import RunDirectory
 from job.training import memory_report, prefix_cache
+from job.training.cache_building import build
 from job.training.cache_choice import DiskRates, Work, training_share, work_left
+from job.training.cache_folders import folders, prune
 
 STEPS, PER_EPOCH = 45, 17.3  # of batches of ten, of 173 sequences
 SETTINGS = (
@@ -334,3 +341,69 @@ def test_a_disk_is_measured(tmp_path: Path) -> None:
     assert 1e6 < one.write < 1e12
     assert 1e6 < four.read < 1e12
     assert not list((tmp_path / "new").iterdir())
+
+
+# The command
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_cache_that_was_built_is_all_that_a_training_reads(
+    job: Job, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = (f"training.num_unfrozen_layers={n}", f"training.prefix_cache_dir=built{n}")
+    config = load_config(CriticConfig, "critic.yaml", ("run.name=none", *given))
+    folder = build(config)
+    assert folder.parent == Path(f"built{n}")
+    before = job.shards(f"built{n}")
+    build(config)  # all is there
+    assert job.shards(f"built{n}") == before
+    assert not Path("runs/none").exists()
+    run = job(f"trained{n}", "all", given[0], cache=f"built{n}")
+    assert set(_read_shares(run)) == {1.0}
+    plain = job.once("plain0", "none", given[0]) if n == 0 else job.once("plain", "none")
+    assert _difference(run, plain) < 1e-4
+
+
+def test_caches_are_listed_and_the_longest_unused_removed(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = "training.max_steps=4"
+    for n in (1, 2):
+        job(f"listed{n}", "all", few, f"training.num_unfrozen_layers={n}", cache="listed")
+    root = job.folder / "listed"
+    newest, oldest = folders(root)
+    assert (newest.facts["block"], oldest.facts["block"]) == (1, 2)
+    assert newest.sequences == oldest.sequences == 40 + 30
+    leftover = newest.path / ".x-000000.states"
+    leftover.write_bytes(b"x")
+    os.utime(leftover, (0, 0))
+    for words in (["status", "--dir", str(root)], ["prune", "--dir", str(root), "--keep-gb", "1"]):
+        monkeypatch.setattr(sys, "argv", ["job.cache", *words])
+        job_cache.main()
+    assert "block 2" in capsys.readouterr().out
+    assert not leftover.exists()
+    assert len(folders(root)) == 2
+    assert prune(root, newest.bytes) == oldest.bytes
+    assert [one.path for one in folders(root)] == [newest.path]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["build"], "build needs --config FILE"),
+        (["status", "--dir", "nowhere"], "nowhere: there is no cache here"),
+        (["prune", "--dir", "."], "prune needs --keep-gb GB"),
+    ],
+)
+def test_what_the_command_lacks_is_said(
+    job: Job, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["job.cache", *words])
+    with pytest.raises(InputError, match=message):
+        job_cache.main()
+
+
+def test_nothing_is_built_where_no_block_is_frozen(job: Job) -> None:
+    given = ("run.name=none", "training.num_unfrozen_layers=3")
+    with pytest.raises(InputError, match="no block stays frozen"):
+        build(load_config(CriticConfig, "critic.yaml", given))

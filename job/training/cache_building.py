@@ -1,0 +1,156 @@
+"""Fills a prefix cache before any training: forward passes of the frozen blocks alone.
+
+A rank holds all of them, and nothing of what is trained: with one GPU of a trunk that is too large
+for training, the cache can be built, and the training that reads it needs less.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from job.common.config import set_key
+from job.common.errors import InputError, Stopped, StorageError
+from job.common.progress import only_warnings, progress
+from job.common.schema import CriticConfig
+from job.common.signals import reason
+from job.data.packing import Batch, Indices, Packer
+from job.data.state_shards import Writer
+from job.distributed.world import World, joined_world
+from job.model.architecture_file import read_architecture
+from job.model.fingerprint import fingerprint
+from job.model.prefix import Prefix
+from job.model.transformer import Trunk
+from job.model.weights import load_trunk
+from job.run.directory import RunDirectory
+from job.training.data import forward_budget, load_critic_data
+from job.training.prefix_cache import (
+    EVALUATION,
+    Boundary,
+    Opening,
+    put_states,
+    wanted,
+)
+from job.training.preparation import prepare_inputs, set_up_torch
+
+_log = logging.getLogger("job.cache")
+
+
+def build(config: CriticConfig, *, verify: bool = False) -> Path:
+    """Keep the states of a configuration's training and validation data; the cache's folder.
+
+    What is there already is not computed again.
+
+    Raises:
+        InputError: something in the input is wrong, or there is no room.
+        Stopped: asked to stop; what is computed is kept.
+    """
+    set_up_torch(config)
+    with joined_world(config.distributed) as world:
+        if not world.is_main:
+            only_warnings()
+        world.main_first(lambda: prepare_inputs(config, verify=verify))
+        set_key(config, "training.micro_batch_tokens", forward_budget(config))
+        run = RunDirectory(config.run.dir, is_main=False)
+        data = world.main_first(lambda: load_critic_data(config, run, world, verify=verify))
+        base = world.main_decides(
+            lambda: fingerprint(config.model.path, config.data.cache_dir, verify=verify)
+        )
+        boundary = Boundary.of(config, read_architecture(config.model.path))
+        if boundary.block == 0:
+            raise InputError("training.num_unfrozen_layers: no block stays frozen")
+        opening = Opening(config, data, base, world)
+        return _Building(opening, boundary).run()
+
+
+class _Building:
+    """The frozen blocks on one rank, and what they are still to compute."""
+
+    def __init__(self, opening: Opening, boundary: Boundary) -> None:
+        self._opening, self._boundary, self._world = opening, boundary, opening.world
+        self._shards = opening.shards(boundary)
+        self._shards.refresh()
+        opening.name_sequences(boundary)
+        self._world.gather(None)  # all have seen the same
+        missing = self._world.main_decides(lambda: opening.missing_bytes(boundary))
+        self._bytes, room = sum(missing.values()), opening.room()
+        if self._bytes > room:
+            raise InputError(
+                f"{self._shards.folder}: the states that are not there yet take "
+                f"{self._bytes / 1e9:,.3f} GB, and there is room for {room / 1e9:,.3f} GB "
+                "(training.prefix_cache_dir, training.prefix_cache_gb)"
+            )
+
+    def run(self) -> Path:
+        if not self._bytes:
+            _log.info("%s: all states are there already", self._shards.folder)
+            return self._shards.folder
+        trunk = _frozen_trunk(self._opening.config, self._boundary, self._world)
+        facts = self._boundary.facts(self._opening.base, self._world.device)
+        name = self._world.main_decides(lambda: uuid.uuid4().hex[:12])
+        writer = Writer(
+            self._shards.folder,
+            f"{name}-0000-{self._world.rank:05}",
+            facts,
+            may_take=self._opening.room() / self._world.size,
+        )
+        with closing(writer):
+            self._fill(trunk, writer)
+        if writer.error is not None:
+            raise StorageError(f"{writer.error}; what was written before is kept")
+        _log.info("%.3f GB of states: %s", self._bytes / 1e9, self._shards.folder)
+        return self._shards.folder
+
+    @torch.no_grad()
+    def _fill(self, trunk: Trunk, writer: Writer) -> None:
+        plan = list(self._lacking())
+        with progress("building the cache", len(plan)) as advance:
+            for done, (packer, units) in enumerate(plan, 1):
+                _stop_together(self._world)
+                batch = packer.assemble(units)
+                if batch.stored is not None:
+                    states = _states(trunk, batch, self._boundary)
+                    none = np.full(len(batch.stored), -1)
+                    put_states(writer, batch.stored, states, EVALUATION, none)
+                advance(done, "micro-batches")
+
+    def _lacking(self) -> Iterator[tuple[Packer, Indices]]:
+        """This rank's micro-batches of sequences whose states are not there."""
+        for packer in self._opening.packers.values():
+            rows = np.unique(packer.units[packer.units >= 0])
+            there = self._shards.find(wanted(packer).keys, lambda steps: steps > -np.inf) >= 0
+            if len(left := rows[~there]):
+                yield from ((packer, units) for units in packer.split(left[:, None]))
+
+
+def _frozen_trunk(config: CriticConfig, boundary: Boundary, world: World) -> Trunk:
+    """Embeddings and blocks before the boundary, whole and in the compute dtype."""
+    with torch.device("meta"):
+        trunk = Trunk(read_architecture(config.model.path))
+    trunk.requires_grad_(False)
+    trunk.norm = nn.Identity()  # type: ignore[assignment]
+    trunk.layers = trunk.layers[: boundary.block]
+    trunk.to(boundary.dtype).to_empty(device=world.device)
+    load_trunk(trunk, config.model.path, lambda: _stop_together(world))
+    return trunk
+
+
+def _states(trunk: Trunk, batch: Batch, boundary: Boundary) -> torch.Tensor:
+    """The states at the boundary; `Trunk.hidden` ends there, since there are no later blocks."""
+    reads = batch.layout.reads(batch.positions) if boundary.of_read_rows else None
+    return trunk.hidden(batch.tokens, batch.layout, reads, Prefix(boundary.block))
+
+
+def _stop_together(world: World) -> None:
+    """Raise Stopped on every rank if one was asked to stop."""
+    why = reason()
+    if world.sum([why is not None])[0]:
+        text = f"stopped by {why or 'another rank'}; what is computed is kept"
+        raise Stopped(text).everywhere()
