@@ -22,7 +22,7 @@ from rich.console import Console
 
 from job.common.config import command_line, load_config
 from job.common.errors import InputError, run_and_leave
-from job.common.schema import CriticConfig
+from job.common.schema import CriticConfig, PrefixCacheMode
 from job.common.signals import SIGNALS
 from job.run.comparison import comparison_table, summarise
 from job.run.directory import RunDirectory
@@ -45,12 +45,20 @@ def compare(config_file: str, overrides: Sequence[str], unfreeze: Sequence[int])
     if len({run.path for run in runs}) < len(runs):
         raise InputError("run.dir: the runs share a directory; build it from the number of blocks")
     with _stop_signals_held_back():
-        for choice in choices:
+        for choice in _in_order(configs, choices):
             _train(config_file, choice)
     rows = [summarise(run) for run in runs]
     RunDirectory(runs[0].path.parent).write_json("comparison.json", rows)
     Console().print(comparison_table(rows))
     return [run.path for run in runs]
+
+
+def _in_order(configs: Sequence[CriticConfig], choices: Sequence[list[str]]) -> Iterator[list[str]]:
+    """As given; with a cache, first who trains most: all others can read the states it keeps."""
+    if configs[0].training.prefix_cache is not PrefixCacheMode.all:
+        return iter(choices)
+    most = sorted(range(len(choices)), key=lambda k: -configs[k].training.num_unfrozen_layers)
+    return (choices[k] for k in most)
 
 
 def _train(config_file: str, overrides: Sequence[str]) -> None:

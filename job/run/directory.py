@@ -10,6 +10,7 @@ stop              made by you: save and stop
 bad_steps.json    steps that are passed over since their loss was not finite
 parameters.json   the parameter report
 memory.json       memory predicted before the first step, and measured in all phases
+prefix_cache.json  what is settled about frozen blocks' states on disk
 reliability.json  calibration and value by position at the last evaluation
 critic.safetensors  the trained parameters
 bad_rows.*.jsonl  rows left out

@@ -42,7 +42,8 @@ class Training:
         self._run, self._world = attempt.run, attempt.world
         self._evaluated: dict[str, float] = {}  # the evaluation of the current step
         self._note = ""
-        self._save_seconds = 0.0  # that saving has held up training, since the last log line
+        # that saving has held up training, and evaluating, since the last log line
+        self._save_seconds = self._evaluation_seconds = 0.0
         self._passed_over: list[int] = self._world.main_decides(self._run.bad_steps)
         checkpoints.logs_written = tracker.flush
         if learner.cache is not None:
@@ -122,6 +123,8 @@ class Training:
         if self.config.logging.product_rate:
             speed["product_rate"] = product_rate(self._world.device)
         speed["save_seconds"], self._save_seconds = self._save_seconds, 0.0
+        if self._evaluation_seconds:
+            speed["evaluation_seconds"], self._evaluation_seconds = self._evaluation_seconds, 0.0
         speed |= self._cache_telemetry(speed)
         memory = {"memory_bytes": self.recorder.peak_bytes(), **self.recorder.telemetry()}
         self.tracker.telemetry(state.step, speed | memory)
@@ -162,7 +165,8 @@ class Training:
                 advance(done, note)
 
             evaluated = self.learner.evaluate(self.data.validation, at_boundary)
-        self._choose_evaluations(time.monotonic() - began)
+        self._evaluation_seconds += (seconds := time.monotonic() - began)
+        self._choose_evaluations(seconds)
         figures = evaluated.compute()
         self._run.write_json("reliability.json", _curves(evaluated))
         if self._world.is_main:
