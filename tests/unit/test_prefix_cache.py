@@ -38,6 +38,7 @@ SETTINGS = (
     "checkpoint.every_steps=5",
 )
 pytestmark = pytest.mark.slow
+VARIANT = pytest.mark.all
 
 
 class Job:
@@ -119,7 +120,7 @@ def test_evaluations_that_are_read_have_the_same_bits(job: Job) -> None:
     assert not plain.file("prefix_cache.json").exists()
 
 
-@pytest.mark.parametrize("n", [0, 1, 2])
+@pytest.mark.parametrize("n", [0, 1, pytest.param(2, marks=VARIANT)])
 def test_training_that_reads_agrees_to_rounding(job: Job, n: int) -> None:
     blocks = () if n == 1 else (f"training.num_unfrozen_layers={n}",)
     plain = job.once(f"plain{n}" if blocks else "plain", "none", *blocks)
@@ -131,6 +132,7 @@ def test_training_that_reads_agrees_to_rounding(job: Job, n: int) -> None:
     assert _lines(read)[:17] == _lines(plain)[:17]  # the first epoch computes
 
 
+@VARIANT
 def test_bf16_states_are_kept_as_they_are(job: Job) -> None:
     mixed = "distributed.fsdp.mixed_precision=true"
     exact, plain = job.once("plain", "none"), job("mixed", "none", mixed)
@@ -170,7 +172,7 @@ def test_another_run_reads_everything_and_loads_no_frozen_block(
     assert bytes_[1]["trunk_blocks"] == bytes_[0]["trunk_blocks"] / 3  # one of three blocks
 
 
-@pytest.mark.parametrize("n", [0, 1])
+@pytest.mark.parametrize("n", [0, pytest.param(1, marks=VARIANT)])
 def test_fewer_unfrozen_blocks_read_the_states_before_those_of_more(job: Job, n: int) -> None:
     blocks = f"training.num_unfrozen_layers={n}"
     job.once("read2", "all", "training.num_unfrozen_layers=2")
@@ -183,6 +185,7 @@ def test_fewer_unfrozen_blocks_read_the_states_before_those_of_more(job: Job, n:
     assert job.shards("states-read2") == before
 
 
+@VARIANT
 def test_stages_begin_at_the_boundary_of_the_one_that_trains_most(job: Job) -> None:
     stages = "training.stages=[{num_unfrozen_layers: 0, steps: 20}, "
     stages += "{num_unfrozen_layers: 2, steps: 25}]"
@@ -192,6 +195,7 @@ def test_stages_begin_at_the_boundary_of_the_one_that_trains_most(job: Job) -> N
     assert _difference(plain, read) < 1e-4
 
 
+@VARIANT
 def test_pairs_are_read_too(job: Job) -> None:
     mixed = "objective.terms={monte_carlo: 1.0, pairwise: 0.5}"
     plain, read = job("plain-pairs", "none", mixed), job("pairs", "all", mixed)
@@ -199,7 +203,8 @@ def test_pairs_are_read_too(job: Job) -> None:
     assert _difference(plain, read) < 1e-4
 
 
-@pytest.mark.parametrize("stopped", [12, 18, 31])  # in an epoch, in its last step, in the next
+# in an epoch's last step, in the middle of one, in that of the next
+@pytest.mark.parametrize("stopped", [18, *(pytest.param(k, marks=VARIANT) for k in (12, 31))])
 def test_a_resumed_run_has_the_bits_of_one_at_once(job: Job, stopped: int) -> None:
     whole, name = job.once("read1", "all"), f"parts{stopped}"
     job(name, "all", f"training.max_steps={stopped}")
@@ -210,6 +215,7 @@ def test_a_resumed_run_has_the_bits_of_one_at_once(job: Job, stopped: int) -> No
     assert {path.name.partition("-")[0] for path in job.shards(f"states-{name}")} == {own}
 
 
+@VARIANT
 def test_what_another_run_writes_meanwhile_is_not_seen(job: Job) -> None:
     whole = job.once("read1", "all")
     job("mine", "all", "training.max_steps=10", cache="two")
@@ -217,6 +223,7 @@ def test_what_another_run_writes_meanwhile_is_not_seen(job: Job) -> None:
     assert _difference(whole, job("mine", "all", cache="two")) == 0
 
 
+@VARIANT
 def test_a_run_without_its_own_states_computes_them_again(job: Job) -> None:
     job("bare", "all", "training.max_steps=20")
     for path in job.shards("states-bare"):
@@ -226,7 +233,9 @@ def test_a_run_without_its_own_states_computes_them_again(job: Job) -> None:
     assert _difference(run, job.once("plain", "none")) < 1e-4
 
 
-@pytest.mark.parametrize(("there", "steps"), [("part", 10), ("whole", 20)])
+@pytest.mark.parametrize(
+    ("there", "steps"), [("part", 10), pytest.param("whole", 20, marks=VARIANT)]
+)
 def test_a_flipped_bit_is_never_used(
     job: Job, there: str, steps: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -245,6 +254,7 @@ def test_a_flipped_bit_is_never_used(
     assert _difference(job.once("plain", "none"), second) < 1e-4
 
 
+@VARIANT
 def test_another_trunk_and_other_texts_have_states_of_their_own(job: Job) -> None:
     other = (job.folder / "pretrain.yaml").read_text().replace("max_steps: 5", "max_steps: 6")
     (job.folder / "other.yaml").write_text(other)
@@ -346,7 +356,7 @@ def test_a_disk_is_measured(tmp_path: Path) -> None:
 # The command
 
 
-@pytest.mark.parametrize("n", [0, 1])
+@pytest.mark.parametrize("n", [0, pytest.param(1, marks=VARIANT)])
 def test_a_cache_that_was_built_is_all_that_a_training_reads(
     job: Job, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
