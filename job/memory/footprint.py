@@ -643,8 +643,8 @@ def copy_share(architecture: TransformerConfig) -> float:
     """How much of a token's memory the copy takes that a sequence has of a token it shares.
 
     That is its key and value, beside what a block works with at least (`_Step.frozen_block`); what
-    is saved for a backward pass is more. Tokens and these shares of copies within a budget take no
-    more than as many tokens without copies.
+    is saved for a backward pass is more. Where attention is CUDA's varlen kernel, tokens and these
+    shares of copies within a budget take no more than as many tokens without copies.
     """
     a = architecture
     return 2 * a.kv_heads * a.head_width / (3 * a.dim + 2 * a.ffn_width)
