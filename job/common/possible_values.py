@@ -244,8 +244,13 @@ def _impossible_critic(config: CriticConfig) -> Iterator[str]:
     yield from _impossible_histogram(config)
     if objective.loss is Loss.pairwise and objective.target is not Target.monte_carlo:
         yield "objective.target: the pairwise loss compares outcomes; use monte_carlo"
-    if isinstance(training.compile, str) and training.compile != AUTO:
-        yield f"training.compile: {training.compile!r} is neither true nor false nor {AUTO}"
+    choices = {
+        "training.compile": training.compile,
+        "data.group_by_problem": config.data.group_by_problem,
+    }
+    for key, choice in choices.items():
+        if isinstance(choice, str) and choice != AUTO:
+            yield f"{key}: {choice!r} is neither true nor false nor {AUTO}"
     if training.value_head.bias_init is not None and not training.value_head.bias:
         yield "training.value_head.bias_init: with training.value_head.bias false there is no bias"
     if objective.ranks_only and objective.weighting is not Weighting.token:

@@ -127,6 +127,9 @@ class DataConfig:
     max_length: int = 2048  # tokens of prompt and response together
     overlong: Overlong = Overlong.error
     bad_rows: BadRows = BadRows.error
+    # solutions of one problem come one after the other, and compute their prompt once; auto: where
+    # that saves enough
+    group_by_problem: bool | str = field(default=AUTO, metadata={"before": False})
     cache_dir: str = "runs/cache"
     arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
 

@@ -2,13 +2,16 @@
 
 Everything is a function of lengths, seed and step: nothing has to be saved to go on with the
 same data. A unit is what must stay together in one micro-batch: a sequence, or a pair of them.
+Units of one problem are put together where they may share their prompt, as far as that leaves
+micro-batches within their budget and ranks with equal work.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,17 +19,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from job.common.schema import Spread
+from job.data.shared_prompts import Groups, SharedPrompts
 from job.data.state_shards import Stored
 from job.data.token_cache import TokenizedSet
 from job.data.weights import Weights
-from job.model.transformer import PackedLayout, to_device
+from job.model.transformer import PackedLayout, Shared, to_device
 
 Indices = NDArray[np.int64]
+Costs = NDArray[np.float64]
+_SMALLEST_BUNDLE = 4  # of a rank's share of a step
 
 
 @dataclass(frozen=True)
 class Batch:
     """A packed micro-batch: b sequences, t tokens, n positions at which values are read.
+
+    Where a prompt is computed once for several sequences, it is among the tokens once, and its last
+    token's position comes for each of them.
 
     All but tokens and layout is on the host, where it is known without waiting for a GPU.
 
@@ -71,24 +80,30 @@ class Batch:
         return found
 
 
-def step_units(n_units: int, per_step: int, step: int, seed: int) -> Indices:
+def step_units(
+    n_units: int, per_step: int, step: int, seed: int, groups: Groups | None = None
+) -> Indices:
     """The units of optimizer step `step` (from 0): epochs are seeded permutations, end to end."""
     parts: list[Indices] = []
     start, stop = step * per_step, (step + 1) * per_step
     while start < stop:
         epoch, position = divmod(start, n_units)
-        order = _epoch_order(n_units, epoch, seed)
+        order = _epoch_order(n_units, epoch, seed, groups)
         parts.append(order[position : position + stop - start])
         start += len(parts[-1])
     return np.concatenate(parts)
 
 
 @functools.lru_cache(maxsize=2)  # the epochs that one step may touch
-def _epoch_order(n_units: int, epoch: int, seed: int) -> Indices:
-    return np.random.default_rng([seed, epoch]).permutation(n_units)
+def _epoch_order(n_units: int, epoch: int, seed: int, groups: Groups | None) -> Indices:
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(n_units)
+    return order if groups is None else groups.arrange(order, generator)
 
 
-def mixed_step(units: Indices, sequences: int, step: int, seed: int) -> Indices:
+def mixed_step(
+    units: Indices, sequences: int, step: int, seed: int, groups: Groups | None = None
+) -> Indices:
     """The units of optimizer step `step` (from 0) where some are pairs and some are not.
 
     An epoch's sequences, as its permutation of units has them, are cut after each `sequences`; a
@@ -99,7 +114,7 @@ def mixed_step(units: Indices, sequences: int, step: int, seed: int) -> Indices:
     start, stop = step * sequences, (step + 1) * sequences
     while start < stop:
         epoch, position = divmod(start, total)
-        laid = units[_epoch_order(len(units), epoch, seed)]
+        laid = units[_epoch_order(len(units), epoch, seed, groups)]
         chosen = np.flatnonzero(laid >= 0)[position : position + stop - start]
         part = np.full_like(laid, -1)
         part.flat[chosen] = laid.flat[chosen]
@@ -109,14 +124,12 @@ def mixed_step(units: Indices, sequences: int, step: int, seed: int) -> Indices:
     return np.concatenate(parts)
 
 
-def sequence_cost(lengths: Indices, dim: int) -> NDArray[np.float64]:
+def sequence_cost(lengths: Indices, dim: int) -> Costs:
     """Relative cost of a block on each sequence: linear layers t, attention t^2 / (6 d)."""
     return lengths + lengths.astype(np.float64) ** 2 / (6 * dim)
 
 
-def distribute(
-    tokens: Indices, costs: NDArray[np.float64], world: int, budget: int
-) -> list[list[Indices]]:
+def distribute(tokens: Indices, costs: Costs, world: int, budget: int) -> list[list[Indices]]:
     """Units to micro-batches: [rank][micro-batch] -> unit positions, equally many on each rank.
 
     As few micro-batches as fit the budget this way: costliest units first, each to the
@@ -130,9 +143,7 @@ def distribute(
     return [[bins[i] for i in order[rank::world]] for rank in range(world)]
 
 
-def _fill_bins(
-    tokens: Indices, costs: NDArray[np.float64], n_bins: int, budget: int
-) -> list[Indices] | None:
+def _fill_bins(tokens: Indices, costs: Costs, n_bins: int, budget: int) -> list[Indices] | None:
     """Unit positions per bin, or None where they do not fit."""
     if tokens.max(initial=0) > budget:
         raise ValueError(f"a unit of {tokens.max()} tokens exceeds the budget of {budget}")
@@ -149,6 +160,14 @@ def _fill_bins(
     return [np.flatnonzero(placed == b) for b in range(n_bins)]
 
 
+class Size(NamedTuple):
+    """Of a micro-batch: tokens that are computed, valued positions, and tokens of all sequences."""
+
+    tokens: int
+    valued: int
+    of_sequences: int
+
+
 class Packer:
     """Lays steps and evaluations of one data set out in micro-batches for one rank.
 
@@ -159,6 +178,9 @@ class Packer:
         prompt_value: whether the last token before a response is valued too.
         weights: float64 [sequences], of each position of each sequence; default: 1.
         spread: of targets at positions.
+        prompts: those that sequences share; None if each sequence is computed by itself.
+        together: sequences of one problem that come one after the other in an epoch, at most.
+        copy_share: of the budget that a token takes, what a sequence's copy of a shared one takes.
 
     Attributes:
         stored: by which keys the states of all sequences are kept; None where they are not.
@@ -177,14 +199,22 @@ class Packer:
         prompt_value: bool = False,
         weights: Weights | None = None,
         spread: Spread = Spread.none,
+        prompts: SharedPrompts | None = None,
+        together: int = 1,
+        copy_share: float = 0.0,
     ) -> None:
         self.data, self.units, self.budget = data, units, budget
         self.prompt_value, self.weights, self.spread = prompt_value, weights, spread
         self.device, self.rank, self.world = device, rank, world
+        self.prompts, self._copy_share, self._dim = prompts, copy_share, dim
         self._lengths = data.lengths
         self._costs = sequence_cost(self._lengths, dim)
         self._is_mixed = bool((units < 0).any())
         self.stored: Stored | None = None
+        most = together // units.shape[1]
+        self._groups = None
+        if prompts is not None and most > 1:
+            self._groups = Groups(prompts.problems[units[:, 0]], most)
 
     def step(self, step: int, sequences: int, seed: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step` (from 0)."""
@@ -193,16 +223,19 @@ class Packer:
     def plan(self, step: int, sequences: int, seed: int) -> list[Indices]:
         """The units of each of these micro-batches."""
         if self._is_mixed:
-            return self.split(mixed_step(self.units, sequences, step, seed))
+            return self.split(mixed_step(self.units, sequences, step, seed, self._groups))
         per_step = sequences // self.units.shape[1]
-        return self.split(self.units[step_units(len(self.units), per_step, step, seed)])
+        chosen = step_units(len(self.units), per_step, step, seed, self._groups)
+        return self.split(self.units[chosen])
 
-    def size(self, units: Indices) -> tuple[int, int]:
-        """All tokens and valued positions of a micro-batch of the given units."""
+    def size(self, units: Indices) -> Size:
+        """That of a micro-batch of the given units."""
         rows = units[units >= 0]
         lengths = self._lengths[rows]
         valued = lengths - first_valued(self.data, rows, self.prompt_value)
-        return int(lengths.sum()), int(valued.sum())
+        shared = 0 if self.prompts is None else int(self.prompts.shared(rows)[1].sum())
+        whole = int(lengths.sum())
+        return Size(whole - shared, int(valued.sum()), whole)
 
     @functools.cached_property
     def everything(self) -> list[Indices]:
@@ -211,9 +244,43 @@ class Packer:
 
     def split(self, units: Indices) -> list[Indices]:
         """This rank's micro-batches of some units: over all ranks, each of them once."""
-        tokens = _of_units(self._lengths, units)
-        parts = distribute(tokens, _of_units(self._costs, units), self.world, self.budget)
-        return [units[part] for part in parts[self.rank]]
+        tokens, costs = _of_units(self._lengths, units), _of_units(self._costs, units)
+        if self.prompts is None or not len(units):
+            parts = distribute(tokens, costs, self.world, self.budget)[self.rank]
+        else:
+            parts = self._split_bundles(units, self.prompts, tokens, costs)
+        return [units[part] for part in parts]
+
+    def _split_bundles(
+        self, units: Indices, prompts: SharedPrompts, tokens: Indices, costs: Costs
+    ) -> list[Indices]:
+        """The same, with units of one problem together where that costs no rank its work."""
+        first = units[:, 0]
+        shared, others = prompts.counts(first), (units >= 0).sum(1) - 1
+        saved = shared - np.ceil(self._copy_share * shared).astype(np.int64)
+        saved_cost = sequence_cost(shared, self._dim)
+        leading = _Work(tokens - others * saved, costs - others * saved_cost)
+        following = _Work(leading.tokens - saved, leading.costs - saved_cost)
+        plans = []
+        for most in self._bundle_sizes(int(tokens.sum())):
+            bundles = bundle(prompts.problems[first], leading.tokens, following.tokens, most)
+            work = _of_bundles(bundles, leading, following)
+            found = distribute(work.tokens, work.costs, self.world, self.budget)
+            plans.append((_span(found, work.costs), bundles, found[self.rank]))
+        _, bundles, parts = min(plans, key=lambda plan: plan[0])
+        of_part = np.full(bundles.max() + 1, -1)
+        for place, part in enumerate(parts):
+            of_part[part] = place
+        return [np.flatnonzero(of_part[bundles] == place) for place in range(len(parts))]
+
+    def _bundle_sizes(self, tokens: int) -> Iterator[int]:
+        """Tokens of a bundle at most: a rank's share of all, or less to share them out better."""
+        tried = set()
+        for parts in (1, 2, _SMALLEST_BUNDLE):
+            most = self.budget if self.world == 1 else tokens // (self.world * parts)
+            if (most := min(most, self.budget)) not in tried:
+                tried.add(most)
+                yield most
 
     def assemble(self, units: Indices) -> Batch:
         """One packed micro-batch of the given units; without any, tokens that count for nothing.
@@ -230,6 +297,7 @@ class Packer:
             prompt_value=self.prompt_value,
             weights=self.weights,
             spread=self.spread,
+            prompts=self.prompts,
         )
         return replace(batch, stored=self.stored_of(units))
 
@@ -245,6 +313,55 @@ class Packer:
         if not self._is_mixed:
             sequences -= sequences % self.units.shape[1]
         return step * sequences // total * total // sequences
+
+
+class _Work(NamedTuple):
+    """Of units or bundles: tokens to compute, and what computing them costs."""
+
+    tokens: Indices
+    costs: Costs
+
+
+def bundle(problems: Indices, leading: Indices, following: Indices, most: int) -> Indices:
+    """Which bundle each unit belongs to, int64 [units]: units of one problem, in order.
+
+    Args:
+        problems: int64 [units].
+        leading: tokens of each unit that is the first of its bundle.
+        following: tokens of each one that is not, and shares what the first one computes.
+        most: tokens of a bundle of several units.
+    """
+    found = np.empty(len(problems), np.int64)
+    open_ones: dict[int, tuple[int, int]] = {}  # by problem: a bundle, and its tokens so far
+    n_bundles = 0
+    each = zip(problems.tolist(), leading.tolist(), following.tolist(), strict=True)
+    for unit, (problem, first, more) in enumerate(each):
+        current, tokens = open_ones.get(problem, (0, most))
+        if tokens + more > most:
+            current, tokens, more = n_bundles, 0, first
+            n_bundles += 1
+        open_ones[problem] = current, tokens + more
+        found[unit] = current
+    return found
+
+
+def _of_bundles(bundles: Indices, leading: _Work, following: _Work) -> _Work:
+    _, firsts = np.unique(bundles, return_index=True)
+    leads = np.zeros(len(bundles), bool)
+    leads[firsts] = True
+    tokens = np.where(leads, leading.tokens, following.tokens)
+    costs = np.where(leads, leading.costs, following.costs)
+    # added up in order, and so alike on each rank
+    return _Work(
+        np.bincount(bundles, tokens).astype(np.int64),
+        np.bincount(bundles, costs).astype(np.float64),
+    )
+
+
+def _span(plan: list[list[Indices]], costs: Costs) -> int:
+    """What the costliest micro-batches of all ranks, which wait for each other, cost together."""
+    rounded = np.rint(costs).astype(np.int64)  # whole numbers add up alike on each rank
+    return sum(max(int(rounded[part].sum()) for part in parts) for parts in zip(*plan, strict=True))
 
 
 def _of_units(values: NDArray[Any], units: Indices) -> NDArray[Any]:
@@ -280,35 +397,50 @@ def assemble(
     prompt_value: bool = False,
     weights: Weights | None = None,
     spread: Spread = Spread.none,
+    prompts: SharedPrompts | None = None,
 ) -> Batch:
-    """Lay sequences `rows` of a data set end to end."""
+    """Lay sequences `rows` of a data set end to end, without what they share with earlier ones."""
     starts = data.offsets[rows]
     lengths = data.offsets[rows + 1] - starts
-    where = _ranges(starts, lengths)
+    leaders, counts = np.arange(len(rows)), np.zeros_like(rows)
+    if prompts is not None:
+        leaders, counts = prompts.shared(rows)
     skipped = first_valued(data, rows, prompt_value)
-    in_stream = np.concatenate(([0], np.cumsum(lengths)[:-1]))
-    positions = _ranges(in_stream + skipped, lengths - skipped)
-    each = np.repeat(np.ones(len(rows)) if weights is None else weights[rows], lengths - skipped)
+    valued = lengths - skipped
+    each = np.repeat(np.ones(len(rows)) if weights is None else weights[rows], valued)
     given = None
     if data.targets is not None:
         places = zip(rows, skipped, lengths, strict=True)
         found = [data.targets.spread(row, first, n, spread) for row, first, n in places]
         values, shares = (np.concatenate(part) for part in zip(*found, strict=True))
         given, each = torch.from_numpy(values.astype(np.float32)), each * shares
+    tokens = data.tokens[_ranges(starts + counts, lengths - counts)]
+    optimal = None if data.optimal is None else data.optimal[_ranges(starts + skipped, valued)]
+    shared = Shared(torch.from_numpy(leaders), torch.from_numpy(counts))
     return Batch(
-        tokens=to_device(torch.from_numpy(data.tokens[where].astype(np.int64)), device),
-        layout=PackedLayout(lengths.tolist(), device),
-        positions=torch.from_numpy(positions),
-        lengths=torch.from_numpy(lengths - skipped),
+        tokens=to_device(torch.from_numpy(tokens.astype(np.int64)), device),
+        layout=PackedLayout((lengths - counts).tolist(), device, shared),
+        positions=torch.from_numpy(_positions(lengths, skipped, leaders, counts)),
+        lengths=torch.from_numpy(valued),
         response_lengths=torch.from_numpy(lengths - data.response_starts[rows]),
         weights=torch.from_numpy(each.astype(np.float32)),
         weight=float(each.sum()),
         rewards=torch.from_numpy(data.rewards[rows].astype(np.float32)),
         problems=data.problems[rows],
-        optimal=None if data.optimal is None else data.optimal[where[positions]],
+        optimal=optimal,
         pairs=torch.from_numpy(_no_pairs() if pairs is None else pairs),
         given=given,
     )
+
+
+def _positions(lengths: Indices, skipped: Indices, leaders: Indices, counts: Indices) -> Indices:
+    """Where in the stream each sequence's tokens are, from the first that is valued on."""
+    own = lengths - counts
+    starts = np.cumsum(own) - own
+    valued = lengths - skipped
+    within = _ranges(skipped, valued)
+    there, here = np.repeat(starts[leaders], valued), np.repeat(starts - counts, valued)
+    return within + np.where(within < np.repeat(counts, valued), there, here)
 
 
 def _filler(device: torch.device) -> Batch:

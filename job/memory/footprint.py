@@ -79,6 +79,8 @@ class Setting:
         repeats_keys: whether CUDA's attention wants as many heads of keys as of queries, as before
             torch 2.12.
         sequence_tokens: of a typical sequence; on a CPU, short ones need masks.
+        keys_per_token: tokens of all sequences over those of the micro-batch: more than 1 where
+            sequences share prompts, whose keys each of them has.
         evaluation_tokens: of a micro-batch of an evaluation; 0 for none.
         head_bias: whether the value head has a bias.
         head_outputs: k, outputs of the value head.
@@ -97,6 +99,7 @@ class Setting:
     compiled: bool = False
     repeats_keys: bool = False
     sequence_tokens: int = 512
+    keys_per_token: float = 1.0
     evaluation_tokens: int = 0
     head_bias: bool = True
     head_outputs: int = 1
@@ -180,6 +183,7 @@ class _Step:
         self.n_frozen = a.n_trunk_layers - self.n_blocks
         self.t = setting.micro_batch_tokens
         self.n = setting.read_tokens
+        self.n_keys = round(self.t * setting.keys_per_token)
         self.c = 2 if fsdp.mixed_precision else _FLOAT
         self.strategy = fsdp.sharding_strategy
         self.sharded = setting.world_size > 1 or fsdp.mixed_precision or fsdp.cpu_offload
@@ -256,13 +260,18 @@ class _Step:
         state = dict(self.state)
         if blocks_done is not None and not self.setting.accumulates:
             state["gradients"] = _share(blocks_done * self.block, self.shards) * GRADIENT_BYTES
-        batch = (2 * self.t + self.n) * _TOKEN
+        batch = (2 * self.t + self.n + self._shared_keys) * _TOKEN
         if self.setting.has_cache:
             batch += self.hidden(self.t if self.n_blocks else self.n)
         others["batch"] = batch
         return Moment(name, dict.fromkeys(COMPONENTS, 0) | state | others)
 
     # Bytes of tensors
+
+    @property
+    def _shared_keys(self) -> int:
+        """Keys that are put together anew, if there are any; see `job.model.transformer.Keys`."""
+        return self.n_keys if self.n_keys > self.t else 0
 
     def rotations(self, tokens: int) -> int:
         """A complex number for each token and pair of channels."""
@@ -311,11 +320,12 @@ class _Step:
         """Queries, keys, values, the result of attention and its log-sum-exp."""
         if self.varlen:
             keys = self.q if self.setting.repeats_keys else self.k
-            saved = 2 * self.c * (queries * self.q + self.t * keys) + _FLOAT * self.h * queries
+            saved = 2 * self.c * (queries * self.q + self.n_keys * keys)
+            saved += _FLOAT * self.h * queries
         else:  # with a query for each token; and once more the spans' results put together
             keys = self.q if self.setting.cuda else self.k  # CUDA's kernel has them repeated
             masked = _SPAN_TOKENS * (2 * self.setting.sequence_tokens <= _SPAN_TOKENS)
-            saved = self.t * (2 * self.c * (self.q + keys) + _FLOAT * (self.h + masked))
+            saved = self.n_keys * (2 * self.c * (self.q + keys) + _FLOAT * (self.h + masked))
             saved += self.c * self.q * queries
         if self.setting.architecture.qk_norm:
             saved += self._saved_head_norms(queries)
@@ -386,15 +396,19 @@ class _Step:
     def _mixing(self, queries: int, *, last: bool) -> int:
         """Queries, keys, values, and either what makes them or what is made of them.
 
-        First the norm's result, and the rotation of queries or keys, in float32; then twice the
-        result and, in the last block, a query for each token.
+        First the norm's result, and the rotation of queries or keys, in float32; then keys and
+        values as sequences share them, and twice the result and, in the last block, a query for
+        each token.
         """
         normed = self.hidden(self.t) + last * self.hidden(queries)
         wider = 2 * _FLOAT if self.c < _FLOAT and not self.compiled else 0
         rotation = (self.c + wider) * max(queries * self.q, self.t * self.k)
-        results = 0
-        if not self.varlen:
-            results = self.t * (self.c * (2 + last) * self.q + _FLOAT * self.h)
+        results = 2 * self.c * self._shared_keys * self.k
+        if self.varlen:
+            results += self.c * queries * self.q * (self._shared_keys > 0)
+        else:
+            every = last or self._shared_keys > 0
+            results += self.n_keys * (self.c * (2 + every) * self.q + _FLOAT * self.h)
         qkv = self.c * (queries * self.q + 2 * self.t * self.k)
         return qkv + max(normed + rotation, results)
 
@@ -623,6 +637,17 @@ class _Step:
             gathered_weights=stays + self.gathered(copies),
         )
         return Moment(moment.name, moment.components | {"gradients": 0})
+
+
+def copy_share(architecture: TransformerConfig) -> float:
+    """How much of a token's memory the copy takes that a sequence has of a token it shares.
+
+    That is its key and value, beside what a block works with at least (`_Step.frozen_block`); what
+    is saved for a backward pass is more. Where attention is CUDA's varlen kernel, tokens and these
+    shares of copies within a budget take no more than as many tokens without copies.
+    """
+    a = architecture
+    return 2 * a.kv_heads * a.head_width / (3 * a.dim + 2 * a.ffn_width)
 
 
 def shards(strategy: ShardingStrategy, world_size: int, per_node: int) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,15 +43,39 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+class Shared(NamedTuple):
+    """First tokens of sequences that are first tokens of another one too: they are computed there.
+
+    Attributes:
+        leaders: int64 [b] on the host, which sequence of the stream that is; it shares none itself.
+        counts: int64 [b] on the host, how many tokens; of some sequences none.
+    """
+
+    leaders: Tensor
+    counts: Tensor
+
+
 class PackedLayout:
     """Where the sequences of a packed stream lie.
 
+    A sequence that shares its first tokens has only the others in the stream, but attends to all.
+
     Args:
-        lengths: tokens per sequence, in stream order; their sum is t.
+        lengths: tokens of each sequence in the stream, in its order; their sum is t.
         device: where the stream lies.
+        shared: tokens that are not in the stream once more.
+
+    Attributes:
+        keys: what sequences attend to; None where they share nothing: the stream as it is.
+        n_keys: tokens of all sequences, shared ones as often as they are some sequence's.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        shared: Shared | None = None,
+    ) -> None:
         if not lengths or min(lengths) < 1:
             raise ValueError("a packed stream needs at least one sequence, and none may be empty")
         self.lengths = list(lengths)
@@ -59,9 +83,15 @@ class PackedLayout:
         self.varlen = self.device.type == "cuda"  # which kernel attends; see `attend`
         # on the host, where the lengths are: a GPU would be waited for to know n_tokens
         self.ends = torch.tensor([0, *self.lengths]).cumsum(0)  # [b + 1] on the host, from 0 on
-        self.n_tokens = int(self.ends[-1])
-        starts = torch.repeat_interleave(self.ends[:-1], torch.tensor(self.lengths))
-        self.positions = to_device(torch.arange(self.n_tokens) - starts, self.device)  # [t]
+        self.n_tokens = self.n_keys = int(self.ends[-1])
+        shift = -self.ends[:-1]
+        self.keys: Keys | None = None
+        if shared is not None and shared.counts.any():
+            self.keys = Keys(self, shared)
+            self.n_keys += int(shared.counts.sum())
+            shift = shift + shared.counts
+        shifts = shift.repeat_interleave(torch.tensor(self.lengths))
+        self.positions = to_device(torch.arange(self.n_tokens) + shifts, self.device)  # [t]
         # as varlen kernels take them
         self.boundaries = to_device(self.ends.to(torch.int32), self.device)  # [b + 1]
         self.max_length = max(self.lengths)
@@ -73,7 +103,7 @@ class PackedLayout:
     @functools.cached_property
     def spans(self) -> tuple[list[int], list[Tensor | None]]:
         """Token counts and masks of runs of whole sequences; a lone sequence needs no mask."""
-        runs = _group_sequences(self.lengths, SPAN_TOKENS)
+        runs = _group_sequences((self.keys or self).lengths, SPAN_TOKENS)
         masks = [None if len(run) == 1 else self._span_mask(run) for run in runs]
         return [sum(run) for run in runs], masks
 
@@ -81,6 +111,35 @@ class PackedLayout:
         """Block-diagonal and causal, bool [span, span]."""
         ids = torch.repeat_interleave(torch.arange(len(run)), torch.tensor(run))
         return (ids[:, None] == ids[None, :]).tril().to(self.device)
+
+
+class Keys:
+    """The tokens that the sequences of a stream attend to, end to end: all of each sequence.
+
+    Attributes:
+        lengths: of the sequences, those that they share included.
+        rows: where the tokens are in the stream, int64 [n_keys].
+        places: where the stream's tokens are among these, int64 [t].
+        boundaries: int32 [b + 1], where the sequences begin and end among them.
+        max_length: of the longest sequence.
+    """
+
+    def __init__(self, layout: PackedLayout, shared: Shared) -> None:
+        own, counts, starts = torch.tensor(layout.lengths), shared.counts, layout.ends[:-1]
+        lengths = own + counts
+        ends = torch.cat((layout.ends[:1], lengths.cumsum(0)))
+        first, n_keys = ends[:-1], int(ends[-1])
+        within = torch.arange(n_keys) - first.repeat_interleave(lengths)
+        there, here = (
+            x.repeat_interleave(lengths) for x in (starts[shared.leaders], starts - counts)
+        )
+        rows = within + torch.where(within < counts.repeat_interleave(lengths), there, here)
+        shift = (first + counts - starts).repeat_interleave(own)
+        self.lengths: list[int] = lengths.tolist()
+        self.rows = to_device(rows, layout.device)
+        self.places = to_device(torch.arange(layout.n_tokens) + shift, layout.device)
+        self.boundaries = to_device(ends.to(torch.int32), layout.device)
+        self.max_length = max(self.lengths)
 
 
 class Reads:
@@ -209,17 +268,27 @@ class Attention(nn.Module):
 def attend(
     q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, reads: Reads | None = None
 ) -> Tensor:
-    """Block-diagonal causal attention: q [r, h, e], k and v [t, k, e] -> [r, h, e].
+    """Causal attention within each sequence: q [r, h, e], k and v [t, k, e] -> [r, h, e].
 
     Queries are those of `reads`, or of all tokens.
     """
+    if layout.keys is not None:  # little beside the products of a block's linear layers
+        k, v = k.index_select(0, layout.keys.rows), v.index_select(0, layout.keys.rows)
     if layout.varlen and _fits_flash_attention(q):
         return _attend_varlen(q, k, v, layout, reads)
-    if reads is None:
+    places = _places(layout, reads)
+    if places is None:
         return _attend_spans(q, k, v, layout)
-    # with queries for all tokens, since only then a kernel may know which keys come too late
-    everywhere = q.new_zeros(len(k), *q.shape[1:]).index_put((reads.rows,), q)
-    return _attend_spans(everywhere, k, v, layout).index_select(0, reads.rows)
+    # with queries for all keys, since only then a kernel may know which keys come too late
+    everywhere = q.new_zeros(len(k), *q.shape[1:]).index_put((places,), q)
+    return _attend_spans(everywhere, k, v, layout).index_select(0, places)
+
+
+def _places(layout: PackedLayout, reads: Reads | None) -> Tensor | None:
+    """Where among the keys the queries are, int64 [r]; None if there is one for each, in order."""
+    if reads is None:
+        return None if layout.keys is None else layout.keys.places
+    return reads.rows if layout.keys is None else layout.keys.places.index_select(0, reads.rows)
 
 
 def _fits_flash_attention(q: Tensor) -> bool:
@@ -237,15 +306,15 @@ def _attend_varlen(
         grouped = {"enable_gqa": True}
     elif group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    queries = reads or layout
+    queries, keys = reads or layout, layout.keys or layout
     mixed = varlen_attn(
         q,
         k,
         v,
         queries.boundaries,
-        layout.boundaries,
+        keys.boundaries,
         queries.max_length,
-        layout.max_length,
+        keys.max_length,
         window_size=(-1, 0),  # the last query sees the last key
         **grouped,
     )

@@ -217,8 +217,10 @@ class Window:
         return whole
 
     def add(self, batches: Sequence[Batch], seconds: float) -> None:
-        """Count one optimizer step that took `seconds`."""
-        self._tokens += sum(len(batch.tokens) for batch in batches)
+        """Count one optimizer step that took `seconds`, and the tokens of its sequences: those of
+        a prompt that is computed once for several of them as often as they are.
+        """
+        self._tokens += sum(batch.layout.n_keys for batch in batches)
         self._response_tokens += sum(int(batch.response_lengths.sum()) for batch in batches)
         self._steps += 1
         self._seconds += seconds

@@ -35,6 +35,7 @@ from job.training.prefix_cache import (
     EVALUATION,
     Boundary,
     Opening,
+    Rows,
     put_states,
     wanted,
 )
@@ -143,9 +144,15 @@ def _frozen_trunk(config: CriticConfig, boundary: Boundary, world: World) -> Tru
 
 
 def _states(trunk: Trunk, batch: Batch, boundary: Boundary) -> torch.Tensor:
-    """The states at the boundary; `Trunk.hidden` ends there, since there are no later blocks."""
-    reads = batch.layout.reads(batch.positions) if boundary.of_read_rows else None
-    return trunk.hidden(batch.tokens, batch.layout, reads, Prefix(boundary.block))
+    """The sequences' states at the boundary, end to end.
+
+    `Trunk.hidden` ends there, since there are no later blocks.
+    """
+    reads = batch.layout.reads(batch.positions)
+    read = reads if boundary.of_read_rows else None
+    states = trunk.hidden(batch.tokens, batch.layout, read, Prefix(boundary.block))
+    rows = Rows.of(batch, reads, of_read_rows=boundary.of_read_rows)
+    return rows.of_sequences(states)
 
 
 def _stop_together(world: World) -> None:

@@ -164,9 +164,9 @@ class Learner:
         reads = batch.layout.reads(batch.positions)
         if self.cache is None:
             return self.critic(batch.tokens, batch.layout, reads)
-        prefix = self.cache.take(batch, step, compute=compute)
+        prefix = self.cache.take(batch, reads, step, compute=compute)
         outputs = self.critic(batch.tokens, batch.layout, reads, prefix)
-        self.cache.keep(batch, prefix, step)
+        self.cache.keep(batch, reads, prefix, step)
         return outputs
 
     def _lacks(self, batch: Batch, step: int) -> bool:

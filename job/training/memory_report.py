@@ -93,16 +93,20 @@ def heaviest(config: CriticConfig, data: CriticData, world: World) -> Setting:
         for step in range(min(config.training.max_steps, _STEPS_LOOKED_AT))
     ]
     sizes = [data.train.size(units) for plan in plans for units in plan]
-    evaluated = max(data.validation.size(units)[0] for units in data.validation.everything)
+    evaluated = [data.validation.size(units) for units in data.validation.everything]
+    keys = max(
+        (size.of_sequences / size.tokens for size in sizes + evaluated if size.tokens), default=1
+    )
     accumulates = any(len(plan) > 1 for plan in plans)
-    gathered = world.gather((max(sizes), evaluated, accumulates))
-    (tokens, valued) = max(size for size, _, _ in gathered)
+    gathered = world.gather((max(sizes), max(evaluated).tokens, keys, accumulates))
+    heaviest_of_all = max(size for size, *_ in gathered)
     return replace(
         setting,
-        micro_batch_tokens=tokens,
-        response_tokens=valued,
-        accumulates=any(a for _, _, a in gathered),
-        evaluation_tokens=max(e for _, e, _ in gathered),
+        micro_batch_tokens=heaviest_of_all.tokens,
+        response_tokens=heaviest_of_all.valued,
+        keys_per_token=max(k for _, _, k, _ in gathered),
+        accumulates=any(a for *_, a in gathered),
+        evaluation_tokens=max(e for _, e, _, _ in gathered),
         sequence_tokens=int(data.train.data.lengths.mean()),
     )
 

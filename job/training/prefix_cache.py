@@ -47,7 +47,7 @@ from job.model.architecture import TransformerConfig
 from job.model.architecture_file import read_architecture
 from job.model.parameters import select_trainable
 from job.model.prefix import Prefix
-from job.model.transformer import to_device
+from job.model.transformer import Reads, to_device
 from job.run.directory import RunDirectory
 from job.training.cache_choice import (
     LEAST_SECONDS,
@@ -352,10 +352,11 @@ class PrefixCache:
         """Whether the states of some of these sequences must be computed."""
         return stored is not None and bool((self._find(stored, step) < 0).any())
 
-    def take(self, batch: Batch, step: int, *, compute: bool) -> Prefix:
+    def take(self, batch: Batch, reads: Reads, step: int, *, compute: bool) -> Prefix:
         """What is known of a micro-batch's states.
 
         Args:
+            reads: what of it is read.
             compute: whether the frozen blocks are run, since some rank lacks some of its states.
 
         Raises:
@@ -368,16 +369,20 @@ class PrefixCache:
         ahead = self._ahead_of_evaluation if step == EVALUATION else self._ahead
         known = ahead.get(batch.stored, step)
         self._count(known, batch.stored, step)
-        if known is not None and not compute and bool(known[1].all()):
-            prefix.states = to_device(known[0], device)
-            return prefix
-        if self._left_out or (not compute and self._world.size > 1):
+        is_whole = known is not None and bool(known[1].all())
+        if not is_whole and (self._left_out or (not compute and self._world.size > 1)):
             raise StorageError(
                 f"{self._shards.folder}: states that this training relies on cannot be read; what "
                 "is damaged was set aside, and the next attempt computes it"
             )
-        if known is not None:
-            prefix.known = to_device(known[0], device), to_device(known[1], device)
+        if known is None:
+            return prefix
+        rows = Rows.of(batch, reads, of_read_rows=self._boundary.of_read_rows)
+        states, which = (rows.in_stream(to_device(part, device)) for part in known)
+        if is_whole and not compute:
+            prefix.states = states
+        else:
+            prefix.known = states, which
         return prefix
 
     def _no_states(self, batch: Batch) -> Tensor:
@@ -432,12 +437,46 @@ class PrefixCache:
 
     # Writing
 
-    def keep(self, batch: Batch, prefix: Prefix, step: int) -> None:
+    def keep(self, batch: Batch, reads: Reads, prefix: Prefix, step: int) -> None:
         """Write the states that had to be computed, where they are to be kept."""
         wanted = self.record.validation if step == EVALUATION else self.record.training
         if not wanted or batch.stored is None or prefix.states is None or not prefix.computed:
             return
-        put_states(self._writer, batch.stored, prefix.states, step, self._find(batch.stored, step))
+        rows = Rows.of(batch, reads, of_read_rows=self._boundary.of_read_rows)
+        states, found = rows.of_sequences(prefix.states), self._find(batch.stored, step)
+        put_states(self._writer, batch.stored, states, step, found)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where a micro-batch's rows are among those of its sequences, which may share some.
+
+    Attributes:
+        places: of each row of the stream among those of all sequences, end to end; None if they
+            are the same.
+        sources: of each row of the sequences, in the stream.
+    """
+
+    places: Tensor | None
+    sources: Tensor | None
+
+    @classmethod
+    def of(cls, batch: Batch, reads: Reads, *, of_read_rows: bool) -> Rows:
+        """Those of all tokens, or of what is read."""
+        keys = batch.layout.keys
+        if not of_read_rows:
+            return cls(None, None) if keys is None else cls(keys.places, keys.rows)
+        if reads.at is None:
+            return cls(None, None)
+        places = torch.empty_like(reads.rows)
+        places[reads.at] = torch.arange(len(reads.at), device=places.device)
+        return cls(places, reads.at)
+
+    def in_stream(self, rows: Tensor) -> Tensor:
+        return rows if self.places is None else rows[self.places]
+
+    def of_sequences(self, rows: Tensor) -> Tensor:
+        return rows if self.sources is None else rows[self.sources]
 
 
 def put_states(

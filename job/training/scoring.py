@@ -21,12 +21,14 @@ from job.common.progress import only_warnings, progress
 from job.common.schema import EMBEDDED, DistributedConfig
 from job.common.signals import reason
 from job.data.packing import Batch, Packer, assemble, single_units
+from job.data.shared_prompts import SharedPrompts
 from job.data.token_cache import TokenizedSet, load_to_score
 from job.data.tokenizer import load_tokenizer
 from job.data.values_file import ValuesFile
 from job.data.values_text import Values
 from job.distributed.fsdp import shard
 from job.distributed.world import World, joined_world
+from job.memory.footprint import copy_share
 from job.model.critic import Critic
 from job.model.weights import load_trunk
 from job.run.manifest import MANIFEST
@@ -125,6 +127,8 @@ class _Scorer:
             rank=world.rank,
             world=world.size,
             prompt_value=True,
+            prompts=SharedPrompts(data),
+            copy_share=copy_share(trained.architecture),
         )
 
     def score(self, file: ValuesFile, start: int) -> None:

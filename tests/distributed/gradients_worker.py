@@ -39,6 +39,7 @@ from job.common.schema import (
     TrainingConfig,
 )
 from job.data.packing import Batch, Packer, single_units
+from job.data.shared_prompts import SharedPrompts
 from job.data.token_cache import TokenizedSet, load_split
 from job.data.tokenizer import load_tokenizer
 from job.distributed.fsdp import shard
@@ -76,6 +77,7 @@ class Case:
     mixed: bool = False
     recompute: bool = False
     bins: int = 0  # of the histogram loss
+    share: bool = False  # prompts of one problem
     stages: str = ""  # blocks:steps, one after the other
     gather_frozen: bool = False  # undo what keeps frozen blocks from being gathered in backward
 
@@ -122,6 +124,7 @@ def _packer(case: Case, world: World) -> Packer:
         rank=world.rank,
         world=world.size,
         prompt_value=True,
+        prompts=SharedPrompts(data) if case.share else None,
     )
 
 
@@ -207,6 +210,7 @@ def gradients(case: Case, world: World) -> Result:
         "reference_norm": _norm(list(reference.values())),
         "micro_batches": world.gather(len(batches)),
         "tokens": world.gather(sum(batch.layout.n_tokens for batch in batches)),
+        "of_sequences": world.gather(sum(batch.layout.n_keys for batch in batches)),
         "sequences": world.gather(sum(len(batch.rewards) for batch in batches)),
         "gradient_dtypes": sorted(dtypes),
     }

@@ -38,6 +38,7 @@ ACCUMULATED = {
 }
 ACCUMULATED[2].append(Case("gradients", 2, budget=64, bins=21))
 AT_ONCE = {w: [Case("gradients", 2, s) for s in STRATEGIES[w]] for w in (2, 4)}
+SHARED = [Case("gradients", 2, budget=64, share=True)]
 WITH_EMPTY_RANK = {
     2: [Case("gradients", n, s, sequences=1) for s in STRATEGIES[2] for n in DEPTHS],
     4: [Case("gradients", n, s, sequences=3) for s in STRATEGIES[4] for n in (0, 5)],
@@ -200,6 +201,15 @@ def test_accumulated_gradients_equal_those_of_one_process(
     assert min(result["micro_batches"]) > 1
     assert len(set(result["micro_batches"])) == 1
     assert world == 1 or len(set(result["tokens"])) > 1
+
+
+@_on_ranks({2: SHARED})
+def test_gradients_with_shared_prompts_equal_those_of_separate_sequences(
+    measure: Measure, world: int, case: Case
+) -> None:
+    result = measure(world, case)
+    _assert_gradients(result, TOLERANCE)
+    assert sum(result["tokens"]) < sum(result["of_sequences"])
 
 
 @_on_ranks(AT_ONCE)

@@ -25,6 +25,7 @@ from job.memory.footprint import (
     STATE,
     Moment,
     Setting,
+    copy_share,
     footprint,
 )
 from job.memory.settings import SHAPES
@@ -361,6 +362,35 @@ def test_it_grows_with_tokens(strategy: ShardingStrategy, n: int) -> None:
 def test_sharding_over_more_gpus_takes_less() -> None:
     peaks = _peaks([_setting(4, gpus) for gpus in (1, 2, 4, 8, 64)])
     assert all(more > less for more, less in pairwise(peaks))
+
+
+def test_sequences_that_share_prompts_have_keys_and_values_of_their_own() -> None:
+    plain, shared = _small(2), _small(2, keys_per_token=1.5)
+    before, after = (_moment(one, "suffix").components for one in (plain, shared))
+    keys = 5 * 2 * 32 * 2  # those of half as many tokens once more, in bfloat16
+    assert after["activations"] - before["activations"] == 2 * keys  # of both blocks
+    assert after["batch"] - before["batch"] == 15 * 8
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("trunk", ["7b", "70b"])
+@pytest.mark.parametrize("n", [0, 1, 4])
+def test_copies_in_their_share_of_the_budget_take_no_more_than_tokens(
+    n: int, trunk: str, compiled: bool
+) -> None:
+    settings: dict[str, Any] = {
+        "trunk": trunk,
+        "compiled": compiled,
+        "evaluation_tokens": 8192,
+    }
+    most = footprint(_setting(n, **settings)).peak.total
+    share = copy_share(SHAPES[trunk])
+    for keys in (1.2, 1.5, 3.0, 10.0, 200.0):
+        tokens = int(8192 / (1 + share * (keys - 1)))
+        changes = {"micro_batch_tokens": tokens, "evaluation_tokens": tokens}
+        shared = _setting(n, **settings | changes, keys_per_token=keys)
+        indices = round(tokens * keys) * 8  # next to nothing
+        assert footprint(shared).peak.total <= most + indices
 
 
 def test_a_negative_n_is_refused() -> None:

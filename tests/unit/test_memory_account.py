@@ -18,6 +18,7 @@ from job.common.progress import log_file
 from job.common.schema import ArithmeticConfig, CriticConfig, DataConfig
 from job.data.arithmetic import ALPHABET
 from job.data.packing import Packer, single_units
+from job.data.shared_prompts import SharedPrompts
 from job.data.token_cache import TokenizedSet, load_split
 from job.data.tokenizer import load_tokenizer, write_character_tokenizer
 from job.distributed.world import World
@@ -51,10 +52,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TokenizedSet:
     return load_split(config, "train", load_tokenizer(folder))
 
 
-def packer(data: TokenizedSet, sequences: int, budget: int = BUDGET) -> Packer:
-    return Packer(
-        data, single_units(sequences), dim=32, budget=budget, device=CPU, prompt_value=True
-    )
+def packer(
+    data: TokenizedSet, sequences: int, budget: int = BUDGET, prompts: SharedPrompts | None = None
+) -> Packer:
+    units = single_units(sequences)
+    more: dict[str, Any] = {"prompt_value": True, "prompts": prompts}
+    return Packer(data, units, dim=32, budget=budget, device=CPU, **more)
 
 
 @pytest.fixture
@@ -68,12 +71,12 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CriticConfig:
 
 
 def test_a_plan_and_its_sizes_are_those_of_the_assembled_batches(data: TokenizedSet) -> None:
-    packed = packer(data, len(data))
-    for step in range(5):
-        sizes = [packed.size(units) for units in packed.plan(step, 40, 0)]
-        batches = packed.step(step, 40, 0)
-        assert sizes == [(len(batch.tokens), len(batch.positions)) for batch in batches]
-        assert len(sizes) > 1
+    for packed in (packer(data, len(data)), packer(data, len(data), prompts=SharedPrompts(data))):
+        for step in range(5):
+            sizes = [packed.size(units) for units in packed.plan(step, 40, 0)]
+            batches = packed.step(step, 40, 0)
+            assert sizes == [(len(b.tokens), len(b.positions), b.layout.n_keys) for b in batches]
+            assert len(sizes) > 1
 
 
 def test_the_heaviest_micro_batch_is_the_largest_of_all_steps(
@@ -90,6 +93,18 @@ def test_the_heaviest_micro_batch_is_the_largest_of_all_steps(
     assert found.evaluation_tokens == max(evaluated)
     assert found.sequence_tokens == int(np.mean(data.lengths))
     assert found.accumulates == (len(batches) > 6)
+    assert found.keys_per_token == 1
+
+
+def test_prompts_that_are_shared_are_counted_once_and_their_keys_for_each(
+    config: CriticConfig, data: TokenizedSet
+) -> None:
+    config.training.batch_size = 7
+    sets = [packer(data, n, prompts=SharedPrompts(data)) for n in (len(data), 50)]
+    found = heaviest(config, CriticData(sets[0], sets[1], 0.5, "none"), World())
+    batches = [batch for step in range(6) for batch in sets[0].step(step, 7, 0)]
+    batches += [sets[1].assemble(units) for units in sets[1].everything]
+    assert found.keys_per_token == max(b.layout.n_keys / len(b.tokens) for b in batches) > 1
 
 
 def test_auto_is_a_number_that_fits_and_is_kept(

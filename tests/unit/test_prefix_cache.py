@@ -132,6 +132,19 @@ def test_training_that_reads_agrees_to_rounding(job: Job, n: int) -> None:
     assert _lines(read)[:17] == _lines(plain)[:17]  # the first epoch computes
 
 
+@pytest.mark.parametrize("n", [0, 1])
+def test_solutions_that_share_their_prompt_are_kept_whole(job: Job, n: int) -> None:
+    given = ("data.group_by_problem=true", f"training.num_unfrozen_layers={n}")
+    plain, read = job(f"plain-shared{n}", "none", *given), job(f"shared{n}", "all", *given)
+    assert _lines(read)[:17] == _lines(plain)[:17]
+    assert _read_shares(read)[-1] == 1.0
+    assert _difference(plain, read) < 1e-4
+    apart = job(
+        f"apart{n}", "all", "data.group_by_problem=false", given[1], cache=f"states-shared{n}"
+    )
+    assert set(_read_shares(apart)) == {1.0}
+
+
 @VARIANT
 def test_bf16_states_are_kept_as_they_are(job: Job) -> None:
     mixed = "distributed.fsdp.mixed_precision=true"
