@@ -294,6 +294,7 @@ class Writer:
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(_WAITING)
         self._stored: set[bytes] = set()
         self.error: str | None = None
+        self._closed, self._closing = False, threading.Lock()
         self._thread = threading.Thread(target=self._work, name="prefix cache", daemon=True)
         self._thread.start()
 
@@ -319,15 +320,19 @@ class Writer:
             finally:
                 done.set()
 
-        self._queue.put(committed)
+        with self._closing:  # a checkpoint's thread may come when the training has ended
+            if self._closed:
+                return
+            self._queue.put(committed)
         done.wait()
 
     def close(self) -> None:
         """Commit, and end the thread."""
-        if self._thread.is_alive():
-            self.commit()
+        self.commit()
+        with self._closing:
+            self._closed = True
             self._queue.put(None)
-            self._thread.join()
+        self._thread.join()
 
     def _work(self) -> None:
         while (work := self._queue.get()) is not None:

@@ -83,9 +83,9 @@ class Learner:
         # all ranks' counts, before anything is computed: gradients of two ranks could not be put
         # together later if each had divided by its own
         own = Counts.of([self.objective.counts(batch) for batch in batches])
-        lacking = [self._lacks(batch, step) for batch in batches]
+        lacking = [] if self.cache is None else [self.cache.lacks(b.stored, step) for b in batches]
         sums = (all_reduce or self.world.sum)([own.weight, own.pairs, *lacking])
-        whole, computed = Counts(*sums[:2]), sums[2:]
+        whole, computed = Counts(*sums[:2]), sums[2:] or [True] * len(batches)
         rate = set_learning_rate(self.optimizer, self.config, step)
         learning = self.stages.enter(step)
         losses, values = [], []
@@ -168,9 +168,6 @@ class Learner:
         outputs = self.critic(batch.tokens, batch.layout, reads, prefix)
         self.cache.keep(batch, reads, prefix, step)
         return outputs
-
-    def _lacks(self, batch: Batch, step: int) -> bool:
-        return self.cache is None or self.cache.lacks(batch.stored, step)
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """AdamW's moments of a trainable parameter, sharded as it is; zeros before the first step.

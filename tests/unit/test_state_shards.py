@@ -105,6 +105,12 @@ def test_what_is_not_committed_is_not_there(folder: Path) -> None:
     writer.close()
 
 
+def test_a_writer_that_has_ended_has_nothing_to_commit(folder: Path) -> None:
+    writer = _written(folder, "a", (1, 2, 0))
+    writer.commit()
+    assert len(_opened(folder)) == 1
+
+
 def test_an_entry_is_written_once(folder: Path) -> None:
     _written(folder, "a", (1, 2, 0), (1, 2, 7))
     assert len(_opened(folder)) == 1
