@@ -20,10 +20,17 @@ UNFREEZE = (0, 2, 5)  # the trunk of configs/pretrain/gsm8k.yaml has five blocks
 
 
 def main() -> None:
-    options = command_line(__doc__).parse_args()
-    seed = options.seed
-    directory = f"run.dir=runs/gsm8k/seed{seed}/${{run.name}}"
-    runs = compare(CONFIG, [f"training.seed={seed}", directory], UNFREEZE)
+    parser = command_line(__doc__)
+    parser.add_argument(
+        "--group-by-problem",
+        action="store_true",
+        help="with solutions of one problem in a row (data.group_by_problem), in folders beside",
+    )
+    options = parser.parse_args()
+    seed, grouped = options.seed, options.group_by_problem
+    folder = f"runs/gsm8k/seed{seed}" + "-grouped" * grouped
+    overrides = [f"training.seed={seed}", f"data.group_by_problem={str(grouped).lower()}"]
+    runs = compare(CONFIG, [*overrides, f"run.dir={folder}/${{run.name}}"], UNFREEZE)
     rows = [summarise(StoredRun(run)) for run in runs]
     if options.out is None:
         say("not written; --out FILE.json keeps the record")

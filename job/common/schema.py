@@ -129,7 +129,7 @@ class DataConfig:
     bad_rows: BadRows = BadRows.error
     # solutions of one problem come one after the other, and compute their prompt once; auto: where
     # that saves enough
-    group_by_problem: bool | str = field(default=AUTO, metadata={"before": False})
+    group_by_problem: bool | str = False
     cache_dir: str = "runs/cache"
     arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
 

@@ -352,10 +352,8 @@ def _of_bundles(bundles: Indices, leading: _Work, following: _Work) -> _Work:
     tokens = np.where(leads, leading.tokens, following.tokens)
     costs = np.where(leads, leading.costs, following.costs)
     # added up in order, and so alike on each rank
-    return _Work(
-        np.bincount(bundles, tokens).astype(np.int64),
-        np.bincount(bundles, costs).astype(np.float64),
-    )
+    sums = np.bincount(bundles, tokens), np.bincount(bundles, costs)
+    return _Work(sums[0].astype(np.int64), sums[1].astype(np.float64))
 
 
 def _span(plan: list[list[Indices]], costs: Costs) -> int:

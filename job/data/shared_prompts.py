@@ -11,6 +11,7 @@ from job.data.token_cache import TokenizedSet
 
 Indices = NDArray[np.int64]
 
+SAVES_ENOUGH = 1.1  # times fewer tokens to compute
 _LOOKED_AT = 1000  # problems, to say what sharing saves
 
 
@@ -60,15 +61,22 @@ class SharedPrompts:
         leaders = first[which]
         return leaders, np.where(leaders == np.arange(len(rows)), 0, self.counts(rows))
 
-    def saving(self, together: int) -> float:
-        """Tokens of some problems over those that are computed, with at most so many solutions of
-        a problem together.
+    def saving(self, together: int | None = None) -> float:
+        """Tokens of some problems over those that are computed, with all solutions of a problem
+        together or at most so many.
         """
         starts = np.concatenate(([0], self._ends[:-1]))[:_LOOKED_AT]
         sizes = self._ends[:_LOOKED_AT] - starts
         counts = self.counts(self._rows[starts])
+        groups = 1 if together is None else -(-sizes // together)
         tokens = int(self._data.lengths[self._rows[: sizes.sum()]].sum())
-        return tokens / (tokens - int((counts * (sizes - -(-sizes // together))).sum()))
+        return tokens / (tokens - int((counts * (sizes - groups)).sum()))
+
+
+def shared_in_evaluations(data: TokenizedSet) -> SharedPrompts | None:
+    """The set's prompts, if sharing them saves enough where any order will do."""
+    prompts = SharedPrompts(data)
+    return prompts if prompts.saving() >= SAVES_ENOUGH else None
 
 
 @dataclass(frozen=True, eq=False)

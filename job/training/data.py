@@ -15,7 +15,7 @@ from job.common.errors import InputError
 from job.common.schema import AUTO, EMBEDDED, CriticConfig, Spread
 from job.data.packing import Indices, Packer, first_valued, single_units
 from job.data.pairs import balanced_pairs, with_others
-from job.data.shared_prompts import SharedPrompts
+from job.data.shared_prompts import SAVES_ENOUGH, SharedPrompts, shared_in_evaluations
 from job.data.token_cache import TokenizedSet, count_shared_problems, load_split
 from job.data.tokenizer import Tokenizer, load_tokenizer
 from job.data.weights import Weights, position_weights
@@ -26,7 +26,6 @@ from job.run.directory import RunDirectory
 
 _AUTO_TOKENS = 8192  # of a micro-batch
 _PROBLEMS = 4  # of a step at least, however many solutions each has
-_SAVES_ENOUGH = 1.1  # times fewer tokens, for solutions to be grouped by problem
 _UNKNOWN_SHARE = 0.01  # of tokens; fewer may be rare characters
 _log = logging.getLogger("job.train")
 
@@ -92,18 +91,19 @@ def load_critic_data(
         prompt_value=config.objective.trains_prompts,
         copy_share=copy_share(architecture),
     )
-    shares = config.data.group_by_problem is not False
-    prompts = SharedPrompts(train) if shares else None
+    prompts = SharedPrompts(train)
+    grouped = together(config, prompts)
+    meet = grouped > 1 or config.objective.all_terms.pairwise  # else too rarely to be worth it
     return CriticData(
         pack(
             train,
             _training_units(config, train),
             weights=_training_weights(config, train),
             spread=config.objective.spread,
-            prompts=prompts,
-            together=1 if prompts is None else together(config, prompts),
+            prompts=prompts if meet else None,
+            together=grouped,
         ),
-        pack(validation, kept[:, None], prompts=SharedPrompts(validation) if shares else None),
+        pack(validation, kept[:, None], prompts=shared_in_evaluations(validation)),
         float(train.rewards.mean()),
         tokenizer.fingerprint,
     )
@@ -113,9 +113,11 @@ def together(config: CriticConfig, prompts: SharedPrompts) -> int:
     """Solutions of one problem that come one after the other in an epoch, at most: a share of a
     step, so that it has several problems; 1 where they are not grouped by problem.
     """
-    most = max(1, config.training.batch_size // _PROBLEMS)
-    saving, groups = prompts.saving(most), config.data.group_by_problem
-    if groups is False or (groups == AUTO and saving < _SAVES_ENOUGH):
+    groups, most = config.data.group_by_problem, max(1, config.training.batch_size // _PROBLEMS)
+    if groups is False:
+        return 1
+    saving = prompts.saving(most)
+    if groups == AUTO and saving < SAVES_ENOUGH:
         return 1
     _log.info(
         "data.group_by_problem: up to %d solutions of a problem come together: %.2f times fewer "

@@ -21,7 +21,7 @@ from job.common.progress import only_warnings, progress
 from job.common.schema import EMBEDDED, DistributedConfig
 from job.common.signals import reason
 from job.data.packing import Batch, Packer, assemble, single_units
-from job.data.shared_prompts import SharedPrompts
+from job.data.shared_prompts import shared_in_evaluations
 from job.data.token_cache import TokenizedSet, load_to_score
 from job.data.tokenizer import load_tokenizer
 from job.data.values_file import ValuesFile
@@ -127,7 +127,7 @@ class _Scorer:
             rank=world.rank,
             world=world.size,
             prompt_value=True,
-            prompts=SharedPrompts(data),
+            prompts=shared_in_evaluations(data),
             copy_share=copy_share(trained.architecture),
         )
 

@@ -26,7 +26,7 @@ def measure(case: Case) -> dict[str, Any]:
         learner.optimizer.register_step_pre_hook(
             lambda *_: after.append(torch.cuda.memory_allocated() - before)
         )
-        batches = [training.batch(case.lengths) for _ in range(case.micro_batches)]
+        batches = [training.batch(case.lengths, case.solutions) for _ in range(case.micro_batches)]
         learner.step(0, batches, ValueMetrics())  # makes the optimizer's state
         torch.cuda.reset_peak_memory_stats()
         learner.step(1, batches, ValueMetrics())

@@ -32,12 +32,13 @@ def _case(layers: int, n: int, **changes: Any) -> dict[str, Any]:
 # One with a block more of each kind tells what a block takes.
 PLAIN = [_case(6, 2), _case(7, 2), _case(7, 3)]
 SHARDED = [_case(6, 2, world=2, fsdp={"sharding_strategy": "FULL_SHARD"})]
+SHARING = [case | {"solutions": 4} for case in PLAIN]
 COMPILED = [case | {"compiled": True} for case in PLAIN]
 
 
 @pytest.fixture(scope="module")
 def steps(cuda: FakeCuda) -> list[dict[str, Any]]:
-    found = cuda.ask("trace_step.py", [*PLAIN, *SHARDED], Gpu(), timeout=600)
+    found = cuda.ask("trace_step.py", [*PLAIN, *SHARDED, *SHARING], Gpu(), timeout=600)
     assert isinstance(found, list)
     return found
 
@@ -71,7 +72,7 @@ def _per_block(steps: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("index", range(len(PLAIN) + len(SHARDED)))
+@pytest.mark.parametrize("index", range(len(PLAIN) + len(SHARDED) + len(SHARING)))
 def test_nothing_waits_for_the_gpu_between_micro_batches(
     steps: list[dict[str, Any]], index: int
 ) -> None:
@@ -84,11 +85,19 @@ def test_where_a_step_waits_for_the_gpu(steps: list[dict[str, Any]]) -> None:
 
 
 def test_sharding_adds_no_waits(steps: list[dict[str, Any]]) -> None:
+    assert _waits(steps[len(PLAIN)]) == _waits(steps[0])
+
+
+def test_shared_prompts_add_no_waits(steps: list[dict[str, Any]]) -> None:
     assert _waits(steps[-1]) == _waits(steps[0])
 
 
 def test_launches_of_a_block(steps: list[dict[str, Any]]) -> None:
     _check("launches of a block", _per_block(steps))
+
+
+def test_launches_of_a_block_with_shared_prompts(steps: list[dict[str, Any]]) -> None:
+    _check("launches of a block with shared prompts", _per_block(steps[-len(SHARING) :]))
 
 
 def test_launches_of_a_compiled_block(

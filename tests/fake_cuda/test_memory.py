@@ -73,6 +73,14 @@ def test_recomputation_with_every_strategy(cuda: FakeCuda, strategy: ShardingStr
 
 
 @pytest.mark.all
+def test_shared_prompts(cuda: FakeCuda) -> None:
+    cases = [_alone(n, solutions=k, tokens=12288) for n in (0, 4) for k in (4, 16)]
+    cases += [_alone(4, trunk="8b grouped", solutions=4)]
+    cases += [_alone(0, micro_batches=1, solutions=8, sequence=2048, tokens=32768)]
+    _check(cuda, cases)
+
+
+@pytest.mark.all
 def test_one_gpu(cuda: FakeCuda) -> None:
     whole = {"sharding_strategy": "REPLICATE_FROZEN"}
     cases = [_alone(n, fsdp=fsdp) for n in (0, 1, 2, 4, 8, 32) for fsdp in ({}, whole)]

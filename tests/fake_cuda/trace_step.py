@@ -23,11 +23,15 @@ def trace(case: Case) -> dict[str, Any]:
     with training.ranks(case) as world:
         learner = training.learner(case, world, recording.within)
         for step in range(2):
-            batches = [training.batch(case.lengths) for _ in range(case.micro_batches)]
+            batches = [
+                training.batch(case.lengths, case.solutions) for _ in range(case.micro_batches)
+            ]
             learner.step(step, batches, ValueMetrics())
         with recording.running():
             with recording.within("assemble"):
-                batches = [training.batch(case.lengths) for _ in range(case.micro_batches)]
+                batches = [
+                    training.batch(case.lengths, case.solutions) for _ in range(case.micro_batches)
+                ]
             learner.step(2, batches, ValueMetrics())
         del learner, batches
     launches = [event.name for event in recording.events if event.is_launch]

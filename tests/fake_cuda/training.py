@@ -26,6 +26,7 @@ from job.common.schema import (
     TrainingConfig,
 )
 from job.data.packing import Batch, assemble
+from job.data.shared_prompts import SharedPrompts
 from job.distributed.fsdp import shard
 from job.distributed.world import World
 from job.memory.footprint import Setting
@@ -52,7 +53,10 @@ TRUNKS = SHAPES | {
 
 @dataclass(frozen=True)
 class Case:
-    """One training: `tokens` in sequences of `sequence`, whose second halves are responses."""
+    """One training: `tokens` in sequences of `sequence`, whose second halves are responses.
+
+    So many `solutions` in a row are of one problem, and compute its prompt once.
+    """
 
     trunk: str = "7b"
     n: int = 4
@@ -60,6 +64,7 @@ class Case:
     per_node: int = 8
     tokens: int = 8192
     sequence: int = 512
+    solutions: int = 1
     micro_batches: int = 2
     layers: int | None = None  # other than the trunk's own
     compiled: bool = False
@@ -85,11 +90,13 @@ class Case:
     @property
     def setting(self) -> Setting:
         """What the closed form is asked."""
+        shared = sum(n // 2 for i, n in enumerate(self.lengths) if i % self.solutions)
         return Setting(
             architecture=self.architecture,
             num_unfrozen_layers=self.n,
             fsdp=self.fsdp_config,
-            micro_batch_tokens=self.tokens,
+            micro_batch_tokens=self.tokens - shared,
+            keys_per_token=self.tokens / (self.tokens - shared),
             response_tokens=sum(length - length // 2 for length in self.lengths),
             accumulates=self.micro_batches > 1,
             sequence_tokens=self.sequence,
@@ -124,20 +131,21 @@ def learner(case: Case, world: World, phase: Phase = nullcontext) -> Learner:
     return Learner(critic, Objective(ObjectiveConfig()), config, world, phase)
 
 
-def batch(lengths: list[int]) -> Batch:
-    """As the packer assembles it, of tokens 0."""
+def batch(lengths: list[int], solutions: int = 1) -> Batch:
+    """As the packer assembles it, of tokens 0; so many sequences in a row are of one problem."""
     n, ends = len(lengths), np.cumsum([0, *lengths])
-    data = SimpleNamespace(
+    data: Any = SimpleNamespace(
         offsets=ends,
         tokens=np.zeros(ends[-1], np.uint32),
         response_starts=np.array(lengths) // 2,
         lengths=np.array(lengths),
         rewards=np.ones(n, np.float32),
-        problems=np.arange(n, dtype=np.uint64),
+        problems=np.arange(n, dtype=np.uint64) // np.uint64(solutions),
         optimal=None,
         targets=None,
     )
-    return assemble(data, np.arange(n), None, DEVICE)  # type: ignore[arg-type]
+    prompts = SharedPrompts(data) if solutions > 1 else None
+    return assemble(data, np.arange(n), None, DEVICE, prompts=prompts)
 
 
 def prepare() -> None:

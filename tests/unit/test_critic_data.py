@@ -101,6 +101,22 @@ def test_training_sets_weigh_as_configured(workplace: Path) -> None:
     assert weights[right].sum() == pytest.approx(weights[~right].sum().item(), rel=1e-5)
 
 
+def test_solutions_are_grouped_by_problem_where_that_is_asked_for(workplace: Path) -> None:
+    changes = "training.batch_size=16", "training.micro_batch_tokens=1024"
+    together = {}
+    for choice in ("false", "true", "auto"):
+        data = loaded(workplace, f"data.group_by_problem={choice}", *changes)
+        rows = np.concatenate(data.train.plan(0, 16, 0))[:, 0]
+        _, each = np.unique(data.train.data.problems[rows], return_counts=True)
+        together[choice] = sorted(each.tolist())
+        evaluated = [data.validation.assemble(part) for part in data.validation.everything]
+        assert sum(len(b.tokens) for b in evaluated) < sum(b.layout.n_keys for b in evaluated)
+    assert together["true"] == together["auto"] == [4] * 4
+    assert max(together["false"]) < 4
+    pairs = loaded(workplace, "objective.loss=pairwise").train.step(0, 10, 0)
+    assert all(len(batch.tokens) < batch.layout.n_keys for batch in pairs)
+
+
 def test_a_joint_objective_trains_pairs_and_every_other_solution(workplace: Path) -> None:
     terms = "objective.terms={monte_carlo: 1.0, pairwise: 0.5}"
     joint = loaded(workplace, terms).train

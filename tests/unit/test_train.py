@@ -75,11 +75,13 @@ def test_every_file_has_the_modes_of_the_umask(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("grouped", ["false", "true"])
 def test_a_slice_shorter_than_the_save_interval_still_makes_progress(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, grouped: str
 ) -> None:
-    whole = train_run("run.name=whole")
-    slices = ["run.name=slices", "checkpoint.every_steps=1000000"]
+    order = f"data.group_by_problem={grouped}"
+    whole = train_run("run.name=whole", order)
+    slices = ["run.name=slices", "checkpoint.every_steps=1000000", order]
     run, reached, metrics = RunDirectory("runs/slices"), [0], Tracker.metrics
 
     def until_the_second_step(tracker: Tracker, step: int, figures: Any) -> None:
@@ -122,10 +124,11 @@ def test_two_equal_runs_write_the_same_metrics_to_the_bit(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_micro_batch_size_changes_only_rounding(folder: Path) -> None:
-    losses = []
-    for tokens in (128, 4096):
-        run = train_run(f"run.dir=runs/{tokens}", f"training.micro_batch_tokens={tokens}")
+@pytest.mark.parametrize("grouped", ["false", "true"])
+def test_the_micro_batch_size_changes_only_rounding(folder: Path, grouped: str) -> None:
+    losses, order = [], f"data.group_by_problem={grouped}"
+    for tokens in (128, 4096):  # where few solutions share a prompt, and where all of a problem do
+        run = train_run(f"run.dir=runs/{tokens}", f"training.micro_batch_tokens={tokens}", order)
         losses.append([r["train/loss"] for r in run.records()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
