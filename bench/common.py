@@ -103,7 +103,8 @@ class OtherLoad:
     """Share of the machine's CPU time that went to other processes since construction.
 
     Args:
-        own: processes besides this one that are none of the others.
+        own: processes besides this one, and its children that have ended, that are none of the
+            others.
     """
 
     def __init__(self, own: Sequence[int] = ()) -> None:
@@ -119,7 +120,7 @@ class OtherLoad:
         first = Path("/proc/stat").read_text().split("\n")[0]
         ticks = [int(field) for field in first.split()[1:9]]
         busy = sum(ticks) - ticks[3] - ticks[4] - sum(map(_ticks, self._own))
-        return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
+        return busy / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def _ticks(pid: int) -> int:

@@ -1,7 +1,8 @@
 """Contestants of bench/throughput.py: processes that train on the same data, a step at a time.
 
 Peers run in virtual environments of their own, `critic-peers/NAME-...` in the user's cache folder.
-They are made once from `peers/NAME.txt`, wherever pip finds packages, and anew when that changes.
+They are made once from `peers/NAME.txt`, wherever pip finds packages, and anew when that changes;
+what `peers/NAME.alone.txt` lists comes without what it asks for itself.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import venv
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -99,11 +102,7 @@ class Step:
 
 
 class Contestant:
-    """A running contestant, ready for its first step.
-
-    Raises:
-        RuntimeError: it ended; what it said last is in the message.
-    """
+    """A running one; its methods raise RuntimeError, with its last words, if it has ended."""
 
     def __init__(self, kind: Kind, settings: Settings) -> None:
         self.kind = kind
@@ -120,7 +119,7 @@ class Contestant:
                 text=True,
             )
         self.pid = self._process.pid
-        self.ready = self._ask(asdict(replace(settings, options=kind.options)))
+        self._tell(asdict(replace(settings, options=kind.options)))
 
     def __enter__(self) -> Contestant:
         return self
@@ -129,25 +128,32 @@ class Contestant:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()  # the end of its input ends it
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()  # the end of its input ends it
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
             self._process.kill()
         self._process.wait()
 
-    def step(self) -> Step:
-        return Step(**self._ask({"step": True}))
+    @cached_property
+    def ready(self) -> dict[str, Any]:
+        """What it trains, once it is ready for its first step."""
+        return self._answer()
 
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+    def step(self) -> Step:
+        self._tell({"step": True})
+        return Step(**self._answer())
+
+    def _tell(self, what: dict[str, Any]) -> None:
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(question) + "\n")
+        with suppress(BrokenPipeError):  # no answer will come, and say why
+            self._process.stdin.write(json.dumps(what) + "\n")
             self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        answer = self._process.stdout.readline()
         if not answer:
             said = self._said.read_text()[-3000:]
             raise RuntimeError(f"peers.{self.kind.module} ended:\n{said}")
@@ -166,31 +172,46 @@ def _variables(kind: Kind, settings: Settings) -> dict[str, str]:
 
 def environment(name: str) -> Path:
     """The interpreter of a peer's environment, which is made where it is missing."""
-    wanted = BENCH / "peers" / f"{name}.txt"
-    digest = hashlib.blake2b(wanted.read_bytes() + sys.version.encode(), digest_size=6).hexdigest()
+    digest = hashlib.blake2b(sys.version.encode(), digest_size=6)
+    for file in _requirements(name):
+        digest.update(file.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "critic-peers"
-    folder = cache / f"{name}-{digest}"
+    folder = cache / f"{name}-{digest.hexdigest()}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             say(f"making the environment of {name} in {folder}")
             made = Path(scratch) / "environment"
-            venv.create(made, symlinks=True)
-            pip = [sys.executable, "-m", "pip", "--python", str(made / "bin/python"), "install"]
-            subprocess.run([*pip, "-q", "-r", str(wanted)], check=True)
+            _make(made, name)
             if not folder.exists():  # somebody else may have been faster
                 made.rename(folder)
     return folder / "bin/python"
 
 
-def versions(names: list[str]) -> dict[str, str]:
-    """What each environment that these contestants use was asked to have, by package."""
+def _requirements(name: str) -> list[Path]:
+    return sorted((BENCH / "peers").glob(f"{name}*.txt"), reverse=True)
+
+
+def _make(folder: Path, name: str) -> None:
+    venv.create(folder, symlinks=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin/python"), "install", "-q"]
+    for file in _requirements(name):
+        alone = ["--no-deps"] if file.name.endswith(".alone.txt") else []
+        subprocess.run([*pip, *alone, "-r", str(file)], check=True)
+
+
+def versions(names: list[str]) -> dict[str, list[str]]:
+    """The packages that matter in each environment that these contestants use."""
     used = {environment for name in names if (environment := KINDS[name].environment) is not None}
-    found = {}
-    for name in sorted(used):
-        lines = (BENCH / "peers" / f"{name}.txt").read_text().splitlines()
-        found[name] = " ".join(line for line in lines if line.startswith(_NAMED))
-    return found
+    return {
+        name: [
+            line
+            for file in _requirements(name)
+            for line in file.read_text().splitlines()
+            if line.startswith(_NAMED)
+        ]
+        for name in sorted(used)
+    }
 
 
 _NAMED = ("torch==", "transformers==", "trl==", "accelerate==", "llamafactory==")
