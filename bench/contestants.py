@@ -135,6 +135,8 @@ class Contestant:
         except subprocess.TimeoutExpired:
             self._process.kill()
         self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
     @cached_property
     def ready(self) -> dict[str, Any]:

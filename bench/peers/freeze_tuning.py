@@ -8,13 +8,12 @@ first loss could be compared otherwise.
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from llamafactory.data import PairwiseDataCollatorWithPadding, get_template_and_fix_tokenizer
-from llamafactory.hparams import get_train_args
-from llamafactory.model import load_model, load_tokenizer
-from llamafactory.train.rm.trainer import PairwiseTrainer
 from safetensors.torch import load_file
 from torch import nn
 
@@ -61,8 +60,21 @@ def use_head(model: Any, folder: str) -> None:
             module.p = 0.0
 
 
+def without_sound() -> None:
+    """Let it import torchaudio, of the same build as torch if at all; text needs none."""
+    nothing = ModuleType("torchaudio")
+    nothing.__spec__ = ModuleSpec("torchaudio", None)
+    sys.modules["torchaudio"] = nothing
+
+
 def main() -> None:
     turns = Turns()
+    without_sound()
+    from llamafactory.data import PairwiseDataCollatorWithPadding, get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_model, load_tokenizer
+    from llamafactory.train.rm.trainer import PairwiseTrainer
+
     settings = turns.settings
     model_args, data_args, training_args, finetuning_args, _ = get_train_args(
         given_arguments(settings)

@@ -66,14 +66,11 @@ def test_pairwise_loss_by_hand(throughput: ModuleType, data: Any) -> None:
 def test_the_product_takes_turns_in_a_process_of_its_own(
     throughput: ModuleType, tmp_path: Path
 ) -> None:
-    names = [throughput.PACKED, throughput.PAIRS, throughput.FLOOR]
-    found = throughput.compare(_case(throughput), names, 1, tmp_path)
-    figures = found["contestants"]
-    assert figures["packed"]["first_loss_error"] < 1e-4
-    assert figures["packed, pairs"]["first_loss_error"] < 1e-4
-    assert figures["floor"]["share_of_floor"] == 1
+    name = throughput.PAIRS
+    found = throughput.compare(_case(throughput), [name], 1, tmp_path)
+    assert found["contestants"][name]["first_loss_error"] < 1e-4
     assert len(found["rounds"]) == 1
-    assert "packed, pairs" in throughput.show(found)
+    assert name in throughput.show(found)
 
 
 @pytest.mark.all
