@@ -197,12 +197,13 @@ def test_an_environment_is_made_once_and_anew_for_other_requirements(
     (bench / "peers").mkdir(parents=True)
     wanted = bench / "peers/some.txt"
     monkeypatch.setattr(contestants, "BENCH", bench)
-    monkeypatch.setattr(contestants.subprocess, "run", lambda command, **_: made.append(command))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     pythons = []
-    for text in ("a==1", "a==1", "a==2"):
-        wanted.write_text(text)
-        pythons.append(contestants.environment("some"))
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", lambda command, **_: made.append(command))
+        for text in ("a==1", "a==1", "a==2"):
+            wanted.write_text(text)
+            pythons.append(contestants.environment("some"))
     assert pythons[0] == pythons[1] != pythons[2]
     assert len(made) == 2
     assert all(python.exists() for python in pythons)
