@@ -100,21 +100,34 @@ def peak_memory_mb() -> float:
 
 
 class OtherLoad:
-    """Share of the machine's CPU time that went to other processes since construction."""
+    """Share of the machine's CPU time that went to other processes since construction.
 
-    def __init__(self) -> None:
-        self._started, self._others = time.perf_counter(), _cpu_seconds_of_others()
+    Args:
+        own: processes besides this one, and its children that have ended, that are none of the
+            others.
+    """
+
+    def __init__(self, own: Sequence[int] = ()) -> None:
+        self._own = own
+        self._started, self._others = time.perf_counter(), self._cpu_seconds_of_others()
 
     def share(self) -> float:
-        used = _cpu_seconds_of_others() - self._others
+        used = self._cpu_seconds_of_others() - self._others
         return max(0.0, used / (time.perf_counter() - self._started) / (os.cpu_count() or 1))
 
+    def _cpu_seconds_of_others(self) -> float:
+        # user, nice, system, idle, iowait, irq, softirq, steal, and guest, which user includes
+        first = Path("/proc/stat").read_text().split("\n")[0]
+        ticks = [int(field) for field in first.split()[1:9]]
+        busy = sum(ticks) - ticks[3] - ticks[4] - sum(map(_ticks, self._own))
+        return busy / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
-def _cpu_seconds_of_others() -> float:
-    # user, nice, system, idle, iowait, irq, softirq, steal, and guest, which user includes
-    ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-    busy = sum(ticks) - ticks[3] - ticks[4]
-    return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+def _ticks(pid: int) -> int:
+    """Clock ticks of CPU that a process has used."""
+    # after the name, which is in brackets and may be anything: the 12th and 13th field
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,52 +1,69 @@
-"""Real tokens per second of one training step, beside a padded transformers loop.
+"""Real tokens per second of one training step, beside those whom people use today.
 
     python bench/throughput.py --out bench/results/throughput.json
+    python bench/throughput.py --unfrozen 2 --solutions 1 --contestants packed floor Trainer
+    python bench/throughput.py --device cuda --shape 1b --out FILE
 
-A step is data assembly, forward, backward, clipping and optimizer, on CPU in float32. The
-contestants start from the same weights and take turns, step by step, in one process:
+Contestants are processes of their own, which train on the same rows from the same weights and take
+turns, step by step. A step is everything from the fetching of its data to its update:
 
-    packed          the product: Packer, Critic and Learner
-    padded          transformers' LlamaModel and a linear head, each batch padded to its longest
-                    sequence, the same blocks frozen by requires_grad=False
-    padded, sorted  the same on batches of similar length, as Trainer's group_by_length makes them
-    floor           the matrix products of the linear layers alone, on the packed tokens
+    packed                     the product: Packer, Critic and Learner
+    packed, pairs              the product with the pairwise loss, on the same rows as pairs
+    floor                      the matrix products of the linear layers alone, on packed tokens
+    Trainer                    transformers' Trainer: token classification, squared errors
+    Trainer, group_by_length   the same with batches of similar length
+    TRL                        its RewardTrainer on pairs, with its default recomputation
+    TRL, no recomputation      the same with gradient_checkpointing=False
+    LLaMA-Factory              its freeze tuning of a reward model on pairs, as it is by default
+    LLaMA-Factory, no recomputation
 
-Padding does not count as tokens. Before any figure counts, each contestant's first loss must equal
-what the untouched critic gives for the same sequences. Each one's peak memory is measured in a
-process of its own. Which rounds count is decided by other processes' load, and by nothing else.
+The blocks below the last N are frozen in each of them. Padding does not count as tokens. Before any
+figure counts, each contestant's first loss must be what the untouched critic gives for the same
+rows, and its trainable parameters and AdamW's settings must be the product's, but for what
+`contestants.KINDS` names; else the benchmark ends with an error. A problem has one solution, or
+four that share their prompt. Which rounds count is decided by other processes' load, and by nothing
+else. Peers' environments are made once (see contestants.py): minutes, and 2 GB of disk.
 """
 
 from __future__ import annotations
 
-import abc
+import argparse
+import json
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import OtherLoad, command_line, peak_memory_mb, say, table, write_record
+import torch.nn.functional as F
+from common import OtherLoad, command_line, origin, say, table
+from contestants import FLOOR, KINDS, PACKED, PAIRS, Contestant, Step, versions
+from peers.turns import Settings
 from torch import Tensor, nn
 
 from job.common.nested import to_dict
 from job.common.schema import ObjectiveConfig, TrainingConfig
-from job.data.packing import Indices, Packer, single_units, step_units
+from job.data.packing import Batch, Indices, Packer, single_units
 from job.data.token_cache import TokenizedSet
-from job.distributed.world import World
+from job.model import hf_config
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.model.transformer import Trunk
-from job.run.value_metrics import ValueMetrics
-from job.training.learner import Learner
+from job.model.layout import to_hugging_face
+from job.model.safetensors_file import save_tensors
 from job.training.objective import Objective
 
 ARCHITECTURE = TransformerConfig(dim=512, n_layers=16, n_heads=8, vocab_size=8192, ffn_hidden=1376)
+SHAPES = {
+    "micro": TransformerConfig(dim=32, n_layers=4, n_heads=4, vocab_size=64, multiple_of=8),
+    "small": ARCHITECTURE,
+    "1b": TransformerConfig(  # Llama 3.2's, with a smaller vocabulary
+        dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, vocab_size=32000, ffn_hidden=8192
+    ),
+}
 TRAINING = TrainingConfig(
     num_unfrozen_layers=2,
     batch_size=8,
@@ -55,75 +72,63 @@ TRAINING = TrainingConfig(
     min_lr_ratio=1.0,
 )
 SHORTEST, LONGEST = 64, 512  # tokens of a sequence, its prompt included
-PROMPT_SHARE = 4  # one in so many tokens
-BATCHES = 50  # Trainer's group_by_length sorts within 50 batches
+PROMPT_SHARE = 3 / 8  # of tokens, as in GSM8K
+SPREAD = 0.25  # of the responses to one problem around their mean length
+BATCHES = 48  # of the data: Trainer sorts within a few of them
 WARM_UP = 3  # steps of each contestant that are not counted
-STEPS_ALONE = 3  # of a contestant in its own process, for its peak memory
 QUIET = 0.03  # of the machine is what other processes may use in a counted round
 PATIENCE = 4  # times as many rounds are run at most; then the quietest count
-TOLERANCE = 1e-4  # of the first loss
+TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # of the first loss; bf16 has three digits
+PAD = 0  # as token; no sequence has it
 CPU = torch.device("cpu")
-
-Schedule = Callable[[int], Indices]  # step -> the rows of its batch
 
 
 # Data
 
 
-def write_examples(folder: Path, vocab_size: int, seed: int) -> TokenizedSet:
-    """Random sequences with random outcomes, in the product's stored form."""
+def write_examples(folder: Path, vocab_size: int, seed: int, solutions: int = 1) -> TokenizedSet:
+    """Random sequences, every other one right, in the product's stored form.
+
+    Args:
+        solutions: of a problem, one after the other, with the same prompt.
+    """
     count = BATCHES * TRAINING.batch_size
     generator = np.random.default_rng(seed)
-    lengths = generator.integers(SHORTEST, LONGEST, count, endpoint=True)
-    generator.integers(vocab_size, size=lengths.sum(), dtype=np.uint32).tofile(
-        folder / "tokens.bin"
-    )
+    prompts, lengths = _draw_lengths(generator, count, solutions)
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    tokens = generator.integers(PAD + 1, vocab_size, size=offsets[-1], dtype=np.uint32)
+    for first in range(0, count, solutions):
+        shared = tokens[offsets[first] :][: prompts[first]]
+        for other in range(first + 1, first + solutions):
+            tokens[offsets[other] :][: prompts[first]] = shared
+    tokens.tofile(folder / "tokens.bin")
     np.savez(
         folder / "index.npz",
-        offsets=np.concatenate(([0], np.cumsum(lengths))),
-        response_starts=lengths // PROMPT_SHARE,
-        rewards=generator.integers(2, size=count).astype(np.float64),
-        problems=np.arange(count, dtype=np.uint64),
+        offsets=offsets,
+        response_starts=prompts,
+        rewards=1.0 - np.arange(count) % 2,
+        problems=np.arange(count, dtype=np.uint64) // np.uint64(solutions),
         lines=np.arange(1, count + 1),
     )
     (folder / "bad_rows.jsonl").touch()
     return TokenizedSet(folder)
 
 
-def shuffled(data: TokenizedSet, seed: int) -> Schedule:
-    """The product's own order."""
-    return lambda step: step_units(len(data), TRAINING.batch_size, step, seed)
+def _draw_lengths(
+    generator: np.random.Generator, count: int, solutions: int
+) -> tuple[Indices, Indices]:
+    """Tokens of each prompt and of each whole sequence, int64 [count]."""
+    means = generator.integers(SHORTEST, LONGEST, count // solutions, endpoint=True)
+    means = means.repeat(solutions)
+    prompts = (PROMPT_SHARE * means).astype(np.int64)
+    if solutions == 1:
+        return prompts, means
+    factors = generator.uniform(1 - SPREAD, 1 + SPREAD, count)
+    lengths = prompts + ((means - prompts) * factors).astype(np.int64)
+    return prompts, np.clip(lengths, SHORTEST, LONGEST)
 
 
-def sorted_by_length(data: TokenizedSet, seed: int) -> Schedule:
-    """Batches of similar length, in random order."""
-    batches = np.argsort(data.lengths, kind="stable").reshape(-1, TRAINING.batch_size)
-    order = np.random.default_rng(seed).permutation(len(batches))
-    return lambda step: batches[order[step % len(order)]]
-
-
-class Contestant(abc.ABC):
-    """A way to train on the data; the critic gives its weights, or is itself trained."""
-
-    order: Callable[[TokenizedSet, int], Schedule] = staticmethod(shuffled)
-
-    def __init__(self, critic: Critic, data: TokenizedSet, seed: int) -> None:
-        self.data, self.seed = data, seed
-        self.rows = self.order(data, seed)
-
-    @abc.abstractmethod
-    def step(self, step: int) -> float | None:
-        """Run step `step` (from 0); the loss before its update, if there is one."""
-
-    def computed_tokens(self, step: int) -> int:
-        """Tokens of a step, with padding."""
-        return self.real_tokens(step)
-
-    def real_tokens(self, step: int) -> int:
-        return int(self.data.lengths[self.rows(step)].sum())
-
-
-# The product
+# The critic that all of them begin with
 
 
 def make_critic(config: TransformerConfig, seed: int) -> Critic:
@@ -134,6 +139,8 @@ def make_critic(config: TransformerConfig, seed: int) -> Critic:
         if "norm" in name:  # so that a norm lost in conversion would show
             nn.init.uniform_(parameter, 0.5, 1.5)
     critic.initialise_head(0.5, 0)
+    with torch.no_grad():
+        critic.value_head.weight *= config.dim**0.5  # so that values differ, and losses with them
     unfreeze_last_blocks(critic, TRAINING.num_unfrozen_layers)
     return critic
 
@@ -148,257 +155,113 @@ def make_packer(data: TokenizedSet, config: TransformerConfig) -> Packer:
     )
 
 
-class Packed(Contestant):
-    """The product: packed sequences, the frozen prefix without gradients."""
+def write_model(critic: Critic, folder: Path) -> None:
+    """The critic as a language model with a head of one label, in Hugging Face's layout."""
+    config = critic.trunk.config
+    named = {name: p.detach() for name, p in critic.trunk.named_parameters()}
+    head = {f"score.{name}": p.detach() for name, p in critic.value_head.named_parameters()}
+    unused = {"lm_head.weight": torch.zeros(config.vocab_size, config.dim)}
+    tensors = to_hugging_face(named, config.head_width) | head | unused
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(tensors, folder / "model.safetensors")
+    described = hf_config.write(config, "float32", LONGEST) | {
+        "id2label": {"0": "value"},
+        "label2id": {"value": 0},
+        "classifier_dropout": 0.0,  # where nothing is said, transformers takes 0.1
+        "pad_token_id": PAD,
+    }
+    (folder / "config.json").write_text(json.dumps(described))
+    _write_tokenizer(folder)
 
-    def __init__(self, critic: Critic, data: TokenizedSet, seed: int) -> None:
-        super().__init__(critic, data, seed)
-        self.packer = make_packer(data, critic.trunk.config)
-        self.learner = Learner(critic, Objective(ObjectiveConfig()), TRAINING, World())
 
-    def step(self, step: int) -> float:
-        batches = self.packer.step(step, TRAINING.batch_size, self.seed)
-        return self.learner.step(step, batches, ValueMetrics()).loss
+def _write_tokenizer(folder: Path) -> None:
+    """Three words: libraries want a tokenizer, though the data is tokenised."""
+    special = ["<pad>", "<s>", "</s>"]
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {text: number for number, text in enumerate(special)},
+            "unk_token": "<pad>",
+        },
+    }
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 @torch.no_grad()
-def expected_loss(critic: Critic, data: TokenizedSet, rows: Indices) -> float:
-    """The critic's loss on rows of the data, in one packed batch."""
-    batch = make_packer(data, critic.trunk.config).assemble(rows[:, None])
+def expected_loss(critic: Critic, data: TokenizedSet, rows: Sequence[int]) -> float:
+    """The critic's mean squared error at the response tokens of some rows, in one batch."""
+    outputs, batch = _outputs(critic, data, rows)
     objective = Objective(ObjectiveConfig())
-    outputs = critic(batch.tokens, batch.layout, batch.positions)
     return objective.loss(outputs, batch, 0, objective.counts(batch)).item()
 
 
-# transformers
-
-_LAYER_NAMES = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
+@torch.no_grad()
+def expected_pair_loss(
+    critic: Critic, data: TokenizedSet, rows: Sequence[int], *, by_means: bool
+) -> float:
+    """Its pairwise loss, of means over the response or of last tokens; rows are better, worse."""
+    outputs, batch = _outputs(critic, data, rows)
+    parts = outputs.split(batch.lengths.tolist())
+    scores = torch.stack([part.mean() if by_means else part[-1] for part in parts])
+    better, worse = scores.reshape(-1, 2).T
+    return F.softplus(worse - better).mean().item()
 
 
-class LlamaCritic(nn.Module):
-    """transformers' LlamaModel and a linear head, with the weights of one of our critics."""
-
-    def __init__(self, critic: Critic) -> None:
-        super().__init__()
-        from transformers import LlamaModel
-
-        self.trunk = LlamaModel(llama_config(critic.trunk.config))
-        self.trunk.load_state_dict(llama_weights(critic.trunk))
-        self.value_head = nn.Linear(critic.trunk.config.dim, 1)
-        self.value_head.load_state_dict(critic.value_head.state_dict())
-
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Values [b, t] of padded sequences [b, t]; the mask is 0 on padding."""
-        output = self.trunk(input_ids=tokens, attention_mask=mask, use_cache=False)
-        return self.value_head(output.last_hidden_state)[..., 0]
-
-    def freeze(self, n_trainable: int) -> None:
-        """Leave the last blocks, the norm and the head trainable."""
-        self.trunk.embed_tokens.requires_grad_(False)
-        self.trunk.layers[: len(self.trunk.layers) - n_trainable].requires_grad_(False)
-
-
-def llama_config(config: TransformerConfig) -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        hidden_size=config.dim,
-        intermediate_size=config.ffn_width,
-        num_hidden_layers=config.n_trunk_layers,
-        num_attention_heads=config.n_heads,
-        num_key_value_heads=config.kv_heads,
-        head_dim=config.head_width,
-        vocab_size=config.vocab_size,
-        max_position_embeddings=LONGEST,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-    )
-
-
-def llama_weights(trunk: Trunk) -> dict[str, Tensor]:
-    """A trunk's weights under transformers' names and in its layout."""
-    weights = {
-        "embed_tokens.weight": trunk.get_parameter("tok_embeddings.weight").detach(),
-        "norm.weight": trunk.norm.weight.detach(),
-    }
-    for index, block in enumerate(trunk.layers):
-        for ours, theirs in _LAYER_NAMES.items():
-            weight = block.get_parameter(f"{ours}.weight").detach()
-            if ours in ("attention.wq", "attention.wk"):
-                weight = _pair_halves(weight, trunk.config.head_width)
-            weights[f"layers.{index}.{theirs}.weight"] = weight
-    return weights
-
-
-def _pair_halves(weight: Tensor, width: int) -> Tensor:
-    """Reorder rows: RoPE turns neighbouring channels in Meta's layout, halves in transformers'."""
-    return weight.unflatten(0, (-1, width // 2, 2)).transpose(1, 2).flatten(0, 2)
-
-
-@dataclass(frozen=True)
-class PaddedBatch:
-    """b sequences padded to t tokens: tokens, masks [b, t] and rewards [b]."""
-
-    tokens: Tensor
-    mask: Tensor
-    responses: Tensor
-    rewards: Tensor
-
-
-def pad(data: TokenizedSet, rows: Indices) -> PaddedBatch:
-    """Pad rows of the data to the longest of them."""
-    sequences = [
-        torch.from_numpy(data.tokens[data.offsets[row] : data.offsets[row + 1]].astype(np.int64))
-        for row in rows
-    ]
-    tokens = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-    positions = torch.arange(tokens.shape[1])
-    mask = positions < torch.from_numpy(data.lengths[rows])[:, None]
-    responses = mask & (positions >= torch.from_numpy(data.response_starts[rows])[:, None])
-    rewards = torch.from_numpy(data.rewards[rows].astype(np.float32))
-    return PaddedBatch(tokens, mask.long(), responses, rewards)
-
-
-class Padded(Contestant):
-    """A plain training loop around transformers' model."""
-
-    def __init__(self, critic: Critic, data: TokenizedSet, seed: int) -> None:
-        super().__init__(critic, data, seed)
-        self.model = LlamaCritic(critic)
-        self.model.freeze(TRAINING.num_unfrozen_layers)
-        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = _adamw(self.trainable)
-
-    def step(self, step: int) -> float:
-        batch = pad(self.data, self.rows(step))
-        errors = self.model(batch.tokens, batch.mask) - batch.rewards[:, None]
-        loss = (errors.square() * batch.responses).sum() / batch.responses.sum()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.trainable, TRAINING.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.item()
-
-    def computed_tokens(self, step: int) -> int:
-        lengths = self.data.lengths[self.rows(step)]
-        return len(lengths) * int(lengths.max())
-
-
-class PaddedSorted(Padded):
-    order = staticmethod(sorted_by_length)
-
-
-def _adamw(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-    """The product's optimizer: no decay of norms and biases."""
-    matrices = [p for p in parameters if p.dim() > 1]
-    vectors = [p for p in parameters if p.dim() == 1]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": TRAINING.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=TRAINING.learning_rate,
-        betas=(TRAINING.betas[0], TRAINING.betas[1]),
-        fused=True,
-    )
-
-
-# The floor
-
-
-class Floor(Contestant):
-    """Matrix products into buffers: all linear layers forward, the trainable ones backward."""
-
-    def __init__(self, critic: Critic, data: TokenizedSet, seed: int) -> None:
-        super().__init__(critic, data, seed)
-        frozen = critic.trunk.first_trainable_block()
-        self.forward_only = _matrices(critic.trunk.layers[:frozen])
-        self.trained = _matrices(critic.trunk.layers[frozen:])
-        rows = TRAINING.batch_size * LONGEST
-        sizes = {size for matrix in self.trained for size in matrix.shape}
-        self.inputs, self.outputs, self.input_gradients = (
-            {size: torch.randn(rows, size) for size in sizes} for _ in range(3)
-        )
-        self.gradients = {matrix.shape: torch.empty_like(matrix) for matrix in self.trained}
-
-    def step(self, step: int) -> None:
-        t = self.real_tokens(step)
-        for matrix in [*self.forward_only, *self.trained]:
-            out, inner = matrix.shape
-            torch.mm(self.inputs[inner][:t], matrix.T, out=self.outputs[out][:t])
-        for matrix in self.trained:
-            out, inner = matrix.shape
-            upstream = self.outputs[out][:t]
-            torch.mm(upstream.T, self.inputs[inner][:t], out=self.gradients[matrix.shape])
-            torch.mm(upstream, matrix, out=self.input_gradients[inner][:t])
-
-
-def _matrices(blocks: Any) -> list[Tensor]:
-    linears = (m for block in blocks for m in block.modules() if isinstance(m, nn.Linear))
-    return [linear.weight.detach() for linear in linears]
-
-
-CONTESTANTS: dict[str, type[Contestant]] = {
-    "packed": Packed,
-    "padded": Padded,
-    "padded, sorted": PaddedSorted,
-    "floor": Floor,
-}
+def _outputs(critic: Critic, data: TokenizedSet, rows: Sequence[int]) -> tuple[Tensor, Batch]:
+    batch = make_packer(data, critic.trunk.config).assemble(np.array(rows)[:, None])
+    return critic(batch.tokens, batch.layout, batch.positions), batch
 
 
 # Measurement
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One step: its time, real tokens, tokens with padding, and loss."""
+class Case:
+    """What is trained, on what."""
 
-    seconds: float
-    tokens: int
-    computed_tokens: int
-    loss: float | None
+    shape: str
+    device: str
+    n: int
+    solutions: int
+    seed: int
 
+    @property
+    def architecture(self) -> TransformerConfig:
+        return SHAPES[self.shape]
 
-def take_step(contestant: Contestant, step: int) -> Sample:
-    started = time.perf_counter()
-    loss = contestant.step(step)
-    seconds = time.perf_counter() - started
-    return Sample(seconds, contestant.real_tokens(step), contestant.computed_tokens(step), loss)
+    def __str__(self) -> str:
+        return f"N={self.n}, {self.solutions} solution(s) a problem"
 
 
 @dataclass(frozen=True)
 class Round:
     """A step of each contestant, and the share of the machine that other processes used."""
 
-    samples: dict[str, Sample]
+    steps: dict[str, Step]
     other_load: float
 
 
-def take_turns(contestants: dict[str, Contestant], step: int) -> Round:
+def take_turns(contestants: Mapping[str, Contestant]) -> Round:
     """The contestants' steps one after another, so that all meet the machine in the same state."""
-    load = OtherLoad()
-    samples = {name: take_step(contestant, step) for name, contestant in contestants.items()}
-    finished = Round(samples, load.share())
-    times = ", ".join(f"{name} {sample.seconds:.2f} s" for name, sample in samples.items())
-    say(f"step {step + 1}: {times}; others {finished.other_load:.0%}")
+    load = OtherLoad([contestant.pid for contestant in contestants.values()])
+    steps = {name: contestant.step() for name, contestant in contestants.items()}
+    finished = Round(steps, load.share())
+    times = ", ".join(f"{name} {step.seconds:.2f} s" for name, step in steps.items())
+    say(f"{times}; others {finished.other_load:.0%}")
     return finished
 
 
-def measure(contestants: dict[str, Contestant], steps: int) -> list[Round]:
+def measure(contestants: Mapping[str, Contestant], steps: int) -> list[Round]:
     """The quietest rounds, in order; ends once there are `steps` quiet ones."""
     rounds: list[Round] = []
-    for step in range(WARM_UP, WARM_UP + PATIENCE * steps):
-        rounds.append(take_turns(contestants, step))
+    while len(rounds) < PATIENCE * steps:
+        rounds.append(take_turns(contestants))
         if sum(r.other_load < QUIET for r in rounds) == steps:
             break
     loudest = sorted(r.other_load for r in rounds)[steps - 1]
@@ -406,145 +269,237 @@ def measure(contestants: dict[str, Contestant], steps: int) -> list[Round]:
 
 
 def check_first_losses(
-    first: Round, contestants: dict[str, Contestant], critic: Critic
+    first: Round, critic: Critic, data: TokenizedSet, tolerance: float
 ) -> dict[str, float]:
     """Relative difference of each first loss from the untouched critic's.
 
     Raises:
-        AssertionError: the contestants do not compute the same thing.
+        AssertionError: a contestant does not compute the same thing.
     """
     differences = {}
-    for name, contestant in contestants.items():
-        loss = first.samples[name].loss
-        if loss is not None:
-            expected = expected_loss(critic, contestant.data, contestant.rows(0))
-            differences[name] = abs(loss - expected) / expected
-            assert differences[name] < TOLERANCE, f"{name}: loss {loss}, the critic's {expected}"
+    for name, step in first.steps.items():
+        if step.loss is not None:
+            expected = _expected(name, critic, data, step.rows)
+            differences[name] = abs(step.loss - expected) / expected
+            assert differences[name] < tolerance, f"{name}: loss {step.loss}, not {expected}"
     return differences
 
 
-def summarise(rounds: list[Round]) -> dict[str, dict[str, float]]:
-    """Medians over rounds, and their ratios."""
-    taken = {name: [r.samples[name] for r in rounds] for name in rounds[0].samples}
-    speed = {
-        name: statistics.median(sample.tokens / sample.seconds for sample in samples)
-        for name, samples in taken.items()
-    }
-    return {
-        name: {
-            "tokens_per_second": speed[name],
-            "seconds_per_step": statistics.median(sample.seconds for sample in samples),
-            "real_share": sum(s.tokens for s in samples) / sum(s.computed_tokens for s in samples),
-            "packed_is_faster_by": speed["packed"] / speed[name],
-            "share_of_floor": speed[name] / speed["floor"],
+def _expected(name: str, critic: Critic, data: TokenizedSet, rows: Sequence[int]) -> float:
+    if not KINDS[name].pairs:
+        return expected_loss(critic, data, rows)
+    return expected_pair_loss(critic, data, rows, by_means=name == PAIRS)
+
+
+def check_what_is_trained(ready: Mapping[str, dict[str, Any]], case: Case) -> None:
+    """Raise AssertionError unless all train the product's parameters, but for what is named, and
+    with its settings of AdamW.
+    """
+    sizes = {"head bias": 1, "final norm": case.architecture.dim if case.n else 0}
+    trained = _trained(case)
+    for name, found in ready.items():
+        if name == FLOOR:
+            continue
+        expected = trained - sum(sizes[part] for part in KINDS[name].lacks)
+        count = found["trainable"]
+        assert count == expected, f"{name} trains {count:,} parameters, not {expected:,}"
+        for *given, decay in found["adamw"]:
+            wanted = [TRAINING.learning_rate, *TRAINING.betas, 1e-8]
+            assert given == wanted, f"{name}: AdamW with {given}, not {wanted}"
+            assert decay in (0.0, TRAINING.weight_decay), f"{name}: weight decay {decay}"
+
+
+def _trained(case: Case) -> int:
+    with torch.device("meta"):
+        critic = Critic(case.architecture)
+    unfreeze_last_blocks(critic, case.n)
+    return sum(p.numel() for p in critic.parameters() if p.requires_grad)
+
+
+def compare(case: Case, names: Sequence[str], steps: int, folder: Path) -> dict[str, Any]:
+    """Measure some contestants on one case; `folder` is theirs."""
+    (folder / "data").mkdir()
+    data = write_examples(folder / "data", case.architecture.vocab_size, case.seed, case.solutions)
+    critic = make_critic(case.architecture, case.seed)
+    write_model(critic, folder / "model")
+    with ExitStack() as stack:
+        contestants = {
+            name: stack.enter_context(Contestant(KINDS[name], settings(case, folder, name)))
+            for name in names
         }
-        for name, samples in taken.items()
-    }
-
-
-def peak_memory(name: str, seed: int) -> float:
-    """Peak resident MB of a contestant that runs a few steps in a process of its own."""
-    command = [sys.executable, __file__, "--alone", name, "--seed", str(seed)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return float(done.stdout)
-
-
-def run_alone(name: str, data: TokenizedSet, seed: int) -> float:
-    """Peak resident MB of this process after a few steps of one contestant."""
-    contestant = CONTESTANTS[name](make_critic(ARCHITECTURE, seed), data, seed)
-    for step in range(STEPS_ALONE):
-        contestant.step(step)
-    return peak_memory_mb()
-
-
-def compare(data: TokenizedSet, steps: int, seed: int) -> dict[str, Any]:
-    """Measure all contestants."""
-    peaks = {name: peak_memory(name, seed) for name in CONTESTANTS if name != "floor"}
-    contestants = {
-        name: kind(make_critic(ARCHITECTURE, seed), data, seed)
-        for name, kind in CONTESTANTS.items()
-    }
-    warm = [take_turns(contestants, step) for step in range(WARM_UP)]
-    errors = check_first_losses(warm[0], contestants, make_critic(ARCHITECTURE, seed))
-    rounds = measure(contestants, steps)
+        ready = {name: contestant.ready for name, contestant in contestants.items()}
+        check_what_is_trained(ready, case)
+        first = take_turns(contestants)
+        errors = check_first_losses(first, critic, data, TOLERANCE[case.device])
+        for _ in range(WARM_UP - 1):
+            take_turns(contestants)
+        rounds = measure(contestants, steps)
+    lengths = data.lengths
+    figures = summarise(rounds, lengths)
+    for name, found in figures.items():
+        kind = KINDS[name]
+        found["trainable_parameters"] = ready[name]["trainable"]
+        found["first_loss_error"] = errors.get(name)
+        found["differs"] = [*(f"no {part}" for part in kind.lacks), *filter(None, [kind.differs])]
     return {
-        "settings": settings(steps),
-        "contestants": {
-            name: {
-                **figures,
-                "peak_memory_mb": peaks.get(name),
-                "first_loss_error": errors.get(name),
-            }
-            for name, figures in summarise(rounds).items()
-        },
-        "largest_loss_difference_packed_padded": largest_loss_difference(warm + rounds),
+        "case": asdict(case),
+        "contestants": figures,
         "largest_other_load": max(r.other_load for r in rounds),
-        "rounds": [asdict(r) for r in rounds],
+        "rounds": [_recorded(r, lengths) for r in rounds],
     }
 
 
-def settings(steps: int) -> dict[str, Any]:
-    return {
-        "architecture": asdict(ARCHITECTURE),
-        "training": to_dict(TRAINING),
-        "sequence_tokens": [SHORTEST, LONGEST],
-        "prompt_share": 1 / PROMPT_SHARE,
-        "dtype": "float32",
-        "steps": steps,
-        "warm_up_steps": WARM_UP,
-        "quiet_below": QUIET,
+def settings(case: Case, folder: Path, name: str) -> Settings:
+    scratch = folder / "scratch" / name
+    scratch.mkdir(parents=True)
+    return Settings(
+        folder=str(folder / "model"),
+        data=str(folder / "data"),
+        n=case.n,
+        sequences=TRAINING.batch_size,
+        learning_rate=TRAINING.learning_rate,
+        betas=list(TRAINING.betas),
+        weight_decay=TRAINING.weight_decay,
+        max_grad_norm=TRAINING.max_grad_norm,
+        seed=case.seed,
+        device=case.device,
+        scratch=str(scratch),
+    )
+
+
+def summarise(rounds: Sequence[Round], lengths: Indices) -> dict[str, dict[str, Any]]:
+    """Medians over rounds with their quartiles, and their ratios to the product's."""
+    taken = {name: [r.steps[name] for r in rounds] for name in rounds[0].steps}
+    speeds = {name: [_speed(step, lengths) for step in steps] for name, steps in taken.items()}
+    median = {name: statistics.median(found) for name, found in speeds.items()}
+    figures: dict[str, dict[str, Any]] = {}
+    for name, steps in taken.items():
+        tokens = sum(int(lengths[step.rows].sum()) for step in steps)
+        own = PAIRS if KINDS[name].pairs and PAIRS in median else PACKED
+        figures[name] = {
+            "tokens_per_second": median[name],
+            "quartiles": [float(q) for q in np.quantile(speeds[name], [0.25, 0.75])],
+            "tokens_per_second_over_all": tokens / sum(step.seconds for step in steps),
+            "seconds_per_step": statistics.median(step.seconds for step in steps),
+            "real_share": tokens / sum(step.computed_tokens for step in steps),
+            "packed_is_faster_by": _ratio(median, own, name),
+            "share_of_floor": _ratio(median, name, FLOOR),
+            "peak_memory_mb": None if name == FLOOR else steps[-1].peak_memory_mb,
+        }
+    return figures
+
+
+def _ratio(median: Mapping[str, float], above: str, below: str) -> float | None:
+    return median[above] / median[below] if above in median and below in median else None
+
+
+def _speed(step: Step, lengths: Indices) -> float:
+    return float(lengths[step.rows].sum()) / step.seconds
+
+
+def _recorded(one: Round, lengths: Indices) -> dict[str, Any]:
+    steps = {
+        name: {
+            "seconds": step.seconds,
+            "tokens": int(lengths[step.rows].sum()),
+            "computed_tokens": step.computed_tokens,
+            "loss": step.loss,
+        }
+        for name, step in one.steps.items()
     }
-
-
-def largest_loss_difference(rounds: list[Round]) -> float:
-    """Over the steps of the two contestants that train on the same batches, relative."""
-    pairs = [(r.samples["packed"].loss, r.samples["padded"].loss) for r in rounds]
-    return max(abs(ours - theirs) / ours for ours, theirs in pairs if ours and theirs)
+    return {"steps": steps, "other_load": one.other_load}
 
 
 # Report
 
 
-def show(results: dict[str, Any]) -> str:
-    header = ["", "real share", "tok/s", "packed is faster by", "share of floor", "peak MB"]
+def show(found: Mapping[str, Any]) -> str:
+    header = [
+        *("", "real share", "tok/s", "quartiles", "packed is faster by", "share of floor"),
+        *("peak MB", "trained"),
+    ]
     rows = [
         [
             name,
-            f"{figures['real_share']:.2f}",
-            f"{figures['tokens_per_second']:.0f}",
-            f"{figures['packed_is_faster_by']:.2f}",
-            f"{figures['share_of_floor']:.2f}",
-            "-" if figures["peak_memory_mb"] is None else f"{figures['peak_memory_mb']:.0f}",
+            f"{one['real_share']:.2f}",
+            f"{one['tokens_per_second']:.0f}",
+            "{:.0f}-{:.0f}".format(*one["quartiles"]),
+            _number(one["packed_is_faster_by"], ".2f"),
+            _number(one["share_of_floor"], ".2f"),
+            _number(one["peak_memory_mb"], ".0f"),
+            f"{one['trainable_parameters']:,}",
         ]
-        for name, figures in results["contestants"].items()
+        for name, one in found["contestants"].items()
     ]
-    errors = [c["first_loss_error"] for c in results["contestants"].values()]
+    errors = [one["first_loss_error"] for one in found["contestants"].values()]
+    differing = [
+        f"{name}: {'; '.join(one['differs'])}"
+        for name, one in found["contestants"].items()
+        if one["differs"]
+    ]
     return "\n".join(
         [
+            str(Case(**found["case"])),
             table(header, rows),
-            f"first losses agree to {max(e for e in errors if e is not None):.0e}, "
-            f"all losses of packed and padded to "
-            f"{results['largest_loss_difference_packed_padded']:.0e}; "
-            f"other processes used at most {results['largest_other_load']:.1%} of the machine in a "
-            f"counted round",
+            *differing,
+            f"first losses agree to {max((e for e in errors if e is not None), default=0):.0e}; "
+            f"other processes used at most {found['largest_other_load']:.1%} of the machine in a "
+            "counted round",
         ]
     )
 
 
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _write(file: Path, record: Mapping[str, Any]) -> None:
+    """Replace the record at once; it is written after each case."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.replace(file)
+
+
+def _cases(options: argparse.Namespace) -> list[Case]:
+    return [
+        Case(options.shape, options.device, n, solutions, options.seed)
+        for solutions in options.solutions
+        for n in options.unfrozen
+    ]
+
+
 def main() -> None:
     parser = command_line(__doc__)
-    parser.add_argument("--steps", type=int, default=12, help="counted steps (default: 12)")
-    parser.add_argument("--alone", choices=CONTESTANTS, help="print one contestant's peak memory")
+    add = parser.add_argument
+    add("--steps", type=int, default=12, help="counted steps of a case (default: 12)")
+    add("--shape", choices=SHAPES, default="small", help="of the trunk (default: small)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu; bf16 on cuda")
+    add("--unfrozen", type=int, nargs="+", default=[0, 2, 4, 8], metavar="N", help="0 2 4 8")
+    add("--solutions", type=int, nargs="+", default=[1, 4], help="of a problem (default: 1 4)")
+    add("--contestants", nargs="+", choices=KINDS, default=list(KINDS), metavar="NAME", help="all")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        data = write_examples(Path(folder), ARCHITECTURE.vocab_size, options.seed)
-        if options.alone:
-            print(run_alone(options.alone, data, options.seed))
-            return
-        results = compare(data, options.steps, options.seed)
-    print(show(results))
-    if options.out:
-        write_record(options.out, results, seed=options.seed, packages=["transformers", "numpy"])
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU here")
+    record = origin(options.seed, ["numpy"]) | {
+        "peers": versions(options.contestants),
+        "training": to_dict(replace(TRAINING)),
+        "architecture": asdict(SHAPES[options.shape]),
+        "sequence_tokens": [SHORTEST, LONGEST],
+        "prompt_share": PROMPT_SHARE,
+        "dtype": "float32" if options.device == "cpu" else "bfloat16",
+        "steps": options.steps,
+        "quiet_below": QUIET,
+        "cases": [],
+    }
+    for case in _cases(options):
+        say(str(case))
+        with tempfile.TemporaryDirectory() as folder:
+            found = compare(case, options.contestants, options.steps, Path(folder))
+        print(show(found), flush=True)
+        record["cases"].append(found)
+        if options.out is not None:
+            _write(options.out, record)
 
 
 if __name__ == "__main__":

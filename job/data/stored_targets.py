@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,16 +30,6 @@ class Targets:
     at: NDArray[np.int64]
     values: Floats
     weights: Floats
-
-    @classmethod
-    def of(cls, found: Sequence[dict[int, tuple[float, float]]]) -> Targets:
-        pairs = [pair for one in found for pair in one.values()]
-        return cls(
-            np.concatenate(([0], np.cumsum([len(one) for one in found]))).astype(np.int64),
-            np.asarray([at for one in found for at in one], np.int64),
-            np.asarray([value for value, _ in pairs], np.float64),
-            np.asarray([weight for _, weight in pairs], np.float64),
-        )
 
     def write(self, folder: Path) -> None:
         np.savez(folder / _FILE, **vars(self))
@@ -70,3 +61,26 @@ class Targets:
         values, weights = np.zeros(n), np.zeros(n)
         values[at[valued]], weights[at[valued]] = own[valued], own_weights[valued]
         return values, weights
+
+
+class TargetList:
+    """Those of example after example, as a set is written: 8 bytes an example, 24 a target."""
+
+    def __init__(self) -> None:
+        self._offsets, self._at = array("q", [0]), array("q")
+        self._values, self._weights = array("d"), array("d")
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def add(self, found: Mapping[int, tuple[float, float]]) -> None:
+        """The next example's: value and weight by token."""
+        for at, (value, weight) in found.items():
+            self._at.append(at)
+            self._values.append(value)
+            self._weights.append(weight)
+        self._offsets.append(len(self._at))
+
+    def stored(self) -> Targets:
+        parts = (self._offsets, self._at, self._values, self._weights)
+        return Targets(*(np.asarray(part) for part in parts))

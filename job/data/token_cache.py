@@ -10,6 +10,7 @@ import hashlib
 import json
 import zipfile
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from job.common.schema import (
 from job.common.signals import stop_if_asked
 from job.data import arithmetic
 from job.data.rows import BadRow, Place, Placed, Rewards, Row, in_chunks, read_source
-from job.data.stored_targets import Targets
+from job.data.stored_targets import TargetList, Targets
 from job.data.targets import TargetError, by_token
 from job.data.template import Template, encode_rows, load_template, render_rows
 from job.data.tokenizer import Encoded, Tokenizer
@@ -42,8 +43,8 @@ from job.data.tokenizer import Encoded, Tokenizer
 FORMAT = 5  # part of the key: raise it when the stored form changes
 _READING = 2  # raise it when some rows become other tokens; runs go on all the same
 _READING_EMBEDDED = 3  # the same for the embedded data
-_NO_TARGETS: dict[int, tuple[float, float]] = {}  # of most rows, once
 _ODD_LABELS = "odd_labels.jsonl"
+_AT_ONCE = 1 << 22  # tokens of a look at all of them
 _DAMAGE = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # as numpy names it
 
 
@@ -111,6 +112,12 @@ class TokenizedSet:
                 except (ValueError, TypeError):
                     way_out = "remove the folder, or repeat the command with --verify"
                     raise InputError(f"{file} is damaged: {way_out}") from None
+
+    def token_chunks(self) -> Iterator[NDArray[np.uint32]]:
+        """All tokens, few at a time: mapped, those that were looked at would stay in memory."""
+        with (self.folder / "tokens.bin").open("rb") as stream:
+            while len(chunk := np.fromfile(stream, np.uint32, _AT_ONCE)):
+                yield chunk
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -328,12 +335,10 @@ class _SetWriter:
         self.bad: list[BadRow] = []
         self.refused: list[BadRow] = []  # those of `bad` that the policy does not skip
         self.odd: list[BadRow] = []  # that have a label which is not used
-        self.lengths: list[int] = []
-        self.starts: list[int] = []
-        self.rewards: list[float] = []
-        self.problems: list[int] = []
-        self.lines: list[int] = []
-        self.targets: list[dict[int, tuple[float, float]]] = []
+        # 8 bytes a row each, where objects would take 40
+        self.lengths, self.starts, self.lines = array("q"), array("q"), array("q")
+        self.rewards, self.problems = array("d"), array("Q")
+        self.targets = TargetList()
         self._tokens: BinaryIO = (folder / "tokens.bin").open("wb")
         self._optimal: BinaryIO | None = None
         self._ends: BinaryIO | None = (folder / "ends.bin").open("wb") if scored else None
@@ -376,7 +381,7 @@ class _SetWriter:
             skip = policy.bad_rows is BadRows.skip
             self._leave_out(BadRow(*place, str(error)), skip=skip)
             return
-        self.targets.append(targets or _NO_TARGETS)
+        self.targets.add(targets)
         self._tokens.write(np.asarray(fitted.ids, np.uint32).tobytes())
         if row.optimal is not None:
             self._write_optimal(row, fitted)
@@ -415,8 +420,8 @@ class _SetWriter:
             problems=np.asarray(self.problems, np.uint64),
             lines=np.asarray(self.lines, np.int64),
         )
-        if any(self.targets):
-            Targets.of(self.targets).write(self.folder)
+        if self.targets:
+            self.targets.stored().write(self.folder)
         self._list("bad_rows.jsonl", self.bad)
         if self.odd:
             self._list(_ODD_LABELS, self.odd)

@@ -153,9 +153,10 @@ def warn_of_one_label(rewards: NDArray[np.float64]) -> None:
 
 def check_tokens(found: TokenizedSet, vocab_size: int) -> None:
     """Raise InputError unless the model has every token of a set."""
-    if found.tokens.max() >= vocab_size:
+    largest = max(int(chunk.max()) for chunk in found.token_chunks())
+    if largest >= vocab_size:
         raise InputError(
-            f"tokenizer.path: token {found.tokens.max()} does not exist in the model "
+            f"tokenizer.path: token {largest} does not exist in the model "
             f"(vocabulary of {vocab_size}); tokenizer and model do not match"
         )
 
@@ -166,7 +167,7 @@ def warn_of_unknown(found: TokenizedSet, tokenizer: Tokenizer, name: str) -> Non
     unknown = tokenizer.token_id(text)
     if unknown is None or unknown in (tokenizer.bos_id, tokenizer.eos_id):
         return  # as GPT-2's, which knows every text
-    share = float(np.mean(found.tokens == unknown))
+    share = sum(np.count_nonzero(c == unknown) for c in found.token_chunks()) / len(found.tokens)
     if share > _UNKNOWN_SHARE:
         _log.warning(
             "%s: %.0f %% of the tokens are %s: the trunk's tokenizer does not know such texts",
