@@ -33,7 +33,7 @@ test-all: lint
 	$(MAKE) soak
 
 soak: $(TEST_SET_UP)
-	SOAK_KILLS=40 $(BIN)/python -m pytest --timeout 7200 -q -k kill tests/distributed/test_resume.py
+	SOAK_KILLS=40 $(BIN)/python -m pytest --timeout 7200 -q -k kill tests/distributed/test_resume.py tests/distributed/test_cached_prefix.py
 	SOAK_INTERRUPTIONS=25 $(BIN)/python -m pytest --timeout 7200 -q -k many_interruptions tests/cluster
 	SOAK=1 $(BIN)/python -m pytest -q -k two_builds tests/container
 
