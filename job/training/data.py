@@ -91,22 +91,35 @@ def load_critic_data(
         prompt_value=config.objective.trains_prompts,
         copy_share=copy_share(architecture),
     )
-    prompts = SharedPrompts(train)
-    grouped = together(config, prompts)
-    meet = grouped > 1 or config.objective.all_terms.pairwise  # else too rarely to be worth it
+    prompts, grouped = _training_prompts(config, train)
     return CriticData(
         pack(
             train,
             _training_units(config, train),
             weights=_training_weights(config, train),
             spread=config.objective.spread,
-            prompts=prompts if meet else None,
+            prompts=prompts,
             together=grouped,
         ),
         pack(validation, kept[:, None], prompts=shared_in_evaluations(validation)),
         float(train.rewards.mean()),
         tokenizer.fingerprint,
     )
+
+
+def _training_prompts(
+    config: CriticConfig, train: TokenizedSet
+) -> tuple[SharedPrompts | None, int]:
+    """Prompts that trained sequences share, and how many come `together`.
+
+    None where solutions of one problem meet by chance alone: too rarely to be worth it.
+    """
+    pairs = bool(config.objective.all_terms.pairwise)
+    if config.data.group_by_problem is False and not pairs:
+        return None, 1
+    prompts = SharedPrompts(train)
+    grouped = together(config, prompts)
+    return (prompts if pairs or grouped > 1 else None), grouped
 
 
 def together(config: CriticConfig, prompts: SharedPrompts) -> int:
