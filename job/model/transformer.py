@@ -319,12 +319,12 @@ class Block(nn.Module):
         read = None
         if reads is not None:
             read = x.index_select(0, reads.rows), rope.index_select(0, reads.rows)
-        return finish(
-            self,
-            x if read is None else read[0],
-            # without names, which would keep them while the feed forward layer works
-            attend(*prepare(self, (x, rope), read), layout, reads).flatten(-2),
-        )
+
+        def mixed() -> Tensor:  # whose names keep nothing while the feed forward layer works
+            q, k, v = prepare(self, (x, rope), read)
+            return attend(q, k, v, layout, reads).flatten(-2)
+
+        return finish(self, x if read is None else read[0], mixed())
 
     def prepare(self, rows: Rows, read: Rows | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values; see `Attention.project`."""

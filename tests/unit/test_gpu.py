@@ -126,17 +126,18 @@ def test_float32_has_keys_and_values_repeated_on_a_gpu(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("width", "config", "copies"),
+    ("width", "config", "repeats", "copies"),
     [
-        (24, FsdpConfig(), 4),  # queries, keys, values and the result, of all heads
-        (20, FsdpConfig(), 5),  # and the spans' results put together
-        (24, EXACT, 5),
+        (24, FsdpConfig(), False, 3),  # queries and the result; half as many keys and values
+        (24, FsdpConfig(), True, 4),  # as many, before torch 2.12
+        (20, FsdpConfig(), False, 5),  # and the spans' results put together
+        (24, EXACT, False, 5),
     ],
 )
 def test_the_closed_form_knows_which_path_is_taken(
-    width: int, config: FsdpConfig, copies: int
+    width: int, config: FsdpConfig, repeats: bool, copies: int
 ) -> None:
     shape = replace(SHAPE, n_heads=4, n_kv_heads=2, head_dim=width)
-    step = _Step(Setting(shape, 2, config, 4096))
+    step = _Step(Setting(shape, 2, config, 4096, repeats_keys=repeats))
     size = 2 if config.mixed_precision else 4
-    assert step.saved_attention == 4096 * (copies * 4 * width * size + 4 * 4)
+    assert step.saved_attention(4096) == 4096 * (copies * 4 * width * size + 4 * 4)

@@ -110,11 +110,14 @@ def test_two_unfrozen_blocks_explain_what_a_frozen_trunk_cannot(folder: Path) ->
 
 
 def test_a_shorter_training_reaches_half_of_what_is_achievable(folder: Path) -> None:
-    trunk = ("out=short/trunk", "training.max_steps=600")
+    trunk = ("out=short/trunk", "training.max_steps=600", "data.arithmetic.train_examples=38400")
     _run(folder, "job.pretrain", "--config", RECIPE, "--override", *trunk)
     settings = ("model.path=short/trunk", "run.dir=short/${run.name}", "training.max_steps=400")
     # so few steps need longer ones, which are not safe for every trunk
     settings += ("training.learning_rate=0.0025", "training.warmup_steps=50")
+    # what is trained on and no more, and evaluated once
+    settings += ("data.arithmetic.train_examples=38400", "data.arithmetic.validation_examples=800")
+    settings += ("evaluation.every_steps=400", "checkpoint.every_steps=400")
     without = ("model.recipe=null", "mlflow.enabled=false", "report.enabled=false")
     options = ("--config", LOCAL, "--unfreeze", "0", "2", "--override", *settings, *without)
     _run(folder, "job.compare", *options)
