@@ -85,9 +85,11 @@ def rank_times(options: argparse.Namespace) -> dict[str, Any]:
         config, strategy = SHAPES[options.shape], ShardingStrategy[options.strategy]
         data = write_examples(Path(folder), config.vocab_size, options.seed)
         training = replace(
-            TRAINING, num_unfrozen_layers=options.n, batch_size=TRAINING.batch_size * world.size
+            TRAINING,
+            num_unfrozen_layers=options.unfrozen,
+            batch_size=TRAINING.batch_size * world.size,
         )
-        critic = _critic(config, options.n, strategy, world, options.seed)
+        critic = _critic(config, options.unfrozen, strategy, world, options.seed)
         learner = Learner(critic, Objective(ObjectiveConfig()), training, world)
         packer = Packer(
             *(data, make_packer(data, config).units),
@@ -131,11 +133,11 @@ def _gathering_rate(config: TransformerConfig, world: World) -> float | None:
     if world.size == 1:
         return None
     mine = torch.zeros(block_parameters(config) // world.size)
-    whole = torch.empty(len(mine) * world.size)
+    parts = [torch.empty_like(mine) for _ in range(world.size)]
     seconds = []
     for _ in range(TRANSFERS):
         began = time.perf_counter()
-        dist.all_gather_into_tensor(whole, mine)
+        dist.all_gather(parts, mine)
         seconds.append(time.perf_counter() - began)
     received = (world.size - 1) * mine.nbytes
     return received / statistics.median(seconds)
@@ -167,7 +169,7 @@ def _run(
 ) -> dict[str, Any]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*launcher, f"--nproc-per-node={ranks}", __file__, "--rank-times"]
-    command += ["--shape", options.shape, "--steps", str(options.steps), "--n", str(n)]
+    command += ["--shape", options.shape, "--steps", str(options.steps), "--unfrozen", str(n)]
     command += ["--strategy", strategy.name, "--seed", str(options.seed)]
     # two ranks share the cores that one could have alone
     variables = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -371,7 +373,7 @@ def main() -> None:
     add("--links", type=int, nargs="+", default=[200, 400], help="Gb/s of a node (200 400)")
     add("--gpu", type=Path, metavar="RECORD", help="of bench/gpu.py, for block times")
     add("--rank-times", action="store_true", help=argparse.SUPPRESS)
-    add("--n", type=int, help=argparse.SUPPRESS)
+    add("--unfrozen", type=int, help=argparse.SUPPRESS)
     add("--strategy", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank_times:

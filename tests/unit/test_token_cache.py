@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from job.common.derived import SUMS
 from job.common.errors import InputError
 from job.common.files import atomic_folder, write_atomic
 from job.common.schema import ArithmeticConfig, BadRows, DataConfig, Overlong, PretrainDataConfig
+from job.data import token_cache
 from job.data.arithmetic import ALPHABET, Chain, chains
 from job.data.packing import Packer, single_units
+from job.data.rows import in_chunks
 from job.data.token_cache import (
     TokenizedSet,
     count_shared_problems,
@@ -226,6 +229,35 @@ def test_shared_problems_are_counted_once_each(tmp_path: Path, bpe: Tokenizer) -
     assert count_shared_problems(first, later) == 2
     assert count_shared_problems(first, apart) == 0
     assert count_shared_problems(first, first) == 10
+
+
+def test_a_row_takes_few_bytes_in_memory_while_a_set_is_written(
+    tmp_path: Path, characters: Tokenizer
+) -> None:
+    source = token_cache._embedded(ArithmeticConfig(train_examples=6 * 1024), "train", True)
+    written = tracemalloc.Filter(True, token_cache.__file__)
+    held = []
+    tracemalloc.start()
+    try:
+        with token_cache._SetWriter(tmp_path, framed=True) as writer:
+            for chunk in in_chunks(source.rows):
+                writer.add(chunk, characters, token_cache._Policy(2048))
+                chunk.clear()
+                found = tracemalloc.take_snapshot().filter_traces([written])
+                held.append(sum(trace.size for trace in found.traces))
+    finally:
+        tracemalloc.stop()
+    assert (held[5] - held[1]) / (4 * 1024) < 60  # five numbers of 8, and room to grow
+
+
+def test_all_tokens_come_a_few_at_a_time(
+    tmp_path: Path, characters: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = load_split(embedded(tmp_path), "validation", characters)
+    monkeypatch.setattr(token_cache, "_AT_ONCE", 700)
+    chunks = list(found.token_chunks())
+    np.testing.assert_array_equal(np.concatenate(chunks), found.tokens)
+    assert {len(chunk) for chunk in chunks[:-1]} == {700}
 
 
 def test_embedded_training_and_validation_share_no_problem_id(
