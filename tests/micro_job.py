@@ -37,6 +37,7 @@ training:
   learning_rate: 0.001
   warmup_steps: 2
   threads: 1
+  prefix_cache: none
 evaluation: {every_steps: 10}
 logging: {every_steps: 5}
 distributed: {fsdp: {mixed_precision: false}}

@@ -14,7 +14,7 @@ from job.common.schema import CriticConfig, Loss, ObjectiveConfig, Spread, Terms
 from job.data.packing import Batch, Indices, Packer, bundle, single_units, step_units
 from job.data.pairs import balanced_pairs, with_others
 from job.data.shared_prompts import Groups, SharedPrompts
-from job.data.stored_targets import Targets
+from job.data.stored_targets import TargetList
 from job.data.token_cache import TokenizedSet
 from job.distributed.world import World
 from job.model.architecture import TransformerConfig
@@ -61,9 +61,10 @@ def write_set(
     if targets:
         at = [len(parts[i]) - 1 for i in order]
         firsts = [max(problems[rows[i][0]][0] - 1, 0) for i in order]
-        Targets.of(
-            [{a: (0.25, 1.0), f: (0.75, 2.0)} for a, f in zip(at, firsts, strict=True)]
-        ).write(folder)
+        listed = TargetList()
+        for a, f in zip(at, firsts, strict=True):
+            listed.add({a: (0.25, 1.0), f: (0.75, 2.0)})
+        listed.stored().write(folder)
     return TokenizedSet(folder)
 
 
