@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 from cluster_job import NO_SITE, SUBMIT, ClusterJob, Submitted
 from lab import DEFAULT_CONF, Lab
+from micro_job import write_recipe
 
 pytestmark = pytest.mark.slow
 
 NIGHTLY = SUBMIT.with_name("nightly.py")
+TRUNK = ("architecture.n_layers=3",)
 CRON_D = Path("/etc/cron.d")
 STEPS = 40
 MATRIX = """
@@ -30,6 +32,7 @@ deadline_hours: {hours}
 override:
   - model.path={{night}}/trunk
   - model.recipe={folder}/pretrain.yaml
+  - data.cache_dir={folder}/cache
   - training.max_steps={steps}
   - evaluation.every_steps=20
   - logging.every_steps=5
@@ -84,7 +87,10 @@ class Site:
 
 @pytest.fixture
 def site(lab: Lab, tmp_path: Path) -> Site:
-    return Site(ClusterJob.prepare(lab, tmp_path), tmp_path)
+    job = ClusterJob.prepare(lab, tmp_path)
+    # jobs run in the checkout, where nothing is to be left
+    write_recipe(job.folder / "pretrain.yaml", [*TRUNK, f"data.cache_dir={tmp_path}/cache"])
+    return Site(job, tmp_path)
 
 
 @pytest.fixture(autouse=True)
