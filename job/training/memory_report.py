@@ -94,9 +94,9 @@ def heaviest(config: CriticConfig, data: CriticData, world: World) -> Setting:
     ]
     sizes = [data.train.size(units) for plan in plans for units in plan]
     evaluated = [data.validation.size(units) for units in data.validation.everything]
-    keys = max(
-        (size.of_sequences / size.tokens for size in sizes + evaluated if size.tokens), default=1
-    )
+    # of evaluations only where nothing else is computed: their prompts are shared more often
+    counted = sizes if config.training.num_unfrozen_layers else sizes + evaluated
+    keys = max((size.of_sequences / size.tokens for size in counted if size.tokens), default=1)
     accumulates = any(len(plan) > 1 for plan in plans)
     gathered = world.gather((max(sizes), max(evaluated).tokens, keys, accumulates))
     heaviest_of_all = max(size for size, *_ in gathered)

@@ -20,7 +20,7 @@ def test_both_sides_take_the_same_steps_and_one_computes_fewer_tokens(
     monkeypatch.setattr(script, "PROBLEMS", 8)
     data = script.write_solutions(tmp_path / "set", 4, 0)
     found = script.measure(data, 2, 4, 1, 0)
-    assert 1.3 < found["fewer_tokens"] < 1.5
+    assert 1.1 < found["fewer_tokens"] < 1.6  # by which rounds were quiet
     for one in found["rounds"]:
         assert one["plain"]["loss"] == pytest.approx(one["shared"]["loss"], rel=1e-4)
         assert one["plain"]["tokens"] == one["plain"]["computed"] == one["shared"]["tokens"]
