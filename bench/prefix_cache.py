@@ -27,7 +27,7 @@ from job.common.errors import run_command
 
 FOLDER = Path("runs/bench_prefix_cache")
 LAYERS, SWEEP = 16, (4, 2, 1, 0)
-EPOCH, EPOCHS = 20, 4  # steps
+EPOCH, EPOCHS = 20, 3  # steps of one, and how many
 BATCH = 8
 TRUNK = (
     f"out={FOLDER}/trunk",
@@ -44,7 +44,7 @@ CRITIC = (
     "model.recipe=null",
     "data.max_length=512",
     f"data.arithmetic={{train_examples: {EPOCH * BATCH}, validation_examples: 40, attempts: 1, "
-    "min_steps: 11, max_steps: 80, error_probability: 0.02, seed: 0}",
+    "min_steps: 9, max_steps: 60, error_probability: 0.02, seed: 0}",
     f"training.batch_size={BATCH}",
     f"training.max_steps={EPOCH * EPOCHS}",
     f"evaluation.every_steps={EPOCH // 2}",
