@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +99,7 @@ def main() -> None:
 
 
 def _run(name: str, n: int, mode: str, states: str = "") -> Run:
-    load = OtherLoad()
+    load, began, cpu = OtherLoad(), time.perf_counter(), _cpu_seconds()
     settings = (
         f"run.dir={FOLDER}/{name}",
         f"training.num_unfrozen_layers={n}",
@@ -112,9 +114,20 @@ def _run(name: str, n: int, mode: str, states: str = "") -> Run:
         [row["seconds_per_step"] for row in telemetry if "seconds_per_step" in row],
         [row["evaluation_seconds"] for row in telemetry if "evaluation_seconds" in row],
         json.loads((run / "status.json").read_text())["seconds"],
-        load.share(),
+        max(0.0, load.share() - _share_of_children(began, cpu)),
         [row["train/loss"] for row in metrics],
     )
+
+
+def _cpu_seconds() -> float:
+    """Of this process's children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _share_of_children(began: float, cpu: float) -> float:
+    seconds = time.perf_counter() - began
+    return (_cpu_seconds() - cpu) / seconds / (os.cpu_count() or 1)
 
 
 def _command(module: str, config: str, settings: Sequence[str]) -> None:
