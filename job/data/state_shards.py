@@ -94,10 +94,6 @@ class Shard:
     states: Path
     entries: NDArray[Any]
 
-    @property
-    def index(self) -> Path:
-        return self.states.with_suffix(".index")
-
     @classmethod
     def read(cls, index: Path, facts: dict[str, Any]) -> Shard:
         """The shard of an index.

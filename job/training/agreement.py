@@ -13,6 +13,13 @@ from job.distributed.world import World
 from job.run.fence import Fence
 
 
+def stop_together(world: World, kept: str) -> None:
+    """Raise Stopped on every rank if one was asked to stop; `kept` says what is not lost."""
+    why = reason()
+    if world.sum([why is not None])[0]:
+        raise Stopped(f"stopped by {why or 'another rank'}; {kept}").everywhere()
+
+
 class Agreement:
     """What all ranks agree on at the boundaries between two steps or batches.
 

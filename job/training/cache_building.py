@@ -17,10 +17,9 @@ import torch
 from torch import nn
 
 from job.common.config import set_key
-from job.common.errors import InputError, Stopped, StorageError
+from job.common.errors import InputError, StorageError
 from job.common.progress import only_warnings, progress
 from job.common.schema import CriticConfig
-from job.common.signals import reason
 from job.data.packing import Batch, Indices, Packer
 from job.data.state_shards import Writer
 from job.distributed.world import World, joined_world
@@ -30,6 +29,7 @@ from job.model.prefix import Prefix
 from job.model.transformer import Trunk
 from job.model.weights import load_trunk
 from job.run.directory import RunDirectory
+from job.training.agreement import stop_together
 from job.training.data import forward_budget, load_critic_data
 from job.training.prefix_cache import (
     EVALUATION,
@@ -41,6 +41,7 @@ from job.training.prefix_cache import (
 )
 from job.training.preparation import prepare_inputs, set_up_torch
 
+_KEPT = "what is computed is kept"
 _log = logging.getLogger("job.cache")
 
 
@@ -114,7 +115,7 @@ class _Building:
         plan = list(self._lacking())
         with progress("building the cache", len(plan)) as advance:
             for done, (packer, units) in enumerate(plan, 1):
-                _stop_together(self._world)
+                stop_together(self._world, _KEPT)
                 batch = packer.assemble(units)
                 if batch.stored is not None:
                     states = _states(trunk, batch, self._boundary)
@@ -139,7 +140,7 @@ def _frozen_trunk(config: CriticConfig, boundary: Boundary, world: World) -> Tru
     trunk.norm = nn.Identity()  # type: ignore[assignment]
     trunk.layers = trunk.layers[: boundary.block]
     trunk.to(boundary.dtype).to_empty(device=world.device)
-    load_trunk(trunk, config.model.path, lambda: _stop_together(world))
+    load_trunk(trunk, config.model.path, lambda: stop_together(world, _KEPT))
     return trunk
 
 
@@ -153,11 +154,3 @@ def _states(trunk: Trunk, batch: Batch, boundary: Boundary) -> torch.Tensor:
     states = trunk.hidden(batch.tokens, batch.layout, read, Prefix(boundary.block))
     rows = Rows.of(batch, reads, of_read_rows=boundary.of_read_rows)
     return rows.of_sequences(states)
-
-
-def _stop_together(world: World) -> None:
-    """Raise Stopped on every rank if one was asked to stop."""
-    why = reason()
-    if world.sum([why is not None])[0]:
-        text = f"stopped by {why or 'another rank'}; what is computed is kept"
-        raise Stopped(text).everywhere()

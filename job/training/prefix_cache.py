@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,7 @@ class PrefixCache:
         self.record, self._world, self._run = record, world, run
         self._began = time.monotonic()
         self._ahead, self._ahead_of_evaluation = ReadAhead(self._read), ReadAhead(self._read)
-        self._epoch_from, self._foreseen = -1, -1  # steps; see `enter` and `foresee`
+        self._epoch_from, self._foreseen = -1, -1  # steps; see `enter`
         self._rows = self._rows_read = 0  # since they were last asked for
         self._left_out = False
         self._refresh()
@@ -439,8 +439,8 @@ class PrefixCache:
 
     def keep(self, batch: Batch, reads: Reads, prefix: Prefix, step: int) -> None:
         """Write the states that had to be computed, where they are to be kept."""
-        wanted = self.record.validation if step == EVALUATION else self.record.training
-        if not wanted or batch.stored is None or prefix.states is None or not prefix.computed:
+        is_kept = self.record.validation if step == EVALUATION else self.record.training
+        if not is_kept or batch.stored is None or prefix.states is None or not prefix.computed:
             return
         rows = Rows.of(batch, reads, of_read_rows=self._boundary.of_read_rows)
         states, found = rows.of_sequences(prefix.states), self._find(batch.stored, step)
@@ -554,6 +554,8 @@ class Opening:
     data: CriticData
     base: str
     world: World
+    # by whether only read rows are kept: all tokens are gone through for it
+    _stored: dict[bool, dict[str, Stored]] = field(default_factory=dict)
 
     @property
     def packers(self) -> dict[str, Packer]:
@@ -565,8 +567,11 @@ class Opening:
 
     def name_sequences(self, boundary: Boundary) -> None:
         """Let the sets know by which keys their states are kept."""
-        for packer in self.packers.values():
-            packer.stored = boundary.stored(packer)
+        kind, packers = boundary.of_read_rows, self.packers
+        if kind not in self._stored:
+            self._stored[kind] = {name: boundary.stored(p) for name, p in packers.items()}
+        for name, packer in packers.items():
+            packer.stored = self._stored[kind][name]
 
     def missing_bytes(self, boundary: Boundary) -> dict[str, int]:
         """How much of each set's states is not there yet, whoever has written the rest."""
@@ -595,9 +600,10 @@ def _settle(opening: Opening, boundary: Boundary, run: RunDirectory) -> Record:
     if mode is not PrefixCacheMode.auto:
         record.validation, record.training = True, mode is PrefixCacheMode.all
     folder = opening.shards(replace(boundary, block=record.block)).folder
+    room = opening.room()
     for name, size in missing.items():
-        if getattr(record, name) is not False and size > opening.room():
-            _refuse(mode, name, size, opening.room(), folder)
+        if getattr(record, name) is not False and size > room:
+            _refuse(mode, name, size, room, folder)
             setattr(record, name, False)
     remove_leftovers(folder, record.name)
     with suppress(OSError):

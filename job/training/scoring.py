@@ -16,10 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from job.common.data_file import Source, check_readable, described
-from job.common.errors import InputError, Stopped
+from job.common.errors import InputError
 from job.common.progress import only_warnings, progress
 from job.common.schema import EMBEDDED, DistributedConfig
-from job.common.signals import reason
 from job.data.packing import Batch, Packer, assemble, single_units
 from job.data.shared_prompts import shared_in_evaluations
 from job.data.token_cache import TokenizedSet, load_to_score
@@ -34,12 +33,14 @@ from job.model.weights import load_trunk
 from job.run.manifest import MANIFEST
 from job.run.trained import TrainedCritic, load_weights
 from job.run.value_metrics import ValueMetrics
+from job.training.agreement import stop_together
 from job.training.data import check_tokens, forward_budget, warn_of_unknown
 from job.training.gpu import check_gpu
 from job.training.objective import Objective
 from job.training.preparation import set_up_allocator
 
 MICRO_BATCHES = 16  # of each rank, between two parts that are committed
+_KEPT = "what is scored is kept"
 _log = logging.getLogger("job.score")
 
 
@@ -136,7 +137,7 @@ class _Scorer:
         n = len(self._data)
         with progress("scoring", n) as advance:
             while start < n:
-                _stop_together(self._world)
+                stop_together(self._world, _KEPT)
                 chosen = self._packer.units[start : self._end_of_part(start)]
 
                 def advanced(done: int, first: int = start) -> None:
@@ -179,16 +180,9 @@ def _place(trained: TrainedCritic, world: World) -> Critic:
     check_gpu(fsdp, trained.architecture, world.device)
     critic = trained.on_meta()
     shard(critic, fsdp, world)
-    load_trunk(critic.trunk, trained.config.model.path, lambda: _stop_together(world))
+    load_trunk(critic.trunk, trained.config.model.path, lambda: stop_together(world, _KEPT))
     load_weights(critic, trained.folder, world)
     return critic
-
-
-def _stop_together(world: World) -> None:
-    """Raise Stopped on every rank if one was asked to stop."""
-    why = reason()
-    if world.sum([why is not None])[0]:
-        raise Stopped(f"stopped by {why or 'another rank'}; what is scored is kept").everywhere()
 
 
 def _finish(file: ValuesFile, trained: TrainedCritic, data: TokenizedSet) -> None:
