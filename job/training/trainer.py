@@ -91,7 +91,7 @@ def _train_from_checkpoint(
             left_out = cache.leave_out(data, step, config.training.batch_size)
         cached = left_out > 0
         memory = MemoryAccount(config, data, run, world, recorder, prefix_cached=cached)
-        with recorder.phase("load"):
+        with recorder.phase("load"), attempt.agreement.watchdog.watching():
             critic = load_critic(config, data, world, attempt.agreement.check, left_out)
         learner = _learner(attempt, critic, cache)
         if checkpoint is not None:
