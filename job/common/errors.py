@@ -43,6 +43,8 @@ _MAY_PASS = frozenset(
         ),
     }
 )
+# What it says of a path that somebody has named, and that is not for this user, or none at all.
+_OF_A_PATH = frozenset({errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP})
 
 
 class Exit(enum.IntEnum):
@@ -110,11 +112,21 @@ class NoProgress(Ending):
 def exit_code(error: BaseException) -> Exit:
     if isinstance(error, Ending):
         return error.code
+    if _refuses_path(error):
+        return Exit.BAD_INPUT
     return Exit.IO_FAILED if _may_pass(error) else Exit.CRASHED
 
 
 def _may_pass(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _MAY_PASS
+
+
+def _refuses_path(error: BaseException) -> bool:
+    """Whether the system has refused a path: any look at one, also whether it is there, may end so.
+
+    Without a path the error is of something else, such as a signal to another user's process.
+    """
+    return isinstance(error, OSError) and error.errno in _OF_A_PATH and error.filename is not None
 
 
 def file_error(error: Exception, text: str) -> Ending:
@@ -167,6 +179,8 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _leave_saying("ended by Ctrl-C", 128 + signal.SIGINT)
     except OSError as error:
+        if _refuses_path(error):
+            _leave_saying(f"error: {error.filename}: {error.strerror}", Exit.BAD_INPUT)
         if not _may_pass(error):
             raise
         _leave_saying(f"error: {error}{_on_disk(error)}", Exit.IO_FAILED)

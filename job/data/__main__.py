@@ -6,7 +6,8 @@
 Rows, problems and attempts, labels by row and by length, lengths, and the first rows. With a
 configuration all that as its trunk will see it: its fields, template and tokens, where the response
 begins and where targets lie, rows that are too long, and the problems that its validation data has
-too. Prints text, and writes a page with --page.
+too. Rows that job.train would refuse are named with their reasons. Prints text, and writes a page
+with --page; ends with 78 where a training would have no row.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ from rich.table import Table
 
 from job.common.config import command_line, merge_config
 from job.common.data_file import check_readable, described, one_or_all
-from job.common.errors import InputError, run_and_leave
+from job.common.errors import InputError, listing, run_and_leave
 from job.common.possible_values import impossible_fields, impossible_range
 from job.common.progress import set_up_logging
 from job.common.schema import EMBEDDED, CriticConfig, DataConfig
+from job.data.rows import BadRow
 from job.data.survey import Piece, ShownRow, Survey, survey
 from job.data.tokenizer import Tokenizer, load_tokenizer
-from job.run.data_page import facts, heading, visible, write_data_page
+from job.run.data_page import REFUSED, facts, heading, visible, write_data_page
 
 _PIECES = 200  # of a row, in the text; the page has all
 _BEGINS, _BETWEEN = " \N{BLACK RIGHT-POINTING TRIANGLE} ", "\N{MIDDLE DOT}"
@@ -115,6 +117,23 @@ def _joined(pieces: Sequence[Piece]) -> str:
     return _BETWEEN.join(texts) + more
 
 
+def _list(title: str, first: Sequence[BadRow], count: int) -> None:
+    if first:
+        more = f"\n  ... and {count - len(first):,} more" if count > len(first) else ""
+        print(f"{title}: {count:,}{listing([*map(str, first)])}{more}")
+
+
+def _refuse_useless(name: str, found: Survey) -> None:
+    """Raise InputError where a training would have nothing to begin with."""
+    if not found.rows:
+        raise InputError(f"{name}: no usable row ({found.n_bad:,} read)")
+    if found.n_unlabelled == found.rows:
+        raise InputError(
+            f"{name}: no row has a label that job.train takes; job.score needs none "
+            "(--fields '{reward: NAME}' names the field, --reward-range what its numbers mean)"
+        )
+
+
 def main() -> None:
     options = _options()
     set_up_logging()
@@ -124,12 +143,13 @@ def main() -> None:
     console = Console()
     for table in _tables(name, found):
         console.print(table)
-    for bad in found.bad:
-        print(f"bad: {bad}")
+    _list("Bad rows", found.bad, found.n_bad)
+    _list(REFUSED, found.unlabelled, found.n_unlabelled)
     for shown in found.first:
         print(f"\n{as_text(shown)}")
     if options.page is not None:
         print(f"\npage     {write_data_page(name, found, options.page).resolve()}")
+    _refuse_useless(name, found)
 
 
 if __name__ == "__main__":

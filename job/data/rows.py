@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Row:
         answer: what the response answers; None where that is not known.
         part: the part of the data that the row belongs to.
         lead: characters that a template has put before the response's own (negative: taken away).
+        given: the response as the data has it, where a template has changed it.
     """
 
     prompt: str
@@ -55,6 +57,7 @@ class Row:
     answer: str | None = None
     part: str = ""
     lead: int = 0
+    given: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,12 @@ class Place(NamedTuple):
 
 
 Placed = tuple[Place, Row | BadRow]
+
+
+def text_key(text: str) -> int:
+    """64 bits by which a problem, or a response, is known where its text is not stored."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def in_chunks(rows: Iterable[Placed], size: int = 1024) -> Iterator[list[Placed]]:

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from job.common.progress import progress
 from job.common.schema import DataConfig
 from job.common.signals import stop_if_asked
-from job.data.rows import BadRow, Place, Placed, Row, in_chunks, read_source
+from job.data.rows import BadRow, Place, Placed, Rewards, Row, in_chunks, read_source
 from job.data.targets import CHARACTER, END, Target, TargetError, by_token, token_of
 from job.data.template import Template, encode_rows, load_template, render_rows
 from job.data.tokenizer import Encoded, Tokenizer
 
 SHOWN = 3  # rows that are shown whole
-_BAD = 10  # bad rows whose reasons are kept
+_BAD = 10  # bad rows, and unlabelled ones, whose reasons are kept
 _LABELS = 5  # equal parts of [0, 1] between the labels 0 and 1
 
 
@@ -51,6 +51,7 @@ class Survey:
     rows: int = 0
     bad: list[BadRow] = field(default_factory=list)  # the first of them
     n_bad: int = 0
+    unlabelled: list[BadRow] = field(default_factory=list)  # the first, as job.train refuses them
     problems: Counter[str] = field(default_factory=Counter)
     rewards: list[float] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
@@ -66,6 +67,11 @@ class Survey:
     def attempts(self) -> dict[int, int]:
         """How many problems have how many solutions."""
         return dict(sorted(Counter(self.problems.values()).items()))
+
+    @property
+    def n_unlabelled(self) -> int:
+        """How many rows have no label, or none that is one: job.score takes them."""
+        return int(np.isnan(self.rewards).sum())
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -105,23 +111,52 @@ def survey(data: DataConfig, tokenizer: Tokenizer | None, shown: int = SHOWN) ->
     Raises:
         InputError: data that cannot be read, or no template that works.
     """
-    found = Survey("characters" if tokenizer is None else "tokens")
+    found, places = Survey("characters" if tokenizer is None else "tokens"), list[Place]()
     template = None if tokenizer is None else load_template(data.template, tokenizer)
-    rows = _rows(data, data.train)
+    rows = _rows(data, data.train, "optional")
     with progress("reading") as advance:
         for chunk in in_chunks(rows):
             stop_if_asked()
             _add(found, chunk, data, tokenizer, template, shown)
+            places += _unlabelled(chunk)[: max(_BAD - len(places), 0)]
             advance(found.rows + found.n_bad, f"{found.n_bad} bad" if found.n_bad else "")
+    found.unlabelled = _refusals(data, places)
     if isinstance(data.validation, str | list) and data.validation != data.train:
-        other = {row.problem_id for _, row in _rows(data, data.validation) if isinstance(row, Row)}
+        other = {
+            row.problem_id
+            for _, row in _rows(data, data.validation, "optional")
+            if isinstance(row, Row)
+        }
         found.shared = len(other & found.problems.keys())
     return found
 
 
-def _rows(data: DataConfig, source: str | list[str]) -> Iterator[Placed]:
-    options = {"rewards": "optional", "reward_range": data.reward_range}
-    return read_source(source, data.fields, **options)
+def _rows(data: DataConfig, source: str | list[str], rewards: Rewards) -> Iterator[Placed]:
+    return read_source(source, data.fields, rewards=rewards, reward_range=data.reward_range)
+
+
+def _unlabelled(chunk: list[Placed]) -> list[Place]:
+    return [place for place, row in chunk if isinstance(row, Row) and np.isnan(row.reward)]
+
+
+def _refusals(data: DataConfig, places: list[Place]) -> list[BadRow]:
+    """What a training, which reads labels, says of rows at these places beyond what anyone does."""
+    known = {str(row) for row in _bad_at(data, places, "optional")}
+    return [row for row in _bad_at(data, places, True) if str(row) not in known][:_BAD]
+
+
+def _bad_at(data: DataConfig, places: list[Place], rewards: Rewards) -> Iterator[BadRow]:
+    """The bad rows at these places, which follow each other."""
+    left, seen = set(places), 0
+    with progress("reading labels") as advance:
+        for chunk in in_chunks(_rows(data, data.train, rewards)) if places else ():
+            stop_if_asked()
+            yield from (row for place, row in chunk if isinstance(row, BadRow) and place in places)
+            if not left:  # this chunk may have had the rest of a place's rows
+                return
+            left -= {place for place, _ in chunk}
+            seen += len(chunk)
+            advance(seen, "")
 
 
 def _add(

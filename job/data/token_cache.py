@@ -34,7 +34,7 @@ from job.common.schema import (
 )
 from job.common.signals import stop_if_asked
 from job.data import arithmetic
-from job.data.rows import BadRow, Place, Placed, Rewards, Row, in_chunks, read_source
+from job.data.rows import BadRow, Place, Placed, Rewards, Row, in_chunks, read_source, text_key
 from job.data.stored_targets import TargetList, Targets
 from job.data.targets import TargetError, by_token
 from job.data.template import Template, encode_rows, load_template, render_rows
@@ -61,6 +61,8 @@ class TokenizedSet:
             on; None where unknown.
         targets: those at positions; None where no example has any.
         lines: int64 [n], where each example stands in its file, counted from 1.
+        responses: uint64 [n] of a set that is to be scored: `text_key` of each response as the data
+            has it; elsewhere None.
         ends: int32 [all tokens] of a set that is to be scored: how many characters of a response
             are read after each of its tokens; elsewhere None.
         folder: where all this is stored, with bad_rows.jsonl.
@@ -76,6 +78,7 @@ class TokenizedSet:
             self.rewards: NDArray[np.float64] = index["rewards"]
             self.problems: NDArray[np.uint64] = index["problems"]
             self.lines: NDArray[np.int64] = index["lines"]
+            self.responses: NDArray[np.uint64] | None = index.get("responses")
         self.targets = Targets.read(folder)
         optimal = folder / "optimal.bin"
         self.optimal = np.memmap(optimal, np.float32, "r") if optimal.exists() else None
@@ -136,7 +139,7 @@ class Source:
     origin: dict[str, Any]
     rows: Iterator[Placed]
     reading: int = _READING
-    scored: bool = False  # whether where tokens end is kept
+    scored: bool = False  # whether where tokens end and what responses are is kept
 
 
 def load_split(
@@ -199,7 +202,7 @@ def _find_or_write(
         "tokenizer": tokenizer.fingerprint,
         "template": template.identity,
         "policy": {k: getattr(v, "name", v) for k, v in asdict(policy).items()},
-        **({"ends": True} if source.scored else {}),
+        **({"ends": True, "responses": True} if source.scored else {}),
     }
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
     folder = Path(data.cache_dir) / f"{digest}.{source.reading}"
@@ -337,7 +340,7 @@ class _SetWriter:
         self.odd: list[BadRow] = []  # that have a label which is not used
         # 8 bytes a row each, where objects would take 40
         self.lengths, self.starts, self.lines = array("q"), array("q"), array("q")
-        self.rewards, self.problems = array("d"), array("Q")
+        self.rewards, self.problems, self.responses = array("d"), array("Q"), array("Q")
         self.targets = TargetList()
         self._tokens: BinaryIO = (folder / "tokens.bin").open("wb")
         self._optimal: BinaryIO | None = None
@@ -388,14 +391,14 @@ class _SetWriter:
         if self._ends is not None:
             read = np.asarray(fitted.ends) - len(row.prompt) - row.lead
             self._ends.write(read.astype(np.int32).tobytes())
+            self.responses.append(text_key(row.response if row.given is None else row.given))
         self.lengths.append(len(fitted.ids))
         self.starts.append(fitted.response_start)
         self.rewards.append(row.reward)
         if row.odd_label is not None:
             self.odd.append(BadRow(*place, row.odd_label))
         self.lines.append(place.line)
-        key = hashlib.blake2b(row.problem_id.encode("utf-8", "surrogatepass"), digest_size=8)
-        self.problems.append(int.from_bytes(key.digest(), "little"))
+        self.problems.append(text_key(row.problem_id))
 
     def _leave_out(self, row: BadRow, *, skip: bool) -> None:
         row = replace(row, row=self.n_seen)
@@ -412,6 +415,7 @@ class _SetWriter:
         self._optimal.write(values.astype(np.float32).tobytes())
 
     def finish(self) -> None:
+        scored = {} if self._ends is None else {"responses": np.asarray(self.responses, np.uint64)}
         np.savez(
             self.folder / "index.npz",
             offsets=np.concatenate(([0], np.cumsum(self.lengths))).astype(np.int64),
@@ -419,6 +423,7 @@ class _SetWriter:
             rewards=np.asarray(self.rewards, np.float64),
             problems=np.asarray(self.problems, np.uint64),
             lines=np.asarray(self.lines, np.int64),
+            **scored,
         )
         if self.targets:
             self.targets.stored().write(self.folder)

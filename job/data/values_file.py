@@ -14,6 +14,7 @@ A row for each row of the data, in its order, those that were left out among the
     tokens        the response's tokens
     reward        null without a label
     problem       the same text for solutions of one problem
+    response      the same text for the same response
     ends          how many characters of the response are read after each of its tokens
     error         why it was left out, else null
 """
@@ -199,6 +200,7 @@ class ValuesFile:
                 ("tokens", pa.list_(pa.uint32())),
                 ("reward", pa.float64()),
                 ("problem", pa.string()),
+                ("response", pa.string()),
                 ("ends", pa.list_(pa.int32())),
                 ("error", pa.string()),
             ]
@@ -210,6 +212,7 @@ class ValuesFile:
         own = slice(data.offsets[index] + data.response_starts[index], data.offsets[index + 1])
         reward = data.rewards[index]
         assert data.ends is not None, "a set that is scored has them"
+        assert data.responses is not None, "and these"
         return {
             "line": int(data.lines[index]),
             "prompt_value": values.prompt,
@@ -218,6 +221,7 @@ class ValuesFile:
             "tokens": np.asarray(data.tokens[own]),
             "reward": None if np.isnan(reward) else float(reward),
             "problem": f"{data.problems[index]:016x}",
+            "response": f"{data.responses[index]:016x}",
             "ends": np.asarray(data.ends[own]),
             "error": None,
         }

@@ -20,7 +20,7 @@ from job.common.errors import InputError, file_error
 PARQUET = ".parquet"
 _JSON, _CSV = (".jsonl", ".jsonl.gz"), ".csv"
 SUFFIXES = (PARQUET, *_JSON, _CSV)
-_TEXTS = ("problem", "error")
+_TEXTS = ("problem", "response", "error")
 _LISTS = ("values", "tokens", "ends")
 _AT_ONCE = 1024
 Row = dict[str, Any]

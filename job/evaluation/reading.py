@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import logging
+import math
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,12 @@ import numpy as np
 
 from job.common.data_file import Source
 from job.common.errors import InputError
-from job.data.rows import BadRow, Place, Row, read_source
+from job.data.rows import BadRow, Place, Row, read_source, text_key
 from job.data.values_text import stored_rows
 from job.evaluation.solutions import Solution
+
+_SAME = 1e-6  # labels that were computed in float32 differ by less
+_log = logging.getLogger("job.evaluate")
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,8 @@ def read_solutions(values: Path, data: Data | None) -> list[Solution]:
         ]
     options = {"rewards": "optional", "reward_range": data.reward_range}
     rows = read_source(data.source, data.fields, **options)
-    paired = itertools.zip_longest(stored, rows)
-    return [
-        _solution(row, found, data.answer)
-        for row, found in _checked(paired, values)
-        if row["values"]
-    ]
+    paired = _labels_compared(_checked(itertools.zip_longest(stored, rows), values))
+    return [_solution(row, found, data.answer) for row, found in paired if row["values"]]
 
 
 def _named_problems(stored: Iterator[dict[str, Any]], values: Path) -> Iterator[dict[str, Any]]:
@@ -76,8 +77,40 @@ def _checked(
                 f"{values}: row {number} is {_named(stored)}, and in the data {_place(there)}: "
                 "values of other data, or read with other --fields"
             )
+        if stored["values"] and (problem := _difference(stored, there[1])):
+            raise InputError(
+                f"{values}: row {number} and {_place(there)} do not belong together: {problem}; "
+                "values of other data, of its rows in another order, or read with other --fields"
+            )
         found = there[1]
         yield stored, found if isinstance(found, Row) else None
+
+
+def _difference(stored: dict[str, Any], row: Row | BadRow) -> str | None:
+    """What of a row is not that which its values were computed for."""
+    if isinstance(row, BadRow):
+        return f"it has values, and there {row.reason}"
+    texts = {"problem": row.problem_id, "response": row.response}
+    for name, text in texts.items():
+        known = stored.get(name)  # files of earlier versions have not both
+        if known is not None and known != f"{text_key(text):016x}":
+            return f"another {name}"
+    return None
+
+
+def _labels_compared(
+    paired: Iterable[tuple[dict[str, Any], Row | None]],
+) -> Iterator[tuple[dict[str, Any], Row | None]]:
+    """Pass values and rows on; say at the end how many labels the data has changed, as it may."""
+    both = other = 0
+    for stored, row in paired:
+        yield stored, row
+        if row is not None and stored["reward"] is not None and not math.isnan(row.reward):
+            both += 1
+            other += abs(stored["reward"] - row.reward) > _SAME
+    if other:
+        text = "%d of %d labels differ from those that the values were made with; the data's count"
+        _log.warning(text, other, both)
 
 
 def _named(stored: dict[str, Any] | None) -> str:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from job.common.errors import file_error
 from job.common.files import write_atomic
+from job.data.rows import BadRow
 from job.data.survey import Piece, ShownRow, Survey
 from job.run.html import Html, document, fold, join, section, table, tag
 
+REFUSED = "Rows that job.train refuses for their label"
 _CSS = """
 .tokens { font-family: ui-monospace, monospace; font-size: .85rem; line-height: 2;
   overflow-wrap: anywhere; white-space: pre-wrap; }
@@ -27,7 +29,8 @@ def write_data_page(name: str, found: Survey, out: Path) -> Path:
         [
             tag("h1", name),
             section("What is in it", table(["", ""], list(facts(found)), "texts")),
-            *_bad(found),
+            *_listed("Bad rows", found.bad, found.n_bad),
+            *_listed(REFUSED, found.unlabelled, found.n_unlabelled),
             *(_of_rows(found) if found.rows else ()),
         ]
     )
@@ -49,6 +52,7 @@ def facts(found: Survey) -> Iterator[tuple[str, str]]:
         yield found.unit, f"{sum(lengths):,}; {lengths[0]:,} to {lengths[-1]:,}, median {middle:,}"
         yield "of them in responses", f"{sum(found.responses) / max(sum(lengths), 1):.1%}"
     for name, count in (
+        ("without a label", found.n_unlabelled),
         ("longer than data.max_length", found.overlong),
         ("cut off", found.truncated),
         ("with targets within", found.with_targets),
@@ -68,10 +72,10 @@ def _attempts(found: Survey) -> str:
     return ", ".join(f"{n} ({problems:,} problems)" for n, problems in counts.items()) or "none"
 
 
-def _bad(found: Survey) -> Iterator[Html]:
-    if found.bad:
-        shown = "\n".join(str(row) for row in found.bad)
-        yield section("Bad rows", fold(f"the first {len(found.bad)} of {found.n_bad:,}", shown))
+def _listed(title: str, first: Sequence[BadRow], count: int) -> Iterator[Html]:
+    if first:
+        shown = "\n".join(map(str, first))
+        yield section(title, fold(f"the first {len(first)} of {count:,}", shown))
 
 
 def _of_rows(found: Survey) -> Iterator[Html]:

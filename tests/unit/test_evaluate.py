@@ -15,6 +15,8 @@ import pytest
 
 from job import evaluate
 from job.common.errors import InputError
+from job.data.fields import of_prompt
+from job.data.rows import text_key
 from job.data.values_text import write_rows
 from job.evaluation.reading import Data, read_solutions
 from job.evaluation.solutions import Solution
@@ -25,13 +27,21 @@ ROWS = [
     {"prompt": "1+1?", "steps": ["ef"], "label": 0, "id": "y-2"},
     {"prompt": "1+1?", "steps": [], "label": -1, "id": "y-3"},
 ]
+
+
+def key(text: str) -> str:
+    return f"{text_key(text):016x}"
+
+
+PROBLEM = key(of_prompt("1+1?"))
 VALUES: list[dict[str, Any]] = [
     {"line": 1, "values": [0.5, 0.25, 0.75, 0.125], "final_value": 0.125, "tokens": [1, 2, 3, 4],
-     "reward": 1.0, "problem": "12e4567890123456", "ends": [1, 3, 5, 6], "error": None},
+     "reward": 1.0, "problem": PROBLEM, "response": key("ab\n\ncd"), "ends": [1, 3, 5, 6],
+     "error": None},
     {"line": 2, "values": [0.5], "final_value": 0.5, "tokens": [1],
-     "reward": 0.0, "problem": "12e4567890123456", "ends": [2], "error": None},
+     "reward": 0.0, "problem": PROBLEM, "response": key("ef"), "ends": [2], "error": None},
     {"line": 3, "values": None, "final_value": None, "tokens": None,
-     "reward": None, "problem": None, "ends": None, "error": "no step"},
+     "reward": None, "problem": None, "response": None, "ends": None, "error": "no step"},
 ]  # fmt: skip
 
 
@@ -44,6 +54,15 @@ def stored(folder: Path, name: str = "values.parquet", rows: Any = VALUES) -> Pa
         with file.open("wb") as stream:
             write_rows(file, stream, list(plain[0]), plain)
     return file
+
+
+def values_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Values as a critic would have them for plain rows, whatever it would give."""
+    texts = ((key(of_prompt(row["prompt"])), key(row["response"])) for row in rows)
+    return [
+        value | {"problem": problem, "response": response}
+        for value, (problem, response) in zip(VALUES, texts, strict=False)
+    ]
 
 
 def data(folder: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
@@ -60,7 +79,7 @@ def same(a: Solution, b: Solution) -> bool:
 def test_values_of_each_kind_are_the_same_solutions(tmp_path: Path, name: str) -> None:
     found = read_solutions(stored(tmp_path, name), None)
     first, second = found
-    assert (first.problem, first.reward, first.score) == ("12e4567890123456", 1.0, 0.125)
+    assert (first.problem, first.reward, first.score) == (PROBLEM, 1.0, 0.125)
     assert second.problem == first.problem
     expected = read_solutions(stored(tmp_path), None)
     assert all(same(a, b) for a, b in zip(found, expected, strict=True))
@@ -85,21 +104,21 @@ def test_an_answer_is_the_last_match_or_its_first_group(
     rows = [{"prompt": "p", "response": "A5 then A7"}, {"prompt": "p", "response": "A"}]
     options = evaluate._pattern(pattern)
     given = Data(str(data(tmp_path, rows)), None, None, options)
-    file = stored(tmp_path, rows=VALUES[:2])
+    file = stored(tmp_path, rows=values_of(rows))
     assert read_solutions(file, given)[0].answer == answer
 
 
 def test_answers_and_parts_may_be_columns(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "response": "r", "said": k, "of": "b"} for k in (5, 5.0)]
     given = Data(str(data(tmp_path, rows)), {"answer": "said", "part": "of"})
-    found = read_solutions(stored(tmp_path, rows=VALUES[:2]), given)
+    found = read_solutions(stored(tmp_path, rows=values_of(rows)), given)
     assert [(one.answer, one.part) for one in found] == [("5", "b"), ("5", "b")]
 
 
 def test_rewards_of_the_data_go_before_those_of_the_values(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "response": "r", "reward": 3}, {"prompt": "p", "response": "s"}]
     given = Data(str(data(tmp_path, rows)), None, [0, 4])
-    found = read_solutions(stored(tmp_path, rows=VALUES[:2]), given)
+    found = read_solutions(stored(tmp_path, rows=values_of(rows)), given)
     assert [one.reward for one in found] == [0.75, 0.0]
 
 
@@ -113,8 +132,42 @@ def test_values_of_other_data_are_refused(tmp_path: Path) -> None:
         read_solutions(stored(tmp_path), given)
 
 
+PLAIN = [{"prompt": "p", "response": text, "reward": 1} for text in ("A", "B")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([PLAIN[1], PLAIN[0]], r"row 1 and .*data\.jsonl:1 .*another response"),
+        ([PLAIN[0], PLAIN[1] | {"response": "C"}], r"row 2 and .*data\.jsonl:2 .*another response"),
+        ([PLAIN[0], PLAIN[1] | {"prompt": "q"}], r"row 2 and .*data\.jsonl:2 .*another problem"),
+        ([PLAIN[0], {"prompt": "p", "text": "B"}], r"data\.jsonl:2 .*'response' is missing"),
+    ],
+)
+def test_values_of_other_rows_or_in_another_order_are_refused(
+    tmp_path: Path, rows: list[dict[str, Any]], said: str
+) -> None:
+    file = stored(tmp_path, rows=values_of(PLAIN))
+    assert len(read_solutions(file, Data(str(data(tmp_path, PLAIN))))) == 2
+    with pytest.raises(InputError, match=said):
+        read_solutions(file, Data(str(data(tmp_path, rows))))
+
+
+def test_other_labels_are_taken_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = stored(tmp_path, rows=values_of(PLAIN))
+    read_solutions(file, Data(str(data(tmp_path, [PLAIN[0], PLAIN[1] | {"reward": 0}]))))
+    assert not caplog.messages
+    found = read_solutions(file, Data(str(data(tmp_path, PLAIN))))
+    assert [one.reward for one in found] == [1, 1]
+    assert "1 of 2 labels differ from those that the values were made with" in caplog.text
+
+
 def test_values_that_know_no_problems_need_the_data(tmp_path: Path) -> None:
-    old = [{k: v for k, v in row.items() if k not in ("problem", "ends")} for row in VALUES]
+    old = [
+        {k: v for k, v in row.items() if k not in ("problem", "response", "ends")} for row in VALUES
+    ]
     file = stored(tmp_path, rows=old)
     with pytest.raises(InputError, match="name the data with --data"):
         read_solutions(file, None)

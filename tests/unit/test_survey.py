@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from job.common.schema import DataConfig
 from job.data import __main__ as command
 from job.data.arithmetic import ALPHABET
 from job.data.survey import Survey, survey
+from job.data.token_cache import load_split
 from job.data.tokenizer import Tokenizer, load_tokenizer, write_character_tokenizer
 from job.run.data_page import facts, write_data_page
 
@@ -32,11 +34,15 @@ def write(file: Path, rows: list[dict[str, Any]]) -> str:
     return str(file)
 
 
+def made(folder: Path) -> Tokenizer:
+    (folder / "trunk").mkdir()
+    write_character_tokenizer(folder / "trunk", ALPHABET)
+    return load_tokenizer(folder / "trunk")
+
+
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Tokenizer:
-    (tmp_path / "trunk").mkdir()
-    write_character_tokenizer(tmp_path / "trunk", ALPHABET)
-    return load_tokenizer(tmp_path / "trunk")
+    return made(tmp_path)
 
 
 def looked_at(folder: Path, rows: list[dict[str, Any]], **keys: Any) -> Survey:
@@ -136,7 +142,12 @@ def test_the_command_prints_and_writes_a_page(
     run(monkeypatch, file, "--config", config, "--page", page, "--rows", "1")
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines()[:20])) <= 80
-    for said in ("4, and 1 bad", "longer than data.max_length", "25.0%", f"bad: {file}:5: "):
+    for said in (
+        "4, and 1 bad",
+        "longer than data.max_length",
+        "25.0%",
+        f"Bad rows: 1\n  {file}:5: ",
+    ):
         assert said in out
     assert out.count("▶") == 1
     html = page.read_text()
@@ -147,6 +158,59 @@ def test_the_command_prints_and_writes_a_page(
         '<span class="response">2</span>',
     ):
         assert said in html
+
+
+LABELS = ("2", "-1", '"yes"', '"0"', "[0]", "NaN", "Infinity", "1e400", '"2024-01-01T00:00:00"')
+
+
+def test_labels_that_a_training_refuses_are_told_with_its_reasons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [*LABELS, *["null"] * 5, "1"]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(f'{{"prompt": "p", "response": "r", "reward": {x}}}\n' for x in texts))
+    run(monkeypatch, file, "--page", tmp_path / "page.html")
+    out = capsys.readouterr().out
+    with pytest.raises(InputError) as refused:
+        load_split(
+            DataConfig(str(file), str(file), cache_dir=str(tmp_path)), "train", made(tmp_path)
+        )
+    reasons = str(refused.value).splitlines()[1:]
+    assert len(reasons) == 11
+    assert "Rows that job.train refuses for their label: 14\n" + "\n".join(reasons[:10]) in out
+    assert "\n  ... and 4 more\n" in out
+    assert f"{file}:7: reward inf lies outside [0, 1]" in out
+    assert "refuses for their label" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"prompt": "p", "response": "r", "is_correct": True}] * 2, "no row has a label"),
+        ([{"prompt": "p", "is_correct": True}] * 2, "no usable row (2 read)"),
+    ],
+)
+def test_data_without_a_row_to_train_on_ends_so_and_names_its_fields(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rows: list[dict[str, Any]],
+    said: str,
+) -> None:
+    file = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(InputError, match=re.escape(said)):
+        run(monkeypatch, file)
+    assert f"{file}:1: field 're" in (out := capsys.readouterr().out)
+    assert "is missing; the row has 'prompt', " in out
+    assert "'is_correct'" in out
+
+
+def test_solutions_of_one_row_are_refused_by_their_own_labels(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "responses": ["a", "b", " "], "labels": [1, 2, 1]}] * 2
+    found = looked_at(tmp_path, rows, fields="attempts")
+    assert (found.rows, found.n_bad, found.n_unlabelled) == (4, 2, 2)
+    lines = [str(row).partition("a.jsonl:")[2] for row in found.unlabelled]
+    assert lines == [f"{k}: labels[1] 2 lies outside [0, 1]" for k in (1, 2)]
 
 
 def test_a_name_in_the_data_is_no_html(tmp_path: Path) -> None:
