@@ -24,11 +24,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from job.common.config import add_verify, command_line, load_config
+from job.common.config import add_verify, at_least, command_line, load_config
 from job.common.errors import InputError, run_and_leave
 from job.common.progress import set_up_logging
 from job.common.schema import CriticConfig
-from job.training.cache_folders import CacheFolder, cache_folder, folders, prune
+from job.training.cache_folders import CacheFolder, cache_folder, folders, may_hold_caches, prune
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def _options() -> argparse.Namespace:
     parser = command_line(__doc__ or "", "cache", required=False)
     parser.add_argument("verb", choices=("build", "status", "prune"))
     parser.add_argument("--dir", type=Path, help="the folder of caches, without a configuration")
-    parser.add_argument("--keep-gb", type=float, metavar="GB", help="of prune")
+    parser.add_argument("--keep-gb", type=at_least(0), metavar="GB", help="of prune")
     add_verify(parser)
     return parser.parse_args()
 
@@ -59,7 +59,7 @@ def _config(options: argparse.Namespace) -> CriticConfig:
 
 def _folder(options: argparse.Namespace) -> Path:
     folder: Path = options.dir or cache_folder(_config(options))
-    if not folder.is_dir():
+    if not folder.is_dir() or not may_hold_caches(folder):
         raise InputError(f"{folder}: there is no cache here")
     return folder
 

@@ -35,11 +35,11 @@ from rich.console import Console
 from job.common.config import add_verify, command_line
 from job.common.data_file import check_readable, described, one_or_all
 from job.common.errors import InputError, file_error, run_and_leave
-from job.common.files import write_atomic
+from job.common.files import check_place, write_atomic
 from job.common.possible_values import impossible_fields, impossible_range
 from job.common.progress import set_up_logging
 from job.common.schema import EMBEDDED
-from job.evaluation.reading import Data, read_solutions
+from job.evaluation.reading import Data, answers_found, read_solutions
 from job.evaluation.summary import ERRORS, Summary, summarise, tables
 from job.run.evaluations import FILE, Evaluation, evaluation_folder, evaluation_section
 from job.run.html import document
@@ -85,6 +85,7 @@ def _checked(options: argparse.Namespace) -> argparse.Namespace:
     if options.data == EMBEDDED:
         raise InputError("--data embedded: an evaluation takes files")
     options.out = options.out or _folder(options)
+    check_place(options.out, "--out")
     return options
 
 
@@ -172,6 +173,8 @@ def main() -> None:
     if options.tune_on is not None and options.tune_on not in {one.part for one in solutions}:
         parts = ", ".join(sorted({one.part for one in solutions} - {""})) or "none"
         raise InputError(f"--tune-on {options.tune_on}: no such part; there is {parts}")
+    if data is not None and data.answer is not None:
+        print(answers_found(solutions, data))
     summary = summarise(solutions, errors=options.error, tuned_on=options.tune_on, logits=logits)
     _write(options.out, summary, options.out.name.removesuffix(".evaluation"))
     console = Console(width=80)

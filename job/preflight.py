@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from job.common.config import command_line, load_config
+from job.common.config import at_least, command_line, load_config
 from job.common.errors import run_and_leave
 from job.common.progress import set_up_logging
 from job.common.schema import CriticConfig
@@ -20,7 +20,9 @@ from job.training.fitness import findings, raise_worst
 
 def main() -> None:
     parser = command_line(__doc__ or "")
-    parser.add_argument("--gpus", type=int, default=0, help="that this node must have (0)")
+    parser.add_argument(
+        "--gpus", type=at_least(0, int), default=0, help="that this node must have (0)"
+    )
     parser.add_argument("--scratch", type=Path, help="a folder of this node that must take files")
     options = parser.parse_args()
     set_up_logging()

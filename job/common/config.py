@@ -11,6 +11,7 @@ import difflib
 import enum
 import functools
 import io
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from job.common.errors import InputError, file_error, first_line, listing, quoted, short
 from job.common.possible_values import impossible_values
 from job.common.text_values import (
+    element_sections,
     hint_at,
     is_sources,
     is_text,
@@ -33,6 +35,7 @@ from job.common.text_values import (
 )
 
 Schema = TypeVar("Schema")
+_NO_MAPPING = "a configuration is a mapping of keys to values"
 _Tree = dict[str, Any]
 _Layers = Sequence[tuple[str, DictConfig]]  # each with its source
 
@@ -198,6 +201,18 @@ def command_line(
     return parser
 
 
+def at_least(low: float, kind: Callable[[str], float] = float) -> Callable[[str], float]:
+    """The `type` of an option that takes finite numbers of this kind from `low` on."""
+
+    def read(text: str) -> float:
+        if not low <= (value := kind(text)) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: {low:g} or more")
+        return value
+
+    read.__name__ = kind.__name__  # which argparse names where a text is no number
+    return read
+
+
 def add_verify(parser: argparse.ArgumentParser) -> None:
     """The option of all commands that use what earlier ones have made."""
     about = "read cached data and trunk whole before they are used, not only samples of them"
@@ -209,6 +224,8 @@ def _read_yaml(path: Path, schema: type) -> DictConfig:
         loaded = OmegaConf.load(path)  # first as it stands, so that errors speak of that
         loaded = OmegaConf.load(io.StringIO(with_quotes(path.read_text("utf-8"), schema)))
     except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.strerror is None:  # OmegaConf's, of one value
+            raise InputError(f"{path}: {_NO_MAPPING}") from None
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise file_error(error, f"{path}: cannot read the configuration: {reason}") from None
     except yaml.YAMLError as error:
@@ -216,7 +233,7 @@ def _read_yaml(path: Path, schema: type) -> DictConfig:
     except (OmegaConfBaseException, RecursionError, ValueError) as error:
         raise InputError(f"{path}: {_essence(error)}") from None
     if not isinstance(loaded, DictConfig):
-        raise InputError(f"{path}: a configuration is a mapping of keys to values")
+        raise InputError(f"{path}: {_NO_MAPPING}")
     return loaded
 
 
@@ -260,9 +277,33 @@ def _merge(schema: type, layers: _Layers) -> DictConfig:
             try:
                 OmegaConf.merge(_defaults(schema), *(one for _, one in layers[:end]))
             except OmegaConfBaseException as error:
-                where = f"{error.full_key}: " if error.full_key else ""
-                raise InputError(f"{source}: {where}{_essence(error)}") from None
+                problem = _wrong_element(schema, layers[end - 1][1]) or _named(error)
+                raise InputError(f"{source}: {problem}") from None
         raise
+
+
+def _wrong_element(schema: type, layer: DictConfig) -> str | None:
+    """What is wrong with an entry of a list, of which OmegaConf does not say that it is in one."""
+    for prefix, element, entry in _elements(cast(_Tree, OmegaConf.to_container(layer)), schema):
+        try:
+            OmegaConf.merge(OmegaConf.structured(element), entry)
+        except OmegaConfBaseException as error:
+            return prefix + _named(error)
+    return None
+
+
+def _elements(tree: _Tree, schema: type, prefix: str = "") -> Iterator[tuple[str, type, _Tree]]:
+    sections, listed = sections_of(schema), element_sections(schema)
+    for key, value in tree.items():
+        if key in sections:
+            yield from _elements(value, sections[key], f"{prefix}{key}.")
+        elif key in listed:
+            for i, entry in enumerate(value or ()):
+                yield f"{prefix}{key}[{i}].", listed[key], entry
+
+
+def _named(error: OmegaConfBaseException) -> str:
+    return (f"{error.full_key}: " if error.full_key else "") + _essence(error)
 
 
 @functools.cache
@@ -273,7 +314,7 @@ def _defaults(schema: type) -> DictConfig:
 
 def _unknown_keys(tree: dict[Any, Any], schema: type, prefix: str = "") -> Iterator[str]:
     """One line per key of `tree` that the schema lacks, or that is a section on one side only."""
-    sections = sections_of(schema)
+    sections, listed = sections_of(schema), element_sections(schema)
     types = {f.name: f.type for f in dataclasses.fields(schema)}
     valid = list(types)
     for key, value in tree.items():
@@ -281,15 +322,23 @@ def _unknown_keys(tree: dict[Any, Any], schema: type, prefix: str = "") -> Itera
             near = difflib.get_close_matches(str(key), valid, 3, 0.5)
             hint = f"nearest: {', '.join(near)}; " if near else ""
             yield f"{prefix}{key}: unknown key ({hint}valid here: {', '.join(valid)})"
-        elif key in sections and isinstance(value, dict):
-            yield from _unknown_keys(value, sections[key], f"{prefix}{key}.")
         elif key in sections:
-            inside = ", ".join(f.name for f in dataclasses.fields(sections[key]))
-            yield f"{prefix}{key}: a section with {inside}; not {quoted(value)}"
+            yield from _unknown_in_section(value, sections[key], f"{prefix}{key}")
+        elif key in listed and isinstance(value, list):
+            for i, one in enumerate(value):
+                yield from _unknown_in_section(one, listed[key], f"{prefix}{key}[{i}]")
         elif isinstance(value, dict) and not str(types[key]).startswith(("Any", "dict")):
             yield f"{prefix}{key}: a single value, not the section {quoted(value)}"
         elif types[key] == "bool" and type(value) in (int, float):  # else 2 would be true
             yield f"{prefix}{key}: true or false, not {value}"
+
+
+def _unknown_in_section(value: Any, schema: type, name: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from _unknown_keys(value, schema, f"{name}.")
+    else:
+        inside = ", ".join(f.name for f in dataclasses.fields(schema))
+        yield f"{name}: a section with {inside}; not {quoted(value)}"
 
 
 def sections_of(schema: type) -> dict[str, type]:
@@ -307,8 +356,7 @@ def _to_object(merged: DictConfig, file: str | Path) -> object:
             raise NoValueError(file, missing)
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        where = f"{error.full_key}: " if error.full_key else ""
-        raise InputError(f"{file}: {where}{_essence(error)}") from None
+        raise InputError(f"{file}: {_named(error)}") from None
 
 
 def _essence(error: Exception) -> str:

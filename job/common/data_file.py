@@ -77,14 +77,19 @@ def _read(file: Path) -> dict[str, Any]:
 def check_readable(source: Source) -> None:
     """Raise InputError unless `source` is readable files of kinds that a training takes."""
     for path in data_files(source):
-        if not path.name.endswith((*_SUFFIXES, _ARROW)):
-            raise InputError(f"{path}: unknown kind of data file; known: {', '.join(_SUFFIXES)}")
         try:
+            if not path.name.endswith((*_SUFFIXES, _ARROW)):
+                raise InputError(f"{path}: {_unknown(path)}")
             with path.open("rb") as stream:
                 if not stream.read(1):
                     raise InputError(f"{path}: the file is empty")
         except OSError as error:
             raise file_error(error, f"{path}: cannot read the data: {error.strerror}") from None
+
+
+def _unknown(path: Path) -> str:
+    known = f"unknown kind of data file; known: {', '.join(_SUFFIXES)}"
+    return known if path.exists() else "no such file or folder"
 
 
 def described(source: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,8 @@ from job.common.schema import (
 )
 from job.common.text_values import is_utf8
 
+_CONTROL = re.compile(r"[\x01-\x1f\x7f-\x9f\u2028\u2029]")  # \0 is in no path at all
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _LARGEST_SEED = 2**63 - 1  # of torch's generators
 # Smallest and largest possible value per key; None is no bound. Keys are the same in the
 # critic's and the pre-training schema wherever both have them.
@@ -81,6 +84,7 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "architecture.rope_theta": (1, None),
     "architecture.n_future_tokens": (1, None),
 }
+_NAMES = ("run.name", "run.dir", "mlflow.experiment")  # that stand in a line with others
 _STAGE_RATES = (("learning_rate", 0), ("head_learning_rate", 0))
 _FIELD_NAMES = ("prompt", "response", "reward", "problem_id", "truncated", "messages", "targets")
 _OTHER_FIELDS = ("answer", "part", "preset")
@@ -96,6 +100,9 @@ def impossible_values(config: Any) -> Iterator[str]:
             yield f"{key}: {value!r} is no name or path"
         if isinstance(value, str) and not is_utf8(value):
             yield f"{key}: {short(value)!a} is not UTF-8 text"
+    for key in _NAMES:
+        if _CONTROL.search(str(flat.get(key, ""))):
+            yield f"{key}: {short(flat[key])!r} has a line end or another control sign in it"
     for key, (low, high) in _BOUNDS.items():
         value = flat.get(key)
         if value is None or isinstance(value, str):
@@ -232,12 +239,27 @@ def _impossible_stages(training: TrainingConfig) -> Iterator[str]:
         )
 
 
+def _impossible_validation(source: Any) -> Iterator[str]:
+    if isinstance(source, str) and _is_no_share(source):
+        name = f"a file of that name is ./{source}"
+        yield f"data.validation: {source}: a share lies between 0 and 1; {name}"
+    else:
+        share = ", or a share between 0 and 1"
+        yield from _impossible_sources("data.validation", source, share)
+
+
+def _is_no_share(text: str) -> bool:
+    """Whether a text is a number that is no share; a year, say, may be a folder's name."""
+    if not _NUMBER.fullmatch(text) or 0 < float(text) < 1:
+        return False
+    return not text.isdigit() or int(text) <= 1
+
+
 def _impossible_critic(config: CriticConfig) -> Iterator[str]:
     yield from _impossible_template(config.data)
     yield from impossible_range(config.data.reward_range)
     if not isinstance(config.data.validation, float):
-        share = ", or a share between 0 and 1"
-        yield from _impossible_sources("data.validation", config.data.validation, share)
+        yield from _impossible_validation(config.data.validation)
     yield from _impossible_stages(config.training)
     objective, training = config.objective, config.training
     yield from _impossible_terms(objective)

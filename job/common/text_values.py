@@ -111,6 +111,12 @@ def _below(hint: Any, key: str) -> Any:
     return typing.get_args(hint)[1] if typing.get_origin(hint) is dict else Any
 
 
+def element_sections(schema: type) -> dict[str, type]:
+    """By key, what each entry of a list is, where that is a section."""
+    inside = {name: typing.get_args(hint) for name, hint in _hints(schema).items()}
+    return {k: args[0] for k, args in inside.items() if args and dataclasses.is_dataclass(args[0])}
+
+
 @functools.cache
 def _hints(schema: type) -> dict[str, Any]:
     return typing.get_type_hints(schema, include_extras=True)

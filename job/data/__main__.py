@@ -28,9 +28,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from job.common.config import command_line, merge_config
+from job.common.config import at_least, command_line, merge_config
 from job.common.data_file import check_readable, described, one_or_all
 from job.common.errors import InputError, listing, run_and_leave
+from job.common.files import check_place
 from job.common.possible_values import impossible_fields, impossible_range
 from job.common.progress import set_up_logging
 from job.common.schema import EMBEDDED, CriticConfig, DataConfig
@@ -48,9 +49,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("files", nargs="+", metavar="FILE", help="files, globs or folders")
     parser.add_argument("--fields", help="as data.fields; default: the configuration's")
     parser.add_argument("--reward-range", nargs=2, type=float, metavar=("LOW", "HIGH"))
-    parser.add_argument("--rows", type=int, default=3, metavar="N", help="so many are shown (3)")
+    parser.add_argument(
+        "--rows", type=at_least(0, int), default=3, metavar="N", help="so many are shown (3)"
+    )
     parser.add_argument("--page", type=Path, metavar="FILE.html", help="write a page too")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.page is not None:
+        check_place(options.page.parent, "--page")
+    return options
 
 
 def _data(options: argparse.Namespace) -> tuple[DataConfig, Tokenizer | None]:

@@ -84,7 +84,7 @@ def _about(options: _Options, row: RawRow, made: Row) -> Row:
 def _response(value: Any, name: str) -> str:
     response = read.as_text(value, name)
     if not response.strip():
-        raise RowError(f"field {name!r} is empty")
+        raise RowError(f"field {name!r} is empty{' but for blanks' * bool(response)}")
     return response
 
 

@@ -291,13 +291,24 @@ def _part(source: Source, share: float, seed: int, split: str) -> Source:
     Each problem's own text decides, so that rows which come later change nothing for those before.
     """
     held_out = split == "validation"
-    rows = (
-        (place, row)
-        for place, row in source.rows
-        if (not held_out if isinstance(row, BadRow) else _is_held_out(row, share, seed) == held_out)
-    )
+
+    def rows() -> Iterator[Placed]:
+        others: set[str] | None = set()  # problems of the other part, until this one has any
+        for place, row in source.rows:
+            if isinstance(row, BadRow):
+                if not held_out:
+                    yield place, row
+            elif _is_held_out(row, share, seed) == held_out:
+                others = None
+                yield place, row
+            elif others is not None:
+                others.add(row.problem_id)
+        if others:
+            count = f"{0 if held_out else len(others)} of {len(others)} problems"
+            raise InputError(f"data.validation: {share:g} holds out {count} of {source.name}")
+
     name = f"{source.name} ({split}: {share if held_out else 1 - share:g} of its problems)"
-    return Source(name, source.origin | {"share": [share, seed, split]}, rows)
+    return Source(name, source.origin | {"share": [share, seed, split]}, rows())
 
 
 def _is_held_out(row: Row, share: float, seed: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,9 @@ from numpy.typing import NDArray
 
 Doubles = NDArray[np.float64]
 _DRAWS = 1000
+_Z = 1.959964  # of a normal distribution's middle 95 %
 _TAIL = 2.5  # per cent on either side
+_ROUNDING = 1e-12
 _CHUNK = 1 << 22  # counts at a time
 
 
@@ -49,12 +52,27 @@ def ratio(over: Doubles, under: Doubles) -> Estimate:
     return Estimate(value.reshape(shape), low.reshape(shape), high.reshape(shape))
 
 
+def wilson(won: float, n: int) -> tuple[float, float]:
+    """Ends of the 95 % interval of a share `won` of n trials, also of few, and of 0 and 1.
+
+    Wilson 1927 (doi:10.1080/01621459.1927.10502953): the shares that are not rejected by theirs.
+    """
+    z2 = _Z**2 / n
+    middle = (won + z2 / 2) / (1 + z2)
+    half = _Z / (1 + z2) * math.sqrt(won * (1 - won) / n + z2 / (4 * n))
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
 def interval(draws: Doubles) -> tuple[Doubles, Doubles]:
-    """Ends of the middle 95 % of each column; NaN where no draw has a value."""
+    """Ends of the middle 95 % of each column; NaN where no draw has a value, or all have one.
+
+    Where problems are all alike, draws of them are too: that tells nothing of how few they are.
+    """
     draws = draws.copy()
     empty = np.isnan(draws).all(0)
     draws[:, empty] = 0
     low, high = np.nanpercentile(draws, (_TAIL, 100 - _TAIL), axis=0)
+    empty |= high - low <= _ROUNDING
     low[empty] = high[empty] = np.nan
     return low, high
 

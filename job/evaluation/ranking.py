@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from job.common.schema import RIGHT
-from job.evaluation.bootstrap import ratio
+from job.evaluation.bootstrap import ratio, wilson
 from job.evaluation.solutions import Problem, Solution
 
 Doubles = NDArray[np.float64]
@@ -50,6 +50,7 @@ def best_of_four(problems: Sequence[Problem]) -> dict[str, Any] | None:
     """How often the one right of four solutions has the highest value; ties are drawn by lot.
 
     As RewardBench 2 counts outside its ties (arXiv 2506.01937): by part, and the mean of its parts.
+    A problem is one trial: the interval is Wilson's, which is too wide where many are tied.
     None without a problem of one right solution and three wrong ones.
     """
     parts: dict[str, list[float]] = {}
@@ -66,4 +67,6 @@ def best_of_four(problems: Sequence[Problem]) -> dict[str, Any] | None:
 
 
 def _accuracy(won: Doubles) -> dict[str, Any]:
-    return {"problems": len(won), **ratio(won, np.ones_like(won)).to_json()}
+    value = float(won.mean())
+    low, high = wilson(value, len(won))
+    return {"problems": len(won), "value": value, "low": low, "high": high}

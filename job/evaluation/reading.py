@@ -8,7 +8,7 @@ import logging
 import math
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from job.common.data_file import Source
 from job.common.errors import InputError
 from job.data.rows import BadRow, Place, Row, read_source, text_key
 from job.data.values_text import stored_rows
-from job.evaluation.solutions import Solution
+from job.evaluation.solutions import Solution, problems_of
 
 _SAME = 1e-6  # labels that were computed in float32 differ by less
 _log = logging.getLogger("job.evaluate")
@@ -55,6 +55,18 @@ def read_solutions(values: Path, data: Data | None) -> list[Solution]:
     rows = read_source(data.source, data.fields, **options)
     paired = _labels_compared(_checked(itertools.zip_longest(stored, rows), values))
     return [_solution(row, found, data.answer) for row, found in paired if row["values"]]
+
+
+def answers_found(solutions: Sequence[Solution], data: Data) -> str:
+    """Of how many responses an answer is known; a problem without any leaves no votes to count."""
+    count = sum(one.answer is not None for one in solutions)
+    named = isinstance(data.fields, dict) and "answer" in data.fields
+    found = "an answer is known in" if named else "--answer matches in"
+    text = f"{found} {count:,} of {len(solutions):,} responses"
+    problems = problems_of(solutions)
+    none = sum(all(answer is None for answer in one.answers) for one in problems)
+    votes = f"; no majorities: {none:,} of {len(problems):,} problems have no answer"
+    return text + (votes if none else "")
 
 
 def _named_problems(stored: Iterator[dict[str, Any]], values: Path) -> Iterator[dict[str, Any]]:

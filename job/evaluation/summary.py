@@ -81,7 +81,7 @@ def _choosing(found: Summary) -> Table:
         caption="expected over all choices of n; 95 % at the last of them, over problems",
     )
     for rule, curve in shown_rules(found["rules"]):
-        ends = f"{_cell(curve['low'][shown[-1]])}-{_cell(curve['high'][shown[-1]])}"
+        ends = _ends(curve["low"][shown[-1]], curve["high"][shown[-1]])
         table.add_row(_name(rule), *(_cell(curve["value"][k]) for k in shown), ends)
     for name in ("problems", "left_out"):
         table.add_row(_name(name), *(f"{found[name][k]}" for k in shown), "")
@@ -98,19 +98,19 @@ def _needed(found: Summary) -> Table:
 
 
 def _pairs(found: Summary) -> Table:
-    title = f"Accuracy on {found['pairs']:,} pairs by share of the solution read"
-    table = _table(title, "read", "accuracy", "95 %")
+    title = f"Accuracy of the last value read, on {found['pairs']:,} pairs"
+    table = _table(title, "read", "accuracy", "95 %", caption="of both solutions is read so much")
     accuracy = found["accuracy"]
     ends = zip(accuracy["value"], accuracy["low"], accuracy["high"], strict=True)
     for k, (value, low, high) in enumerate(ends, 1):
-        table.add_row(f"{k / TENTHS:.0%}", _cell(value), f"{_cell(low)}-{_cell(high)}")
+        table.add_row(f"{k / TENTHS:.0%}", _cell(value), _ends(low, high))
     return table
 
 
 def _best_of_four(found: Summary) -> Table:
     table = _table("The one right of four", "part", "problems", "accuracy", "95 %")
     for name, part in found["parts"].items():
-        ends = f"{_cell(part['low'])}-{_cell(part['high'])}"
+        ends = _ends(part["low"], part["high"])
         table.add_row(name or "all", str(part["problems"]), _cell(part["value"]), ends)
     table.add_row("mean of parts", "", _cell(found["mean"]), "")
     return table
@@ -128,7 +128,7 @@ def _steps(found: Summary) -> Table:
     for rule in RULES:
         for name, part in found[rule]["parts"].items():
             error, correct, f1, precision, recall = (_cell(part[key]["value"]) for key in NAMES)
-            ends = f"{_cell(part['f1']['low'])}-{_cell(part['f1']['high'])}"
+            ends = _ends(part["f1"]["low"], part["f1"]["high"])
             cells = (error, correct, f1, ends, precision, recall)
             table.add_row(f"{rule} {name}", str(part["solutions"]), *cells)
         table.add_row(f"{rule}, mean", "", "", "", _cell(found[rule]["mean_f1"]), "", "", "")
@@ -145,6 +145,10 @@ def _calibration(found: Summary) -> Table:
 
 def _name(rule: str) -> str:
     return _NAMES.get(rule, rule.replace("_", " "))
+
+
+def _ends(low: float | None, high: float | None) -> str:
+    return "-" if low is None or high is None else f"{_cell(low)}-{_cell(high)}"
 
 
 def _cell(value: float | None) -> str:

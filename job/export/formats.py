@@ -30,11 +30,11 @@ from job.export.whole_critic import (
     write_meta,
 )
 from job.model.safetensors_file import save_tensors
+from job.run.checkpoint_store import HEAD
 from job.run.manifest import FACTS, FileSum, Manifest
 from job.run.trained import TENSORS, TrainedCritic
 from job.training.histogram import Histogram
 
-HEAD = "value_head.safetensors"
 CHAT_TEMPLATE = "chat_template.jinja"
 _log = logging.getLogger("job.export")
 

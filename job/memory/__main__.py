@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from job.common.config import command_line, load_config
+from job.common.config import at_least, command_line, load_config
 from job.common.errors import InputError, listing, run_and_leave
 from job.common.progress import set_up_logging
 from job.common.schema import CriticConfig
@@ -45,7 +45,14 @@ def _predict(given: Sequence[str]) -> None:
     add("--shape", choices=sorted(SHAPES), help="of the trunk, instead of model.path")
     add("--gpus", type=int, default=1, metavar="N", help="GPUs per node (1)")
     add("--nodes", type=int, default=1, metavar="N", help="nodes (1)")
-    add("--gpu-memory", type=float, nargs="+", default=[42.3, 85.0], metavar="GB", help="of a GPU")
+    add(
+        "--gpu-memory",
+        type=at_least(0.001),
+        nargs="+",
+        default=[42.3, 85.0],
+        metavar="GB",
+        help="of a GPU",
+    )
     add("--cpu", action="store_true", help="CPU's kernels instead of CUDA's")
     add("--prefix-cached", action="store_true", help="as if the frozen blocks' result were cached")
     add("--simulate", action="store_true", help="also step through it on tensors without content")

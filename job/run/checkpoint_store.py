@@ -13,11 +13,14 @@ from typing import Any
 from job.common.errors import InputError
 from job.common.nested import refuse_differences
 from job.common.schema import CheckpointConfig
+from job.common.state_files import read_json
+from job.model.trunk_folder import CONFIG, PARAMS, WEIGHTS
 from job.run.committed import committed
 from job.run.manifest import FACTS, MANIFEST, DamagedError, Manifest
 from job.run.names import checkpoint_step, removed_name
 from job.run.value_metrics import metric_names
 
+HEAD = "value_head.safetensors"  # of a critic exported in Meta's layout
 _LOWER_IS_BETTER = ("mse", "ece", "distance_to_optimal")
 _log = logging.getLogger(__name__)
 
@@ -68,14 +71,39 @@ def newest_intact(source: Path) -> Path:
         InputError: there is none.
     """
     one = (source / MANIFEST).exists()
-    for folder in reversed([source] if one else committed(source)):
+    there = [source] if one else committed(source)
+    for folder in reversed(there):
         try:
             Manifest.read(folder).verify(folder)
         except DamagedError as defect:
             _log.error("damaged checkpoint: %s", defect)
             continue
         return folder
-    raise InputError(f"{source}: no intact checkpoint here; name a run or a checkpoint's folder")
+    what = "damaged" if there else _what_is(source)
+    raise InputError(
+        f"{source}: no intact checkpoint here: {what}; name a run, one of its checkpoints, or a "
+        "delta (job.export --format delta)"
+    )
+
+
+def _what_is(source: Path) -> str:
+    """What stands where neither a checkpoint nor a delta is."""
+    if not source.exists():
+        return "no such file or folder"
+    if not source.is_dir():
+        return "a file"
+    if (source / HEAD).exists() or _has_classifier(source):
+        return "an export: it has no record of its training"
+    if any((source / name).exists() for name in (PARAMS, CONFIG, WEIGHTS)):
+        return "a trunk"
+    if (source / "config.yaml").exists():
+        return "a run that has not saved any yet"
+    return "none of a critic's files"
+
+
+def _has_classifier(source: Path) -> bool:
+    config = read_json(source / CONFIG, dict) or {}
+    return any(str(name).endswith("Classification") for name in config.get("architectures") or ())
 
 
 def refuse_other(folder: Path, identity: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from job.common.state_files import read_json
 from job.run.figure import GREY, draw_level, look, panels, png, run_colour
 from job.run.html import Html, images, join, section, table, tag
@@ -200,11 +202,12 @@ def _dash(rule: str) -> str:
 
 def _draw_band(axes: Axes, x: Sequence[float], curve: Mapping[str, Any], line: Any) -> None:
     axes.plot(x, curve["value"], **line)
-    axes.fill_between(x, curve["low"], curve["high"], color=line["color"], alpha=0.12, lw=0)
+    low, high = (np.array(curve[end], float) for end in ("low", "high"))  # NaN for None
+    axes.fill_between(x, low, high, color=line["color"], alpha=0.12, lw=0)
 
 
 def _draw_pairs(found: Mapping[str, Any]) -> Figure:
-    figure, (axes,) = panels(f"Accuracy on {found['pairs']:,} pairs along the solution")
+    figure, (axes,) = panels(f"Accuracy of the last value read, on {found['pairs']:,} pairs")
     curve = found["accuracy"]
     tenths = [(k + 1) / len(curve["value"]) for k in range(len(curve["value"]))]
     line = {"color": run_colour(0), "marker": "o", "label": "higher value for the better one"}

@@ -199,7 +199,7 @@ _METRICS = (
         "pairwise_accuracy",
         "pairwise accuracy",
         "{:z.1%}",
-        "of so many pairs of answers to one problem",
+        "by the mean of a response's values, of so many pairs of answers to one problem",
         count="pairwise_pairs",
     ),
     _Metric(

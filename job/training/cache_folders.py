@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from contextlib import suppress
@@ -14,6 +15,7 @@ from typing import Any
 from job.common.schema import CriticConfig
 from job.data.state_shards import ENTRY
 
+_NAME = re.compile("[0-9a-f]{16}")  # of a cache
 LEFT_AFTER = 86_400.0  # seconds, after which a file that nobody has committed is a leftover
 
 
@@ -37,6 +39,12 @@ def cache_folder(config: CriticConfig) -> Path:
     """Where the caches of all trunks and boundaries are."""
     given = config.training.prefix_cache_dir
     return Path(given) if given is not None else Path(config.data.cache_dir) / "prefix"
+
+
+def may_hold_caches(root: Path) -> bool:
+    """Whether a folder is one of caches, which may all be gone, and not somebody's other one."""
+    names = [path.name for path in root.iterdir()]
+    return not names or any(map(_NAME.fullmatch, names))
 
 
 def folder_of(root: Path, facts: dict[str, Any]) -> Path:

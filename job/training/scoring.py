@@ -215,7 +215,8 @@ def measure(file: ValuesFile, data: TokenizedSet, objective: Objective) -> Value
 def _show(metrics: dict[str, float], objective: Objective) -> None:
     title = "outputs rank solutions of one problem: their scale means nothing"
     table = Table("metric", "", title=title if objective.ranks_only else None)
-    for name, value in metrics.items():
+    for key, value in metrics.items():
+        name = f"{key} (of mean values)" if key == "pairwise_accuracy" else key
         whole = float(value).is_integer() and abs(value) >= 1
         table.add_row(name, f"{value:,.0f}" if whole else f"{value:.4f}")
     Console().print(table)

@@ -201,9 +201,39 @@ def test_the_command_writes_beside_the_values(
     assert found["choosing"]["errors"] == [0.5, 0.1]
     assert found["choosing"]["needed"]["oracle"] == [1, 2]
     said = capsys.readouterr().out
+    assert "Accuracy of the last value read, on 1 pairs" in " ".join(said.split())
     assert str(folder / "evaluation.html") in said
     assert "critic" in said
     assert "<h2>Evaluation: values.parquet</h2>" in (folder / "evaluation.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("ZZZ(.*)", "in 0 of 2 responses; no majorities: 1 of 1 problems have no answer\n"),
+        ("A", "in 1 of 2 responses\n"),
+    ],
+)
+def test_it_is_said_in_how_many_responses_there_is_an_answer(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    pattern: str,
+    said: str,
+) -> None:
+    values = stored(tmp_path, rows=values_of(PLAIN))
+    run(monkeypatch, "--values", values, "--data", data(tmp_path, PLAIN), "--answer", pattern)
+    assert f"--answer matches {said}" in capsys.readouterr().out
+
+
+def test_an_out_that_is_a_file_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = tmp_path / "values.parquet"
+    values.write_bytes(b"no values")
+    for out in (values, values / "below"):
+        with pytest.raises(InputError, match=f"--out {out}: {values} is a file, where a folder"):
+            run(monkeypatch, "--values", values, "--out", out)
 
 
 def test_values_that_only_rank_have_chances_by_the_sigmoid(

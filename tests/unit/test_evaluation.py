@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from job.evaluation import calibration, ranking, steps, subsets
-from job.evaluation.bootstrap import ratio, resampled_sums
+from job.evaluation.bootstrap import ratio, resampled_sums, wilson
 from job.evaluation.choosing import choosing, needed
 from job.evaluation.length import length_matched, tenth_of
 from job.evaluation.solutions import Problem, Solution, problems_of
@@ -200,6 +200,30 @@ def test_a_bootstrap_leaves_out_what_counts_for_nothing() -> None:
     assert found.value[0] == 1
     assert np.isnan([found.value[1], found.low[1], found.high[1]]).all()
     assert (found.low[0], found.high[0]) == (0.5, 1.5)
+
+
+def test_a_bootstrap_of_problems_that_are_all_alike_has_no_interval() -> None:
+    found = ratio(np.tile([0, 0.1], (7, 1)), np.ones((7, 2)))
+    assert found.value.tolist() == pytest.approx([0, 0.1])
+    assert np.isnan([*found.low, *found.high]).all()
+    assert found.to_json()["low"] == [None, None]
+
+
+def test_wilsons_interval_has_the_shares_whose_own_scores_are_not_far() -> None:
+    for won, n in ((0.0, 7), (1.0, 7), (0.5, 10), (0.2, 100)):
+        for end in wilson(won, n):
+            if 0 < end < 1:
+                assert abs(won - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / n), 1e-3)
+    assert wilson(0, 7) == pytest.approx((0, 0.3543), abs=1e-4)
+    assert wilson(1, 7) == pytest.approx((0.6457, 1), abs=1e-4)
+
+
+def test_none_right_of_few_of_four_may_still_be_some() -> None:
+    found = ranking.best_of_four([_problem([1, 0, 0, 0], [0, 1, 1, 1], f"{k}") for k in range(7)])
+    assert found is not None
+    part = found["parts"][""]
+    assert (part["problems"], part["value"], part["low"]) == (7, 0, 0)
+    assert part["high"] == pytest.approx(0.3543, abs=1e-4)
 
 
 def test_resampled_sums_belong_together_over_calls_and_chunks(

@@ -428,7 +428,7 @@ def test_a_reason_names_the_field_as_the_file_does(tmp_path: Path, name: str) ->
 
 def test_reasons_about_values_name_renamed_fields_too(tmp_path: Path) -> None:
     empty = json.dumps(RENAMED_ROW | {"output": " "})
-    assert reason(tmp_path, empty, RENAMED) == "field 'output' is empty"
+    assert reason(tmp_path, empty, RENAMED) == "field 'output' is empty but for blanks"
     high = json.dumps(RENAMED_ROW | {"is_correct": 3})
     assert reason(tmp_path, high, RENAMED) == "is_correct 3 lies outside [0, 1]"
 

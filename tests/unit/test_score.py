@@ -505,7 +505,7 @@ def test_text_holds_what_parquet_holds(
 def _typed(row: dict[str, str]) -> dict[str, Any]:
     """A row of a table as JSON has it."""
     return {
-        k: v if k in ("error", "problem") and v else json.loads(v) if v else None
+        k: v if k in ("error", "problem", "response") and v else json.loads(v) if v else None
         for k, v in row.items()
     }
 

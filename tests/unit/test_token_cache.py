@@ -25,7 +25,7 @@ from job.common.schema import ArithmeticConfig, BadRows, DataConfig, Overlong, P
 from job.data import token_cache
 from job.data.arithmetic import ALPHABET, Chain, chains
 from job.data.packing import Packer, single_units
-from job.data.rows import in_chunks
+from job.data.rows import in_chunks, text_key
 from job.data.token_cache import (
     TokenizedSet,
     count_shared_problems,
@@ -611,6 +611,17 @@ def test_a_set_to_score_needs_no_reward_and_knows_its_lines(tmp_path: Path, bpe:
     assert found.lines.tolist() == [1, 2, 4, 5]
     with pytest.raises(InputError, match=r"data\.jsonl:2: field 'reward' is missing"):
         load_split(from_file(path), "train", bpe)
+
+
+def test_a_set_to_score_knows_its_responses_as_the_data_has_them(
+    tmp_path: Path, bpe: Tokenizer
+) -> None:
+    path = write(tmp_path / "data.jsonl", rows(4))
+    template = "Question: {prompt}\nAnswer: {response}."
+    found = load_to_score(from_file(path, template=template), str(path), bpe)
+    assert found.responses is not None
+    assert found.responses.tolist() == [text_key(str(row["response"])) for row in rows(4)]
+    assert load_split(from_file(path), "train", bpe).responses is None
 
 
 def test_a_file_without_usable_row_is_an_error(tmp_path: Path, bpe: Tokenizer) -> None:
