@@ -173,7 +173,7 @@ def main() -> None:
     if options.tune_on is not None and options.tune_on not in {one.part for one in solutions}:
         parts = ", ".join(sorted({one.part for one in solutions} - {""})) or "none"
         raise InputError(f"--tune-on {options.tune_on}: no such part; there is {parts}")
-    if data is not None and data.answer is not None:
+    if data is not None and data.has_answers:
         print(answers_found(solutions, data))
     summary = summarise(solutions, errors=options.error, tuned_on=options.tune_on, logits=logits)
     _write(options.out, summary, options.out.name.removesuffix(".evaluation"))

@@ -39,6 +39,15 @@ class Data:
     reward_range: list[float] | None = None
     answer: re.Pattern[str] | None = None
 
+    @property
+    def names_answers(self) -> bool:
+        """Whether a field has them."""
+        return isinstance(self.fields, dict) and "answer" in self.fields
+
+    @property
+    def has_answers(self) -> bool:
+        return self.names_answers or self.answer is not None
+
 
 def read_solutions(values: Path, data: Data | None) -> list[Solution]:
     """The solutions that have values, in order.
@@ -60,8 +69,7 @@ def read_solutions(values: Path, data: Data | None) -> list[Solution]:
 def answers_found(solutions: Sequence[Solution], data: Data) -> str:
     """Of how many responses an answer is known; a problem without any leaves no votes to count."""
     count = sum(one.answer is not None for one in solutions)
-    named = isinstance(data.fields, dict) and "answer" in data.fields
-    found = "an answer is known in" if named else "--answer matches in"
+    found = "an answer is known in" if data.names_answers else "--answer matches in"
     text = f"{found} {count:,} of {len(solutions):,} responses"
     problems = problems_of(solutions)
     none = sum(all(answer is None for answer in one.answers) for one in problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,9 +13,14 @@ import pytest
 import job.data.__main__ as data
 import slurm.commands as submit
 from job import cache, evaluate, report, score
-from job.common.errors import Exit, run_command
+from job.common.errors import Exit, exit_code, run_command
 
 NOBODY = 65534
+
+
+def test_a_refused_path_is_wrong_input_also_of_a_rank() -> None:
+    assert exit_code(PermissionError(errno.EACCES, "no", "/some/where")) is Exit.BAD_INPUT
+    assert exit_code(PermissionError(errno.EPERM, "no")) is Exit.CRASHED  # of a process, say
 
 
 @pytest.fixture
