@@ -84,7 +84,7 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "architecture.rope_theta": (1, None),
     "architecture.n_future_tokens": (1, None),
 }
-_NAMES = ("run.name", "run.dir", "mlflow.experiment")  # that stand in a line with others
+_NAMES = ("run.name", "run.dir")  # that stand in a line with others
 _STAGE_RATES = (("learning_rate", 0), ("head_learning_rate", 0))
 _FIELD_NAMES = ("prompt", "response", "reward", "problem_id", "truncated", "messages", "targets")
 _OTHER_FIELDS = ("answer", "part", "preset")

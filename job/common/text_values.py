@@ -114,7 +114,8 @@ def _below(hint: Any, key: str) -> Any:
 def element_sections(schema: type) -> dict[str, type]:
     """By key, what each entry of a list is, where that is a section."""
     inside = {name: typing.get_args(hint) for name, hint in _hints(schema).items()}
-    return {k: args[0] for k, args in inside.items() if args and dataclasses.is_dataclass(args[0])}
+    first = {k: cast(type, args[0]) for k, args in inside.items() if args}
+    return {k: one for k, one in first.items() if dataclasses.is_dataclass(one)}
 
 
 @functools.cache

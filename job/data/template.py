@@ -260,8 +260,8 @@ def render_rows(rows: Iterable[Placed], template: Template) -> Iterator[Placed]:
         else:
             lead = template.lead(row.response, response)
             targets = tuple(_moved(one, lead) for one in row.targets)
-            made = {"prompt": prompt, "response": response, "lead": lead, "targets": targets}
-            yield place, replace(row, **made, given=row.response)
+            made: dict[str, Any] = {"prompt": prompt, "response": response, "lead": lead}
+            yield place, replace(row, **made, targets=targets, given=row.response)
 
 
 def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, *, framed: bool) -> list[Encoded]:

@@ -426,7 +426,9 @@ class _SetWriter:
         self._optimal.write(values.astype(np.float32).tobytes())
 
     def finish(self) -> None:
-        scored = {} if self._ends is None else {"responses": np.asarray(self.responses, np.uint64)}
+        scored: dict[str, Any] = {}
+        if self._ends is not None:
+            scored["responses"] = np.asarray(self.responses, np.uint64)
         np.savez(
             self.folder / "index.npz",
             offsets=np.concatenate(([0], np.cumsum(self.lengths))).astype(np.int64),
