@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from job.common.errors import InputError, file_error, first_line, listing, quoted, short
-from job.common.possible_values import impossible_values
+from job.common.possible_values import impossible_in_new, impossible_values
 from job.common.text_values import (
     element_sections,
     hint_at,
@@ -70,16 +70,21 @@ def load_config(
     layer = _read_yaml(Path(file), schema)
     if fill is not None:
         layer = OmegaConf.create(fill(cast(_Tree, OmegaConf.to_container(layer))))
-    return _checked(schema, file, _layers(schema, file, layer, overrides))
+    return _checked(schema, file, _layers(schema, file, layer, overrides), impossible_in_new)
 
 
 def _layers(schema: type, file: str | Path, layer: DictConfig, overrides: Sequence[str]) -> _Layers:
     return [(str(file), layer), *(_parse_override(text, schema) for text in overrides)]
 
 
-def _checked(schema: type[Schema], file: str | Path, layers: _Layers) -> Schema:
+def _checked(
+    schema: type[Schema],
+    file: str | Path,
+    layers: _Layers,
+    impossible: Callable[[Any], Iterator[str]] = impossible_values,
+) -> Schema:
     config = _merged(schema, file, layers)
-    problems = list(impossible_values(config))
+    problems = list(impossible(config))
     if problems:
         raise InputError(f"{file}: impossible configuration" + listing(problems))
     return config

@@ -100,9 +100,6 @@ def impossible_values(config: Any) -> Iterator[str]:
             yield f"{key}: {value!r} is no name or path"
         if isinstance(value, str) and not is_utf8(value):
             yield f"{key}: {short(value)!a} is not UTF-8 text"
-    for key in _NAMES:
-        if _CONTROL.search(str(flat.get(key, ""))):
-            yield f"{key}: {short(flat[key])!r} has a line end or another control sign in it"
     for key, (low, high) in _BOUNDS.items():
         value = flat.get(key)
         if value is None or isinstance(value, str):
@@ -118,6 +115,15 @@ def impossible_values(config: Any) -> Iterator[str]:
     yield from _impossible_data(config)
     if isinstance(config, CriticConfig):
         yield from _impossible_critic(config)
+
+
+def impossible_in_new(config: Any) -> Iterator[str]:
+    """`impossible_values`, and names of which no new run may be, though an old one may go on."""
+    flat = flatten(to_dict(config))
+    for key in _NAMES:
+        if _CONTROL.search(str(flat.get(key, ""))):
+            yield f"{key}: {short(flat[key])!r} has a line end or another control sign in it"
+    yield from impossible_values(config)
 
 
 def _impossible_data(config: CriticConfig | PretrainConfig) -> Iterator[str]:
