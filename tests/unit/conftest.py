@@ -1,4 +1,4 @@
-"""What unit tests share: trainings and benchmarks, and what Slurm and NVML answer."""
+"""What unit tests share: trainings, tokenizers and benchmarks, and what Slurm and NVML answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ import pytest
 from disturbed_runs import IN_BACKGROUND, crash_before, environment, run_training, workspace
 from fake_nvml import FakeNvml, compiled
 from fake_slurm import FakeSlurm
+from kinds_of_tokenizers import llama_model, sentences
+from tokenizers import Tokenizer as LibraryTokenizer
 
+from job.data.tokenizer import Tokenizer, load_tokenizer, write_bpe_tokenizer
 from job.run.directory import RunDirectory
 from job.training import checkpoint as checkpoint_module
 
@@ -84,6 +87,32 @@ def training_folder(_training_folder: Path, caplog: pytest.LogCaptureFixture) ->
 def saved_in_background(training_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints are saved by their own thread, as in earnest."""
     monkeypatch.setattr(checkpoint_module, "_in_background", IN_BACKGROUND)
+
+
+@pytest.fixture(scope="session")
+def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bpe")
+    write_bpe_tokenizer(folder, sentences(), 400)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bpe(bpe_folder: Path) -> Tokenizer:
+    return load_tokenizer(bpe_folder)
+
+
+@pytest.fixture(scope="session")
+def library(bpe_folder: Path) -> LibraryTokenizer:
+    """What `bpe` is in the library of tokenizers."""
+    return LibraryTokenizer.from_file(str(bpe_folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As Llama's: BPE, byte fallback, no normalisation."""
+    file = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
+    file.write_bytes(llama_model("bpe"))
+    return file
 
 
 @pytest.fixture
