@@ -115,6 +115,23 @@ def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """MLflow's, one for all tests: making one takes two seconds."""
+    from mlflow import MlflowClient  # takes seconds
+
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    MlflowClient(uri).search_experiments()
+    return uri
+
+
+@pytest.fixture
+def outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No job, and no tracking server, of who runs the tests."""
+    for name in ("SLURM_PROCID", "SLURM_JOB_ID", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     """A machine where no Slurm is installed, until a test lets a client speak."""
