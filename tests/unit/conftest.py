@@ -14,6 +14,13 @@ from disturbed_runs import IN_BACKGROUND, crash_before, environment, run_trainin
 from fake_nvml import FakeNvml, compiled
 from fake_slurm import FakeSlurm
 from kinds_of_tokenizers import llama_model, sentences
+from spoiled_input import (  # noqa: F401 - fixtures
+    command,
+    pretrain_refused,
+    refused,
+    tiny_trunk,
+    workplace,
+)
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from job.data.tokenizer import Tokenizer, load_tokenizer, write_bpe_tokenizer
