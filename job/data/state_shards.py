@@ -37,7 +37,8 @@ ENTRY = np.dtype(
         ("sum", np.uint32),
     ]
 )
-GIVEN = -2  # in place of the step, of entries that others have written
+EVALUATION = -1  # in place of the step, of entries that evaluations have written
+GIVEN = -2  # the same, of entries that others have written
 PAGE = 4096  # bytes, of disks
 SHARD_BYTES = 2 * 2**30
 _WAITING = 8  # micro-batches that may wait to be written

@@ -21,7 +21,7 @@ from job.common.errors import InputError, StorageError
 from job.common.progress import only_warnings, progress
 from job.common.schema import CriticConfig
 from job.data.packing import Batch, Indices, Packer
-from job.data.state_shards import Writer
+from job.data.state_shards import EVALUATION, Writer
 from job.distributed.world import World, joined_world
 from job.model.architecture_file import read_architecture
 from job.model.fingerprint import fingerprint
@@ -30,15 +30,10 @@ from job.model.transformer import Trunk
 from job.model.weights import load_trunk
 from job.run.directory import RunDirectory
 from job.training.agreement import stop_together
+from job.training.cache_boundary import Boundary, wanted
+from job.training.cache_opening import Opening
+from job.training.cache_rows import Rows, put_states
 from job.training.data import forward_budget, load_critic_data
-from job.training.prefix_cache import (
-    EVALUATION,
-    Boundary,
-    Opening,
-    Rows,
-    put_states,
-    wanted,
-)
 from job.training.preparation import prepare_inputs, set_up_torch
 
 _KEPT = "what is computed is kept"

@@ -26,6 +26,7 @@ from job.run.metrics_log import Tracker
 from job.run.report_page import write_report
 from job.run.trained import find_weights, load_weights
 from job.training.attempt import Attempt, claimed_attempt
+from job.training.cache_opening import opened_cache
 from job.training.checkpoint import Checkpoints
 from job.training.compilation import choose_compilation
 from job.training.data import CriticData, load_critic_data
@@ -36,7 +37,7 @@ from job.training.machine import describe
 from job.training.memory_report import MemoryAccount, choose_by_memory
 from job.training.objective import Objective
 from job.training.out_of_memory import out_of_memory_judged
-from job.training.prefix_cache import PrefixCache, opened_cache
+from job.training.prefix_cache import PrefixCache
 from job.training.preparation import load_critic, set_up_torch
 from job.training.state import TrainingState
 
