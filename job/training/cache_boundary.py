@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 
 from job.common.schema import CriticConfig
 from job.data.packing import Packer, first_valued
-from job.data.state_shards import Stored, sequence_keys
+from job.data.state_shards import Shards, Stored, sequence_keys
 from job.model.architecture import TransformerConfig
 from job.model.parameters import select_trainable
+from job.training.cache_folders import folder_of
 
 FORMAT = 1  # raise it when states of the same facts become others
 
@@ -66,6 +68,11 @@ class Boundary:
             "attention": "varlen" if device.type == "cuda" else "spans",
             "torch": torch.__version__.partition("+")[0],
         }
+
+    def shards(self, root: Path, base: str, device: torch.device) -> Shards:
+        """What can be read of these states in a folder of caches, once they are taken in."""
+        facts = self.facts(base, device)
+        return Shards(folder_of(root, facts), facts, self.row_bytes)
 
     def stored(self, packer: Packer) -> Stored:
         """The keys of all sequences of a set."""

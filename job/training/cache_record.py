@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from job.common.state_files import read_json
+from job.data.state_shards import Shards
 from job.run.directory import RunDirectory
 
 RECORD = "prefix_cache.json"
@@ -34,3 +35,7 @@ class Record:
             return None if found is None else cls(**found)
         except TypeError:  # of another version
             return None
+
+    def take_in(self, shards: Shards) -> None:
+        """Let shards have what the run sees: what was given, and all of its own so far."""
+        shards.refresh(f"{self.name}-", self.given)

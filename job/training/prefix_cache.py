@@ -12,21 +12,16 @@ interrupted. Which entries a step sees does therefore not depend on when they ca
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Callable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from job.common.errors import StorageError
 from job.data.packing import Batch, Packer
-from job.data.state_shards import EVALUATION, GIVEN, Shards, Stored, Writer
+from job.data.state_shards import EVALUATION, GIVEN, Seen, Shards, Stored, Writer
 from job.distributed.world import World
 from job.model.prefix import Prefix
-from job.model.transformer import Reads, to_device
+from job.model.transformer import Reads
 from job.run.directory import RunDirectory
 from job.training.cache_boundary import Boundary, wanted
 from job.training.cache_choice import (
@@ -40,6 +35,7 @@ from job.training.cache_record import RECORD, Record
 from job.training.cache_rows import Rows, put_states
 from job.training.data import CriticData
 from job.training.read_ahead import Known, ReadAhead
+from job.training.state_reader import StateReader
 
 CHOSEN_AFTER = 60.0  # seconds, so that steps have their usual time
 _log = logging.getLogger("job.train")
@@ -59,16 +55,12 @@ class PrefixCache:
     ) -> None:
         self._boundary, self._shards, self._writer = boundary, shards, writer
         self.record, self._world, self._run = record, world, run
+        self._reader = StateReader(boundary, shards, world)
         self._began = time.monotonic()
         self._ahead, self._ahead_of_evaluation = ReadAhead(self._read), ReadAhead(self._read)
         self._epoch_from, self._foreseen = -1, -1  # steps; see `enter`
         self._rows = self._rows_read = 0  # since they were last asked for
-        self._left_out = False
-        self._refresh()
-
-    def _refresh(self) -> None:
-        self._shards.refresh(f"{self.record.name}-", self.record.given)
-        self._shards.gives_up_pages = self._shards.bytes > _host_bytes() / 2
+        record.take_in(shards)
 
     def enter(self, step: int, packer: Packer, sequences: int, seed: int) -> None:
         """Begin a training step; what it and the next one need is read from now on.
@@ -80,7 +72,7 @@ class PrefixCache:
             self._ahead.forget()
             self._writer.commit()
             self._world.gather(None)  # all are committed
-            self._refresh()
+            self.record.take_in(self._shards)
             self._epoch_from, self._foreseen = epoch_from, step - 1
         for coming in (step, step + 1):
             in_epoch = packer.steps_before_epoch(coming, sequences) == epoch_from
@@ -94,7 +86,7 @@ class PrefixCache:
         coming = [packer.stored_of(units) for units in packer.everything]
         self._ahead_of_evaluation.forget()
         self._writer.commit()
-        self._refresh()
+        self.record.take_in(self._shards)
         self._ahead_of_evaluation.expect(coming, EVALUATION)
         return [n > 0 for n in self._world.sum([self.lacks(one, EVALUATION) for one in coming])]
 
@@ -108,12 +100,12 @@ class PrefixCache:
         sets = ((data.train, step), (data.validation, EVALUATION))
         lacking = any(self.lacks(wanted(packer), at) for packer, at in sets)
         if not self._world.sum([lacking])[0]:
-            self._left_out = True
+            self._reader.left_out = True
             if self._world.is_main:
                 text = "prefix cache: all states are there: the trunk's first %d blocks and its "
                 _log.info(text + "embeddings are not loaded", self._boundary.block)
         self._epoch_from = -1
-        return self._boundary.block if self._left_out else 0
+        return self._boundary.block if self._reader.left_out else 0
 
     def rewind(self) -> None:
         """Begin anew from an earlier step."""
@@ -203,87 +195,32 @@ class PrefixCache:
         return stored is not None and bool((self._find(stored, step) < 0).any())
 
     def take(self, batch: Batch, reads: Reads, step: int, *, compute: bool) -> Prefix:
-        """What is known of a micro-batch's states.
-
-        Args:
-            reads: what of it is read.
-            compute: whether the frozen blocks are run, since some rank lacks some of its states.
-
-        Raises:
-            StorageError: states cannot be read that all ranks relied on.
-        """
-        prefix, device = Prefix(self._boundary.block), batch.tokens.device
-        if batch.stored is None:  # nothing that counts
-            prefix.states = None if compute and not self._left_out else self._no_states(batch)
-            return prefix
-        ahead = self._ahead_of_evaluation if step == EVALUATION else self._ahead
-        known = ahead.get(batch.stored, step)
-        self._count(known, batch.stored, step)
-        is_whole = known is not None and bool(known[1].all())
-        if not is_whole and (self._left_out or (not compute and self._world.size > 1)):
-            raise StorageError(
-                f"{self._shards.folder}: states that this training relies on cannot be read; what "
-                "is damaged was set aside, and the next attempt computes it"
-            )
-        if known is None:
-            return prefix
-        rows = Rows.of(batch, reads, of_read_rows=self._boundary.of_read_rows)
-        states, which = (rows.in_stream(to_device(part, device)) for part in known)
-        if is_whole and not compute:
-            prefix.states = states
-        else:
-            prefix.known = states, which
-        return prefix
-
-    def _no_states(self, batch: Batch) -> Tensor:
-        rows = 1 if self._boundary.of_read_rows else len(batch.tokens)
-        shape = (rows, self._boundary.width)
-        return torch.zeros(shape, dtype=self._boundary.dtype, device=batch.tokens.device)
+        """What is known of a micro-batch's states; see `StateReader.prefix`."""
+        known = None
+        if batch.stored is not None:
+            ahead = self._ahead_of_evaluation if step == EVALUATION else self._ahead
+            known = ahead.get(batch.stored, step)
+            self._count(known, batch.stored, step)
+        return self._reader.prefix(batch, reads, known, compute=compute)
 
     def _count(self, known: Known | None, stored: Stored, step: int) -> None:
         if step != EVALUATION:
             self._rows += int(stored.rows.sum())
             self._rows_read += 0 if known is None else int(known[1].sum())
 
-    def _find(self, stored: Stored, step: int) -> NDArray[np.int64]:
-        found = self._shards.find(stored.keys, self._sees(step))
-        there = found >= 0
-        there[there] = self._shards.rows(found[there]) == stored.rows[there]
-        return np.where(there, found, -1)
+    def _read(self, stored: Stored, step: int) -> Known | None:
+        return self._reader.read(stored, self._find(stored, step))
 
-    def _sees(self, step: int) -> Callable[[NDArray[np.int64]], NDArray[np.bool_]]:
+    def _find(self, stored: Stored, step: int) -> NDArray[np.int64]:
+        return self._reader.find(stored, self._sees(step))
+
+    def _sees(self, step: int) -> Seen:
         epoch_from = self._epoch_from
         if step == EVALUATION:
             return lambda steps: (steps == GIVEN) | (steps == EVALUATION)
         return lambda steps: (
             (steps == GIVEN) | (steps == step) | ((steps >= 0) & (steps < epoch_from))
         )
-
-    def _read(self, stored: Stored, step: int) -> Known | None:
-        """States of these sequences, end to end, and which of their rows are known; or nothing."""
-        found = self._find(stored, step)
-        if (found < 0).all():
-            return None
-        n_rows = int(stored.rows.sum())
-        states = torch.zeros(
-            n_rows,
-            self._boundary.width,
-            dtype=self._boundary.dtype,
-            pin_memory=self._world.device.type == "cuda",
-        )
-        content = states.view(torch.uint8).numpy()
-        which = np.zeros(n_rows, np.bool_)
-        ends = np.cumsum(stored.rows)
-        for entry, start, stop in zip(found, ends - stored.rows, ends, strict=True):
-            if entry >= 0:
-                which[start:stop] = self._read_one(int(entry), content[start:stop])
-        return states, torch.from_numpy(which)
-
-    def _read_one(self, entry: int, into: NDArray[np.uint8]) -> bool:
-        whole = self._shards.read(entry, into.reshape(-1).data)
-        if not whole:
-            self._shards.set_aside(entry)
-        return whole
 
     # Writing
 
@@ -295,7 +232,3 @@ class PrefixCache:
         rows = Rows.of(batch, reads, of_read_rows=self._boundary.of_read_rows)
         states, found = rows.of_sequences(prefix.states), self._find(batch.stored, step)
         put_states(self._writer, batch.stored, states, step, found)
-
-
-def _host_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
