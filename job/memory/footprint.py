@@ -434,7 +434,8 @@ class _Step:
         """The frozen blocks: nothing is saved, and one block at a time is gathered."""
         copies = (2 if self.communicates else 1) * self.gathers_frozen
         embedding = copies * self.gathered_embedding
-        carried = self.hidden(self.t) + self.rotations(self.t)
+        in_batch = self.setting.has_cache and self.n_frozen <= 1  # the input of the one block
+        carried = self.hidden(self.t) * (not in_batch) + self.rotations(self.t)
         if not self.setting.has_cache:
             yield self.moment("embedding", 0, working_set=carried, gathered_weights=embedding)
         if not self.n_frozen:

@@ -114,6 +114,7 @@ def test_every_number_of_gpus(strategy: str, gpus: int) -> None:
         {"prefix_cached": True, "mixed_precision": False},
         {"prefix_cached": True, "activation_checkpointing": True},
         {"prefix_cached": True, "between": 1},
+        {"prefix_cached": True, "between": 2},
         {"prefix_cached": True, "between": 1, "mixed_precision": False},
         {"prefix_cached": True, "between": 1, "activation_checkpointing": True},
         {"accumulates": False},
