@@ -31,7 +31,6 @@ class Watchdog:
         self._report = report
         self._seconds, self._file = seconds, file
         self._beats = 0
-        self._ended = threading.Event()
 
     def beat(self) -> None:
         self._beats += 1
@@ -40,17 +39,18 @@ class Watchdog:
     def watching(self) -> Iterator[None]:
         """Expect beats for the length of the body."""
         self.beat()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        ended = threading.Event()
+        threading.Thread(target=self._watch, args=(ended,), name="watchdog", daemon=True).start()
         try:
             yield
         finally:
-            self._ended.set()
+            ended.set()
 
-    def _watch(self) -> None:
+    def _watch(self, ended: threading.Event) -> None:
         pause = min(_LONGEST_PAUSE_SECONDS, self._seconds / _PAUSES)
         silent, beats = 0.0, self._beats
         while silent < self._seconds:
-            if self._ended.wait(pause):
+            if ended.wait(pause):
                 return
             # not by the clock, which goes on while the whole process is suspended
             silent = silent + pause if beats == self._beats else 0.0

@@ -31,7 +31,7 @@ from job.distributed.rendezvous import (
 )
 
 Result = TypeVar("Result")
-_FOREVER = timedelta(days=30)  # waiting for rank 0's work; a death ends it through the lifeline
+_FOREVER = timedelta(days=30)  # a death ends it through the lifeline, a hang the watchdog
 _PATIENCE = timedelta(minutes=1)  # of rank 0 with ranks that have not yet read its last word
 _log = logging.getLogger(__name__)
 
@@ -115,16 +115,20 @@ def _outcome(work: Callable[[], Result]) -> tuple[Result | None, Ending | None]:
 
 
 @contextmanager
-def joined_world(config: DistributedConfig) -> Iterator[World]:
+def joined_world(config: DistributedConfig, *, watched: bool = False) -> Iterator[World]:
     """Join the other processes of the job for the length of the body, or be a world of one.
 
     Ranks come from torchrun's variables, or from srun's. If the body fails on one rank, all end.
+
+    Args:
+        watched: a watchdog ends what hangs. Collectives have no time-out of their own, since its
+            clock goes on while the processes are suspended.
 
     Raises:
         InputError: the variables contradict each other, or no address to meet at is known.
         UnfitNode: this node cannot reach the others, or has no GPU for this process.
     """
-    world = _join(config)
+    world = _join(config, watched)
     try:
         yield world
     except BaseException as error:
@@ -143,7 +147,7 @@ def _part(world: World) -> None:
     dist.destroy_process_group()
 
 
-def _join(config: DistributedConfig) -> World:
+def _join(config: DistributedConfig, watched: bool) -> World:
     rank, size, local_rank, local_size = ranks()
     device = _device(local_rank)
     if size == 1:
@@ -152,8 +156,7 @@ def _join(config: DistributedConfig) -> World:
     host, port = address()
     store = meet(host, port, rank, size, patience)
     lifeline = tie(store, host, rank, size, patience)
-    # the watchdog, which leaves stack traces, comes first
-    timeout = timedelta(seconds=config.timeout_seconds + 60)
+    timeout = _FOREVER if watched else timedelta(seconds=config.timeout_seconds)
     try:
         dist.init_process_group(
             _backend(device),

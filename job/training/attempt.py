@@ -52,7 +52,7 @@ def claimed_attempt(
         InputError: the run cannot be written, is another one, or exists and `resume` is false; or
             something in the input is wrong.
     """
-    with joined_world(config.distributed) as world:
+    with joined_world(config.distributed, watched=True) as world:
         run = RunDirectory(config.run.dir, is_main=world.is_main)
         for key, value in world.main_decides(lambda: run.kept_from_before(config)).items():
             set_key(config, key, value)

@@ -93,7 +93,7 @@ def _train_from_checkpoint(
         choose_by_memory(config, run, world, left_out)
         data.resize(config.training.token_budget)
         memory = MemoryAccount(config, data, run, world, recorder, left_out)
-        with recorder.phase("load"):
+        with recorder.phase("load"), attempt.agreement.watchdog.watching():
             critic = load_critic(config, data, world, attempt.agreement.check, left_out)
         learner = _learner(attempt, critic, cache)
         if checkpoint is not None:

@@ -308,6 +308,24 @@ def stuck(folder: Path) -> Job:
     return job
 
 
+@pytest.mark.all  # more than a minute of waiting
+def test_a_job_suspended_in_a_collective_goes_on_after_longer_than_its_timeout(
+    folder: Path,
+) -> None:
+    with _job(folder, "suspended", f"distributed.timeout_seconds={STEP_SECONDS}") as job:
+        job.wait_for_steps(5)
+        for rank in (1, 0, 2):  # the others wait in a collective by then
+            job.processes[rank].send_signal(signal.SIGSTOP)
+            time.sleep(1)
+        steps = job.n_steps
+        time.sleep(STEP_SECONDS + 65)
+        for rank in (0, 2, 1):
+            job.processes[rank].send_signal(signal.SIGCONT)
+            time.sleep(0.2)
+        job.wait_for_steps(steps + 5)
+        assert all(process.poll() is None for process in job.processes.values())
+
+
 def test_a_stuck_collective_ends_all_and_leaves_stacks(stuck: Job) -> None:
     assert stuck.codes(stuck.processes) == [Exit.CRASHED] * 3
     stacks = {
