@@ -11,11 +11,11 @@ import torch
 
 from job.common.schema import AUTO, CriticConfig, PrefixCacheMode, ShardingStrategy
 from job.distributed.world import World
-from job.memory.fit import CONTEXT_BYTES, CPU_TOLERANCE, GPU_TOLERANCE, prediction
+from job.memory.fit import CONTEXT_BYTES, CPU_TOLERANCE, GPU_TOLERANCE, fit, prediction
 from job.memory.footprint import Setting
 from job.memory.host import free_host_bytes
 from job.memory.recorder import Recorder
-from job.memory.settings import setting_of
+from job.memory.settings import once_built, setting_of
 from job.model.architecture_file import read_architecture
 from job.model.parameters import select_trainable
 from job.model.transformer import GROUPS_HEADS
@@ -37,7 +37,8 @@ def check_memory(config: CriticConfig, world: World) -> None:
         InputError: on every rank, if nothing fits.
     """
     may_read = config.training.prefix_cache is not PrefixCacheMode.none
-    _that_fits(config, world, _n_frozen(config) if may_read else 0)
+    left_out, capacity = _n_frozen(config) if may_read else 0, min(world.gather(_capacity(world)))
+    world.main_decides(lambda: _setting(config, world, left_out, capacity))
 
 
 def choose_by_memory(
@@ -54,7 +55,10 @@ def choose_by_memory(
         InputError: on every rank, if nothing fits.
     """
     chosen: dict[str, Any] = {}
-    setting = _that_fits(config, world, left_out)
+    capacity = min(world.gather(_capacity(world)))
+    setting = world.main_decides(lambda: _setting(config, world, left_out, capacity))
+    if world.is_main:
+        _warn_where_it_fits_once_built(config, setting, capacity)
     if config.training.micro_batch_tokens == AUTO:
         before = world.main_decides(run.status).get("micro_batch_tokens")
         tokens = min(setting.evaluation_tokens, before or setting.evaluation_tokens)
@@ -70,10 +74,11 @@ def choose_by_memory(
             _log.info("%s: %s, by the memory of %s", key, value, world.device)
 
 
-def _that_fits(config: CriticConfig, world: World, left_out: int) -> Setting:
-    """What the configuration means, with `auto` as every rank's memory takes it."""
-    capacity = min(world.gather(_capacity(world)))
-    return world.main_decides(lambda: _setting(config, world, left_out, capacity))
+def _warn_where_it_fits_once_built(config: CriticConfig, setting: Setting, capacity: int) -> None:
+    found = fit(setting, capacity)
+    if not found.fits and (built := once_built(config, setting, capacity)):
+        text = "memory: %.1f GB predicted, of %.1f GB that are there%s"
+        _log.warning(text, found.needed / 1e9, capacity / 1e9, built)
 
 
 def _n_frozen(config: CriticConfig) -> int:

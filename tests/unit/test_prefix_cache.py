@@ -190,7 +190,7 @@ def test_another_run_reads_everything_and_loads_no_frozen_block(
 
 
 def test_the_micro_batch_is_chosen_by_what_is_loaded(
-    job: Job, monkeypatch: pytest.MonkeyPatch
+    job: Job, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     job.once("read1", "all")
     config = load_config(CriticConfig, "critic.yaml", ("training.micro_batch_tokens=auto",))
@@ -208,6 +208,10 @@ def test_the_micro_batch_is_chosen_by_what_is_loaded(
     given = ("training.micro_batch_tokens=auto", "training.max_steps=2")
     assert job("roomy", "all", *given, cache="states-read1").status()["micro_batch_tokens"] == read
     assert job("empty", "all", *given).status()["micro_batch_tokens"] == computed
+    assert "built first" not in caplog.text
+    two_a_step = ("training.micro_batch_tokens=640", "training.batch_size=11")
+    job("tight", "all", *two_a_step, given[1])
+    assert "built first (python -m job.cache build): " in caplog.text
 
 
 def test_what_fits_in_no_way_is_refused_before_the_data_are_read(
