@@ -149,6 +149,7 @@ def _go_on_from(state: TrainingState, attempt: Attempt, checkpoints: Checkpoints
     if run.writes:
         if not state.step and run.records():
             _log.warning("no checkpoint to go on from: starting over")
+        run.store_config()
         attempt.fence.record(world.size, state.step)
         attempt.fence.describe(describe(world.device))
         checkpoints.remove_leftovers()

@@ -581,7 +581,7 @@ def test_bad_rows_are_an_error_that_counts_all_and_shows_the_first_ten(
     assert more.strip() == "... and 30 more"
     assert "broken JSON" in shown[0]
     assert "lies outside" in shown[1]
-    assert "tokens, more than data.max_length 512" in shown[2]
+    assert "tokens, more than data.max_length 512 (data.overlong=error)" in shown[2]
     assert entries(tmp_path) == []
 
 
