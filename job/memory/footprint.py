@@ -76,6 +76,8 @@ class Setting:
             its weights nor the embeddings are on the GPU.
         between: frozen blocks behind the cached states, which are on the GPU and run: where states
             are those of a training with more trained blocks.
+        may_shard: whether the strategy is what `auto` chose, which shards frozen weights where they
+            do not fit whole.
         cuda: whether attention and norms are CUDA's kernels.
         compiled: whether torch.compile has made the blocks' kernels.
         repeats_keys: whether CUDA's attention wants as many heads of keys as of queries, as before
@@ -98,6 +100,7 @@ class Setting:
     accumulates: bool = True
     prefix_cached: bool = False
     between: int = 0
+    may_shard: bool = False
     cuda: bool = True
     compiled: bool = False
     repeats_keys: bool = False

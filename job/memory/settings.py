@@ -87,7 +87,7 @@ def _placed(setting: Setting, capacity: int, tokens: int) -> Setting:
     whole = replace(fsdp, sharding_strategy=ShardingStrategy.REPLICATE_FROZEN)
     tried = replace(setting, fsdp=whole, micro_batch_tokens=tokens, evaluation_tokens=tokens)
     if setting.cuda and not fsdp.cpu_offload and fit(tried, capacity).fits:
-        return replace(setting, fsdp=whole)
+        return replace(setting, fsdp=whole, may_shard=True)
     return replace(setting, fsdp=replace(fsdp, sharding_strategy=ShardingStrategy.FULL_SHARD))
 
 

@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 
 from job.common.errors import InputError
-from job.common.schema import AUTO, CriticConfig, Loss, PrefixCacheMode, ShardingStrategy
-from job.memory.fit import fit
+from job.common.schema import (
+    AUTO,
+    CriticConfig,
+    FsdpConfig,
+    Loss,
+    PrefixCacheMode,
+    ShardingStrategy,
+)
+from job.memory.fit import fit, largest_unfrozen
 from job.memory.footprint import Setting
 from job.memory.settings import SHAPES, setting_of
 
@@ -163,6 +170,20 @@ def test_auto_keeps_frozen_weights_whole_where_they_fit(
         config.distributed.fsdp.cpu_offload = not other
         sharded = setting_of(config, SEVEN_B, world_size=4, capacity=A100_80GB, **other)
         assert sharded.fsdp.sharding_strategy is ShardingStrategy.FULL_SHARD
+
+
+def test_the_largest_n_of_auto_is_that_of_the_strategy_it_would_fall_back_to() -> None:
+    named: dict[ShardingStrategy, int | None] = {}
+    for strategy in (ShardingStrategy.auto, ShardingStrategy.FULL_SHARD):
+        config = _config(micro_batch_tokens=8192)
+        config.distributed.fsdp.sharding_strategy = strategy
+        setting = setting_of(config, SEVEN_B, world_size=4, per_node=4, capacity=A100_40GB)
+        named[strategy] = largest_unfrozen(setting, A100_40GB)
+    setting = replace(setting, fsdp=FsdpConfig(ShardingStrategy.REPLICATE_FROZEN))
+    whole, found = largest_unfrozen(setting, A100_40GB), named[ShardingStrategy.auto]
+    assert whole is not None
+    assert found is not None
+    assert whole < found == named[ShardingStrategy.FULL_SHARD]
 
 
 def test_a_strategy_that_is_named_is_kept() -> None:
