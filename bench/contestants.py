@@ -35,6 +35,7 @@ class Kind:
         module: of `peers`, which is run.
         environment: whose requirements it runs with; None for the product's own.
         options: for that module alone.
+        shares: whether it is another one only where problems have several solutions.
         pairs: whether it learns from pairs, and so is compared with the product that does.
         lacks: parts of the product's trainable ones that it does not train.
         differs: in a line, what else is not as in the product.
@@ -43,6 +44,7 @@ class Kind:
     module: str
     environment: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    shares: bool = False
     pairs: bool = False
     lacks: tuple[str, ...] = ()
     differs: str = ""
@@ -68,6 +70,7 @@ _FREEZE_TUNING = Kind(
 PACKED, PAIRS, FLOOR = "packed", "packed, pairs", "floor"
 KINDS = {
     PACKED: _product("packed"),
+    "packed, group_by_problem": _product("grouped", shares=True),
     PAIRS: _product("pairs", pairs=True),
     FLOOR: _product("floor"),
     "Trainer": _TRAINER,

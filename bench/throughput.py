@@ -8,6 +8,8 @@ Contestants are processes of their own, which train on the same rows from the sa
 turns, step by step. A step is everything from the fetching of its data to its update:
 
     packed                     the product: Packer, Critic and Learner
+    packed, group_by_problem   the product with solutions of a problem in a row (a quarter of a step
+                               at most), which compute their prompt once; where there are several
     packed, pairs              the product with the pairwise loss, on the same rows as pairs
     floor                      the matrix products of the linear layers alone, on packed tokens
     Trainer                    transformers' Trainer: token classification, squared errors
@@ -17,7 +19,8 @@ turns, step by step. A step is everything from the fetching of its data to its u
     LLaMA-Factory              its freeze tuning of a reward model on pairs, as it is by default
     LLaMA-Factory, no recomputation
 
-The blocks below the last N are frozen in each of them. Padding does not count as tokens. Before any
+The blocks below the last N are frozen in each of them. Tokens are those of all sequences, without
+padding; the real share is above 1 where a shared prompt is computed once. Before any
 figure counts, each contestant's first loss must be what the untouched critic gives for the same
 rows, and its trainable parameters and AdamW's settings must be the product's, but for what
 `contestants.KINDS` names; else the benchmark ends with an error. A problem has one solution, or
@@ -494,8 +497,9 @@ def main() -> None:
     }
     for case in _cases(options):
         say(str(case))
+        names = [n for n in options.contestants if case.solutions > 1 or not KINDS[n].shares]
         with tempfile.TemporaryDirectory() as folder:
-            found = compare(case, options.contestants, options.steps, Path(folder))
+            found = compare(case, names, options.steps, Path(folder))
         print(show(found), flush=True)
         record["cases"].append(found)
         if options.out is not None:

@@ -28,7 +28,7 @@ from job.common.config import add_verify, at_least, command_line, load_config
 from job.common.errors import InputError, run_and_leave
 from job.common.progress import set_up_logging
 from job.common.schema import CriticConfig
-from job.training.cache_folders import CacheFolder, cache_folder, folders, may_hold_caches, prune
+from job.training.cache_folders import CacheFolder, folders, may_hold_caches, prune
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def _config(options: argparse.Namespace) -> CriticConfig:
 
 
 def _folder(options: argparse.Namespace) -> Path:
-    folder: Path = options.dir or cache_folder(_config(options))
+    folder: Path = options.dir or Path(_config(options).prefix_cache_folder)
     if not folder.is_dir() or not may_hold_caches(folder):
         raise InputError(f"{folder}: there is no cache here")
     return folder
@@ -71,7 +71,8 @@ def _build(options: argparse.Namespace) -> None:
 
 
 def _show(folder: Path) -> None:
-    table = Table("cache", "trunk", "states before", "dtype", "sequences", "GB", "last used")
+    columns = ("trunk", "states before", "dtype", "sequences", "GB", "damaged GB", "last used")
+    table = Table("cache", *columns)
     found = folders(folder)
     for one in found:
         table.add_row(*_row(one))
@@ -88,6 +89,7 @@ def _row(one: CacheFolder) -> tuple[str, ...]:
         str(one.facts.get("dtype")),
         f"{one.sequences:,}",
         f"{one.bytes / 1e9:,.3f}",
+        f"{one.damaged / 1e9:,.3f}" if one.damaged else "",
         f"{datetime.fromtimestamp(one.used):%Y-%m-%d %H:%M}",
     )
 

@@ -13,11 +13,11 @@ from typing import Literal
 
 from job.common.errors import Ending, InputError
 from job.common.places import free_bytes, read_problem
-from job.common.schema import BadRows, CriticConfig, DataConfig
+from job.common.schema import BadRows, CriticConfig, DataConfig, PrefixCacheMode
 from job.data.first_rows import first_bad_rows
 from job.memory.fit import Fit, fit
 from job.memory.footprint import Setting
-from job.memory.settings import setting_of
+from job.memory.settings import can_build, once_built, setting_of
 from job.model.architecture import TransformerConfig
 from job.model.architecture_file import check_window, read_architecture
 from job.model.parameters import (
@@ -190,13 +190,20 @@ def memory_setting(plan: Plan, config: CriticConfig) -> Setting | None:
     return _setting(plan, config, read_architecture(config.model.path))
 
 
-def _setting(plan: Plan, config: CriticConfig, architecture: TransformerConfig) -> Setting:
+def _setting(
+    plan: Plan,
+    config: CriticConfig,
+    architecture: TransformerConfig,
+    *,
+    prefix_cached: bool = False,
+) -> Setting:
     return setting_of(
         config,
         architecture,
         world_size=plan.world_size,
         per_node=plan.submission.gpus,
         capacity=plan.gpu_bytes,
+        prefix_cached=prefix_cached,
     )
 
 
@@ -208,9 +215,10 @@ def _memory(
     if not plan.gpu_bytes:
         return Check(name, "not checked", "the profile's GPUs are pretended")
     try:
-        found = fit(_setting(plan, config, architecture), plan.gpu_bytes)
+        setting = _setting(plan, config, architecture)
     except InputError as error:
-        return Check(name, "error", str(error))
+        return _too_large(plan, config, architecture, name, str(error))
+    found = fit(setting, plan.gpu_bytes)
     text = (
         f"{counts.trainable:,} of {counts.total:,} parameters trained; {_needed(found)} of a GPU's "
         f"{plan.gpu_bytes / 1e9:.1f} GB"
@@ -220,7 +228,33 @@ def _memory(
     if found.is_tight:
         return Check(name, "warning", f"{text}: little is left for fragmentation")
     advice = "unfreeze fewer blocks, lower training.micro_batch_tokens, or take more GPUs"
-    return Check(name, "error", f"{text}: {advice}")
+    text = f"{text}: {advice}{once_built(config, setting, plan.gpu_bytes)}"
+    return _too_large(plan, config, architecture, name, text)
+
+
+def _too_large(
+    plan: Plan, config: CriticConfig, architecture: TransformerConfig, name: str, text: str
+) -> Check:
+    """An error, unless the training fits once its states are built, and relies on them.
+
+    Whether they are there is not known before its data are tokenised.
+    """
+    if not _fits_once_built(plan, config, architecture):
+        return Check(name, "error", text)
+    if config.training.prefix_cache is PrefixCacheMode.all:
+        return Check(name, "warning", f"{text}, as training.prefix_cache=all relies on")
+    return Check(name, "error", f"{text}; submit it then with training.prefix_cache=all")
+
+
+def _fits_once_built(plan: Plan, config: CriticConfig, architecture: TransformerConfig) -> bool:
+    if config.training.prefix_cache is PrefixCacheMode.none:
+        return False
+    try:
+        setting = _setting(plan, config, architecture, prefix_cached=True)
+    except InputError:
+        return False
+    fits = fit(setting, plan.gpu_bytes).fits
+    return fits and can_build(config, setting, plan.gpu_bytes)
 
 
 def _needed(found: Fit) -> str:

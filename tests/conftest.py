@@ -20,6 +20,11 @@ from thinning import mark_beyond
 from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
+# Their asserts show what was compared, as those of tests do.
+pytest.register_assert_rewrite(
+    "disturbed_runs", "kinds_of_tokenizers", "mirrored_runs", "spoiled_input"
+)
+
 SECONDS = pytest.StashKey[float]()
 CORES = os.cpu_count() or 1
 _WAITING = ("tests/cluster/", "tests/container/")

@@ -22,10 +22,11 @@ from job.common.schema import (
 from job.data.packing import Indices, Packer, single_units
 from job.data.token_cache import TokenizedSet
 from job.distributed.world import World, joined_world
+from job.memory.footprint import copy_share
 from job.model.architecture_file import read_architecture
 from job.run.value_metrics import ValueMetrics
 from job.training.compilation import choose_compilation
-from job.training.data import CriticData
+from job.training.data import CriticData, training_prompts
 from job.training.learner import Learner
 from job.training.objective import Objective
 from job.training.preparation import load_critic, set_up_torch
@@ -33,20 +34,33 @@ from peers.turns import Settings, Turns
 
 
 class Contestant(abc.ABC):
-    """A way to train on the data's units, in the product's own order."""
+    """A way to train on the data's units, in the product's own order.
 
+    Attributes:
+        group_by_problem: as `data.group_by_problem`.
+    """
+
+    loss = Loss.mse
+    group_by_problem = False
     model: nn.Module | None = None
     groups: Iterable[dict[str, Any]] = ()
 
     def __init__(self, settings: Settings, world: World) -> None:
         self.config = critic_config(settings)
+        self.config.objective.loss = self.loss
+        self.config.data.group_by_problem = self.group_by_problem
         self.data = TokenizedSet(Path(settings.data))
+        architecture = read_architecture(settings.folder)
+        prompts, grouped = training_prompts(self.config, self.data)
         self.packer = Packer(
             self.data,
             self.units(),
-            dim=read_architecture(settings.folder).dim,
+            dim=architecture.dim,
             budget=self.config.training.token_budget,
             device=world.device,
+            prompts=prompts,
+            together=grouped,
+            copy_share=copy_share(architecture),
         )
 
     def units(self) -> Indices:
@@ -64,11 +78,8 @@ class Contestant(abc.ABC):
 class Packed(Contestant):
     """The product's own path from lengths to an update."""
 
-    loss = Loss.mse
-
     def __init__(self, settings: Settings, world: World) -> None:
         super().__init__(settings, world)
-        self.config.objective.loss = self.loss
         set_up_torch(self.config)
         choose_compilation(self.config, world)
         data = CriticData(self.packer, self.packer, 0.5, "")
@@ -83,8 +94,17 @@ class Packed(Contestant):
         return self.learner.step(step, batches, ValueMetrics()).loss
 
 
+class Grouped(Packed):
+    """The same with solutions of one problem in a row, which compute their prompt once."""
+
+    group_by_problem = True
+
+
 class PackedPairs(Packed):
-    """The same with the pairwise loss; it compares mean outputs, and no last ones."""
+    """The same with the pairwise loss; it compares mean outputs, and no last ones.
+
+    A pair of one problem computes its prompt once.
+    """
 
     loss = Loss.pairwise
 
@@ -136,7 +156,12 @@ class Floor(Contestant):
             torch.mm(upstream, matrix, out=self.input_gradients[inner][:t])
 
 
-KINDS: dict[str, type[Contestant]] = {"packed": Packed, "pairs": PackedPairs, "floor": Floor}
+KINDS: dict[str, type[Contestant]] = {
+    "packed": Packed,
+    "grouped": Grouped,
+    "pairs": PackedPairs,
+    "floor": Floor,
+}
 
 
 def critic_config(settings: Settings) -> CriticConfig:
@@ -166,8 +191,9 @@ def main() -> None:
         contestant = KINDS[settings.options["kind"]](settings, world)
         turns.ready(contestant.model, contestant.groups)
         for step in range(1_000_000):
-            rows = [int(row) for units in contestant.plan(step) for row in units.flat]
-            turns.batch(rows, int(contestant.data.lengths[rows].sum()))
+            plan = contestant.plan(step)
+            rows = [int(row) for units in plan for row in units.flat]
+            turns.batch(rows, sum(contestant.packer.size(units).tokens for units in plan))
             if not turns.wait():
                 return
             turns.loss(contestant.step(step))

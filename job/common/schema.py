@@ -330,6 +330,12 @@ class CriticConfig:
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
+    @property
+    def prefix_cache_folder(self) -> str:
+        """Where the frozen blocks' states of all trunks and boundaries are kept."""
+        given = self.training.prefix_cache_dir
+        return f"{self.data.cache_dir}/prefix" if given is None else given
+
 
 @dataclass
 class ArchitectureConfig:

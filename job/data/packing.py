@@ -216,6 +216,11 @@ class Packer:
         if prompts is not None and most > 1:
             self._groups = Groups(prompts.problems[units[:, 0]], most)
 
+    def resize(self, budget: int) -> None:
+        """Have micro-batches of at most so many tokens from now on."""
+        self.budget = budget
+        vars(self).pop("everything", None)  # which was laid out for another size
+
     def step(self, step: int, sequences: int, seed: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step` (from 0)."""
         return [self.assemble(units) for units in self.plan(step, sequences, seed)]

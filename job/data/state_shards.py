@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,14 +37,23 @@ ENTRY = np.dtype(
         ("sum", np.uint32),
     ]
 )
-GIVEN = -2  # in place of the step, of entries that others have written
+EVALUATION = -1  # in place of the step, of entries that evaluations have written
+GIVEN = -2  # the same, of entries that others have written
 PAGE = 4096  # bytes, of disks
+STATES, INDEX = ".states", ".index"
+DAMAGED = ".damaged"  # the index of a shard that was set aside
 SHARD_BYTES = 2 * 2**30
 _WAITING = 8  # micro-batches that may wait to be written
 _log = logging.getLogger(__name__)
 
 Keys = NDArray[np.uint64]  # [n, 2]
 Bytes = NDArray[np.uint8]
+Seen = Callable[[NDArray[np.int64]], NDArray[np.bool_]]  # which of the given steps are
+
+
+def any_step(steps: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """See entries of whatever step."""
+    return np.ones(len(steps), np.bool_)
 
 
 def sequence_keys(
@@ -112,7 +121,7 @@ class Shard:
             entries = np.frombuffer(content, ENTRY).copy()
         except (ValueError, TypeError, KeyError) as error:
             raise DamagedShardError(str(error)) from None
-        states = index.with_suffix(".states")
+        states = index.with_suffix(STATES)
         if states.stat().st_size != said["bytes"]:
             raise DamagedShardError(f"{states.name} has not the {said['bytes']} bytes it had")
         return cls(states, entries)
@@ -133,7 +142,7 @@ class Shards:
         self._files: dict[int, int] = {}  # shard -> descriptor
         self._table = _table([])
         self._lock = threading.Lock()
-        self.gives_up_pages = False  # so that a cache larger than memory drives out nothing else
+        self._gives_up_pages = False
 
     def __len__(self) -> int:
         return len(self._table)
@@ -153,12 +162,14 @@ class Shards:
             own: what the names of shards begin with whose entries keep their steps.
             given: the names of others that are wanted; default: all.
         """
-        for index in sorted(self.folder.glob("*.index")):
+        for index in sorted(self.folder.glob(f"[!.]*{INDEX}")):
             name, is_own = index.stem, own != "" and index.stem.startswith(own)
             is_wanted = is_own or given is None or name in given
             if is_wanted and name not in self._shards and name not in self._unusable:
                 self._take_in(index, is_own=is_own)
         self._table = _table([shard.entries for shard in self._shards.values()])
+        # so that a cache larger than memory drives out nothing else
+        self._gives_up_pages = self.bytes > _host_bytes() / 2
 
     def _take_in(self, index: Path, *, is_own: bool) -> None:
         try:
@@ -171,7 +182,7 @@ class Shards:
             shard.entries["step"] = GIVEN
         self._shards[index.stem] = shard
 
-    def find(self, keys: Keys, seen: Callable[[NDArray[np.int64]], NDArray[np.bool_]]) -> Any:
+    def find(self, keys: Keys, seen: Seen = any_step) -> NDArray[np.int64]:
         """The first entry of each key, of those whose steps are seen: [n] of the table's, -1."""
         table, found = self._table, np.full(len(keys), -1)
         at = np.searchsorted(table["high"], keys[:, 0])
@@ -195,7 +206,7 @@ class Shards:
         try:
             file = self._open(int(one["shard"]))
             done = os.preadv(file, [into], int(one["offset"]))
-            if self.gives_up_pages:
+            if self._gives_up_pages:
                 os.posix_fadvise(file, int(one["offset"]), len(into), os.POSIX_FADV_DONTNEED)
         except OSError as error:
             _log.warning("%s: %s", self._path(entry), error.strerror)
@@ -209,7 +220,7 @@ class Shards:
         """Let the shard of a damaged entry be none, for everybody."""
         states = self._path(entry)
         with suppress(OSError):
-            states.with_suffix(".index").rename(states.with_suffix(".damaged"))
+            states.with_suffix(INDEX).rename(states.with_suffix(DAMAGED))
 
     def close(self) -> None:
         for file in self._files.values():
@@ -227,6 +238,10 @@ class Shards:
             return self._files[shard]
 
 
+def _host_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _where(mask: NDArray[np.bool_], *arrays: Any) -> tuple[Any, ...]:
     return tuple(array[mask] for array in arrays)
 
@@ -241,6 +256,14 @@ def _table(shards: Sequence[NDArray[Any]]) -> NDArray[Any]:
     for name in ENTRY.names[1:]:  # type: ignore[index]
         table[name] = whole[name]
     return table[np.lexsort((table["shard"], table["step"], table["low"], table["high"]))]
+
+
+Count = TypeVar("Count", int, NDArray[np.int64])
+
+
+def on_disk(size: Count) -> Count:
+    """Bytes that an entry of so many takes, since each begins a page."""
+    return -(-size // PAGE) * PAGE
 
 
 @dataclass(frozen=True)
@@ -350,25 +373,25 @@ class Writer:
             entry = np.zeros(1, ENTRY)
             entry[0] = (piece.key, step, shard.size, piece.stop - piece.start, zlib.crc32(content))
             shard.entries.append(entry)
-            shard.size += -(-len(content) // PAGE) * PAGE
+            shard.size += on_disk(len(content))
 
     def _room_for(self, size: int) -> _Open:
         """The open shard, or a new one where that is full."""
-        if size > self._left:
+        if on_disk(size) > self._left:
             raise OSError(errno.EDQUOT, "training.prefix_cache_gb is used up")
-        self._left -= size
+        self._left -= on_disk(size)
         if self._shard is not None and self._shard.size + size > self._shard_bytes:
             self._commit()
         if self._shard is None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            n = next(n for n in range(10**6) if not self._path(n).with_suffix(".index").exists())
+            n = next(n for n in range(10**6) if not self._path(n).exists())
             scratch = self._folder / f".{self._path(n).name}"
             file = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
             self._shard = _Open(self._path(n).stem, scratch, file)
         return self._shard
 
     def _path(self, n: int) -> Path:
-        return self._folder / f"{self._name}-{n:06}.states"
+        return self._folder / f"{self._name}-{n:06}{STATES}"
 
     def _commit(self) -> None:
         shard, self._shard = self._shard, None
@@ -377,7 +400,7 @@ class Writer:
         try:
             if shard.entries:
                 os.ftruncate(shard.file, shard.size)
-                put_in_place(shard.scratch, self._folder / f"{shard.name}.states")
+                put_in_place(shard.scratch, self._folder / f"{shard.name}{STATES}")
                 os.posix_fadvise(shard.file, 0, 0, os.POSIX_FADV_DONTNEED)
                 self._write_index(shard)
         finally:
@@ -388,10 +411,10 @@ class Writer:
         content = np.concatenate(shard.entries).tobytes()
         digest = hashlib.sha256(content).hexdigest()
         head = {"sha256": digest, "bytes": shard.size, "facts": self._facts}
-        scratch = self._folder / f".{shard.name}.index"
+        scratch = self._folder / f".{shard.name}{INDEX}"
         try:
             scratch.write_bytes(json.dumps(head).encode() + b"\n" + content)
-            put_in_place(scratch, self._folder / f"{shard.name}.index")
+            put_in_place(scratch, self._folder / f"{shard.name}{INDEX}")
         finally:
             scratch.unlink(missing_ok=True)
 
@@ -407,7 +430,7 @@ def remove_leftovers(folder: Path, name: str) -> None:
     for scratch in folder.glob(f".{name}-*"):
         with suppress(OSError):
             scratch.unlink()
-    for states in folder.glob(f"{name}-*.states"):
-        if not states.with_suffix(".index").exists():
+    for states in folder.glob(f"{name}-*{STATES}"):
+        if not states.with_suffix(INDEX).exists():
             with suppress(OSError):
                 states.unlink()

@@ -234,13 +234,15 @@ class _Policy:
     overlong: Overlong = Overlong.error
     bad_rows: BadRows = BadRows.error
     way_out: str = ""
+    of_overlong: str = ""
 
     @classmethod
     def of(cls, data: DataConfig | PretrainDataConfig) -> _Policy:
         if isinstance(data, PretrainDataConfig):
             return cls(data.max_length)
         way_out = " (data.bad_rows=skip leaves them out)"
-        return cls(data.max_length, data.overlong, data.bad_rows, way_out)
+        of_overlong = f" (data.overlong={data.overlong.value})"
+        return cls(data.max_length, data.overlong, data.bad_rows, way_out, of_overlong)
 
 
 def _embedded(config: ArithmeticConfig, split: str, labelled: bool) -> Source:
@@ -386,6 +388,7 @@ class _SetWriter:
         fitted = _fit(tokens, tokenizer, policy)
         if fitted is None:
             reason = f"{len(tokens.ids)} tokens, more than data.max_length {policy.max_length}"
+            reason += policy.of_overlong
             skip = policy.overlong is Overlong.skip or policy.bad_rows is BadRows.skip
             self._leave_out(BadRow(*place, reason), skip=skip)
             return

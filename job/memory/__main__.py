@@ -81,15 +81,15 @@ def _setting(options: argparse.Namespace) -> Setting:
         raise InputError("--gpus and --nodes: at least one")
     config = load_config(CriticConfig, options.config, given)
     architecture = SHAPES.get(options.shape) or read_architecture(config.model.path)
-    setting = setting_of(
+    return setting_of(
         config,
         architecture,
         world_size=options.gpus * options.nodes,
         per_node=options.gpus,
         capacity=int(max(options.gpu_memory) * 1e9),
         cuda=not options.cpu,
+        prefix_cached=options.prefix_cached,
     )
-    return replace(setting, prefix_cached=options.prefix_cached)
 
 
 def _simulated(setting: Setting) -> Footprint:

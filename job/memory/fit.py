@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from job.common.schema import ShardingStrategy
 from job.memory.footprint import COMPONENTS, Footprint, Setting, footprint, gigabytes
 
 if TYPE_CHECKING:
@@ -114,7 +115,19 @@ def largest_unfrozen(setting: Setting, capacity: int) -> int | None:
     """
     blocks = setting.architecture.n_trunk_layers
     tried = (replace(setting, num_unfrozen_layers=n) for n in range(blocks, -1, -1))
-    return next((one.num_unfrozen_layers for one in tried if fit(one, capacity).fits), None)
+    return next((one.num_unfrozen_layers for one in tried if _fits_somehow(one, capacity)), None)
+
+
+def _fits_somehow(setting: Setting, capacity: int) -> bool:
+    """Whether it fits, perhaps with its frozen weights sharded, where that would be chosen then."""
+    return any(fit(one, capacity).fits for one in _as_placed(setting))
+
+
+def _as_placed(setting: Setting) -> list[Setting]:
+    if not setting.may_shard:
+        return [setting]
+    fsdp = replace(setting.fsdp, sharding_strategy=ShardingStrategy.FULL_SHARD)
+    return [setting, replace(setting, fsdp=fsdp)]
 
 
 def largest_micro_batch(setting: Setting, capacity: int, most: int, least: int) -> int | None:
@@ -175,7 +188,10 @@ def verdict(setting: Setting, capacity: int) -> str:
     found = fit(setting, capacity)
     least = min(_STEP, setting.micro_batch_tokens)
     n = largest_unfrozen(setting, capacity)
-    tokens = largest_micro_batch(setting, capacity, _LARGEST_TRIED, least)
+    found_tokens = (
+        largest_micro_batch(one, capacity, _LARGEST_TRIED, least) for one in _as_placed(setting)
+    )
+    tokens = max(filter(None, found_tokens), default=None)
     most = ["no N fits" if n is None else f"largest N {n}"]
     if tokens is not None:
         most.append(f"largest micro-batch {tokens:,} tokens")

@@ -74,6 +74,10 @@ class Setting:
             already when a forward pass begins.
         prefix_cached: whether the frozen prefix's hidden states come from a cache, so that neither
             its weights nor the embeddings are on the GPU.
+        between: frozen blocks behind the cached states, which are on the GPU and run: where states
+            are those of a training with more trained blocks.
+        may_shard: whether the strategy is what `auto` chose, which shards frozen weights where they
+            do not fit whole.
         cuda: whether attention and norms are CUDA's kernels.
         compiled: whether torch.compile has made the blocks' kernels.
         repeats_keys: whether CUDA's attention wants as many heads of keys as of queries, as before
@@ -95,6 +99,8 @@ class Setting:
     per_node: int = 1
     accumulates: bool = True
     prefix_cached: bool = False
+    between: int = 0
+    may_shard: bool = False
     cuda: bool = True
     compiled: bool = False
     repeats_keys: bool = False
@@ -180,7 +186,7 @@ class _Step:
         fsdp, a = setting.fsdp, setting.architecture
         self.chosen = select_trainable(setting.num_unfrozen_layers, a.n_trunk_layers)
         self.n_blocks = self.chosen.blocks
-        self.n_frozen = a.n_trunk_layers - self.n_blocks
+        self.n_frozen = setting.between if setting.has_cache else a.n_trunk_layers - self.n_blocks
         self.t = setting.micro_batch_tokens
         self.n = setting.read_tokens
         self.n_keys = round(self.t * setting.keys_per_token)
@@ -204,8 +210,8 @@ class _Step:
         return not self.chosen.embeddings
 
     @property
-    def reads_prefix(self) -> bool:
-        return self.has_prefix and not self.setting.has_cache
+    def runs_prefix(self) -> bool:
+        return self.has_prefix and (self.n_frozen > 0 or not self.setting.has_cache)
 
     @property
     def recomputes(self) -> bool:
@@ -240,7 +246,8 @@ class _Step:
         replicated = self.strategy is ShardingStrategy.REPLICATE_FROZEN
         trainable = _share(counts.trainable - head, self.shards)
         norm = counts.norm.total - counts.norm.trainable
-        frozen = norm if self.setting.has_cache else counts.frozen
+        cached = norm + self.n_frozen * self.block
+        frozen = cached if self.setting.has_cache else counts.frozen
         # of the head each rank has whole rows: of a single one, one rank has all
         k = self.setting.head_outputs
         rows = _share(k, self.shards) * (head // k)
@@ -262,7 +269,7 @@ class _Step:
             state["gradients"] = _share(blocks_done * self.block, self.shards) * GRADIENT_BYTES
         batch = (2 * self.t + self.n + self._shared_keys) * _TOKEN
         if self.setting.has_cache:
-            batch += self.hidden(self.t if self.n_blocks else self.n)
+            batch += self.hidden(self.t if self.n_blocks or self.n_frozen else self.n)
         others["batch"] = batch
         return Moment(name, dict.fromkeys(COMPONENTS, 0) | state | others)
 
@@ -371,7 +378,7 @@ class _Step:
 
     def _not_kept(self, *, only_last: bool) -> int:
         """Of the first block's input, which needs no gradient and may be kept elsewhere."""
-        cached = self.setting.has_cache
+        cached = self.setting.has_cache and not self.n_frozen
         if self.recomputes:
             return self.hidden(self.t) * cached  # the batch has it
         if self.setting.cuda:
@@ -420,7 +427,7 @@ class _Step:
     # Moments
 
     def forward(self) -> Iterator[Moment]:
-        if self.reads_prefix:
+        if self.runs_prefix:
             yield from self._prefix()
         if self.n_blocks:
             yield from self._suffix()
@@ -430,8 +437,10 @@ class _Step:
         """The frozen blocks: nothing is saved, and one block at a time is gathered."""
         copies = (2 if self.communicates else 1) * self.gathers_frozen
         embedding = copies * self.gathered_embedding
-        carried = self.hidden(self.t) + self.rotations(self.t)
-        yield self.moment("embedding", 0, working_set=carried, gathered_weights=embedding)
+        in_batch = self.setting.has_cache and self.n_frozen <= 1  # the input of the one block
+        carried = self.hidden(self.t) * (not in_batch) + self.rotations(self.t)
+        if not self.setting.has_cache:
+            yield self.moment("embedding", 0, working_set=carried, gathered_weights=embedding)
         if not self.n_frozen:
             return
         gathered = self.gathered(copies and 2 * copies - 1)
@@ -483,7 +492,7 @@ class _Step:
 
     def _value_head(self) -> Moment:
         """Norm and head, where values are read."""
-        hidden = self.hidden(self.n) * (self.n_blocks > 0 or self.reads_prefix)
+        hidden = self.hidden(self.n) * (self.n_blocks > 0 or self.runs_prefix)
         buffer = self._last_buffer if self.n_blocks or self._gathers_last else 0
         return self.moment(
             "value head",
@@ -501,7 +510,7 @@ class _Step:
 
     @property
     def _gathers_last(self) -> bool:
-        return self.reads_prefix and self.gathers_frozen
+        return self.runs_prefix and self.gathers_frozen
 
     def backward(self) -> Iterator[Moment]:
         if self.n_blocks:
@@ -625,15 +634,15 @@ class _Step:
     def evaluation(self) -> Moment:
         """No gradients, nothing saved; trained blocks may stay gathered from batch to batch."""
         copies = 2 if self.communicates else 1
-        if not (self.gathers_frozen or self.n_blocks):
+        if not (self._gathers_last or self.n_blocks):
             copies = 0
         stays = self._kept_gathered if self.n_blocks else 0
         head = self.hidden(self.n) + self._value_head_rows + self.histograms
-        carried = self.hidden(self.t) + self.rotations(self.t)
+        runs = self.hidden(self.t) + self.rotations(self.t) + self.any_block
         moment = self.moment(
             "evaluate",
             None,
-            working_set=max(carried + self.any_block, head),
+            working_set=max(runs if self.n_blocks or self.runs_prefix else 0, head),
             gathered_weights=stays + self.gathered(copies),
         )
         return Moment(moment.name, moment.components | {"gradients": 0})

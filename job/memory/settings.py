@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from job.common.errors import InputError
-from job.common.schema import AUTO, CriticConfig, ShardingStrategy
+from job.common.schema import AUTO, CriticConfig, PrefixCacheMode, ShardingStrategy
 from job.memory.fit import Fit, fit, largest_micro_batch, largest_unfrozen
 from job.memory.footprint import Setting
 from job.model.architecture import TransformerConfig
@@ -35,12 +35,15 @@ def setting_of(
     capacity: int = 0,
     cuda: bool = True,
     repeats_keys: bool = False,
+    prefix_cached: bool = False,
+    between: int = 0,
 ) -> Setting:
     """The most that a training with this configuration can ask for, whatever its data.
 
     Args:
         capacity: bytes of a GPU, of which `auto` makes the most, for `training.micro_batch_tokens`
             and for `distributed.fsdp.sharding_strategy`; 0 if not known.
+        prefix_cached, between: as in `Setting`.
 
     Raises:
         InputError: the micro-batch is to be chosen, and not even the smallest one fits.
@@ -56,6 +59,8 @@ def setting_of(
         per_node=per_node,
         cuda=cuda,
         repeats_keys=repeats_keys,
+        prefix_cached=prefix_cached,
+        between=between,
         compiled=cuda and config.training.compile is not False,
         head_bias=config.training.value_head.bias,
         head_outputs=config.objective.head_outputs,
@@ -63,7 +68,7 @@ def setting_of(
     chooses, share = config.training.micro_batch_tokens == AUTO, -(-step_tokens // world_size)
     usual = min(share, _USUAL_TOKENS) if chooses else config.training.token_budget
     setting = _placed(setting, capacity, max(longest, usual))
-    tokens = _largest(setting, capacity, share) if chooses else usual
+    tokens = _largest(config, setting, capacity, share) if chooses else usual
     return replace(
         setting,
         micro_batch_tokens=min(tokens, step_tokens),
@@ -82,16 +87,16 @@ def _placed(setting: Setting, capacity: int, tokens: int) -> Setting:
     whole = replace(fsdp, sharding_strategy=ShardingStrategy.REPLICATE_FROZEN)
     tried = replace(setting, fsdp=whole, micro_batch_tokens=tokens, evaluation_tokens=tokens)
     if setting.cuda and not fsdp.cpu_offload and fit(tried, capacity).fits:
-        return replace(setting, fsdp=whole)
+        return replace(setting, fsdp=whole, may_shard=True)
     return replace(setting, fsdp=replace(fsdp, sharding_strategy=ShardingStrategy.FULL_SHARD))
 
 
-def _largest(setting: Setting, capacity: int, of_a_step: int) -> int:
+def _largest(config: CriticConfig, setting: Setting, capacity: int, of_a_step: int) -> int:
     longest = setting.micro_batch_tokens
     most = min(_MOST_TOKENS, max(longest, of_a_step))
     found = largest_micro_batch(setting, capacity, most, longest)
     if found is None:
-        raise InputError(_nothing_fits(fit(setting, capacity), setting))
+        raise InputError(_nothing_fits(config, fit(setting, capacity), setting))
     return found
 
 
@@ -104,6 +109,13 @@ def _micro_batches(step_tokens: int, longest: int, budget: int) -> int:
 def _longest_unit(config: CriticConfig) -> int:
     """Tokens of what must stay together."""
     return config.data.max_length * (2 if config.objective.all_terms.pairwise else 1)
+
+
+def forward_budget(config: CriticConfig) -> int:
+    """Tokens of a micro-batch without gradients; a moderate number where training is to choose."""
+    if config.training.micro_batch_tokens == AUTO:
+        return max(_USUAL_TOKENS, config.data.max_length)
+    return config.training.token_budget
 
 
 def ways_to_lower(config: CriticConfig) -> str:
@@ -120,7 +132,7 @@ def ways_to_lower(config: CriticConfig) -> str:
     return ", ".join([*ways, "or take more GPUs"])
 
 
-def _nothing_fits(smallest: Fit, setting: Setting) -> str:
+def _nothing_fits(config: CriticConfig, smallest: Fit, setting: Setting) -> str:
     n, capacity = setting.num_unfrozen_layers, smallest.capacity
     largest = largest_unfrozen(setting, capacity)
     fitting = "no N fits" if largest is None else f"N={largest} fits"
@@ -128,4 +140,43 @@ def _nothing_fits(smallest: Fit, setting: Setting) -> str:
         f"training.micro_batch_tokens: auto: N={n} takes {smallest.needed / 1e9:.1f} GB of a GPU's "
         f"{capacity / 1e9:.1f} GB even with {setting.micro_batch_tokens} tokens; {fitting}. "
         "Unfreeze fewer blocks, take more GPUs, or set distributed.fsdp.activation_checkpointing"
+        + once_built(config, setting, capacity)
+    )
+
+
+def once_built(config: CriticConfig, setting: Setting, capacity: int) -> str:
+    """What a training that does not fit a GPU would take if all its states were there before.
+
+    Nothing where it would not fit either, they cannot be built there, or they would not be read.
+    """
+    if setting.prefix_cached or config.training.prefix_cache is PrefixCacheMode.none:
+        return ""
+    cached = fit(replace(setting, prefix_cached=True), capacity)
+    if not cached.fits or not can_build(config, setting, capacity):
+        return ""
+    return (
+        "; with the states of its frozen blocks built first (python -m job.cache build): "
+        f"{cached.needed / 1e9:.1f} GB"
+    )
+
+
+def can_build(config: CriticConfig, setting: Setting, capacity: int) -> bool:
+    """Whether a GPU takes what computes the frozen blocks' states before a training."""
+    has_frozen = setting.num_unfrozen_layers < setting.architecture.n_trunk_layers
+    return has_frozen and fit(_building(config, setting), capacity).fits
+
+
+def _building(config: CriticConfig, setting: Setting) -> Setting:
+    """What is at most on a GPU where states are built: all blocks, whole, and nothing trained."""
+    tokens = forward_budget(config)
+    return replace(
+        setting,
+        num_unfrozen_layers=0,
+        prefix_cached=False,
+        fsdp=replace(setting.fsdp, sharding_strategy=ShardingStrategy.NO_SHARD, cpu_offload=False),
+        micro_batch_tokens=tokens,
+        evaluation_tokens=tokens,
+        world_size=1,
+        per_node=1,
+        compiled=False,
     )

@@ -77,6 +77,7 @@ class RunDirectory(StoredRun):
         self._is_main = is_main
         self.fence: Fence | None = None
         self._status: dict[str, Any] | None = None  # as this process has set it
+        self._asked: dict[str, Any] = {}
 
     @property
     def writes(self) -> bool:
@@ -85,6 +86,8 @@ class RunDirectory(StoredRun):
 
     def claim(self, config: dict[str, Any]) -> None:
         """Make the directory and store the configuration, or check it against the stored one.
+
+        What may differ between attempts is stored by `store_config`, after contents were compared.
 
         Raises:
             InputError: the directory cannot be written, holds another configuration, or would lie
@@ -95,11 +98,17 @@ class RunDirectory(StoredRun):
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._refuse_other(config)
-            write_atomic(self.file("config.yaml"), dump(config))
+            self._asked = config
+            if not (self._is_configured and self._binds):
+                self.store_config()
         except OSError as error:
             raise file_error(
                 error, f"run.dir: cannot write {self.path}: {error.strerror}"
             ) from None
+
+    def store_config(self) -> None:
+        """Let what was claimed be the run's configuration from now on."""
+        write_atomic(self.file("config.yaml"), dump(self._asked))
 
     def is_finished(self, max_steps: int) -> bool:
         """Whether the run has come to its end; a longer one goes on from there."""

@@ -46,6 +46,7 @@ _MAY_BE_SET = (
     "tokenizer.path",
     "data.",
     "training.micro_batch_tokens",
+    "training.prefix_cache",
     "training.threads",
     "distributed.",
 )
@@ -230,12 +231,17 @@ class TrainedCritic:
 def _whole(folder: Path, config: CriticConfig) -> list[str]:
     """Overrides that lead from anywhere to what a run's relative paths name, where it is there.
 
-    Not its data.cache_dir: what a command caches goes where it is called.
+    Not its data.cache_dir: what a command caches goes where it is called. But states that the
+    run has kept are read where they are.
     """
     if folder.parent.name != "checkpoints":
         return []  # a delta, which may lie anywhere
     start = start_folder(folder.absolute().parents[1], config.run.dir)
-    named = {"model.path": config.model.path, "tokenizer.path": config.tokenizer.path}
+    named = {
+        "model.path": config.model.path,
+        "tokenizer.path": config.tokenizer.path,
+        "training.prefix_cache_dir": config.prefix_cache_folder,
+    }
     if start is None:
         return []
     return [f"{k}={start / path}" for k, path in named.items() if path and (start / path).exists()]

@@ -9,8 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from job.common.config import set_key
-from job.common.errors import InputError, NoProgress, Stopped, Superseded, file_error, first_line
-from job.common.nested import to_dict
+from job.common.errors import (
+    InputError,
+    NoProgress,
+    Stopped,
+    Superseded,
+    file_error,
+    first_line,
+    listing,
+)
+from job.common.nested import differences, to_dict
 from job.common.progress import keep_in_files, log_file, only_warnings
 from job.common.schema import CriticConfig
 from job.common.signals import STOP_FILE
@@ -80,9 +88,13 @@ def _claim(config: CriticConfig, run: RunDirectory, resume: bool) -> int | None:
     if not resume and run.file("config.yaml").exists():
         raise InputError(f"{run.path}: there is a run already, and --resume is `never`")
     given = Fence.given(run.path)  # before anything is written
-    run.claim(to_dict(config))
+    asked = to_dict(config)
+    run.claim(asked)
     if run.is_finished(config.training.max_steps):
         _log.info("%s is finished already: %s", run.path, run.file("report.html"))
+        if ignored := differences(run.config(), asked):
+            text = "it stays as it was trained; what is asked for otherwise changes nothing%s"
+            _log.warning(text, listing(ignored))
         return None
     try:
         return (given or Fence.take(run.path)).number

@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from job.common.config import set_key
 from job.common.errors import InputError, StorageError
 from job.common.progress import only_warnings, progress
 from job.common.schema import CriticConfig
 from job.data.packing import Batch, Indices, Packer
-from job.data.state_shards import Writer
+from job.data.state_shards import EVALUATION, Writer
 from job.distributed.world import World, joined_world
 from job.model.architecture_file import read_architecture
 from job.model.fingerprint import fingerprint
@@ -30,15 +29,10 @@ from job.model.transformer import Trunk
 from job.model.weights import load_trunk
 from job.run.directory import RunDirectory
 from job.training.agreement import stop_together
-from job.training.data import forward_budget, load_critic_data
-from job.training.prefix_cache import (
-    EVALUATION,
-    Boundary,
-    Opening,
-    Rows,
-    put_states,
-    wanted,
-)
+from job.training.cache_boundary import Boundary, wanted
+from job.training.cache_opening import Opening
+from job.training.cache_rows import Rows, put_states
+from job.training.data import load_critic_data
 from job.training.preparation import prepare_inputs, set_up_torch
 
 _KEPT = "what is computed is kept"
@@ -59,7 +53,6 @@ def build(config: CriticConfig, *, verify: bool = False) -> Path:
         if not world.is_main:
             only_warnings()
         world.main_first(lambda: prepare_inputs(config, verify=verify))
-        set_key(config, "training.micro_batch_tokens", forward_budget(config))
         run = RunDirectory(config.run.dir, is_main=False)
         data = world.main_first(lambda: load_critic_data(config, run, world, verify=verify))
         base = world.main_decides(
@@ -101,7 +94,7 @@ class _Building:
             self._shards.folder,
             f"{name}-0000-{self._world.rank:05}",
             facts,
-            may_take=self._opening.room() / self._world.size,
+            may_take=self._opening.room(),  # as all ranks' states together were found to fit
         )
         with closing(writer):
             self._fill(trunk, writer)
@@ -127,7 +120,7 @@ class _Building:
         """This rank's micro-batches of sequences whose states are not there."""
         for packer in self._opening.packers.values():
             rows = np.unique(packer.units[packer.units >= 0])
-            there = self._shards.find(wanted(packer).keys, lambda steps: steps > -np.inf) >= 0
+            there = self._shards.find(wanted(packer).keys) >= 0
             if len(left := rows[~there]):
                 yield from ((packer, units) for units in packer.split(left[:, None]))
 

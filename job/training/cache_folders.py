@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job.common.schema import CriticConfig
-from job.data.state_shards import ENTRY
+from job.data.state_shards import DAMAGED, ENTRY, INDEX, STATES
 
 _NAME = re.compile("[0-9a-f]{16}")  # of a cache
 LEFT_AFTER = 86_400.0  # seconds, after which a file that nobody has committed is a leftover
@@ -25,6 +24,9 @@ class CacheFolder:
 
     Attributes:
         facts: what they are of.
+        sequences: whose states can be read.
+        bytes: of all its files of states.
+        damaged: bytes of those that were set aside, and are of use to nobody.
         used: when a training or a build last began with it, in seconds since 1970.
     """
 
@@ -32,13 +34,8 @@ class CacheFolder:
     facts: dict[str, Any]
     sequences: int
     bytes: int
+    damaged: int
     used: float
-
-
-def cache_folder(config: CriticConfig) -> Path:
-    """Where the caches of all trunks and boundaries are."""
-    given = config.training.prefix_cache_dir
-    return Path(given) if given is not None else Path(config.data.cache_dir) / "prefix"
 
 
 def may_hold_caches(root: Path) -> bool:
@@ -54,46 +51,63 @@ def folder_of(root: Path, facts: dict[str, Any]) -> Path:
 
 def used_bytes(folder: Path) -> int:
     """Bytes of all states below a folder."""
-    return sum(_size(file) for file in folder.rglob("*.states"))
+    return sum(_size(file) for file in folder.rglob(f"*{STATES}"))
 
 
 def folders(root: Path) -> list[CacheFolder]:
     """What is in a folder of caches, the last used first."""
-    found = [_read(path) for path in root.iterdir() if any(path.glob("*.index"))]
+    found = [_read(path) for path in root.iterdir() if _is_cache(path)]
     return sorted(found, key=lambda one: -one.used)
 
 
 def prune(root: Path, keep: float) -> int:
     """Remove caches that were not used for longest until `keep` bytes are left; how many went.
 
+    What was damaged, and what killed writers have left, goes in any case.
+
     A training that reads one of them goes on: what it has opened stays readable, and the rest it
     computes.
     """
     before, kept = used_bytes(root), 0.0
     for one in folders(root):
+        _remove_damaged(one.path)
         _remove_leftovers(one.path)
-        kept += one.bytes
+        kept += used_bytes(one.path)
         if kept > keep:
-            for index in one.path.glob("*.index"):  # first, so that no half of it is found
+            for index in one.path.glob(f"*{INDEX}"):  # first, so that no half of it is found
                 index.unlink(missing_ok=True)
             shutil.rmtree(one.path, ignore_errors=True)
+        with suppress(OSError):
+            one.path.rmdir()  # where nothing is left
     return before - used_bytes(root)
+
+
+def _is_cache(path: Path) -> bool:
+    return any(any(path.glob(f"*{suffix}")) for suffix in (INDEX, DAMAGED, STATES))
 
 
 def _read(path: Path) -> CacheFolder:
     facts: dict[str, Any] = {}
-    sequences = 0
-    for index in path.glob("*.index"):
+    sequences = damaged = 0
+    for index in (*path.glob(f"*{DAMAGED}"), *path.glob(f"*{INDEX}")):
+        is_damaged = index.suffix == DAMAGED
+        damaged += _size(index.with_suffix(STATES)) if is_damaged else 0
         with suppress(OSError, ValueError):
             head, _, content = index.read_bytes().partition(b"\n")
             facts = json.loads(head)["facts"]
-            sequences += len(content) // ENTRY.itemsize
-    return CacheFolder(path, facts, sequences, used_bytes(path), path.stat().st_mtime)
+            sequences += 0 if is_damaged else len(content) // ENTRY.itemsize
+    return CacheFolder(path, facts, sequences, used_bytes(path), damaged, path.stat().st_mtime)
+
+
+def _remove_damaged(folder: Path) -> None:
+    for index in folder.glob(f"*{DAMAGED}"):
+        index.with_suffix(STATES).unlink(missing_ok=True)
+        index.unlink(missing_ok=True)
 
 
 def _remove_leftovers(folder: Path) -> None:
     for file in folder.iterdir():
-        committed = file.with_suffix(".index").exists() and not file.name.startswith(".")
+        committed = file.with_suffix(INDEX).exists() and not file.name.startswith(".")
         if not committed and time.time() - file.stat().st_mtime > LEFT_AFTER:
             file.unlink(missing_ok=True)
 

@@ -21,10 +21,10 @@ from job.data.tokenizer import Tokenizer, load_tokenizer
 from job.data.weights import Weights, position_weights
 from job.distributed.world import World
 from job.memory.footprint import copy_share
+from job.memory.settings import forward_budget
 from job.model.architecture_file import read_architecture
 from job.run.directory import RunDirectory
 
-_AUTO_TOKENS = 8192  # of a micro-batch
 _PROBLEMS = 4  # of a step at least, however many solutions each has
 _UNKNOWN_SHARE = 0.01  # of tokens; fewer may be rare characters
 _log = logging.getLogger("job.train")
@@ -39,12 +39,10 @@ class CriticData:
     mean_reward: float
     tokenizer: str  # its fingerprint
 
-
-def forward_budget(config: CriticConfig) -> int:
-    """Tokens of a micro-batch without gradients; a moderate number where training is to choose."""
-    if config.training.micro_batch_tokens == AUTO:
-        return max(_AUTO_TOKENS, config.data.max_length)
-    return config.training.token_budget
+    def resize(self, tokens: int) -> None:
+        """Have micro-batches of at most so many tokens from now on."""
+        self.train.resize(tokens)
+        self.validation.resize(tokens)
 
 
 def check_sources(config: CriticConfig) -> None:
@@ -58,6 +56,8 @@ def load_critic_data(
     config: CriticConfig, run: RunDirectory, world: World, *, verify: bool = False
 ) -> CriticData:
     """Tokenise (or find) both sets and check them against each other and the model.
+
+    Where micro-batches are still to be chosen, the sets are to be resized before they are used.
 
     Raises:
         InputError: bad rows, unreadable files, or tokens that the model does not have.
@@ -84,14 +84,14 @@ def load_critic_data(
     pack = functools.partial(
         Packer,
         dim=architecture.dim,
-        budget=config.training.token_budget,
+        budget=forward_budget(config),
         device=world.device,
         rank=world.rank,
         world=world.size,
         prompt_value=config.objective.trains_prompts,
         copy_share=copy_share(architecture),
     )
-    prompts, grouped = _training_prompts(config, train)
+    prompts, grouped = training_prompts(config, train)
     return CriticData(
         pack(
             train,
@@ -107,9 +107,7 @@ def load_critic_data(
     )
 
 
-def _training_prompts(
-    config: CriticConfig, train: TokenizedSet
-) -> tuple[SharedPrompts | None, int]:
+def training_prompts(config: CriticConfig, train: TokenizedSet) -> tuple[SharedPrompts | None, int]:
     """Prompts that trained sequences share, and how many come `together`.
 
     None where solutions of one problem meet by chance alone: too rarely to be worth it.

@@ -15,13 +15,14 @@ from job.common.errors import InputError
 from job.common.progress import Advance
 from job.common.schema import TrainingConfig
 from job.data.packing import Batch, Packer
+from job.data.state_shards import EVALUATION
 from job.distributed.world import World
 from job.model.critic import Critic
 from job.model.shards import full_tensor, local_shard
 from job.run.value_metrics import ValueMetrics
 from job.training.objective import Counts, Objective
 from job.training.optimizer import build_optimizer, set_learning_rate
-from job.training.prefix_cache import EVALUATION, PrefixCache
+from job.training.prefix_cache import PrefixCache
 from job.training.stages import Stages
 
 ADVICE = "Lower training.learning_rate"

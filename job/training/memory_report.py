@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from job.common.schema import AUTO, CriticConfig, ShardingStrategy
+from job.common.schema import AUTO, CriticConfig, PrefixCacheMode, ShardingStrategy
 from job.distributed.world import World
-from job.memory.fit import CONTEXT_BYTES, CPU_TOLERANCE, GPU_TOLERANCE, prediction
+from job.memory.fit import CONTEXT_BYTES, CPU_TOLERANCE, GPU_TOLERANCE, fit, prediction
 from job.memory.footprint import Setting
 from job.memory.host import free_host_bytes
 from job.memory.recorder import Recorder
-from job.memory.settings import setting_of
-from job.model.architecture import TransformerConfig
+from job.memory.settings import once_built, setting_of
 from job.model.architecture_file import read_architecture
+from job.model.parameters import select_trainable
 from job.model.transformer import GROUPS_HEADS
 from job.run.directory import RunDirectory
 from job.training.data import CriticData
@@ -30,19 +30,35 @@ _HOST_SHARE = 0.5  # of what is free on the host, for the processes of a job wit
 _log = logging.getLogger(__name__)
 
 
-def choose_by_memory(config: CriticConfig, run: RunDirectory, world: World) -> None:
+def check_memory(config: CriticConfig, world: World) -> None:
+    """See that something fits at best, before data are tokenised: frozen blocks may be left out.
+
+    Raises:
+        InputError: on every rank, if nothing fits.
+    """
+    may_read = config.training.prefix_cache is not PrefixCacheMode.none
+    left_out, capacity = _n_frozen(config) if may_read else 0, min(world.gather(_capacity(world)))
+    world.main_decides(lambda: _setting(config, world, left_out, capacity))
+
+
+def choose_by_memory(
+    config: CriticConfig, run: RunDirectory, world: World, left_out: int = 0
+) -> None:
     """Replace `auto` by what every rank's memory takes: micro-batch and sharding strategy.
 
     A run that goes on keeps the micro-batch it has begun with, unless that does not fit any more.
+
+    Args:
+        left_out: how many blocks, and the embeddings, are not loaded.
 
     Raises:
         InputError: on every rank, if nothing fits.
     """
     chosen: dict[str, Any] = {}
     capacity = min(world.gather(_capacity(world)))
-    setting = world.main_decides(
-        lambda: _setting(config, read_architecture(config.model.path), world, capacity)
-    )
+    setting = world.main_decides(lambda: _setting(config, world, left_out, capacity))
+    if world.is_main:
+        _warn_where_it_fits_once_built(config, setting, capacity)
     if config.training.micro_batch_tokens == AUTO:
         before = world.main_decides(run.status).get("micro_batch_tokens")
         tokens = min(setting.evaluation_tokens, before or setting.evaluation_tokens)
@@ -58,6 +74,18 @@ def choose_by_memory(config: CriticConfig, run: RunDirectory, world: World) -> N
             _log.info("%s: %s, by the memory of %s", key, value, world.device)
 
 
+def _warn_where_it_fits_once_built(config: CriticConfig, setting: Setting, capacity: int) -> None:
+    found = fit(setting, capacity)
+    if not found.fits and (built := once_built(config, setting, capacity)):
+        text = "memory: %.1f GB predicted, of %.1f GB that are there%s"
+        _log.warning(text, found.needed / 1e9, capacity / 1e9, built)
+
+
+def _n_frozen(config: CriticConfig) -> int:
+    n_blocks = read_architecture(config.model.path).n_trunk_layers
+    return n_blocks - select_trainable(config.training.num_unfrozen_layers, n_blocks).blocks
+
+
 def _capacity(world: World) -> int:
     """Bytes that this rank may take, of what others leave."""
     if world.device.type != "cuda":
@@ -67,27 +95,29 @@ def _capacity(world: World) -> int:
     return min(total, free + torch.cuda.memory_reserved(world.device) + CONTEXT_BYTES)
 
 
-def _setting(
-    config: CriticConfig, architecture: TransformerConfig, world: World, capacity: int = 0
-) -> Setting:
+def _setting(config: CriticConfig, world: World, left_out: int, capacity: int = 0) -> Setting:
     return setting_of(
         config,
-        architecture,
+        read_architecture(config.model.path),
         world_size=world.size,
         per_node=world.local_size,
         capacity=capacity,
         cuda=world.device.type == "cuda",
         repeats_keys=not GROUPS_HEADS,
+        prefix_cached=left_out > 0,
+        between=_n_frozen(config) - left_out if left_out else 0,
     )
 
 
-def heaviest(config: CriticConfig, data: CriticData, world: World) -> Setting:
+def heaviest(config: CriticConfig, data: CriticData, world: World, left_out: int = 0) -> Setting:
     """What memory depends on, with the largest micro-batches that the data makes.
 
     Every rank must take part.
+
+    Args:
+        left_out: how many blocks, and the embeddings, are not loaded.
     """
-    architecture = read_architecture(config.model.path)
-    setting = _setting(config, architecture, world)
+    setting = _setting(config, world, left_out)
     plans = [
         data.train.plan(step, config.training.batch_size, config.training.seed)
         for step in range(min(config.training.max_steps, _STEPS_LOOKED_AT))
@@ -124,11 +154,10 @@ class MemoryAccount:
         run: RunDirectory,
         world: World,
         recorder: Recorder,
-        *,
-        prefix_cached: bool = False,
+        left_out: int = 0,
     ) -> None:
         self._run, self._world, self._recorder = run, world, recorder
-        self._setting = replace(heaviest(config, data, world), prefix_cached=prefix_cached)
+        self._setting = heaviest(config, data, world, left_out)
         self._before = recorder.now()
         self._predicted = prediction(self._setting)
         run.write_json(FILE, {"predicted": self._predicted})

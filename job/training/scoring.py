@@ -6,7 +6,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from job.common.data_file import Source, check_readable, described
 from job.common.errors import InputError
 from job.common.progress import only_warnings, progress
 from job.common.schema import EMBEDDED, DistributedConfig
-from job.data.packing import Batch, Packer, assemble, single_units
+from job.data.packing import Batch, Indices, Packer, assemble, single_units
 from job.data.shared_prompts import shared_in_evaluations
 from job.data.token_cache import TokenizedSet, load_to_score
 from job.data.tokenizer import load_tokenizer
@@ -28,14 +28,16 @@ from job.data.values_text import Values
 from job.distributed.fsdp import shard
 from job.distributed.world import World, joined_world
 from job.memory.footprint import copy_share
+from job.memory.settings import forward_budget
 from job.model.critic import Critic
 from job.model.weights import load_trunk
 from job.run.manifest import MANIFEST
 from job.run.trained import TrainedCritic, load_weights
 from job.run.value_metrics import ValueMetrics
 from job.training.agreement import stop_together
-from job.training.data import check_tokens, forward_budget, warn_of_unknown
+from job.training.data import check_tokens, warn_of_unknown
 from job.training.gpu import check_gpu
+from job.training.kept_states import KeptStates
 from job.training.objective import Objective
 from job.training.preparation import set_up_allocator
 
@@ -69,7 +71,8 @@ def score(
             file = ValuesFile(out, data, _plan(trained, data))
             start = world.main_decides(lambda: stack.enter_context(file.claimed()))
             if start < len(data):
-                _Scorer(trained, data, world).score(file, start)
+                scorer = stack.enter_context(closing(_Scorer(trained, data, world, start)))
+                scorer.score(file)
             if world.is_main:
                 _finish(file, trained, data)
         return world.is_main
@@ -113,12 +116,13 @@ def _plan(trained: TrainedCritic, data: TokenizedSet) -> dict[str, Any]:
 
 
 class _Scorer:
-    """A critic on its GPUs, and the data that it values."""
+    """A critic on its GPUs, and the data that it values, from the sequence `start` on."""
 
-    def __init__(self, trained: TrainedCritic, data: TokenizedSet, world: World) -> None:
-        self._data, self._world = data, world
+    def __init__(
+        self, trained: TrainedCritic, data: TokenizedSet, world: World, start: int
+    ) -> None:
+        self._data, self._world, self._start = data, world, start
         self._objective = Objective(trained.config.objective)
-        self._critic = _place(trained, world)
         self._packer = Packer(
             data,
             single_units(len(data)),
@@ -131,10 +135,17 @@ class _Scorer:
             prompts=shared_in_evaluations(data),
             copy_share=copy_share(trained.architecture),
         )
+        self._kept = KeptStates.find(trained, self._packer, start, world)
+        left_out = 0 if self._kept is None else self._kept.leave_out(start)
+        self._critic = _place(trained, world, left_out)
 
-    def score(self, file: ValuesFile, start: int) -> None:
-        """Value the sequences from `start` on, a part at a time."""
-        n = len(self._data)
+    def close(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
+
+    def score(self, file: ValuesFile) -> None:
+        """Value the sequences, a part at a time."""
+        n, start = len(self._data), self._start
         with progress("scoring", n) as advance:
             while start < n:
                 stop_together(self._world, _KEPT)
@@ -146,6 +157,8 @@ class _Scorer:
                 values = self._values(chosen, advanced)
                 self._world.main_decides(functools.partial(file.add, start, values))
                 start += len(chosen)
+        if self._kept is not None:
+            self._kept.tell(n - self._start)
 
     def _end_of_part(self, start: int) -> int:
         tokens = MICRO_BATCHES * self._packer.budget * self._world.size
@@ -154,12 +167,12 @@ class _Scorer:
         return max(stop, start + 1)
 
     @torch.no_grad()
-    def _values(self, chosen: np.ndarray[Any, Any], advance: Callable[[int], None]) -> list[Values]:
+    def _values(self, chosen: Indices, advance: Callable[[int], None]) -> list[Values]:
         """Values of the chosen sequences, from all ranks, in order."""
         own: dict[int, Values] = {}
-        for units in self._packer.split(chosen):
+        for units, kept in self._plan(chosen):
             batch = self._packer.assemble(units)
-            parts = self._value(batch).split(batch.lengths.tolist())
+            parts = self._value(batch, kept).split(batch.lengths.tolist())
             lengths = batch.response_lengths.tolist()
             for row, part, n in zip(units.ravel().tolist(), parts, lengths, strict=True):
                 own[row] = Values.of(part.numpy(), n)
@@ -167,18 +180,40 @@ class _Scorer:
         found = {row: part for one in self._world.gather(own) for row, part in one.items()}
         return [found[row] for row in chosen.ravel().tolist()]
 
-    def _value(self, batch: Batch) -> torch.Tensor:
-        outputs = self._critic(batch.tokens, batch.layout, batch.layout.reads(batch.positions))
+    def _plan(self, chosen: Indices) -> list[tuple[Indices, KeptStates | None]]:
+        """This rank's micro-batches, each with what has all of its states, or has to compute all.
+
+        Both kinds are put together apart, so that few states are computed that are there.
+        """
+        if self._kept is None:
+            return [(units, None) for units in self._packer.split(chosen)]
+        there = self._kept.there[chosen[:, 0]]
+        read, computed = (
+            self._packer.split(part) if len(part) else []
+            for part in (chosen[there], chosen[~there])
+        )
+        self._kept.expect(read)
+        return [*((units, self._kept) for units in read), *((units, None) for units in computed)]
+
+    def _value(self, batch: Batch, kept: KeptStates | None) -> torch.Tensor:
+        reads = batch.layout.reads(batch.positions)
+        prefix = None if kept is None else kept.take(batch, reads)
+        outputs = self._critic(batch.tokens, batch.layout, reads, prefix)
         if not outputs.isfinite().all():
             raise InputError("values are not finite: the critic is damaged, or bf16 too coarse")
         return self._objective.values(outputs).cpu()
 
 
-def _place(trained: TrainedCritic, world: World) -> Critic:
-    """The critic in shards, its trunk and its trained parameters loaded."""
+def _place(trained: TrainedCritic, world: World, left_out: int) -> Critic:
+    """The critic in shards, its trunk and its trained parameters loaded.
+
+    Without embeddings and the first `left_out` blocks, if there are to be any.
+    """
     fsdp = trained.config.distributed.fsdp
     check_gpu(fsdp, trained.architecture, world.device)
     critic = trained.on_meta()
+    if left_out:
+        critic.trunk.leave_out(left_out)
     shard(critic, fsdp, world)
     load_trunk(critic.trunk, trained.config.model.path, lambda: stop_together(world, _KEPT))
     load_weights(critic, trained.folder, world)

@@ -32,6 +32,8 @@ from job.distributed.fsdp import lay_out
 from job.distributed.world import World
 from job.memory.footprint import Footprint, Moment, Setting
 from job.model.critic import Critic, unfreeze_last_blocks
+from job.model.parameters import select_trainable
+from job.model.prefix import Prefix
 from job.model.shards import local_shard
 from job.model.transformer import PackedLayout, Reads
 from job.training.histogram import Histogram, histogram_loss
@@ -77,12 +79,18 @@ def _critic(setting: Setting, world: World) -> Critic:
         )
     unfreeze_last_blocks(critic, setting.num_unfrozen_layers)
     if setting.has_cache:
-        del critic.trunk.layers[: critic.trunk.first_trainable_block()]
-        critic.trunk.tok_embeddings = _NoEmbeddings()
+        critic.trunk.leave_out(_left_out(setting))
     if setting.fsdp.activation_checkpointing:
         critic.trunk.recompute_trainable_blocks()
     lay_out(critic, setting.fsdp, world)
     return critic
+
+
+def _left_out(setting: Setting) -> int:
+    """How many blocks cached states stand for."""
+    n_blocks = setting.architecture.n_trunk_layers
+    chosen = select_trainable(setting.num_unfrozen_layers, n_blocks)
+    return n_blocks - chosen.blocks - setting.between
 
 
 def _layout(setting: Setting) -> PackedLayout:
@@ -98,14 +106,6 @@ def _reads(setting: Setting, layout: PackedLayout) -> Reads:
     """The last n tokens, of whole sequences and one more at most; closed form knows them alone."""
     n, t = setting.read_tokens, setting.micro_batch_tokens
     return layout.reads(torch.arange(t - n, t))
-
-
-class _NoEmbeddings(torch.nn.Embedding):
-    """Embeddings that nothing asks for, of no parameters."""
-
-    def __init__(self) -> None:
-        torch.nn.Module.__init__(self)
-        self.weight = torch.empty(0)
 
 
 class _Simulation:
@@ -125,12 +125,13 @@ class _Simulation:
         self._reads = reads
         self._inputs = [self._tokens, layout.positions, layout.boundaries, reads.rows]
         self._inputs.append(reads.boundaries)
+        self._states: Tensor | None = None
         if setting.has_cache:
             dtype = torch.bfloat16 if setting.fsdp.mixed_precision else torch.float32
-            rows = t if setting.num_unfrozen_layers else n
-            hidden = torch.empty(rows, setting.architecture.dim, dtype=dtype)
-            critic.trunk.prefix = lambda *_: hidden  # type: ignore[method-assign]
-            self._inputs.append(hidden)
+            is_last = _left_out(setting) == setting.architecture.n_trunk_layers
+            rows = n if is_last else t
+            self._states = torch.empty(rows, setting.architecture.dim, dtype=dtype)
+            self._inputs.append(self._states)
         config = TrainingConfig(num_unfrozen_layers=setting.num_unfrozen_layers)
         self._optimizer = build_optimizer(critic, config)
         self._trainable = [p for p in critic.parameters() if p.requires_grad]
@@ -154,7 +155,10 @@ class _Simulation:
             parameter.grad = torch.zeros_like(parameter)
 
     def _micro_batch(self) -> None:
-        outputs = self._critic(self._tokens, self._layout, self._reads)
+        known = None
+        if self._states is not None:
+            known = Prefix(_left_out(self._setting), states=self._states)
+        outputs = self._critic(self._tokens, self._layout, self._reads, known)
         if self._setting.head_outputs == 1:
             outputs.square().sum().backward()
             return

@@ -26,6 +26,7 @@ from job.run.metrics_log import Tracker
 from job.run.report_page import write_report
 from job.run.trained import find_weights, load_weights
 from job.training.attempt import Attempt, claimed_attempt
+from job.training.cache_opening import opened_cache
 from job.training.checkpoint import Checkpoints
 from job.training.compilation import choose_compilation
 from job.training.data import CriticData, load_critic_data
@@ -33,10 +34,10 @@ from job.training.gpu import check_gpu
 from job.training.learner import Learner
 from job.training.loop import Training, try_to_save
 from job.training.machine import describe
-from job.training.memory_report import MemoryAccount, choose_by_memory
+from job.training.memory_report import MemoryAccount, check_memory, choose_by_memory
 from job.training.objective import Objective
 from job.training.out_of_memory import out_of_memory_judged
-from job.training.prefix_cache import PrefixCache, opened_cache
+from job.training.prefix_cache import PrefixCache
 from job.training.preparation import load_critic, set_up_torch
 from job.training.state import TrainingState
 
@@ -64,7 +65,7 @@ def _train(attempt: Attempt) -> None:
     config, run, world = attempt.config, attempt.run, attempt.world
     check_gpu(config.distributed.fsdp, read_architecture(config.model.path), world.device)
     choose_compilation(config, world)
-    choose_by_memory(config, run, world)
+    check_memory(config, world)
     data = world.main_first(lambda: load_critic_data(config, run, world, verify=attempt.verify))
     identity = world.main_decides(lambda: _identity(config, data, attempt.verify))
     checkpoints = Checkpoints(run, attempt.fence, config.checkpoint, identity, world)
@@ -89,8 +90,9 @@ def _train_from_checkpoint(
         if cache is not None:
             step = 0 if checkpoint is None else read_facts(checkpoint)["step"]
             left_out = cache.leave_out(data, step, config.training.batch_size)
-        cached = left_out > 0
-        memory = MemoryAccount(config, data, run, world, recorder, prefix_cached=cached)
+        choose_by_memory(config, run, world, left_out)
+        data.resize(config.training.token_budget)
+        memory = MemoryAccount(config, data, run, world, recorder, left_out)
         with recorder.phase("load"), attempt.agreement.watchdog.watching():
             critic = load_critic(config, data, world, attempt.agreement.check, left_out)
         learner = _learner(attempt, critic, cache)
@@ -147,6 +149,7 @@ def _go_on_from(state: TrainingState, attempt: Attempt, checkpoints: Checkpoints
     if run.writes:
         if not state.step and run.records():
             _log.warning("no checkpoint to go on from: starting over")
+        run.store_config()
         attempt.fence.record(world.size, state.step)
         attempt.fence.describe(describe(world.device))
         checkpoints.remove_leftovers()

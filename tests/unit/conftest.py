@@ -1,16 +1,31 @@
-"""What unit tests share: benchmarks as modules, and what Slurm and NVML answer as tests say."""
+"""What unit tests share: trainings, tokenizers and benchmarks, and what Slurm and NVML answer."""
 
 from __future__ import annotations
 
 import importlib
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from disturbed_runs import IN_BACKGROUND, crash_before, environment, run_training, workspace
 from fake_nvml import FakeNvml, compiled
 from fake_slurm import FakeSlurm
+from kinds_of_tokenizers import llama_model, sentences
+from spoiled_input import (  # noqa: F401 - fixtures
+    command,
+    pretrain_refused,
+    refused,
+    tiny_trunk,
+    workplace,
+)
+from tokenizers import Tokenizer as LibraryTokenizer
+
+from job.data.tokenizer import Tokenizer, load_tokenizer, write_bpe_tokenizer
+from job.run.directory import RunDirectory
+from job.training import checkpoint as checkpoint_module
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -44,6 +59,84 @@ def _roomy_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "disk_usage", roomy)
         yield
+
+
+@pytest.fixture(scope="session")
+def _training_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return workspace(tmp_path_factory.mktemp("trainings"))
+
+
+@pytest.fixture(scope="session")
+def whole(_training_folder: Path) -> RunDirectory:
+    """A training of eight steps that nothing disturbed; tests leave it as it is."""
+    with environment(_training_folder):
+        run_training("whole")
+    return RunDirectory(_training_folder / "runs/whole")
+
+
+@pytest.fixture(scope="session")
+def halted(_training_folder: Path) -> RunDirectory:
+    """The same training, ended before step 7: with checkpoints at 2, 4 and 6."""
+    with environment(_training_folder):
+        crash_before(7, "halted")
+    return RunDirectory(_training_folder / "runs/halted")
+
+
+@pytest.fixture
+def training_folder(_training_folder: Path, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Work where `whole` and `halted` are, and one thing after the other."""
+    caplog.set_level(logging.INFO, "job")
+    with environment(_training_folder):
+        yield
+
+
+@pytest.fixture
+def saved_in_background(training_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are saved by their own thread, as in earnest."""
+    monkeypatch.setattr(checkpoint_module, "_in_background", IN_BACKGROUND)
+
+
+@pytest.fixture(scope="session")
+def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bpe")
+    write_bpe_tokenizer(folder, sentences(), 400)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bpe(bpe_folder: Path) -> Tokenizer:
+    return load_tokenizer(bpe_folder)
+
+
+@pytest.fixture(scope="session")
+def library(bpe_folder: Path) -> LibraryTokenizer:
+    """What `bpe` is in the library of tokenizers."""
+    return LibraryTokenizer.from_file(str(bpe_folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As Llama's: BPE, byte fallback, no normalisation."""
+    file = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
+    file.write_bytes(llama_model("bpe"))
+    return file
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """MLflow's, one for all tests: making one takes two seconds."""
+    from mlflow import MlflowClient  # takes seconds
+
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    MlflowClient(uri).search_experiments()
+    return uri
+
+
+@pytest.fixture
+def outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No job, and no tracking server, of who runs the tests."""
+    for name in ("SLURM_PROCID", "SLURM_JOB_ID", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

@@ -66,11 +66,14 @@ def test_pairwise_loss_by_hand(throughput: ModuleType, data: Any) -> None:
 def test_the_product_takes_turns_in_a_process_of_its_own(
     throughput: ModuleType, tmp_path: Path
 ) -> None:
-    name = throughput.PAIRS
-    found = throughput.compare(_case(throughput), [name], 1, tmp_path)
-    assert found["contestants"][name]["first_loss_error"] < 1e-4
+    names = [throughput.PAIRS, "packed, group_by_problem"]
+    found = throughput.compare(_case(throughput), names, 1, tmp_path)
     assert len(found["rounds"]) == 1
-    assert name in throughput.show(found)
+    for name in names:
+        figures = found["contestants"][name]
+        assert figures["first_loss_error"] < 1e-4
+        assert figures["real_share"] > 1.1  # two of a problem compute their prompt once
+        assert name in throughput.show(found)
 
 
 @pytest.mark.all

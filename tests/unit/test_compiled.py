@@ -97,6 +97,7 @@ def test_the_same_values_without_graph_breaks_and_no_graph_more_for_other_length
 
 
 @pytest.mark.all
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's, of its own
 def test_kernels_of_inductor_give_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
     if lacking := missing(cuda=False):
         pytest.skip(f"there is no {' and '.join(lacking)}")

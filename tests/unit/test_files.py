@@ -1,4 +1,4 @@
-"""What is put in place is on the disk before it has its name, and its name after it."""
+"""What is put in place appears whole: it is on the disk before it has its name, and that after."""
 
 from __future__ import annotations
 
@@ -90,3 +90,49 @@ def test_a_file_system_that_is_away_is_as_if_nothing_were_there(
 ) -> None:
     assert read_json(tmp_path, dict) is None
     assert "not readable, and taken as absent: Is a directory" in caplog.text
+
+
+def test_a_folder_appears_at_the_end_with_all_that_was_written(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "deep/er/made") as scratch:
+        (scratch / "file").write_text("text")
+        assert not (tmp_path / "deep/er/made").exists()
+    assert [p.name for p in (tmp_path / "deep/er").iterdir()] == ["made"]
+    assert (tmp_path / "deep/er/made/file").read_text() == "text"
+
+
+def test_a_folder_is_not_made_after_an_error(tmp_path: Path) -> None:
+    def fail() -> None:
+        with atomic_folder(tmp_path / "made") as scratch:
+            (scratch / "file").write_text("text")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_of_two_folders_stays(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "made") as late:
+        (late / "file").write_text("late")
+        with atomic_folder(tmp_path / "made") as early:
+            (early / "file").write_text("early")
+    assert [p.name for p in tmp_path.iterdir()] == ["made"]
+    assert (tmp_path / "made/file").read_text() == "early"
+
+
+def test_a_folder_does_not_replace_a_file(tmp_path: Path) -> None:
+    (tmp_path / "made").write_text("file")
+    with pytest.raises(OSError, match="Not a directory"), atomic_folder(tmp_path / "made"):
+        pass
+    assert (tmp_path / "made").read_text() == "file"
+    assert [p.name for p in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, "old ü")
+    write_atomic(path, "new ü")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "half of a pair: \ud800")
+    assert path.read_bytes() == "new ü".encode()
+    assert list(tmp_path.iterdir()) == [path]

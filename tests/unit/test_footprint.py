@@ -181,6 +181,27 @@ def test_with_a_cache_the_prefix_is_nowhere() -> None:
     assert probe["frozen_weights"] == 2 * 64 // 2  # the final norm
 
 
+def test_with_a_cache_of_everything_an_evaluation_is_the_head_alone() -> None:
+    moments = {
+        cached: footprint(_small(0, prefix_cached=cached, evaluation_tokens=10)).moments[-1]
+        for cached in (True, False)
+    }
+    read, computed = moments[True].components, moments[False].components
+    assert moments[True].name == "evaluate"
+    assert read["gathered_weights"] == 0 < computed["gathered_weights"]
+    assert read["working_set"] < computed["working_set"]
+
+
+def test_frozen_blocks_behind_the_cached_states_are_there() -> None:
+    alone, between = (footprint(_small(2, prefix_cached=True, between=n)) for n in (0, 1))
+    one = between.after_backward.components["frozen_weights"]
+    assert 0 == alone.after_backward.components["frozen_weights"] < one
+    whole = footprint(_small(2)).after_backward.components["frozen_weights"]
+    assert one < whole
+    assert "prefix" in {moment.name for moment in between.moments}
+    assert "embedding" not in {moment.name for moment in between.moments}
+
+
 def test_full_training_has_no_prefix_to_cache() -> None:
     assert footprint(_small(4, prefix_cached=True)) == footprint(_small(4))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_checkpoint import environment, run_training, workspace
+from disturbed_runs import environment, run_training, workspace
 
 from job.run.manifest import MANIFEST, DamagedError, FileSum, Manifest
 

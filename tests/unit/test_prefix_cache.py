@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from job import cache as job_cache
 from job.common.config import load_config
 from job.common.errors import InputError, StorageError
 from job.common.schema import CriticConfig
+from job.memory.fit import MARGIN, fit
 from job.memory.footprint import Setting
+from job.memory.settings import setting_of
+from job.model.architecture_file import read_architecture
 from job.model.prefix import Prefix
 from job.run.directory import RunDirectory
-from job.training import memory_report, prefix_cache
+from job.training import memory_report, prefix_cache, trainer
 from job.training.cache_building import build
 from job.training.cache_choice import DiskRates, Work, training_share, work_left
 from job.training.cache_folders import folders, prune
@@ -185,6 +189,40 @@ def test_another_run_reads_everything_and_loads_no_frozen_block(
     assert bytes_[1]["trunk_blocks"] == bytes_[0]["trunk_blocks"] / 3  # one of three blocks
 
 
+def test_the_micro_batch_is_chosen_by_what_is_loaded(
+    job: Job, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    job.once("read1", "all")
+    config = load_config(CriticConfig, "critic.yaml", ("training.micro_batch_tokens=auto",))
+    architecture = read_architecture("trunk")
+
+    def chosen(capacity: int, *, cached: bool) -> Setting:
+        return setting_of(config, architecture, cuda=False, capacity=capacity, prefix_cached=cached)
+
+    # as it is looked for: what accumulates follows from it
+    whole_step = replace(chosen(10**12, cached=True), accumulates=True)
+    capacity = int(fit(whole_step, 0).needed / (1 - MARGIN)) + 1
+    read, computed = (chosen(capacity, cached=c).evaluation_tokens for c in (True, False))
+    assert read > computed
+    monkeypatch.setattr(memory_report, "_capacity", lambda world: capacity)
+    given = ("training.micro_batch_tokens=auto", "training.max_steps=2")
+    assert job("roomy", "all", *given, cache="states-read1").status()["micro_batch_tokens"] == read
+    assert job("empty", "all", *given).status()["micro_batch_tokens"] == computed
+    assert "built first" not in caplog.text
+    two_a_step = ("training.micro_batch_tokens=640", "training.batch_size=11")
+    job("tight", "all", *two_a_step, given[1])
+    assert "built first (python -m job.cache build): " in caplog.text
+
+
+def test_what_fits_in_no_way_is_refused_before_the_data_are_read(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_report, "_capacity", lambda world: 10_000)
+    monkeypatch.setattr(trainer, "load_critic_data", None)
+    with pytest.raises(InputError, match="micro_batch_tokens: auto"):
+        job("nowhere", "all", "training.micro_batch_tokens=auto")
+
+
 @pytest.mark.parametrize("n", [0, pytest.param(1, marks=VARIANT)])
 def test_fewer_unfrozen_blocks_read_the_states_before_those_of_more(job: Job, n: int) -> None:
     blocks = f"training.num_unfrozen_layers={n}"
@@ -284,6 +322,42 @@ def test_a_cache_that_does_not_fit_is_refused(job: Job) -> None:
     with pytest.raises(InputError, match=words):
         job("large", "all", "training.prefix_cache_gb=0.0005")
     assert not job.shards("states-large")
+
+
+def _bytes(job: Job, cache: str) -> int:
+    return sum(path.stat().st_size for path in job.shards(cache))
+
+
+def _gigabytes(job: Job, beside: float) -> str:
+    """Room for all states of a run, or for so many bytes more."""
+    return f"training.prefix_cache_gb={(_bytes(job, 'states-read1') + beside) / 1e9:.10f}"
+
+
+def test_sets_that_fit_one_by_one_and_not_together_are_not_both_kept(
+    job: Job, caplog: pytest.LogCaptureFixture
+) -> None:
+    job.once("read1", "all")
+    caplog.set_level(logging.INFO, "job.train")
+    few = "training.max_steps=20"  # of which an epoch has 17.3
+    job("both", "all", _gigabytes(job, 0.5), few)
+    assert _bytes(job, "states-both") == _bytes(job, "states-read1")
+    assert "not written any more" not in caplog.text
+    with pytest.raises(InputError, match="the states of the training data take"):
+        job("together", "all", _gigabytes(job, -0.5), few)
+    run = job("one", "auto", _gigabytes(job, -0.5), "training.max_steps=2")
+    assert _record(run)["training"] is False
+    assert "the states of the training data take" in caplog.text
+    assert "the states of the validation data take" not in caplog.text
+
+
+def test_a_run_whose_room_others_have_taken_meanwhile_goes_on(
+    job: Job, caplog: pytest.LogCaptureFixture
+) -> None:
+    job("crowded", "all", "training.max_steps=5")
+    caplog.set_level(logging.INFO, "job.train")
+    run = job("crowded", "all", "training.prefix_cache_gb=0.00001", "training.max_steps=12")
+    assert MicroRun(run.path).step == 12
+    assert "prefix cache: not kept: the states of the training data take" in caplog.text
 
 
 def test_auto_does_without_a_cache_that_does_not_fit(job: Job) -> None:

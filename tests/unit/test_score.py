@@ -608,6 +608,8 @@ def test_a_run_with_relative_paths_is_used_from_anywhere(
     shutil.copytree(critics.trunk, tmp_path / "project" / "trunk")
     file = copy / "checkpoints" / "step-00000006" / "config.yaml"
     text = file.read_text().replace(f"{critics.folder}/trunk", "trunk")
+    text = text.replace("prefix_cache_dir: null", "prefix_cache_dir: states")
+    (tmp_path / "project" / "states").mkdir()
     file.write_text(text.replace(str(run.path), "runs/n1"))
     manifest = Manifest.read(file.parent)  # it knows the configuration's checksum
     sums = manifest.files | {"config.yaml": FileSum.of(file)}
@@ -615,6 +617,7 @@ def test_a_run_with_relative_paths_is_used_from_anywhere(
     monkeypatch.chdir(tmp_path)
     assert TrainedCritic.find(copy).config.model.path == f"{tmp_path}/project/trunk"
     assert TrainedCritic.find(copy, "other").config.model.path == "other"
+    assert TrainedCritic.find(copy).config.prefix_cache_folder == f"{tmp_path}/project/states"
     shutil.rmtree(tmp_path / "project" / "trunk")
     with pytest.raises(InputError, match=r"trunk: the trunk .* is not here; name its .* --trunk"):
         TrainedCritic.find(copy).check()

@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 
 from job.common.errors import InputError
-from job.common.schema import AUTO, CriticConfig, Loss, ShardingStrategy
-from job.memory.fit import fit
+from job.common.schema import (
+    AUTO,
+    CriticConfig,
+    FsdpConfig,
+    Loss,
+    PrefixCacheMode,
+    ShardingStrategy,
+)
+from job.memory.fit import fit, largest_unfrozen
 from job.memory.footprint import Setting
 from job.memory.settings import SHAPES, setting_of
 
@@ -104,6 +111,44 @@ def test_where_nothing_fits_it_is_said_what_would() -> None:
         _auto(capacity=12_000_000_000)
 
 
+GPU_24GB = 24_000_000_000
+
+
+def test_where_nothing_fits_it_is_said_that_cached_states_would() -> None:
+    config = _config(micro_batch_tokens=AUTO)
+    cached = setting_of(config, SEVEN_B, capacity=GPU_24GB, prefix_cached=True)
+    assert fit(cached, GPU_24GB).fits
+    smallest = replace(cached, micro_batch_tokens=2048, evaluation_tokens=0)
+    needed = fit(smallest, GPU_24GB).needed / 1e9
+    with pytest.raises(InputError) as error:
+        setting_of(config, SEVEN_B, capacity=GPU_24GB)
+    built = "built first (python -m job.cache build): "
+    said = float(str(error.value).partition(built)[2].removesuffix(" GB"))
+    assert said == pytest.approx(needed, abs=0.1)
+    config.training.prefix_cache = PrefixCacheMode.none
+    with pytest.raises(InputError, match=r"set distributed\.fsdp\.activation_checkpointing$"):
+        setting_of(config, SEVEN_B, capacity=GPU_24GB)
+
+
+def test_with_cached_states_frozen_weights_take_no_room_from_micro_batches() -> None:
+    config = _config(micro_batch_tokens=AUTO)
+    read, computed = (
+        setting_of(config, SEVEN_B, capacity=A100_40GB, prefix_cached=cached)
+        for cached in (True, False)
+    )
+    assert read.micro_batch_tokens > computed.micro_batch_tokens
+
+
+@pytest.mark.parametrize(
+    ("cached", "strategy"), [(False, "FULL_SHARD"), (True, "REPLICATE_FROZEN")]
+)
+def test_auto_knows_that_cached_blocks_are_nowhere(cached: bool, strategy: str) -> None:
+    setting = setting_of(
+        _config(), SEVEN_B, world_size=4, capacity=18 * 10**9, prefix_cached=cached
+    )
+    assert setting.fsdp.sharding_strategy.name == strategy
+
+
 @pytest.mark.parametrize(
     ("capacity", "world_size", "strategy"),
     [
@@ -125,6 +170,20 @@ def test_auto_keeps_frozen_weights_whole_where_they_fit(
         config.distributed.fsdp.cpu_offload = not other
         sharded = setting_of(config, SEVEN_B, world_size=4, capacity=A100_80GB, **other)
         assert sharded.fsdp.sharding_strategy is ShardingStrategy.FULL_SHARD
+
+
+def test_the_largest_n_of_auto_is_that_of_the_strategy_it_would_fall_back_to() -> None:
+    named: dict[ShardingStrategy, int | None] = {}
+    for strategy in (ShardingStrategy.auto, ShardingStrategy.FULL_SHARD):
+        config = _config(micro_batch_tokens=8192)
+        config.distributed.fsdp.sharding_strategy = strategy
+        setting = setting_of(config, SEVEN_B, world_size=4, per_node=4, capacity=A100_40GB)
+        named[strategy] = largest_unfrozen(setting, A100_40GB)
+    setting = replace(setting, fsdp=FsdpConfig(ShardingStrategy.REPLICATE_FROZEN))
+    whole, found = largest_unfrozen(setting, A100_40GB), named[ShardingStrategy.auto]
+    assert whole is not None
+    assert found is not None
+    assert whole < found == named[ShardingStrategy.FULL_SHARD]
 
 
 def test_a_strategy_that_is_named_is_kept() -> None:

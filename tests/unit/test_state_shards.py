@@ -181,7 +181,7 @@ def test_a_shard_that_is_not_whole_is_not_used(
 def test_a_full_budget_ends_the_writing_and_loses_nothing(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    writer = _written(folder, "a", (1, 5, 0), (2, 5, 1), (3, 5, 2), may_take=12 * ROW)
+    writer = _written(folder, "a", (1, 5, 0), (2, 5, 1), (3, 5, 2), may_take=3 * PAGE - 1)
     assert writer.error is not None
     assert "training.prefix_cache_gb is used up" in writer.error
     assert caplog.text.count("not written any more") == 1

@@ -20,7 +20,6 @@ import torch
 
 from job.common.derived import SUMS
 from job.common.errors import InputError
-from job.common.files import atomic_folder, write_atomic
 from job.common.schema import ArithmeticConfig, BadRows, DataConfig, Overlong, PretrainDataConfig
 from job.data import token_cache
 from job.data.arithmetic import ALPHABET, Chain, chains
@@ -581,7 +580,7 @@ def test_bad_rows_are_an_error_that_counts_all_and_shows_the_first_ten(
     assert more.strip() == "... and 30 more"
     assert "broken JSON" in shown[0]
     assert "lies outside" in shown[1]
-    assert "tokens, more than data.max_length 512" in shown[2]
+    assert "tokens, more than data.max_length 512 (data.overlong=error)" in shown[2]
     assert entries(tmp_path) == []
 
 
@@ -819,52 +818,3 @@ def test_a_full_disk_is_no_wrong_input_and_leaves_nothing(tmp_path: Path) -> Non
     assert said.startswith("error: data.cache_dir: cannot use ")
     assert "File too large" in said
     assert entries(tmp_path) == []
-
-
-# --- files and folders that appear whole -----------------------------------------------------
-
-
-def test_a_folder_appears_at_the_end_with_all_that_was_written(tmp_path: Path) -> None:
-    with atomic_folder(tmp_path / "deep/er/made") as scratch:
-        (scratch / "file").write_text("text")
-        assert not (tmp_path / "deep/er/made").exists()
-    assert [p.name for p in (tmp_path / "deep/er").iterdir()] == ["made"]
-    assert (tmp_path / "deep/er/made/file").read_text() == "text"
-
-
-def test_a_folder_is_not_made_after_an_error(tmp_path: Path) -> None:
-    def fail() -> None:
-        with atomic_folder(tmp_path / "made") as scratch:
-            (scratch / "file").write_text("text")
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_first_of_two_folders_stays(tmp_path: Path) -> None:
-    with atomic_folder(tmp_path / "made") as late:
-        (late / "file").write_text("late")
-        with atomic_folder(tmp_path / "made") as early:
-            (early / "file").write_text("early")
-    assert [p.name for p in tmp_path.iterdir()] == ["made"]
-    assert (tmp_path / "made/file").read_text() == "early"
-
-
-def test_a_folder_does_not_replace_a_file(tmp_path: Path) -> None:
-    (tmp_path / "made").write_text("file")
-    with pytest.raises(OSError, match="Not a directory"), atomic_folder(tmp_path / "made"):
-        pass
-    assert (tmp_path / "made").read_text() == "file"
-    assert [p.name for p in tmp_path.iterdir()] == ["made"]
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_atomic(path, "old ü")
-    write_atomic(path, "new ü")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomic(path, "half of a pair: \ud800")
-    assert path.read_bytes() == "new ü".encode()
-    assert list(tmp_path.iterdir()) == [path]

@@ -142,6 +142,30 @@ def test_a_finished_run_is_left_as_it_is(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_finished_run_keeps_its_configuration_whatever_is_asked_for(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = train_run()
+    before = run.file("config.yaml").read_bytes()
+    caplog.clear()
+    train_run("model.path=nowhere")
+    assert run.file("config.yaml").read_bytes() == before
+    assert "changes nothing\n  model.path: " in caplog.text
+    assert caplog.text.rstrip().endswith("-> nowhere")
+
+
+@pytest.mark.slow
+def test_a_refused_resumption_leaves_the_configuration_as_it_is(folder: Path) -> None:
+    run = train_run("checkpoint.every_steps=4")
+    before = run.file("config.yaml").read_bytes()
+    recipe = (folder / "pretrain.yaml").read_text().replace("max_steps: 5", "max_steps: 6")
+    (folder / "other.yaml").write_text(recipe)
+    with pytest.raises(InputError, match="a checkpoint of something else"):
+        train_run("training.max_steps=12", "model.path=other", "model.recipe=other.yaml")
+    assert run.file("config.yaml").read_bytes() == before
+
+
+@pytest.mark.slow
 def test_an_unfinished_run_starts_over(folder: Path) -> None:
     complete = train_run("run.dir=runs/whole").file("metrics.jsonl").read_bytes()
     run = RunDirectory("runs/n1")

@@ -1,0 +1,182 @@
+"""What is settled about a training's prefix cache before it is read or written."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from job.common.errors import InputError
+from job.common.places import free_bytes
+from job.common.schema import CriticConfig, PrefixCacheMode
+from job.data.packing import Packer
+from job.data.state_shards import Shards, Stored, Writer, on_disk, remove_leftovers
+from job.distributed.world import World
+from job.model.architecture_file import read_architecture
+from job.run.directory import RunDirectory
+from job.training.cache_boundary import Boundary, wanted
+from job.training.cache_folders import used_bytes
+from job.training.cache_record import RECORD, Record
+from job.training.data import CriticData
+from job.training.prefix_cache import PrefixCache
+
+FREE_SHARE = 0.8  # of what is free, where no size is given
+_log = logging.getLogger("job.train")
+
+
+@contextmanager
+def opened_cache(
+    config: CriticConfig,
+    data: CriticData,
+    base: str,
+    run: RunDirectory,
+    world: World,
+    attempt: int,
+) -> Iterator[PrefixCache | None]:
+    """The cache of a run as it is configured; None where there is to be none.
+
+    Every rank must take part. The sets know afterwards by which keys their states are kept.
+
+    Args:
+        base: the fingerprint of the trunk.
+
+    Raises:
+        InputError: it is to keep more than its disk or `training.prefix_cache_gb` takes.
+    """
+    boundary = Boundary.of(config, read_architecture(config.model.path))
+    if config.training.prefix_cache is PrefixCacheMode.none or boundary.block == 0:
+        yield None
+        return
+    opening = Opening(config, data, base, world)
+    record = world.main_decides(lambda: _settle(opening, boundary, run))
+    boundary = replace(boundary, block=record.block)
+    shards = opening.shards(boundary)
+    writer = Writer(
+        shards.folder,
+        f"{record.name}-{attempt:04}-{world.rank:05}",
+        boundary.facts(base, world.device),
+        may_take=opening.room(),  # where all ranks' states together were found to fit
+    )
+    opening.name_sequences(boundary)
+    with closing(PrefixCache(boundary, shards, writer, record, world, run)) as cache:
+        yield cache
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What the caches of one training at any boundary share."""
+
+    config: CriticConfig
+    data: CriticData
+    base: str
+    world: World
+    # by whether only read rows are kept: all tokens are gone through for it
+    _stored: dict[bool, dict[str, Stored]] = field(default_factory=dict)
+
+    @property
+    def packers(self) -> dict[str, Packer]:
+        return {"validation": self.data.validation, "training": self.data.train}
+
+    def shards(self, boundary: Boundary) -> Shards:
+        return boundary.shards(Path(self.config.prefix_cache_folder), self.base, self.world.device)
+
+    def name_sequences(self, boundary: Boundary) -> None:
+        """Let the sets know by which keys their states are kept."""
+        kind, packers = boundary.of_read_rows, self.packers
+        if kind not in self._stored:
+            self._stored[kind] = {name: boundary.stored(p) for name, p in packers.items()}
+        for name, packer in packers.items():
+            packer.stored = self._stored[kind][name]
+
+    def missing_bytes(self, boundary: Boundary, record: Record | None = None) -> dict[str, int]:
+        """How much of each set's states is not there yet, on the disk.
+
+        Args:
+            record: of the run that is to read the rest; without one, whoever has written it counts.
+        """
+        shards = self.shards(boundary)
+        if record is None:
+            shards.refresh()
+        else:
+            record.take_in(shards)
+        self.name_sequences(boundary)
+        return {n: _missing_bytes(p, boundary, shards) for n, p in self.packers.items()}
+
+    def room(self) -> float:
+        """Bytes that may still be written."""
+        root, given = Path(self.config.prefix_cache_folder), self.config.training.prefix_cache_gb
+        free = FREE_SHARE * free_bytes(root)
+        return free if given is None else min(free, given * 1e9 - used_bytes(root))
+
+
+def _settle(opening: Opening, boundary: Boundary, run: RunDirectory) -> Record:
+    """What the run has settled, or settles now, on rank 0."""
+    mode, before = opening.config.training.prefix_cache, Record.read(run)
+    record = before or _new_record(opening, boundary)
+    if mode is not PrefixCacheMode.auto:
+        record.validation, record.training = True, mode is PrefixCacheMode.all
+    boundary = replace(boundary, block=record.block)
+    folder = opening.shards(boundary).folder
+    remove_leftovers(folder, record.name)
+    _keep_what_fits(opening, boundary, record, or_raise=before is None)
+    with suppress(OSError):
+        os.utime(folder)  # it is used
+    run.write_json(RECORD, vars(record))
+    return record
+
+
+def _new_record(opening: Opening, boundary: Boundary) -> Record:
+    boundary = _best(opening, boundary)
+    there = opening.shards(boundary)
+    there.refresh()
+    return Record(uuid.uuid4().hex[:12], there.names, boundary.block, None, None)
+
+
+def _best(opening: Opening, boundary: Boundary) -> Boundary:
+    """This boundary, or one before it at which all states are there, as they are in a sweep.
+
+    The blocks between are run then.
+    """
+    if any(opening.missing_bytes(boundary).values()):
+        for block in range(boundary.block - 1, 0, -1):
+            other = replace(boundary, block=block)
+            there = opening.shards(other).folder.exists()
+            if there and not any(opening.missing_bytes(other).values()):
+                return other
+    return boundary
+
+
+def _keep_what_fits(
+    opening: Opening, boundary: Boundary, record: Record, *, or_raise: bool
+) -> None:
+    """Hold each set's states against the room that those before it leave; evaluations come first.
+
+    Args:
+        or_raise: whether the run is new, and its user may be told to make room.
+    """
+    mode, room = opening.config.training.prefix_cache, opening.room()
+    for name, size in opening.missing_bytes(boundary, record).items():
+        if getattr(record, name) is False:
+            continue
+        if size <= room:
+            room -= size
+            continue
+        text = (
+            f"the states of the {name} data take {size / 1e9:,.3f} GB in "
+            f"{opening.shards(boundary).folder}, and there is room for {room / 1e9:,.3f} GB "
+            "(training.prefix_cache_dir, training.prefix_cache_gb)"
+        )
+        if or_raise and mode is not PrefixCacheMode.auto:
+            raise InputError(f"training.prefix_cache={mode.value}: {text}")
+        _log.info("prefix cache: not kept: %s", text)
+        setattr(record, name, False)
+
+
+def _missing_bytes(packer: Packer, boundary: Boundary, shards: Shards) -> int:
+    chosen = wanted(packer)
+    lacking = shards.find(chosen.keys) < 0
+    return int(on_disk(chosen.rows[lacking] * boundary.row_bytes).sum())
