@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 import time
 from contextlib import suppress
@@ -14,7 +13,6 @@ from typing import Any
 
 from job.data.state_shards import DAMAGED, ENTRY, INDEX, STATES
 
-_NAME = re.compile("[0-9a-f]{16}")  # of a cache
 LEFT_AFTER = 86_400.0  # seconds, after which a file that nobody has committed is a leftover
 
 
@@ -40,8 +38,8 @@ class CacheFolder:
 
 def may_hold_caches(root: Path) -> bool:
     """Whether a folder is one of caches, which may all be gone, and not somebody's other one."""
-    names = [path.name for path in root.iterdir()]
-    return not names or any(map(_NAME.fullmatch, names))
+    found = list(root.iterdir())
+    return not found or any(map(_is_cache, found))
 
 
 def folder_of(root: Path, facts: dict[str, Any]) -> Path:
