@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from job.common.state_files import read_json
 from job.run.figure import GREY, draw_level, look, panels, png, run_colour
 from job.run.html import Html, images, join, section, table, tag
@@ -202,7 +200,7 @@ def _dash(rule: str) -> str:
 
 def _draw_band(axes: Axes, x: Sequence[float], curve: Mapping[str, Any], line: Any) -> None:
     axes.plot(x, curve["value"], **line)
-    low, high = (np.array(curve[end], float) for end in ("low", "high"))  # NaN for None
+    low, high = ([math.nan if y is None else y for y in curve[end]] for end in ("low", "high"))
     axes.fill_between(x, low, high, color=line["color"], alpha=0.12, lw=0)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from job.common import possible_values as module
-from job.common.config import command_line, load_config, merge_config
+from job.common.config import command_line, load_config, load_stored_config, merge_config
 from job.common.errors import InputError, listing
 from job.common.nested import differences, flatten, to_dict
 from job.common.schema import CriticConfig, Loss, PretrainConfig, ShardingStrategy, Target
@@ -200,7 +200,7 @@ def test_a_stored_configuration_says_what_was_meant(text: str, file: Path, tmp_p
     config.data.fields = {"prompt": text if text.strip() else "a"}
     stored = tmp_path / "config.yaml"
     stored.write_text(dump(to_dict(config)), encoding="utf-8")
-    assert load_config(CriticConfig, stored) == config
+    assert load_stored_config(CriticConfig, stored) == config
     assert load_plain(stored.read_text(encoding="utf-8")) == to_dict(config)
 
 
