@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import math
 import pickle
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,9 +92,7 @@ def workplace(tmp_path: Path, tiny_trunk: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Command]:
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Run a command's main with the given arguments, as `python -m` would."""
 
     def run(main: Callable[[], None], *arguments: str) -> Ended:
@@ -108,10 +105,7 @@ def command(
         assert isinstance(code, int)
         return Ended(code, *capsys.readouterr())
 
-    logger = logging.getLogger("job")
-    before = (logger.level, logger.handlers[:])
-    yield run
-    logger.level, logger.handlers = before  # they write to this test's stderr
+    return run
 
 
 def _files(folder: Path) -> dict[Path, bytes]:

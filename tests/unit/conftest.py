@@ -61,6 +61,15 @@ def _roomy_disk() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_handler_stays() -> Iterator[None]:
+    """What a command under test logs to is that test's stderr, which is closed after it."""
+    logger = logging.getLogger("job")
+    before = (logger.level, logger.handlers[:])
+    yield
+    logger.level, logger.handlers = before
+
+
 @pytest.fixture(scope="session")
 def _training_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workspace(tmp_path_factory.mktemp("trainings"))
