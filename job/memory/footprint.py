@@ -408,16 +408,21 @@ class _Step:
         each token.
         """
         normed = self.hidden(self.t) + last * self.hidden(queries)
-        wider = 2 * _FLOAT if self.c < _FLOAT and not self.compiled else 0
-        rotation = (self.c + wider) * max(queries * self.q, self.t * self.k)
         results = 2 * self.c * self._shared_keys * self.k
         if self.varlen:
             results += self.c * queries * self.q * (self._shared_keys > 0)
         else:
             every = last or self._shared_keys > 0
             results += self.n_keys * (self.c * (2 + every) * self.q + _FLOAT * self.h)
-        qkv = self.c * (queries * self.q + 2 * self.t * self.k)
-        return qkv + max(normed + rotation, results)
+        return self._qkv(queries) + max(normed + self._rotation(queries), results)
+
+    def _qkv(self, queries: int) -> int:
+        return self.c * (queries * self.q + 2 * self.t * self.k)
+
+    def _rotation(self, queries: int) -> int:
+        """What rotating queries or keys takes beside them."""
+        wider = 2 * _FLOAT if self.c < _FLOAT and not self.compiled else 0
+        return (self.c + wider) * max(queries * self.q, self.t * self.k)
 
     @property
     def any_block(self) -> int:
@@ -460,12 +465,27 @@ class _Step:
             activations=self.kept(trained - 1) + self.hidden(self.t),
             gathered_weights=keeps + self.gathered(2 if self.communicates else 0),
         )
+        if not self.recomputes:
+            yield self._keys()
         yield self.moment(
             "suffix",
             0,
             activations=self.kept(trained, last=True),
             working_set=self._end_of_block(),
             gathered_weights=keeps + self._last_buffer,
+        )
+
+    def _keys(self) -> Moment:
+        """Keys of all tokens are rotated in the last block, however few rows are read."""
+        before, inputs = self.kept(self.n_blocks - 1), self.saved_norm(self.t)
+        if not before:
+            before, inputs = self.rotations(self.t), inputs - self._not_kept(only_last=True)
+        return self.moment(
+            "keys",
+            0,
+            activations=before + inputs + self.saved_norm(self.n) + self.rotations(self.n),
+            working_set=self._qkv(self.n) + self._rotation(self.n),
+            gathered_weights=self._kept_gathered + self._last_buffer,
         )
 
     def _end_of_block(self) -> int:
