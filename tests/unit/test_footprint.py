@@ -277,11 +277,19 @@ def test_each_moment_by_hand(name: str) -> None:
 
 def test_moments_are_all_of_a_step_in_order() -> None:
     names = [moment.name for moment in footprint(_small(2)).moments]
-    assert names == ["embedding", "gather", "prefix", "gather", *list(BLOCKS)[1:]]
+    assert names == ["embedding", "gather", "prefix", "gather", "keys", *list(BLOCKS)[1:]]
     full = [moment.name for moment in footprint(_small(4)).moments]
     assert full[0] == "gather"
     assert full[-3:] == ["embeddings", "embeddings", "optimizer"]
     assert footprint(_small(2)).moments[0].components.keys() == set(COMPONENTS)
+
+
+def test_the_last_block_rotates_the_keys_of_all_tokens_and_the_queries_of_those_read() -> None:
+    found = _moment(_small(1), "keys").components
+    # rotations of 10 tokens and of 4; both norms' inputs, roots and results
+    assert found["activations"] == 640 + 256 + (2 * 1280 + 40) + (2 * 512 + 16)
+    # queries of 4, keys and values of 10; keys in float32, their product and its copy
+    assert found["working_set"] == 2 * (4 * 64 + 2 * 10 * 32) + (4 + 4 + 2) * 10 * 32
 
 
 def test_recomputed_blocks_keep_their_inputs_alone() -> None:
