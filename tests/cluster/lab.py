@@ -572,8 +572,11 @@ def _write_hosts(folder: Path, nodes: tuple[str, ...]) -> None:
     new = [f"127.0.0.1 {' '.join(nodes)} {mark}"] if nodes else []
     with _alone("hosts"):
         lines = [line for line in HOSTS.read_text().splitlines() if not line.endswith(mark)]
-        # In a container this file is a mount point: it can be written but not replaced.
-        HOSTS.write_text("\n".join([*lines, *new]) + "\n")
+        # In a container this file is a mount point: it can be written but not replaced. Whoever
+        # looks a name up meanwhile must find it: what stays is never taken away.
+        with HOSTS.open("r+") as stream:
+            stream.write("\n".join([*lines, *new]) + "\n")
+            stream.truncate()
 
 
 def _points_to(link: Path, target: Path) -> bool:
