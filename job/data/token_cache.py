@@ -234,15 +234,18 @@ class _Policy:
     overlong: Overlong = Overlong.error
     bad_rows: BadRows = BadRows.error
     way_out: str = ""
-    of_overlong: str = ""
+
+    @property
+    def of_overlong(self) -> str:
+        """What a message on a row that is too long ends with; pre-training has no such key."""
+        return f" (data.overlong={self.overlong.value})" if self.way_out else ""
 
     @classmethod
     def of(cls, data: DataConfig | PretrainDataConfig) -> _Policy:
         if isinstance(data, PretrainDataConfig):
             return cls(data.max_length)
         way_out = " (data.bad_rows=skip leaves them out)"
-        of_overlong = f" (data.overlong={data.overlong.value})"
-        return cls(data.max_length, data.overlong, data.bad_rows, way_out, of_overlong)
+        return cls(data.max_length, data.overlong, data.bad_rows, way_out)
 
 
 def _embedded(config: ArithmeticConfig, split: str, labelled: bool) -> Source:
