@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from job.common.errors import InputError
+from job.common.places import place_problem
 
 # How file systems say that they have no locks: NFS, Lustre, FUSE.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -64,11 +65,8 @@ def put_in_place(scratch: Path, path: Path, may_replace: Callable[[], bool] = la
 
 def check_place(folder: Path, option: str) -> None:
     """Raise InputError unless a folder is there, or can be made, to write into; before the work."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise InputError(f"{option} {folder}: {there} is a file, where a folder should be")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{option} {folder}: {there} may not be written into")
+    if problem := place_problem(folder):
+        raise InputError(f"{option} {folder}: {problem}")
 
 
 def sync(path: Path) -> None:

@@ -32,20 +32,30 @@ def write_problem(folder: Path) -> OSError | None:
     return None
 
 
+def place_problem(folder: Path) -> str | None:
+    """Why nothing may be written into a folder, there or still to be made, without making it."""
+    there = _nearest(folder)
+    if not there.is_dir():
+        return f"{there} is a file, where a folder should be"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"{there} may not be written into"
+
+
 def free_bytes(path: Path) -> int:
     """Free space where a path is, or will be."""
-    there = next(parent for parent in (path, *path.parents) if parent.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(_nearest(path)).free
 
 
 def disk(path: Path) -> str:
     """The file system of a path that may be gone, for a message: where it begins, what is free."""
     try:
-        there = next(
-            parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists()
-        )
+        there = _nearest(path.absolute())
         mount = next(parent for parent in (there, *there.parents) if parent.is_mount())
         usage = shutil.disk_usage(there)
     except OSError as error:
         return f"its disk does not answer: {error.strerror}"
     return f"disk {mount}: {usage.free / 1e9:,.3f} of {usage.total / 1e9:,.3f} GB free"
+
+
+def _nearest(path: Path) -> Path:
+    """A path, or the nearest folder above it that is there."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())

@@ -121,8 +121,8 @@ def joined_world(config: DistributedConfig, *, watched: bool = False) -> Iterato
     Ranks come from torchrun's variables, or from srun's. If the body fails on one rank, all end.
 
     Args:
-        watched: a watchdog ends what hangs. Collectives have no time-out of their own, since its
-            clock goes on while the processes are suspended.
+        watched: a watchdog ends what hangs. Collectives have no time-out of their own, whose clock
+            would go on while the processes are suspended.
 
     Raises:
         InputError: the variables contradict each other, or no address to meet at is known.

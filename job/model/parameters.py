@@ -43,6 +43,11 @@ def select_trainable(num_unfrozen_layers: int, n_blocks: int) -> Selection:
     return Selection(blocks=min(n, n_blocks), norm=n > 0, embeddings=n > n_blocks)
 
 
+def count_frozen(num_unfrozen_layers: int, n_blocks: int) -> int:
+    """How many blocks stay frozen: the first so many."""
+    return n_blocks - select_trainable(num_unfrozen_layers, n_blocks).blocks
+
+
 @dataclass(frozen=True)
 class Count:
     """Parameters of one component."""

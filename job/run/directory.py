@@ -77,7 +77,7 @@ class RunDirectory(StoredRun):
         self._is_main = is_main
         self.fence: Fence | None = None
         self._status: dict[str, Any] | None = None  # as this process has set it
-        self._asked: dict[str, Any] = {}
+        self._asked: dict[str, Any] | None = None  # of an attempt that goes on
 
     @property
     def writes(self) -> bool:
@@ -98,17 +98,22 @@ class RunDirectory(StoredRun):
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._refuse_other(config)
-            self._asked = config
-            if not (self._is_configured and self._binds):
-                self.store_config()
+            if self._is_configured and self._binds:
+                self._asked = config
+            else:
+                self._write_config(config)
         except OSError as error:
             raise file_error(
                 error, f"run.dir: cannot write {self.path}: {error.strerror}"
             ) from None
 
     def store_config(self) -> None:
-        """Let what was claimed be the run's configuration from now on."""
-        write_atomic(self.file("config.yaml"), dump(self._asked))
+        """Let what was claimed be the run's configuration from now on, if it is not yet."""
+        if self._asked is not None:
+            self._write_config(self._asked)
+
+    def _write_config(self, config: dict[str, Any]) -> None:
+        write_atomic(self.file("config.yaml"), dump(config))
 
     def is_finished(self, max_steps: int) -> bool:
         """Whether the run has come to its end; a longer one goes on from there."""

@@ -13,7 +13,7 @@ from job.common.schema import CriticConfig
 from job.data.packing import Packer, first_valued
 from job.data.state_shards import Shards, Stored, sequence_keys
 from job.model.architecture import TransformerConfig
-from job.model.parameters import select_trainable
+from job.model.parameters import count_frozen
 from job.training.cache_folders import folder_of
 
 FORMAT = 1  # raise it when states of the same facts become others
@@ -41,7 +41,7 @@ class Boundary:
         n_blocks = architecture.n_trunk_layers
         mixed = config.distributed.fsdp.mixed_precision
         return cls(
-            n_blocks - select_trainable(n, n_blocks).blocks,
+            count_frozen(n, n_blocks),
             n_blocks,
             architecture.dim,
             torch.bfloat16 if mixed else torch.float32,

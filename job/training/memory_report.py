@@ -17,7 +17,7 @@ from job.memory.host import free_host_bytes
 from job.memory.recorder import Recorder
 from job.memory.settings import once_built, setting_of
 from job.model.architecture_file import read_architecture
-from job.model.parameters import select_trainable
+from job.model.parameters import count_frozen
 from job.model.transformer import GROUPS_HEADS
 from job.run.directory import RunDirectory
 from job.training.data import CriticData
@@ -83,7 +83,7 @@ def _warn_where_it_fits_once_built(config: CriticConfig, setting: Setting, capac
 
 def _n_frozen(config: CriticConfig) -> int:
     n_blocks = read_architecture(config.model.path).n_trunk_layers
-    return n_blocks - select_trainable(config.training.num_unfrozen_layers, n_blocks).blocks
+    return count_frozen(config.training.num_unfrozen_layers, n_blocks)
 
 
 def _capacity(world: World) -> int:

@@ -32,7 +32,7 @@ from job.distributed.fsdp import lay_out
 from job.distributed.world import World
 from job.memory.footprint import Footprint, Moment, Setting
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.model.parameters import select_trainable
+from job.model.parameters import count_frozen
 from job.model.prefix import Prefix
 from job.model.shards import local_shard
 from job.model.transformer import PackedLayout, Reads
@@ -89,8 +89,7 @@ def _critic(setting: Setting, world: World) -> Critic:
 def _left_out(setting: Setting) -> int:
     """How many blocks cached states stand for."""
     n_blocks = setting.architecture.n_trunk_layers
-    chosen = select_trainable(setting.num_unfrozen_layers, n_blocks)
-    return n_blocks - chosen.blocks - setting.between
+    return count_frozen(setting.num_unfrozen_layers, n_blocks) - setting.between
 
 
 def _layout(setting: Setting) -> PackedLayout:
