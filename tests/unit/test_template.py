@@ -305,7 +305,7 @@ def test_a_row_that_the_template_refuses_is_a_bad_row(folder: Path) -> None:
     given = [(Place("a", 1), earlier), *examples]
     rows = {place.line: row for place, row in render_rows(given, template)}
     assert rows[1] == earlier
-    assert rows[2] == Row("q|", "r|", 1.0, "p")
+    assert rows[2] == Row("q|", "r|", 1.0, "p", given="r")
     refused, cut = rows[3], rows[4]
     assert isinstance(refused, BadRow)
     assert isinstance(cut, BadRow)
