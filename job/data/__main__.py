@@ -3,7 +3,7 @@
     python -m job.data solutions.jsonl
     python -m job.data 'train-*.parquet' --config configs/critic/critic_1gpu.yaml --override ...
 
-Rows, problems and attempts, labels by row and by length, lengths, and the first rows. With a
+Rows, problems and solutions, labels by row and by length, lengths, and the first rows. With a
 configuration all that as its trunk will see it: its fields, template and tokens, where the response
 begins and where targets lie, rows that are too long, and the problems that its validation data has
 too. Rows that job.train would refuse are named with their reasons. Prints text, and writes a page

@@ -64,7 +64,7 @@ class Survey:
     shared: int | None = None  # problems that validation data has too
 
     @property
-    def attempts(self) -> dict[int, int]:
+    def solutions(self) -> dict[int, int]:
         """How many problems have how many solutions."""
         return dict(sorted(Counter(self.problems.values()).items()))
 

@@ -17,7 +17,7 @@ from job.evaluation.length import length_matched
 from job.evaluation.solutions import Problem
 
 Doubles = NDArray[np.float64]
-MOST = 64  # attempts of a problem that are looked at together
+MOST = 64  # solutions of a problem that are looked at together
 CRITIC, ORACLE = "best_of_n", "oracle"
 _VOTES = ("majority", "weighted_majority")
 
@@ -29,7 +29,7 @@ def choosing(
 ) -> dict[str, Any]:
     """The curves of every rule, how far the critic leads, and how many solutions it needs.
 
-    A point of a curve is a mean over the problems with n attempts or more; the others are left out
+    A point of a curve is a mean over the problems with n solutions or more; the others are left out
     and counted.
 
     Args:

@@ -13,18 +13,18 @@ TENTHS = 10
 
 
 def tenth_of(lengths: Doubles) -> NDArray[np.int64]:
-    """In which tenth of a problem's attempts each lies by length: [m], equal lengths together."""
+    """In which tenth of a problem's solutions each lies by length: [m], equal lengths together."""
     _, group, size = np.unique(lengths, return_inverse=True, return_counts=True)
     middle = np.cumsum(size) - size / 2
     return np.asarray(middle[group] / len(lengths) * TENTHS, np.int64)
 
 
 def length_matched(chosen: Sequence[Doubles], lengths: Sequence[Doubles]) -> list[Doubles]:
-    """Chances of each problem's attempts to be chosen for their length: [N, m] each.
+    """Chances of each problem's solutions to be chosen for their length: [N, m] each.
 
-    A tenth is as likely as the critic chooses in it in all other problems with n attempts, and
-    within a tenth all attempts are alike. So no problem's own rewards have a part in it; where
-    lengths do not differ, or no other problem has n attempts, it is random choice.
+    A tenth is as likely as the critic chooses in it in all other problems with n solutions, and
+    within a tenth all solutions are alike. So no problem's own rewards have a part in it; where
+    lengths do not differ, or no other problem has n solutions, it is random choice.
 
     Args:
         chosen: the critic's chances, [N, m] of each problem.
@@ -41,7 +41,7 @@ def length_matched(chosen: Sequence[Doubles], lengths: Sequence[Doubles]) -> lis
 
 
 def _alike(others: Doubles, tenth: Doubles) -> Doubles:
-    """Chances of attempts from weights of tenths, of which not every one has an attempt."""
+    """Chances of solutions from weights of tenths, of which not every one has a solution."""
     size = tenth.sum(0)
     weights = (np.maximum(others, 0) / np.maximum(size, 1)) @ tenth.T
     sums = weights.sum(1, keepdims=True)

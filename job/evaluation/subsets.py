@@ -1,7 +1,7 @@
-"""What a rule chooses of n attempts, in expectation over all choices of n of a problem's m.
+"""What a rule chooses of n solutions, in expectation over all choices of n of a problem's m.
 
 Every expectation but the weighted majority's is in closed form, so that it has no noise of its own
-and no bias. Notation: m attempts of a problem, n of 1 to N; arrays over n begin at n = 1.
+and no bias. Notation: m solutions of a problem, n of 1 to N; arrays over n begin at n = 1.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def within(m: int, most: int) -> Doubles:
 
 
 def best_of(scores: Doubles, most: int) -> Doubles:
-    """Chance of each attempt to be the one with the highest score of n: [N, m].
+    """Chance of each solution to be the one with the highest score of n: [N, m].
 
-    Attempts of equal score have equal chances.
+    Solutions of equal score have equal chances.
     """
     _, group, size = np.unique(scores, return_inverse=True, return_counts=True)
     upto = np.cumsum(size)
@@ -48,8 +48,8 @@ def pass_at(right: NDArray[np.bool_], most: int) -> Doubles:
 def majority(answers: Sequence[str | None], rewards: Doubles, most: int) -> Doubles:
     """Mean reward of the answer that most of n give, ties drawn by lot: [N].
 
-    An attempt without an answer agrees with no other; an answer's reward is the mean of its
-    attempts'. For each number of votes t, a polynomial whose coefficient of x^n y^w counts the
+    A solution without an answer agrees with no other; an answer's reward is the mean of its
+    solutions'. For each number of votes t, a polynomial whose coefficient of x^n y^w counts the
     subsets of n in which w answers have t votes and none has more.
     """
     size, worth = _by_answer(answers, rewards)
@@ -102,14 +102,14 @@ def _shifted(polynomials: Doubles, votes: int, ties: float) -> Doubles:
 def _by_answer(
     answers: Sequence[str | None], rewards: Doubles
 ) -> tuple[NDArray[np.int64], Doubles]:
-    """How many attempts give each answer, and their mean reward."""
+    """How many solutions give each answer, and their mean reward."""
     group = answer_groups(answers)
     size = np.bincount(group)
     return size, np.bincount(group, rewards) / size
 
 
 def answer_groups(answers: Sequence[str | None]) -> NDArray[np.int64]:
-    """The number of each attempt's answer, one of its own for each attempt without any: [m]."""
+    """The number of each solution's answer, one of its own for each solution without any: [m]."""
     numbers: dict[object, int] = {}
     keys = (("none", i) if a is None else ("answer", a) for i, a in enumerate(answers))
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)

@@ -38,7 +38,9 @@ def summarise(
     found: Summary = {"solutions": len(solutions), "problems": len(problems)}
     found["labelled"] = sum(len(p.solutions) for p in problems)
     if problems:
-        found["attempts"] = [fold(len(p.solutions) for p in problems) for fold in (min, max)]
+        found["solutions_per_problem"] = [
+            fold(len(p.solutions) for p in problems) for fold in (min, max)
+        ]
         found["choosing"] = choosing(problems, errors, lambda s: chances(s, logits=logits))
         found["choosing"]["errors"] = list(errors)
         pairs = pair_accuracy(problems)

@@ -45,7 +45,7 @@ def facts(found: Survey) -> Iterator[tuple[str, str]]:
     """Counts by name, for people."""
     yield "rows", f"{found.rows:,}" + (f", and {found.n_bad:,} bad" if found.n_bad else "")
     yield "problems", f"{len(found.problems):,}"
-    yield "attempts a problem", _attempts(found)
+    yield "solutions a problem", _solutions(found)
     if found.rows:
         lengths = sorted(found.lengths.tolist())
         middle = lengths[len(lengths) // 2]
@@ -65,8 +65,8 @@ def facts(found: Survey) -> Iterator[tuple[str, str]]:
         yield "problems that validation has too", f"{found.shared:,}"
 
 
-def _attempts(found: Survey) -> str:
-    counts = found.attempts
+def _solutions(found: Survey) -> str:
+    counts = found.solutions
     if len(counts) > 6:
         return f"{min(counts)} to {max(counts)}, {found.rows / len(found.problems):.1f} on average"
     return ", ".join(f"{n} ({problems:,} problems)" for n, problems in counts.items()) or "none"

@@ -66,9 +66,9 @@ def evaluations(run: Path) -> list[Evaluation]:
 def evaluation_section(evaluation: Evaluation) -> Html:
     """Curves and tables of an evaluation."""
     figures = evaluation.figures
-    attempts = figures.get("attempts")
+    each = figures.get("solutions_per_problem")
     size = f"{figures['solutions']:,} solutions of {figures['problems']:,} problems" + (
-        f", {attempts[0]} to {attempts[1]} labelled attempts each" if attempts else ""
+        f", {each[0]} to {each[1]} labelled solutions each" if each else ""
     )
     shown = [build(figures[key]) for key, build in _TABLES.items() if key in figures]
     return section(
@@ -98,7 +98,7 @@ def _choosing(found: Mapping[str, Any]) -> Html:
         [_NAMES[rule], *(_with_ends(curve, k) for k in shown), _MEANINGS[rule]]
         for rule, curve in shown_rules(rules)
     ]
-    for key, name in (("problems", "problems"), ("left_out", "left out, with fewer attempts")):
+    for key, name in (("problems", "problems"), ("left_out", "left out, with fewer solutions")):
         rows.append([name, *(f"{found[key][k]:,}" for k in shown), ""])
     needed = [
         [_NAMES[rule], *(_NONE if n is None else n for n in found["needed"][rule])]

@@ -85,7 +85,7 @@ def test_majority_is_the_mean_over_all_subsets_ties_drawn_by_lot() -> None:
 
 
 @pytest.mark.parametrize("most", [1, 3])
-def test_curves_up_to_fewer_than_all_attempts_are_the_beginnings_of_the_whole(most: int) -> None:
+def test_curves_up_to_fewer_than_all_solutions_are_the_beginnings_of_the_whole(most: int) -> None:
     np.testing.assert_allclose(
         subsets.majority(ANSWERS, REWARDS, most), subsets.majority(ANSWERS, REWARDS, N)[:most]
     )
@@ -111,12 +111,12 @@ def test_majority_of_random_answers_is_the_mean_over_all_subsets() -> None:
         assert size.sum() == N
 
 
-def test_weighted_majority_of_few_attempts_is_the_mean_over_all_subsets() -> None:
+def test_weighted_majority_of_few_solutions_is_the_mean_over_all_subsets() -> None:
     found = subsets.weighted_majority(ANSWERS, SCORES, REWARDS, 64, seed=0)
     np.testing.assert_allclose(found, _over_subsets(_voted(SCORES.tolist())), atol=1e-12)
 
 
-def test_weighted_majority_of_many_attempts_is_drawn_without_bias() -> None:
+def test_weighted_majority_of_many_solutions_is_drawn_without_bias() -> None:
     answers = [str(k % 5) for k in range(40)]
     rewards = np.array([float(a == "0") for a in answers])
     alike = [
@@ -128,7 +128,7 @@ def test_weighted_majority_of_many_attempts_is_drawn_without_bias() -> None:
 
 
 def test_a_choice_as_long_as_the_critics_knows_the_other_problems_choices_alone() -> None:
-    """Two attempts each, short and long; the critic takes the short, the short, the long one."""
+    """Two solutions each, short and long; the critic takes the short, the short, the long one."""
     short, long = np.array([[0.5, 0.5], [1.0, 0.0]]), np.array([[0.5, 0.5], [0.0, 1.0]])
     apart = [np.array([1.0, 2.0])] * 3
     found = length_matched([short, short, long], apart)
@@ -169,7 +169,7 @@ def test_a_choice_as_long_as_the_critics_is_random_where_length_says_nothing() -
     assert matched["low"][-1] < at_random < matched["high"][-1]
 
 
-def test_problems_with_fewer_attempts_than_n_are_left_out_and_counted() -> None:
+def test_problems_with_fewer_solutions_than_n_are_left_out_and_counted() -> None:
     problems = [_problem([1, 0, 1], [0.9, 0.8, 0.1]), _problem([0], [0.4], "q")]
     found = choosing(problems, [0.5, 0.2], lambda s: s)
     assert (found["problems"], found["left_out"]) == ([2, 1, 1], [0, 1, 1])
@@ -360,7 +360,7 @@ def test_a_summary_fits_80_columns_and_counts_what_it_is_made_of() -> None:
     rows.append(Solution("unlabelled", rng.random(3), math.nan))
     found = summarise(rows)
     assert (found["solutions"], found["labelled"], found["problems"]) == (129, 128, 2)
-    assert found["attempts"] == [64, 64]
+    assert found["solutions_per_problem"] == [64, 64]
     console = Console(width=80, record=True, file=io.StringIO())
     for table in tables(found):
         console.print(table)

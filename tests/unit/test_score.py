@@ -330,7 +330,7 @@ def test_an_evaluation_of_a_run_is_shown_by_its_report(
     assert "Reward of the solution chosen out of n" in capsys.readouterr().out
     folder = copy / "evaluations" / "attempts.jsonl"
     figures = json.loads((folder / "evaluation.json").read_text())
-    assert (figures["problems"], figures["attempts"]) == (5, [8, 8])
+    assert (figures["problems"], figures["solutions_per_problem"]) == (5, [8, 8])
     values = pyarrow.parquet.read_table(folder / "values.parquet").to_pylist()
     assert values == _score(run.path, file, tmp_path / "values.parquet")
     best = [max(values[k : k + 8], key=lambda v: v["final_value"]) for k in range(0, 40, 8)]

@@ -55,7 +55,7 @@ def test_counts_are_those_of_the_file(tmp_path: Path) -> None:
     found = looked_at(tmp_path, ROWS)
     assert (found.rows, found.n_bad, found.truncated) == (4, 1, 1)
     assert found.bad[0].line == 5
-    assert found.attempts == {1: 2, 2: 1}
+    assert found.solutions == {1: 2, 2: 1}
     assert found.lengths.tolist() == [5, 8, 6, 6]
     labels = {name: (n, by_row, by_length) for name, n, by_row, by_length in found.labels()}
     assert labels == {
@@ -68,7 +68,7 @@ def test_counts_are_those_of_the_file(tmp_path: Path) -> None:
     assert found.histogram(1) == [(5, 8, 4)]
     said = dict(facts(found))
     assert said["rows"] == "4, and 1 bad"
-    assert said["attempts a problem"] == "1 (2 problems), 2 (1 problems)"
+    assert said["solutions a problem"] == "1 (2 problems), 2 (1 problems)"
     assert said["characters"] == "25; 5 to 8, median 6"
     assert "problems that validation has too" not in said
 
