@@ -4,17 +4,18 @@
 ARG BASE=debian:bookworm-slim
 
 
-# What all stages share. The versions of Debian's packages are those of the day: they are few, get
-# security updates, and stand in the list of packages that build.sh writes.
+# The versions of Debian's packages are those of the day: they are few, get security updates, and
+# stand in the list of packages that build.sh writes.
 FROM ${BASE} AS python
 # hadolint ignore=DL3008
 RUN apt-get update \
  # torch.compile builds small extensions at run time: a C compiler, its headers and Python's
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-    python3 gcc libc6-dev python3-dev \
+    python3 python3-venv gcc libc6-dev python3-dev \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/*.log \
  # nobody in here has to become somebody else
- && find / -xdev -perm /6000 -type f -exec chmod a-s {} +
+ && find / -xdev -perm /6000 -type f -exec chmod a-s {} + \
+ && python3 -m venv /opt/venv
 
 
 # The builder's own wheels, where there are any: --build-context wheels=FOLDER
@@ -22,21 +23,17 @@ FROM scratch AS wheels
 
 
 FROM python AS dependencies
-# hadolint ignore=DL3008
-RUN apt-get update \
- && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3-venv \
- && rm -rf /var/lib/apt/lists/* \
- && python3 -m venv /opt/venv
-WORKDIR /build
+WORKDIR /opt/critic/build
 COPY constraints.txt containers/cuda13.txt ./
-# pip reads these from its environment. FIND_LINKS: a folder or page of wheels.
+# pip reads these from its environment, and arguments stay out of the image's. FIND_LINKS: a folder
+# or page of wheels.
 ARG FIND_LINKS=/wheels
 ARG CONSTRAINTS="constraints.txt cuda13.txt"
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
-ENV PIP_FIND_LINKS=${FIND_LINKS} \
-    PIP_CONSTRAINT=${CONSTRAINTS} \
-    PIP_DISABLE_PIP_VERSION_CHECK=1
+ARG PIP_FIND_LINKS=${FIND_LINKS}
+ARG PIP_CONSTRAINT=${CONSTRAINTS}
+ARG PIP_DISABLE_PIP_VERSION_CHECK=1
 # Which build of torch: with `torch` alone the constraint's, as the index has it.
 ARG TORCH=torch
 # ca: certificates to trust in place of pip's own, where the network has some of its own
@@ -66,8 +63,7 @@ RUN : > README.md \
  && /opt/venv/bin/pip wheel --no-index --no-deps --no-build-isolation --wheel-dir /project .
 
 
-FROM python
-COPY --from=dependencies /opt/venv /opt/venv
+FROM dependencies
 ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin \
     # the image's packages and nothing of the home or the working folder, which may be a checkout
     PYTHONNOUSERSITE=1 \

@@ -143,13 +143,15 @@ if [ $sif = yes ]; then
   trap 'rm -rf "$scratch"' EXIT
   trap 'exit 1' HUP INT TERM
   say "archive of $image"
-  if [ "$engine" = podman ]; then
-    podman save --quiet --format docker-archive --output "$scratch/image.tar" "$name"
+  if [ "$engine" = podman ]; then # of this format apptainer need not compress each layer to read it
+    archive=oci-archive
+    podman save --quiet --uncompressed --format oci-archive --output "$scratch/image.tar" "$name"
   else
+    archive=docker-archive
     docker save --output "$scratch/image.tar" "$name"
   fi || fail "cannot write the image's archive beside $out: is the disk full?"
   say "SIF $out"
-  set -- --build-arg BOOTSTRAP=docker-archive --build-arg "FROM=$scratch/image.tar"
+  set -- --build-arg "BOOTSTRAP=$archive" --build-arg "FROM=$scratch/image.tar"
   case $compression in
   zstd) set -- "$@" --mksquashfs-args '-comp zstd -Xcompression-level 3' ;;
   none) set -- "$@" --sandbox ;;
