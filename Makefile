@@ -5,6 +5,14 @@ BIN := $(VENV)/bin
 RUN_SET_UP := $(VENV)/.set-up-run
 TEST_SET_UP := $(VENV)/.set-up-test
 
+# Some machines turn caches of bytecode off, which costs each process here a quarter of a second.
+unexport PYTHONDONTWRITEBYTECODE
+
+# Packages as pyproject.toml asks for them and constraints.txt pins them. pip would compile them with
+# one core; what does not compile is no Python but templates.
+INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
+COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
+
 # Files of tests side by side, with one thread each. Those of the cluster and the image mostly wait,
 # and have processes beyond one for each core (see tests/conftest.py).
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder
@@ -23,7 +31,7 @@ run: $(RUN_SET_UP)
 	$(BIN)/python -m job.compare --config configs/critic/critic_local.yaml --unfreeze 0 2
 
 test: lint
-	$(SIDE_BY_SIDE) -n 6 -m "not all" --budget tests/budget.json
+	$(SIDE_BY_SIDE) -n 5 -m "not all" --budget tests/budget.json
 
 test-fast: $(TEST_SET_UP)
 	$(SIDE_BY_SIDE) -n logical --maxprocesses 4 -m "not slow and not all"
@@ -60,9 +68,11 @@ $(BIN)/python:
 	  echo "$(PYTHON) cannot make virtual environments (on Debian: the package python3-venv)."; exit 1; }
 
 $(RUN_SET_UP): $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[train]'
+	$(INSTALL) -e '.[train]'
+	@$(COMPILE)
 	@touch $@
 
 $(TEST_SET_UP): $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	$(INSTALL) -e '.[train,dev]'
+	@$(COMPILE)
 	@touch $@ $(RUN_SET_UP)

@@ -164,7 +164,11 @@ def _requeue(lab: Lab, job_id: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("event", "interrupt"), [("USR2 by scancel", _user_signal), ("requeue by hand", _requeue)]
+    ("event", "interrupt"),
+    [
+        pytest.param("USR2 by scancel", _user_signal, marks=ALSO),
+        ("requeue by hand", _requeue),
+    ],
 )
 def test_a_run_that_is_interrupted_by_hand_comes_back_where_it_was(
     job: ClusterJob, alone: MicroRun, event: str, interrupt: Callable[[Lab, str], None]

@@ -80,7 +80,8 @@ def _standing(run: Submitted, state: str) -> dict[str, Any]:
 # Shapes of jobs
 
 
-@pytest.mark.parametrize("gpus", [1, pytest.param(4, marks=pytest.mark.all)])
+@pytest.mark.all
+@pytest.mark.parametrize("gpus", [1, 4])
 def test_a_run_on_one_node_gives_the_bits_of_a_local_one(
     job: ClusterJob, request: pytest.FixtureRequest, gpus: int
 ) -> None:

@@ -428,6 +428,7 @@ def _torchrun(folder: Path, name: str, *command: str) -> Job:
     return job
 
 
+@pytest.mark.all
 def test_torchrun_starts_the_same_training(folder: Path, metrics: bytes) -> None:
     job = _torchrun(folder, "torchrun", *TRAIN)
     assert (job.run / "metrics.jsonl").read_bytes() == metrics

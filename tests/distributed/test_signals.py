@@ -256,7 +256,7 @@ def test_after_all_stops_the_run_ends_as_if_undisturbed(
     run.assert_equals(undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=ALSO)])
 def test_a_comparison_passes_a_stop_on_to_its_training(
     job: MicroJob, number: signal.Signals
 ) -> None:

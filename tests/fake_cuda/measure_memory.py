@@ -5,6 +5,7 @@ python measure_memory.py '[{"trunk": "7b", "n": 4}, ...]'
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from typing import Any
@@ -19,6 +20,7 @@ from job.run.value_metrics import ValueMetrics
 
 def measure(case: Case) -> dict[str, Any]:
     """Bytes above what was there before: the peak of a step, and after its backward passes."""
+    gc.collect()  # what the case before has left in cycles would be freed meanwhile
     before = torch.cuda.memory_allocated()
     with training.ranks(case) as world:
         learner = training.learner(case, world)
@@ -34,6 +36,7 @@ def measure(case: Case) -> dict[str, Any]:
             "peak": torch.cuda.max_memory_allocated() - before,
             "after_backward": after[-1],
             "reserved": torch.cuda.max_memory_reserved() - before,
+            "before": before,
         }
         del learner, batches
     predicted = footprint(case.setting)

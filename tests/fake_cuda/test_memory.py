@@ -42,6 +42,8 @@ def _check(
 ) -> None:
     """Predictions are at most so far below what is measured, and so far above it."""
     found = cuda.ask("measure_memory.py", cases, LARGE, timeout=600)
+    before = [one["measured"]["before"] for one in found]
+    assert len(set(before)) == 1, before  # else a case's peak is not its own
     off = []
     for case, one in zip(cases, found, strict=True):
         for what in ("peak", "after_backward"):

@@ -191,7 +191,7 @@ def test_a_prediction_is_a_table_or_json(
     assert "85.0 GB: fits" in shown
 
 
-@pytest.mark.parametrize("gpus", [1, 2])
+@pytest.mark.parametrize("gpus", [1, pytest.param(2, marks=pytest.mark.all)])
 def test_a_real_growth_is_predicted_within_a_tenth(tmp_path: Path, gpus: int) -> None:
     changes = ("training.batch_size=400", "training.micro_batch_tokens=16384")
     changes += ("data.arithmetic.train_examples=2000",)

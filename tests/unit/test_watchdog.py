@@ -22,11 +22,11 @@ with dog.watching():
 
 
 def test_a_process_that_was_suspended_for_longer_than_its_timeout_goes_on(tmp_path: Path) -> None:
-    with python_process(BEATS, "20", folder=tmp_path) as process:
+    with python_process(BEATS, "8", folder=tmp_path) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.send_signal(signal.SIGSTOP)
-        time.sleep(25)
+        time.sleep(11)
         process.send_signal(signal.SIGCONT)
         time.sleep(2)  # with no beat, which a collective that goes on would not give at once
         print("x", file=process.stdin, flush=True)
