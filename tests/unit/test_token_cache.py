@@ -18,6 +18,7 @@ import pytest
 import tokenizers
 import torch
 
+from job.common import derived
 from job.common.derived import SUMS
 from job.common.errors import InputError
 from job.common.schema import ArithmeticConfig, BadRows, DataConfig, Overlong, PretrainDataConfig
@@ -315,11 +316,12 @@ def test_a_set_that_is_not_whole_is_built_anew_and_said_so(
     name: str,
     damage: str,
 ) -> None:
-    first = load_split(embedded(tmp_path), "train", characters)
+    config = embedded(tmp_path, arithmetic={"train_examples": 200})
+    first = load_split(config, "train", characters)
     whole, tokens = _files(first.folder), first.tokens.tolist()
     file = first.folder / name
     DAMAGES[damage](file)
-    again = load_split(embedded(tmp_path), "train", characters)
+    again = load_split(config, "train", characters)
     assert again.folder == first.folder
     assert again.tokens.tolist() == tokens
     assert again.optimal is not None
@@ -339,15 +341,22 @@ def test_a_set_of_before_there_were_sums_is_built_anew(
     assert load_split(embedded(tmp_path), "train", characters).folder.stat().st_ino != before
 
 
+@pytest.fixture
+def small_samples(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Samples that leave most of a small file out; a place between the first two of one."""
+    monkeypatch.setattr(derived, "_BLOCK", 4096)
+    return 5000
+
+
 def test_all_of_a_set_is_looked_at_where_that_is_asked_for(
-    tmp_path: Path, characters: Tokenizer, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, characters: Tokenizer, caplog: pytest.LogCaptureFixture, small_samples: int
 ) -> None:
-    config = embedded(tmp_path, max_length=2048, arithmetic={"train_examples": 20_000})
+    config = embedded(tmp_path, max_length=2048, arithmetic={"train_examples": 2_000})
     first = load_split(config, "train", characters)
     file = first.folder / "tokens.bin"
     content = bytearray(file.read_bytes())
-    assert len(content) > 3 << 19  # beyond what samples cover
-    place = 70_000  # between the first two of them
+    assert len(content) > 3 << 15  # beyond what samples cover
+    place = small_samples
     content[place] ^= 1
     file.write_bytes(bytes(content))
     assert load_split(config, "train", characters).tokens.tobytes() == bytes(content)
@@ -358,29 +367,29 @@ def test_all_of_a_set_is_looked_at_where_that_is_asked_for(
 
 
 def test_an_index_that_no_sample_shows_to_be_damaged_is_built_anew(
-    tmp_path: Path, characters: Tokenizer
+    tmp_path: Path, characters: Tokenizer, small_samples: int
 ) -> None:
-    config = embedded(tmp_path, arithmetic={"train_examples": 40_000})
+    config = embedded(tmp_path, arithmetic={"train_examples": 4_000})
     first = load_split(config, "train", characters)
     file, rewards = first.folder / "index.npz", first.rewards.tolist()
     content = bytearray(file.read_bytes())
-    assert len(content) > 3 << 19
-    content[70_000] ^= 1
+    assert len(content) > 3 << 15
+    content[small_samples] ^= 1
     file.write_bytes(bytes(content))
     assert load_split(config, "train", characters).rewards.tolist() == rewards
 
 
 def test_a_list_of_bad_rows_that_was_damaged_says_what_to_do(
-    tmp_path: Path, bpe: Tokenizer
+    tmp_path: Path, bpe: Tokenizer, small_samples: int
 ) -> None:
-    lines = [*map(json.dumps, rows()), *["{" + "x" * 50] * 40_000]
+    lines = [*map(json.dumps, rows()), *["{" + "x" * 50] * 4_000]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(lines) + "\n")
     settings = {"cache_dir": str(tmp_path / "cache"), "bad_rows": BadRows.skip}
     found = load_split(from_file(path, **settings), "train", bpe)
     file, listed = found.folder / "bad_rows.jsonl", list(found.bad_rows())
     content = bytearray(file.read_bytes())
-    content[70_000:70_400] = bytes(400)
+    content[small_samples : small_samples + 400] = bytes(400)
     file.write_bytes(bytes(content))
     with pytest.raises(InputError, match=r"bad_rows\.jsonl is damaged: .* with --verify"):
         list(load_split(from_file(path, **settings), "train", bpe).bad_rows())
