@@ -21,7 +21,7 @@ SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --dist loadfile --n
 
 help:
 	@echo "make run        train the local critics (N=0 and N=2) and compare them: no GPU, minutes"
-	@echo "make test       lint, types and tests of everything, in at most 20 minutes on two cores"
+	@echo "make test       lint, types and tests of everything, in about 20 minutes on two cores"
 	@echo "make test-fast  the fast tests only"
 	@echo "make test-all   all variants and large grids too, then the soak: hours"
 	@echo "make soak       40 kills in one run, 25 interruptions on Slurm in another, a second image"
