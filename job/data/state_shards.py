@@ -80,13 +80,19 @@ def sequence_keys(
 
 @dataclass(frozen=True)
 class Stored:
-    """By which keys n sequences' states are kept [n, 2], and how many rows of each, int64 [n]."""
+    """By which keys n sequences' states are kept [n, 2], and how many rows of each, int64 [n].
+
+    Attributes:
+        earlier: the same of their states before an earlier block, where those are there.
+    """
 
     keys: Keys
     rows: NDArray[np.int64]
+    earlier: Stored | None = None
 
     def __getitem__(self, chosen: NDArray[np.int64]) -> Stored:
-        return Stored(self.keys[chosen], self.rows[chosen])
+        earlier = None if self.earlier is None else self.earlier[chosen]
+        return Stored(self.keys[chosen], self.rows[chosen], earlier)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -140,12 +146,14 @@ class Shards:
         self._shards: dict[str, Shard] = {}
         self._unusable: set[str] = set()
         self._files: dict[int, int] = {}  # shard -> descriptor
-        self._table = _table([])
+        # in the order in which they were taken in: a place stays, for who reads meanwhile
+        self._entries = _entries([])
+        self._order = _order(self._entries)
         self._lock = threading.Lock()
         self._gives_up_pages = False
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._entries)
 
     @property
     def names(self) -> list[str]:
@@ -153,7 +161,7 @@ class Shards:
 
     @property
     def bytes(self) -> int:
-        return int(self._table["rows"].sum()) * self._row_bytes
+        return int(self._entries["rows"].sum()) * self._row_bytes
 
     def refresh(self, own: str = "", given: Collection[str] | None = None) -> None:
         """Take in what has been committed since.
@@ -167,7 +175,8 @@ class Shards:
             is_wanted = is_own or given is None or name in given
             if is_wanted and name not in self._shards and name not in self._unusable:
                 self._take_in(index, is_own=is_own)
-        self._table = _table([shard.entries for shard in self._shards.values()])
+        self._entries = _entries([shard.entries for shard in self._shards.values()])
+        self._order = _order(self._entries)
         # so that a cache larger than memory drives out nothing else
         self._gives_up_pages = self.bytes > _host_bytes() / 2
 
@@ -183,26 +192,26 @@ class Shards:
         self._shards[index.stem] = shard
 
     def find(self, keys: Keys, seen: Seen = any_step) -> NDArray[np.int64]:
-        """The first entry of each key, of those whose steps are seen: [n] of the table's, -1."""
-        table, found = self._table, np.full(len(keys), -1)
-        at = np.searchsorted(table["high"], keys[:, 0])
+        """The first entry of each key, of those whose steps are seen, int64 [n]; -1 without."""
+        order, found = self._order, np.full(len(keys), -1)
+        at = np.searchsorted(order["high"], keys[:, 0])
         open_ = np.arange(len(keys))
-        while len(open_ := open_[at[open_] < len(table)]):
-            there = table[at[open_]]
+        while len(open_ := open_[at[open_] < len(order)]):
+            there = order[at[open_]]
             open_, there = _where(there["high"] == keys[open_, 0], open_, there)
             fits = (there["low"] == keys[open_, 1]) & seen(there["step"])
-            found[open_[fits]] = at[open_[fits]]
+            found[open_[fits]] = there["place"][fits]
             open_ = open_[~fits]
             at[open_] += 1
         return found
 
     def rows(self, found: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many rows each of these entries has, int64 [n]."""
-        return self._table["rows"][found].astype(np.int64)
+        return self._entries["rows"][found].astype(np.int64)
 
     def read(self, entry: int, into: memoryview) -> bool:
         """Read one entry whole; False where it is not what was written, or cannot be read."""
-        one = self._table[entry]
+        one = self._entries[entry]
         try:
             file = self._open(int(one["shard"]))
             done = os.preadv(file, [into], int(one["offset"]))
@@ -228,7 +237,7 @@ class Shards:
         self._files.clear()
 
     def _path(self, entry: int) -> Path:
-        return list(self._shards.values())[int(self._table[entry]["shard"])].states
+        return list(self._shards.values())[int(self._entries[entry]["shard"])].states
 
     def _open(self, shard: int) -> int:
         with self._lock:
@@ -246,16 +255,23 @@ def _where(mask: NDArray[np.bool_], *arrays: Any) -> tuple[Any, ...]:
     return tuple(array[mask] for array in arrays)
 
 
-def _table(shards: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """All entries by key, those of one key by step and then in the order of the shards."""
-    kind = [("high", np.uint64), ("low", np.uint64), ("shard", np.int32), *ENTRY.descr[1:]]
-    table = np.empty(sum(map(len, shards)), np.dtype(kind))
-    whole = np.concatenate([np.empty(0, ENTRY), *shards])
-    table["high"], table["low"] = whole["key"].T
-    table["shard"] = np.repeat(np.arange(len(shards)), [len(s) for s in shards])
-    for name in ENTRY.names[1:]:  # type: ignore[index]
-        table[name] = whole[name]
-    return table[np.lexsort((table["shard"], table["step"], table["low"], table["high"]))]
+def _entries(shards: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """All entries, each with the number of its shard."""
+    entries = np.concatenate([np.empty(0, ENTRY), *shards])
+    numbered = np.empty(len(entries), np.dtype([*ENTRY.descr, ("shard", np.int32)]))
+    for name in ENTRY.names or ():
+        numbered[name] = entries[name]
+    numbered["shard"] = np.repeat(np.arange(len(shards)), [len(s) for s in shards])
+    return numbered
+
+
+def _order(entries: NDArray[Any]) -> NDArray[Any]:
+    """Where the entries are, by key; those of one key by step and then in the order of shards."""
+    kind = [("high", np.uint64), ("low", np.uint64), ("step", np.int64), ("place", np.int64)]
+    order = np.empty(len(entries), np.dtype(kind))
+    order["high"], order["low"] = entries["key"].T
+    order["step"], order["place"] = entries["step"], np.arange(len(entries))
+    return order[np.lexsort((order["place"], order["step"], order["low"], order["high"]))]
 
 
 Count = TypeVar("Count", int, NDArray[np.int64])

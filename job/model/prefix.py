@@ -16,11 +16,14 @@ class Prefix:
         states: what is used; None until `settle` was called.
         known: states of which some rows are known, and bool [t], which they are: those are what the
             training is about, and computed ones, which differ in their last bits, are not used.
+        earlier: what is known before an earlier block: there computing begins; None where it begins
+            with the tokens.
     """
 
     block: int
     states: Tensor | None = None
     known: tuple[Tensor, Tensor] | None = None
+    earlier: Prefix | None = None
     computed: bool = False
 
     @torch.no_grad()

@@ -502,8 +502,11 @@ class Trunk(nn.Module):
         """As `prefix`, from states that are known."""
         states = given.states
         if states is None:
-            embedded = self.tok_embeddings(tokens)
-            states = given.settle(self._run(embedded, 0, given.block, layout, rope, reads))
+            start, x = 0, None
+            if given.earlier is not None:
+                start, x = given.earlier.block, given.earlier.states
+            x = self.tok_embeddings(tokens) if x is None else x
+            states = given.settle(self._run(x, start, given.block, layout, rope, reads))
         return self._run(states, given.block, self._first_with_gradients(), layout, rope, reads)
 
     def _first_with_gradients(self) -> int:

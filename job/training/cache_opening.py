@@ -22,6 +22,7 @@ from job.training.cache_boundary import Boundary, wanted
 from job.training.cache_folders import used_bytes
 from job.training.cache_record import RECORD, Record
 from job.training.data import CriticData
+from job.training.earlier_states import EarlierStates
 from job.training.prefix_cache import PrefixCache
 
 FREE_SHARE = 0.8  # of what is free, where no size is given
@@ -61,9 +62,29 @@ def opened_cache(
         boundary.facts(base, world.device),
         may_take=opening.room(),  # where all ranks' states together were found to fit
     )
-    opening.name_sequences(boundary)
-    with closing(PrefixCache(boundary, shards, writer, record, world, run)) as cache:
+    record.take_in(shards)
+    earlier = _earlier_states(opening, boundary, record)
+    with closing(PrefixCache(boundary, shards, writer, record, world, run, earlier)) as cache:
         yield cache
+
+
+def _earlier_states(opening: Opening, boundary: Boundary, record: Record) -> EarlierStates | None:
+    """Those that the run began with, while they are all there; every rank must take part."""
+    opening.name_sequences(boundary)
+    if record.earlier is None:
+        return None
+    before, packers = replace(boundary, block=record.earlier), opening.packers.values()
+    shards = opening.shards(before)
+    shards.refresh(given=record.earlier_given)
+    for packer, stored in zip(packers, opening.stored(before).values(), strict=True):
+        assert packer.stored is not None
+        packer.stored = replace(packer.stored, earlier=stored)
+    states = EarlierStates(before, shards, opening.world)
+    lacking = any(states.lacks(wanted(packer)) for packer in packers)
+    if opening.world.sum([lacking])[0]:
+        states.close()
+        return None
+    return states
 
 
 @dataclass(frozen=True)
@@ -84,13 +105,17 @@ class Opening:
     def shards(self, boundary: Boundary) -> Shards:
         return boundary.shards(Path(self.config.prefix_cache_folder), self.base, self.world.device)
 
-    def name_sequences(self, boundary: Boundary) -> None:
-        """Let the sets know by which keys their states are kept."""
+    def stored(self, boundary: Boundary) -> dict[str, Stored]:
+        """By which keys the states of each set are kept."""
         kind, packers = boundary.of_read_rows, self.packers
         if kind not in self._stored:
             self._stored[kind] = {name: boundary.stored(p) for name, p in packers.items()}
-        for name, packer in packers.items():
-            packer.stored = self._stored[kind][name]
+        return self._stored[kind]
+
+    def name_sequences(self, boundary: Boundary) -> None:
+        """Let the sets know these keys."""
+        for name, packer in self.packers.items():
+            packer.stored = self.stored(boundary)[name]
 
     def missing_bytes(self, boundary: Boundary, record: Record | None = None) -> dict[str, int]:
         """How much of each set's states is not there yet, on the disk.
@@ -122,7 +147,7 @@ def _settle(opening: Opening, boundary: Boundary, run: RunDirectory) -> Record:
     boundary = replace(boundary, block=record.block)
     folder = opening.shards(boundary).folder
     remove_leftovers(folder, record.name)
-    _keep_what_fits(opening, boundary, record, or_raise=before is None)
+    _keep_what_fits(opening, boundary, record, or_raise=before is None and not record.earlier)
     with suppress(OSError):
         os.utime(folder)  # it is used
     run.write_json(RECORD, vars(record))
@@ -130,16 +155,24 @@ def _settle(opening: Opening, boundary: Boundary, run: RunDirectory) -> Record:
 
 
 def _new_record(opening: Opening, boundary: Boundary) -> Record:
-    boundary = _best(opening, boundary)
+    record = Record(uuid.uuid4().hex[:12], _names(opening, boundary), boundary.block, None, None)
+    earlier = _earlier(opening, boundary)
+    if earlier is not None:
+        record.earlier, record.earlier_given = earlier.block, _names(opening, earlier)
+    return record
+
+
+def _names(opening: Opening, boundary: Boundary) -> list[str]:
+    """Of the shards that are there."""
     there = opening.shards(boundary)
     there.refresh()
-    return Record(uuid.uuid4().hex[:12], there.names, boundary.block, None, None)
+    return there.names
 
 
-def _best(opening: Opening, boundary: Boundary) -> Boundary:
-    """This boundary, or one before it at which all states are there, as they are in a sweep.
+def _earlier(opening: Opening, boundary: Boundary) -> Boundary | None:
+    """A boundary before this one at which all states are there, as they are in a sweep.
 
-    The blocks between are run then.
+    The blocks between are run then, where this one's states are not there.
     """
     if any(opening.missing_bytes(boundary).values()):
         for block in range(boundary.block - 1, 0, -1):
@@ -147,7 +180,7 @@ def _best(opening: Opening, boundary: Boundary) -> Boundary:
             there = opening.shards(other).folder.exists()
             if there and not any(opening.missing_bytes(other).values()):
                 return other
-    return boundary
+    return None
 
 
 def _keep_what_fits(

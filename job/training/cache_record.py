@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from job.common.state_files import read_json
 from job.data.state_shards import Shards
@@ -20,6 +20,8 @@ class Record:
         given: the names of the shards that were there when it began.
         block: the boundary; see `Boundary`.
         validation, training: whether states are kept; None where that is still to be decided.
+        earlier: a boundary before it at which all states were there when it began; None if none.
+        earlier_given: the names of their shards.
     """
 
     name: str
@@ -27,6 +29,8 @@ class Record:
     block: int
     validation: bool | None
     training: bool | None
+    earlier: int | None = None
+    earlier_given: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, run: RunDirectory) -> Record | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,7 @@ from job.training.cache_choice import (
 from job.training.cache_record import RECORD, Record
 from job.training.cache_rows import Rows, put_states
 from job.training.data import CriticData
+from job.training.earlier_states import EarlierStates
 from job.training.read_ahead import Known, ReadAhead
 from job.training.state_reader import StateReader
 
@@ -42,7 +44,11 @@ _log = logging.getLogger("job.train")
 
 
 class PrefixCache:
-    """The states of one run's sequences, as one of its ranks reads and writes them."""
+    """The states of one run's sequences, as one of its ranks reads and writes them.
+
+    Args:
+        earlier: from which they can be computed; None where that begins with the tokens.
+    """
 
     def __init__(
         self,
@@ -52,15 +58,16 @@ class PrefixCache:
         record: Record,
         world: World,
         run: RunDirectory,
+        earlier: EarlierStates | None = None,
     ) -> None:
         self._boundary, self._shards, self._writer = boundary, shards, writer
+        self._earlier = earlier
         self.record, self._world, self._run = record, world, run
         self._reader = StateReader(boundary, shards, world)
         self._began = time.monotonic()
-        self._ahead, self._ahead_of_evaluation = ReadAhead(self._read), ReadAhead(self._read)
+        self._ahead = ReadAhead(self._read)
         self._epoch_from, self._foreseen = -1, -1  # steps; see `enter`
         self._rows = self._rows_read = 0  # since they were last asked for
-        record.take_in(shards)
 
     def enter(self, step: int, packer: Packer, sequences: int, seed: int) -> None:
         """Begin a training step; what it and the next one need is read from now on.
@@ -69,7 +76,7 @@ class PrefixCache:
         """
         epoch_from = packer.steps_before_epoch(step, sequences)
         if epoch_from != self._epoch_from:
-            self._ahead.forget()
+            self._forget(step)
             self._writer.commit()
             self._world.gather(None)  # all are committed
             self.record.take_in(self._shards)
@@ -78,34 +85,34 @@ class PrefixCache:
             in_epoch = packer.steps_before_epoch(coming, sequences) == epoch_from
             if coming == self._foreseen + 1 and in_epoch:
                 plan = packer.plan(coming, sequences, seed)
-                self._ahead.expect(map(packer.stored_of, plan), coming)
+                self._expect(list(map(packer.stored_of, plan)), coming)
                 self._foreseen = coming
 
     def evaluate(self, packer: Packer) -> list[bool]:
         """Begin an evaluation: which of its micro-batches some rank must compute."""
         coming = [packer.stored_of(units) for units in packer.everything]
-        self._ahead_of_evaluation.forget()
+        self._forget(EVALUATION)
         self._writer.commit()
         self.record.take_in(self._shards)
-        self._ahead_of_evaluation.expect(coming, EVALUATION)
+        self._expect(coming, EVALUATION)
         return [n > 0 for n in self._world.sum([self.lacks(one, EVALUATION) for one in coming])]
 
     def leave_out(self, data: CriticData, step: int, sequences: int) -> int:
         """How many blocks, and the embeddings, a training from `step` on can do without.
 
-        All of those before the boundary, where the states of all sequences are there, or none.
-        Every rank must take part.
+        All of those before the boundary, where the states of all sequences are there; else those
+        before the earlier one, or none. Every rank must take part.
         """
         self._epoch_from = data.train.steps_before_epoch(step, sequences)
         sets = ((data.train, step), (data.validation, EVALUATION))
         lacking = any(self.lacks(wanted(packer), at) for packer, at in sets)
-        if not self._world.sum([lacking])[0]:
-            self._reader.left_out = True
-            if self._world.is_main:
-                text = "prefix cache: all states are there: the trunk's first %d blocks and its "
-                _log.info(text + "embeddings are not loaded", self._boundary.block)
         self._epoch_from = -1
-        return self._boundary.block if self._reader.left_out else 0
+        self._reader.left_out = not self._world.sum([lacking])[0]
+        block = self._boundary.block if self._reader.left_out else self._computed_from
+        if block and self._world.is_main:
+            text = "prefix cache: all states are there: the trunk's first %d blocks and its "
+            _log.info(text + "embeddings are not loaded", block)
+        return block
 
     def rewind(self) -> None:
         """Begin anew from an earlier step."""
@@ -116,8 +123,9 @@ class PrefixCache:
         self._writer.commit()
 
     def close(self) -> None:
+        if self._earlier is not None:
+            self._earlier.close()
         self._ahead.close()
-        self._ahead_of_evaluation.close()
         self._writer.close()
         self._shards.close()
 
@@ -135,11 +143,12 @@ class PrefixCache:
         Every rank must take part.
 
         Args:
-            seconds: that an evaluation has taken, with everything computed.
+            seconds: that an evaluation has taken, with no states of its own.
             left: how many will come.
         """
         if self.record.validation is None:
-            saved = left * seconds * self._boundary.block / self._boundary.n_blocks
+            spared = self._boundary.block - self._computed_from
+            saved = left * seconds * spared / (self._boundary.n_blocks - self._computed_from)
             self.record.validation = self._world.main_decides(lambda: saved > LEAST_SECONDS)
             self._settled(
                 "states of evaluations",
@@ -153,7 +162,7 @@ class PrefixCache:
         """The same for training data, after some minutes: `step` of `last` steps are done.
 
         Args:
-            seconds: of a step that computes everything.
+            seconds: of a step without states of its own.
         """
         if self.record.training is not None:
             return
@@ -162,13 +171,13 @@ class PrefixCache:
             return
         assert packer.stored is not None
         rows = sequences * float(packer.stored.rows.mean()) / self._world.size
-        frozen = self._boundary.block
+        frozen, n_blocks = self._boundary.block, self._boundary.n_blocks
         work = work_left(
             step=step,
             last=last,
             epoch=-(-int(np.count_nonzero(packer.units >= 0)) // sequences),
             seconds=seconds,
-            prefix_share=training_share(frozen, self._boundary.n_blocks - frozen),
+            prefix_share=training_share(frozen - self._computed_from, n_blocks - frozen),
             step_bytes=rows * self._boundary.row_bytes,
         )
         self.record.training, why = self._world.main_decides(lambda: self._weigh(work))
@@ -198,15 +207,36 @@ class PrefixCache:
         """What is known of a micro-batch's states; see `StateReader.prefix`."""
         known = None
         if batch.stored is not None:
-            ahead = self._ahead_of_evaluation if step == EVALUATION else self._ahead
-            known = ahead.get(batch.stored, step)
+            known = self._ahead.get(batch.stored, step)
             self._count(known, batch.stored, step)
-        return self._reader.prefix(batch, reads, known, compute=compute)
+        prefix = self._reader.prefix(batch, reads, known, compute=compute)
+        if self._earlier is not None and prefix.states is None:
+            prefix.earlier = self._earlier.take(batch, reads, step)
+        return prefix
+
+    @property
+    def _computed_from(self) -> int:
+        """The block at which computing begins; 0 where that is with the tokens."""
+        return 0 if self._earlier is None else self._earlier.block
+
+    def _expect(self, coming: Sequence[Stored | None], step: int) -> None:
+        """Have the states of these micro-batches read, and earlier ones of what they lack."""
+        self._ahead.expect(coming, step)
+        if self._earlier is not None:
+            lacking = [one for one in coming if one is not None and self.lacks(one, step)]
+            self._earlier.expect(lacking, step)
+
+    def _forget(self, step: int) -> None:
+        self._ahead.forget(step)
+        if self._earlier is not None:
+            self._earlier.forget(step)
 
     def _count(self, known: Known | None, stored: Stored, step: int) -> None:
         if step != EVALUATION:
-            self._rows += int(stored.rows.sum())
-            self._rows_read += 0 if known is None else int(known[1].sum())
+            rows = int(stored.rows.sum())
+            self._rows += rows
+            read = 0 if known is None else int(known[1].sum())
+            self._rows_read += read if self._earlier is None else rows
 
     def _read(self, stored: Stored, step: int) -> Known | None:
         return self._reader.read(stored, self._find(stored, step))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from job.data.state_shards import Stored
+from job.data.state_shards import EVALUATION, Stored
 
 READERS = 4
 AHEAD = 4  # micro-batches that are read ahead
@@ -17,37 +18,47 @@ Known = tuple[Tensor, Tensor]  # states of which some are known, and bool [rows]
 
 
 class ReadAhead:
-    """Reads states in threads, some micro-batches before they are asked for."""
+    """Reads states in threads, some micro-batches before they are asked for.
+
+    Those of training and of evaluations do not wait for each other.
+    """
 
     def __init__(self, read: Callable[[Stored, int], Known | None]) -> None:
         self._read = read
         self._pool = ThreadPoolExecutor(READERS, "prefix cache")
-        self._coming: deque[tuple[Stored, int]] = deque()
-        self._begun: dict[tuple[int, bytes], Future[Known | None]] = {}
+        self._lanes: defaultdict[bool, _Lane] = defaultdict(_Lane)
 
     def expect(self, coming: Iterable[Stored | None], step: int) -> None:
         """Have the states of these micro-batches read after those that are expected already."""
-        self._coming.extend((stored, step) for stored in coming if stored is not None)
-        self._read_on()
+        lane = self._lanes[step == EVALUATION]
+        lane.coming.extend((stored, step) for stored in coming if stored is not None)
+        self._read_on(lane)
 
     def get(self, stored: Stored, step: int) -> Known | None:
-        future = self._begun.pop((step, stored.keys.tobytes()), None)
-        self._read_on()
+        lane = self._lanes[step == EVALUATION]
+        future = lane.begun.pop((step, stored.keys.tobytes()), None)
+        self._read_on(lane)
         return self._read(stored, step) if future is None else future.result()
 
-    def forget(self) -> None:
-        """Expect nothing any more."""
-        self._coming.clear()
-        for future in self._begun.values():
+    def forget(self, step: int) -> None:
+        """Expect nothing any more, of evaluations, or of the training that `step` is one of."""
+        lane = self._lanes.pop(step == EVALUATION, _Lane())
+        for future in lane.begun.values():
             future.cancel()
-        self._begun.clear()
 
     def close(self) -> None:
-        self.forget()
-        self._pool.shutdown()
+        self._lanes.clear()
+        self._pool.shutdown(cancel_futures=True)
 
-    def _read_on(self) -> None:
-        while self._coming and len(self._begun) < AHEAD:
-            stored, step = self._coming.popleft()
-            future = self._pool.submit(self._read, stored, step)
-            self._begun[step, stored.keys.tobytes()] = future
+    def _read_on(self, lane: _Lane) -> None:
+        while lane.coming and len(lane.begun) < AHEAD:
+            stored, step = lane.coming.popleft()
+            lane.begun[step, stored.keys.tobytes()] = self._pool.submit(self._read, stored, step)
+
+
+@dataclass
+class _Lane:
+    """What is expected, and what of it is being read or has been."""
+
+    coming: deque[tuple[Stored, int]] = field(default_factory=deque)
+    begun: dict[tuple[int, bytes], Future[Known | None]] = field(default_factory=dict)

@@ -55,6 +55,18 @@ def test_ranks_read_what_others_have_written(job: MicroJob, undisturbed: MicroRu
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4), theirs["step"]
 
 
+def test_ranks_that_train_fewer_blocks_begin_with_the_states_of_more(job: MicroJob) -> None:
+    few = ("training.max_steps=21", _states("sweep"))  # two steps into the second epoch
+    head_only = (*few, "training.num_unfrozen_layers=0")
+    job.finish("more", *few)
+    fewer = job.finish("fewer", *head_only)
+    plain = job.finish("alone", *head_only, "training.prefix_cache=none")
+    assert json.loads((fewer.path / "prefix_cache.json").read_text())["earlier"] == 1
+    assert set(_shares(fewer)) == {1.0}
+    for ours, theirs in zip(fewer.records, plain.records, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4), theirs["step"]
+
+
 def test_kills_while_states_are_written_and_read_leave_no_trace(
     job: MicroJob, undisturbed: MicroRun
 ) -> None:

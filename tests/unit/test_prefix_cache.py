@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from job import cache as job_cache
 from job.common.config import load_config
 from job.common.errors import InputError, StorageError
 from job.common.schema import CriticConfig
+from job.data.state_shards import EVALUATION
 from job.memory.fit import MARGIN, fit
 from job.memory.footprint import Setting
 from job.memory.settings import setting_of
@@ -32,6 +34,7 @@ from job.training import memory_report, prefix_cache, trainer
 from job.training.cache_building import build
 from job.training.cache_choice import DiskRates, Work, training_share, work_left
 from job.training.cache_folders import folders, prune
+from job.training.prefix_cache import PrefixCache
 
 STEPS, PER_EPOCH = 45, 17.3  # of batches of ten, of 173 sequences
 SETTINGS = (
@@ -224,16 +227,72 @@ def test_what_fits_in_no_way_is_refused_before_the_data_are_read(
 
 
 @pytest.mark.parametrize("n", [0, pytest.param(1, marks=VARIANT)])
-def test_fewer_unfrozen_blocks_read_the_states_before_those_of_more(job: Job, n: int) -> None:
+def test_fewer_unfrozen_blocks_begin_with_the_states_before_those_of_more(
+    job: Job, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocks = f"training.num_unfrozen_layers={n}"
     job.once("read2", "all", "training.num_unfrozen_layers=2")
     before = job.shards("states-read2")
     plain = job.once("plain0", "none", blocks) if n == 0 else job.once("plain", "none")
+    computed: set[int] = set()
+
+    def noted(self: PrefixCache, *given: Any, keep: Any = PrefixCache.keep) -> None:
+        *_, prefix, step = given
+        if prefix.computed:
+            assert prefix.earlier.block == 1
+            computed.add(step)
+        keep(self, *given)
+
+    monkeypatch.setattr(PrefixCache, "keep", noted)
     run = job(f"few{n}", "all", blocks, cache="states-read2")
-    assert _record(run)["block"] == 1
+    assert (_record(run)["earlier"], _record(run)["block"]) == (1, 3 - n)
     assert set(_read_shares(run)) == {1.0}
     assert _difference(run, plain) < 1e-4
-    assert job.shards("states-read2") == before
+    # what the blocks between gave once is read from then on; of step 17, which two epochs share,
+    # from the third one on
+    assert {EVALUATION, *range(18)} <= computed
+    assert max(computed) < 35
+    assert len(computed) < 30
+    own = [path for path in job.shards("states-read2") if path not in before]
+    assert [path.name.partition("-")[0] for path in own] == [_record(run)["name"]] * len(own) != []
+    assert job.shards("states-read2") == sorted([*before, *own])
+    again = job(f"few{n}-again", "all", blocks, cache="states-read2")
+    assert _record(again)["earlier"] is None
+    assert _difference(run, again) < 1e-4
+
+
+@VARIANT
+def test_a_resumed_run_that_begins_with_earlier_states_has_the_bits_of_one_at_once(
+    job: Job,
+) -> None:
+    job.once("read2", "all", "training.num_unfrozen_layers=2")
+    for name in ("at-once", "in-parts"):
+        _copy_states("states-read2", name, block=1)
+    whole = job("at-once", "all", cache="at-once")
+    job("in-parts", "all", "training.max_steps=12", cache="in-parts")
+    parts = job("in-parts", "all", cache="in-parts")
+    assert _record(parts)["earlier"] == 1
+    assert _difference(whole, parts) == 0
+    assert _learned(parts) == _learned(whole)
+
+
+@VARIANT
+def test_earlier_states_that_are_gone_are_computed_again(job: Job) -> None:
+    job.once("read2", "all", "training.num_unfrozen_layers=2")
+    _copy_states("states-read2", "going", block=1)
+    begun = job("forsaken", "all", "training.max_steps=6", cache="going")
+    for name in _record(begun)["earlier_given"][1:]:
+        (index,) = Path("going").glob(f"*/{name}.index")
+        index.unlink()
+    run = job("forsaken", "all", cache="going")
+    assert _read_shares(run)[-1] == 1.0
+    assert _difference(run, job.once("plain", "none")) < 1e-4
+
+
+def _copy_states(cache: str, to: str, block: int) -> None:
+    """Those before one block, without what other runs have kept before other ones."""
+    (one,) = (one for one in folders(Path(cache)) if one.facts["block"] == block)
+    shutil.copytree(one.path, Path(to) / one.path.name)
 
 
 @VARIANT
@@ -310,10 +369,11 @@ def test_another_trunk_and_other_texts_have_states_of_their_own(job: Job) -> Non
     other = (job.folder / "pretrain.yaml").read_text().replace("max_steps: 5", "max_steps: 6")
     (job.folder / "other.yaml").write_text(other)
     job.once("read1", "all")
+    shutil.copytree("states-read1", "foreign")  # other tests ask for what is in that one
     trunk = ("model.path=other", "model.recipe=other.yaml")
     few = "training.max_steps=10"
-    assert set(_read_shares(job("trunk", "all", few, *trunk, cache="states-read1"))) == {0.0}
-    texts = job("texts", "all", few, "data.arithmetic.seed=3", cache="states-read1")
+    assert set(_read_shares(job("trunk", "all", few, *trunk, cache="foreign"))) == {0.0}
+    texts = job("texts", "all", few, "data.arithmetic.seed=3", cache="foreign")
     assert _read_shares(texts)[0] < 0.5
 
 

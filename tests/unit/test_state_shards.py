@@ -125,9 +125,21 @@ def test_of_entries_of_one_key_the_first_step_that_is_seen_counts(folder: Path) 
     steps = {}
     for least in (0, 5, 9):
         (entry,) = shards.find(_key(1)[None], lambda s, least=least: s >= least)  # type: ignore[misc]
-        steps[least] = int(shards._table[entry]["step"])
+        steps[least] = int(shards._entries[entry]["step"])
     assert steps == {0: 4, 5: 6, 9: 9}
     assert shards.find(_key(1)[None], lambda s: s > 9).tolist() == [-1]
+
+
+def test_what_was_found_stays_what_it_is_when_more_is_taken_in(folder: Path) -> None:
+    _written(folder, "b", (5, 3, 0))
+    shards = _opened(folder)
+    (entry,) = shards.find(_key(5)[None])
+    _written(folder, "a", (1, 2, 0), (5, 3, 0))  # before it by name and key
+    shards.refresh()
+    assert shards.rows(np.array([entry])).tolist() == [3]
+    into = np.zeros((3, ROW), np.uint8)
+    assert shards.read(int(entry), into.reshape(-1).data)
+    assert (into == _rows(5, 5)[1:4]).all()
 
 
 def test_shards_of_others_count_as_given_and_only_the_named_ones(folder: Path) -> None:
@@ -135,7 +147,7 @@ def test_shards_of_others_count_as_given_and_only_the_named_ones(folder: Path) -
     _written(folder, "other", (2, 2, 3))
     _written(folder, "later", (3, 2, 3))
     shards = _opened(folder, "own-", ["other-000000"])
-    assert sorted(shards._table["step"].tolist()) == [GIVEN, 3]
+    assert sorted(shards._entries["step"].tolist()) == [GIVEN, 3]
     assert [_read(shards, key, 2) is not None for key in (1, 2, 3)] == [True, True, False]
 
 
