@@ -39,6 +39,7 @@ class Kind:
         pairs: whether it learns from pairs, and so is compared with the product that does.
         lacks: parts of the product's trainable ones that it does not train.
         differs: in a line, what else is not as in the product.
+        checkout: whose code it runs; by default this one's.
     """
 
     module: str
@@ -48,6 +49,7 @@ class Kind:
     pairs: bool = False
     lacks: tuple[str, ...] = ()
     differs: str = ""
+    checkout: Path = ROOT
 
 
 def _product(kind: str, **more: Any) -> Kind:
@@ -67,7 +69,7 @@ _FREEZE_TUNING = Kind(
     lacks=("final norm",),
     differs="pairs are compared by their last tokens; the language-model head is computed too",
 )
-PACKED, PAIRS, FLOOR = "packed", "packed, pairs", "floor"
+PACKED, PAIRS, FLOOR, BEFORE = "packed", "packed, pairs", "floor", "packed, before"
 KINDS = {
     PACKED: _product("packed"),
     "packed, group_by_problem": _product("grouped", shares=True),
@@ -84,6 +86,11 @@ KINDS = {
         _FREEZE_TUNING, options={"disable_gradient_checkpointing": True}
     ),
 }
+
+
+def add_before(checkout: Path) -> None:
+    """Let the product of another checkout, which has bench/peers/product.py, be a contestant."""
+    KINDS[BEFORE] = _product("packed", checkout=checkout.resolve())
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,7 @@ class Contestant:
         with self._said.open("w") as said:
             self._process = subprocess.Popen(
                 [python, "-m", f"peers.{kind.module}"],
-                cwd=BENCH,
+                cwd=kind.checkout / "bench",
                 env=_variables(kind, settings),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -167,7 +174,7 @@ class Contestant:
 
 
 def _variables(kind: Kind, settings: Settings) -> dict[str, str]:
-    variables = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    variables = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(kind.checkout)}
     if kind.environment is not None:
         del variables["PYTHONPATH"]  # peers know nothing of the product
     if settings.device == "cpu":

@@ -10,6 +10,7 @@ turns, step by step. A step is everything from the fetching of its data to its u
     packed                     the product: Packer, Critic and Learner
     packed, group_by_problem   the product with solutions of a problem in a row (a quarter of a step
                                at most), which compute their prompt once; where there are several
+    packed, before             the product of another checkout, with --before
     packed, pairs              the product with the pairwise loss, on the same rows as pairs
     floor                      the matrix products of the linear layers alone, on packed tokens
     Trainer                    transformers' Trainer: token classification, squared errors
@@ -44,7 +45,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import OtherLoad, command_line, origin, say, table
-from contestants import FLOOR, KINDS, PACKED, PAIRS, Contestant, Step, versions
+from contestants import BEFORE, FLOOR, KINDS, PACKED, PAIRS, Contestant, Step, add_before, versions
 from peers.turns import Settings
 from torch import Tensor, nn
 
@@ -481,7 +482,11 @@ def main() -> None:
     add("--unfrozen", type=int, nargs="+", default=[0, 2, 4, 8], metavar="N", help="0 2 4 8")
     add("--solutions", type=int, nargs="+", default=[1, 4], help="of a problem (default: 1 4)")
     add("--contestants", nargs="+", choices=KINDS, default=list(KINDS), metavar="NAME", help="all")
+    add("--before", type=Path, metavar="CHECKOUT", help="of another commit, beside these")
     options = parser.parse_args()
+    if options.before is not None:
+        add_before(options.before)
+        options.contestants.append(BEFORE)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU here")
     record = origin(options.seed, ["numpy"]) | {

@@ -76,6 +76,21 @@ def test_the_product_takes_turns_in_a_process_of_its_own(
         assert name in throughput.show(found)
 
 
+def test_the_product_before_is_that_of_its_checkout(
+    contestants: ModuleType, throughput: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers = tmp_path / "bench/peers"
+    peers.mkdir(parents=True)
+    (tmp_path / "job.py").touch()  # whose code it imports
+    says = 'import job, json; input(); print(json.dumps({"trainable": job.__file__}), flush=True)'
+    (peers / "product.py").write_text(says)
+    monkeypatch.setattr(contestants, "KINDS", dict(contestants.KINDS))
+    contestants.add_before(tmp_path)
+    settings = throughput.settings(_case(throughput), tmp_path, "before")
+    with contestants.Contestant(contestants.KINDS[contestants.BEFORE], settings) as before:
+        assert before.ready == {"trainable": str(tmp_path / "job.py")}
+
+
 @pytest.mark.all
 @pytest.mark.timeout(1800)
 def test_peers_begin_with_the_same_loss_and_train_the_same(
