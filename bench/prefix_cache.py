@@ -147,6 +147,8 @@ def _results(plain: dict[int, Run], cached: Run, sweep: dict[int, Run]) -> dict[
         "sweep": {
             "n": list(SWEEP),
             "seconds": [sweep[n].seconds for n in SWEEP],
+            "in_steps": [sum(sweep[n].steps) for n in SWEEP],
+            "in_evaluations": [sum(sweep[n].evaluations) for n in SWEEP],
             "most_expensive_without": most.seconds,
             "times": sum(run.seconds for run in sweep.values()) / most.seconds,
         },
