@@ -502,12 +502,16 @@ class Trunk(nn.Module):
         """As `prefix`, from states that are known."""
         states = given.states
         if states is None:
-            start, x = 0, None
-            if given.earlier is not None:
-                start, x = given.earlier.block, given.earlier.states
-            x = self.tok_embeddings(tokens) if x is None else x
+            start, x = self._beginning(tokens, given.earlier)
             states = given.settle(self._run(x, start, given.block, layout, rope, reads))
         return self._run(states, given.block, self._first_with_gradients(), layout, rope, reads)
+
+    def _beginning(self, tokens: Tensor, earlier: Prefix | None) -> tuple[int, Tensor]:
+        """From which block on a prefix is computed, and the states [t, d] before that."""
+        if earlier is None:
+            return 0, self.tok_embeddings(tokens)
+        assert earlier.states is not None
+        return earlier.block, earlier.states
 
     def _first_with_gradients(self) -> int:
         if self.gradients_from is not None:

@@ -52,8 +52,8 @@ class Work:
     """What the rest of a training is, as one rank sees it.
 
     Attributes:
-        seconds: of a step that computes everything.
-        prefix_share: of it that the frozen blocks take.
+        seconds: of a step without states of its own.
+        prefix_share: of it that the frozen blocks take which are run then.
         step_bytes: of a step's states.
         writes: steps whose states would be written.
         reads: steps after them, whose states would be read.

@@ -63,8 +63,8 @@ def prune(root: Path, keep: float) -> int:
 
     What was damaged, and what killed writers have left, goes in any case.
 
-    A training that reads one of them goes on: what it has opened stays readable, and the rest it
-    computes.
+    What a training has opened stays readable for it; the rest it computes, in its next attempt
+    where the blocks for that are not loaded.
     """
     before, kept = used_bytes(root), 0.0
     for one in folders(root):

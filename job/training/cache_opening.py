@@ -81,10 +81,14 @@ def _earlier_states(opening: Opening, boundary: Boundary, record: Record) -> Ear
         packer.stored = replace(packer.stored, earlier=stored)
     states = EarlierStates(before, shards, opening.world)
     lacking = any(states.lacks(wanted(packer)) for packer in packers)
-    if opening.world.sum([lacking])[0]:
-        states.close()
-        return None
-    return states
+    if not opening.world.sum([lacking])[0]:
+        return states
+    states.close()
+    opening.name_sequences(boundary)
+    if opening.world.is_main:
+        text = "prefix cache: states before block %d that this run began with are gone (%s): "
+        _log.warning(text + "all frozen blocks are run from now on", before.block, shards.folder)
+    return None
 
 
 @dataclass(frozen=True)
@@ -106,14 +110,14 @@ class Opening:
         return boundary.shards(Path(self.config.prefix_cache_folder), self.base, self.world.device)
 
     def stored(self, boundary: Boundary) -> dict[str, Stored]:
-        """By which keys the states of each set are kept."""
+        """The keys of each set."""
         kind, packers = boundary.of_read_rows, self.packers
         if kind not in self._stored:
             self._stored[kind] = {name: boundary.stored(p) for name, p in packers.items()}
         return self._stored[kind]
 
     def name_sequences(self, boundary: Boundary) -> None:
-        """Let the sets know these keys."""
+        """Let the sets know by which keys their states are kept."""
         for name, packer in self.packers.items():
             packer.stored = self.stored(boundary)[name]
 
@@ -142,14 +146,16 @@ def _settle(opening: Opening, boundary: Boundary, run: RunDirectory) -> Record:
     """What the run has settled, or settles now, on rank 0."""
     mode, before = opening.config.training.prefix_cache, Record.read(run)
     record = before or _new_record(opening, boundary)
-    if mode is not PrefixCacheMode.auto:
-        record.validation, record.training = True, mode is PrefixCacheMode.all
+    if record.mode != mode.value:  # else what did not fit once is not kept later either
+        record.mode = mode.value
+        if mode is not PrefixCacheMode.auto:
+            record.validation, record.training = True, mode is PrefixCacheMode.all
     boundary = replace(boundary, block=record.block)
-    folder = opening.shards(boundary).folder
-    remove_leftovers(folder, record.name)
+    remove_leftovers(opening.shards(boundary).folder, record.name)
     _keep_what_fits(opening, boundary, record, or_raise=before is None and not record.earlier)
-    with suppress(OSError):
-        os.utime(folder)  # it is used
+    for block in filter(None, (record.block, record.earlier)):
+        with suppress(OSError):
+            os.utime(opening.shards(replace(boundary, block=block)).folder)  # it is used
     run.write_json(RECORD, vars(record))
     return record
 

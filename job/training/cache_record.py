@@ -22,6 +22,7 @@ class Record:
         validation, training: whether states are kept; None where that is still to be decided.
         earlier: a boundary before it at which all states were there when it began; None if none.
         earlier_given: the names of their shards.
+        mode: of `training.prefix_cache`, by which this was settled.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Record:
     training: bool | None
     earlier: int | None = None
     earlier_given: list[str] = field(default_factory=list)
+    mode: str = ""
 
     @classmethod
     def read(cls, run: RunDirectory) -> Record | None:

@@ -1,4 +1,4 @@
-"""States before an earlier block, from which a run's own are computed, once, by the blocks between.
+"""States before an earlier block, from which a run's own are computed by the blocks between.
 
 A sweep over how many blocks are trained has them: the run that trains most has kept those of all
 sequences, and the blocks between are frozen in a run that trains fewer.

@@ -66,8 +66,8 @@ class PrefixCache:
         self._reader = StateReader(boundary, shards, world)
         self._began = time.monotonic()
         self._ahead = ReadAhead(self._read)
-        self._epoch_from, self._foreseen = -1, -1  # steps; see `enter`
-        self._rows = self._rows_read = 0  # since they were last asked for
+        self._epoch_from, self._entered, self._foreseen = -1, -1, -1  # steps; see `enter`
+        self._rows, self._rows_spared = 0, 0.0  # since they were last asked for
 
     def enter(self, step: int, packer: Packer, sequences: int, seed: int) -> None:
         """Begin a training step; what it and the next one need is read from now on.
@@ -75,12 +75,16 @@ class PrefixCache:
         Every rank must take part.
         """
         epoch_from = packer.steps_before_epoch(step, sequences)
+        is_next = epoch_from == self._epoch_from and step == self._entered + 1
         if epoch_from != self._epoch_from:
-            self._forget(step)
             self._writer.commit()
             self._world.gather(None)  # all are committed
             self.record.take_in(self._shards)
-            self._epoch_from, self._foreseen = epoch_from, step - 1
+            self._epoch_from = epoch_from
+        if not is_next:  # of another epoch, or after steps that are passed over
+            self._forget(step)
+            self._foreseen = step - 1
+        self._entered = step
         for coming in (step, step + 1):
             in_epoch = packer.steps_before_epoch(coming, sequences) == epoch_from
             if coming == self._foreseen + 1 and in_epoch:
@@ -110,8 +114,10 @@ class PrefixCache:
         self._reader.left_out = not self._world.sum([lacking])[0]
         block = self._boundary.block if self._reader.left_out else self._computed_from
         if block and self._world.is_main:
-            text = "prefix cache: all states are there: the trunk's first %d blocks and its "
-            _log.info(text + "embeddings are not loaded", block)
+            text = (
+                "prefix cache: all states before block %d are there: the blocks before it and the "
+            )
+            _log.info(text + "embeddings, are not loaded", block)
         return block
 
     def rewind(self) -> None:
@@ -130,10 +136,12 @@ class PrefixCache:
         self._shards.close()
 
     def share(self) -> float:
-        """Which share of rows was read since this was last asked; NaN without any."""
-        rows, read = self._world.sum([self._rows, self._rows_read])
-        self._rows = self._rows_read = 0
-        return read / rows if rows else float("nan")
+        """Which share of the frozen blocks' work reading has spared since this was last asked; NaN
+        without any.
+        """
+        rows, spared = self._world.sum([self._rows, self._rows_spared])
+        self._rows, self._rows_spared = 0, 0.0
+        return spared / rows if rows else float("nan")
 
     # Choosing
 
@@ -233,10 +241,9 @@ class PrefixCache:
 
     def _count(self, known: Known | None, stored: Stored, step: int) -> None:
         if step != EVALUATION:
-            rows = int(stored.rows.sum())
+            rows, read = int(stored.rows.sum()), 0 if known is None else int(known[1].sum())
             self._rows += rows
-            read = 0 if known is None else int(known[1].sum())
-            self._rows_read += read if self._earlier is None else rows
+            self._rows_spared += read + (rows - read) * self._computed_from / self._boundary.block
 
     def _read(self, stored: Stored, step: int) -> Known | None:
         return self._reader.read(stored, self._find(stored, step))

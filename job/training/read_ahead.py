@@ -20,7 +20,7 @@ Known = tuple[Tensor, Tensor]  # states of which some are known, and bool [rows]
 class ReadAhead:
     """Reads states in threads, some micro-batches before they are asked for.
 
-    Those of training and of evaluations do not wait for each other.
+    As many of an evaluation's as of training's: what has been read waits for its own kind alone.
     """
 
     def __init__(self, read: Callable[[Stored, int], Known | None]) -> None:

@@ -56,13 +56,15 @@ def test_ranks_read_what_others_have_written(job: MicroJob, undisturbed: MicroRu
 
 
 def test_ranks_that_train_fewer_blocks_begin_with_the_states_of_more(job: MicroJob) -> None:
-    few = ("training.max_steps=21", _states("sweep"))  # two steps into the second epoch
+    few = ("training.max_steps=28", _states("sweep"))  # of which an epoch has 18.75
     head_only = (*few, "training.num_unfrozen_layers=0")
     job.finish("more", *few)
     fewer = job.finish("fewer", *head_only)
     plain = job.finish("alone", *head_only, "training.prefix_cache=none")
     assert json.loads((fewer.path / "prefix_cache.json").read_text())["earlier"] == 1
-    assert set(_shares(fewer)) == {1.0}
+    first, *_, last = _shares(fewer)
+    assert first == 0.5  # one of two blocks
+    assert last > 0.8  # but for what was seen in the step that two epochs share
     for ours, theirs in zip(fewer.records, plain.records, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4), theirs["step"]
 

@@ -183,7 +183,7 @@ def test_another_run_reads_everything_and_loads_no_frozen_block(
     assert set(_read_shares(second)) == {1.0}
     assert job.shards("states-read1") == before
     assert settings[-1].prefix_cached
-    assert "the trunk's first 2 blocks and its embeddings are not loaded" in caplog.text
+    assert "all states before block 2 are there" in caplog.text
     held = [json.loads(run.file("parameters.json").read_text()) for run in (first, second)]
     for name in ("model_total_params", "model_trainable_params"):
         assert held[0][name] == held[1][name]
@@ -246,7 +246,8 @@ def test_fewer_unfrozen_blocks_begin_with_the_states_before_those_of_more(
     monkeypatch.setattr(PrefixCache, "keep", noted)
     run = job(f"few{n}", "all", blocks, cache="states-read2")
     assert (_record(run)["earlier"], _record(run)["block"]) == (1, 3 - n)
-    assert set(_read_shares(run)) == {1.0}
+    assert _read_shares(run)[0] == pytest.approx(1 / (3 - n))
+    assert _read_shares(run)[-1] == 1.0
     assert _difference(run, plain) < 1e-4
     # what the blocks between gave once is read from then on; of step 17, which two epochs share,
     # from the third one on
@@ -261,7 +262,6 @@ def test_fewer_unfrozen_blocks_begin_with_the_states_before_those_of_more(
     assert _difference(run, again) < 1e-4
 
 
-@VARIANT
 def test_a_resumed_run_that_begins_with_earlier_states_has_the_bits_of_one_at_once(
     job: Job,
 ) -> None:
@@ -276,17 +276,38 @@ def test_a_resumed_run_that_begins_with_earlier_states_has_the_bits_of_one_at_on
     assert _learned(parts) == _learned(whole)
 
 
-@VARIANT
-def test_earlier_states_that_are_gone_are_computed_again(job: Job) -> None:
+def test_earlier_states_that_are_gone_are_computed_again(
+    job: Job, caplog: pytest.LogCaptureFixture
+) -> None:
     job.once("read2", "all", "training.num_unfrozen_layers=2")
     _copy_states("states-read2", "going", block=1)
+    (folder,) = Path("going").iterdir()
+    os.utime(folder, (0, 0))
     begun = job("forsaken", "all", "training.max_steps=6", cache="going")
+    assert folder.stat().st_mtime > 0  # it is used
     for name in _record(begun)["earlier_given"][1:]:
         (index,) = Path("going").glob(f"*/{name}.index")
         index.unlink()
     run = job("forsaken", "all", cache="going")
+    assert "states before block 1 that this run began with are gone" in caplog.text
     assert _read_shares(run)[-1] == 1.0
     assert _difference(run, job.once("plain", "none")) < 1e-4
+
+
+@VARIANT
+def test_what_did_not_fit_when_a_run_began_is_not_kept_from_the_middle_on(job: Job) -> None:
+    job.once("read2", "all", "training.num_unfrozen_layers=2")
+    _copy_states("states-read2", "tight", block=1)
+    before = job.shards("tight")
+    size = sum(path.stat().st_size for path in before)
+    none_more = f"training.prefix_cache_gb={size / 1e9:.10f}"
+    job("crammed", "all", "training.max_steps=12", none_more, cache="tight")
+    run = job("crammed", "all", cache="tight")
+    assert (_record(run)["validation"], _record(run)["training"]) == (False, False)
+    assert job.shards("tight") == before
+    assert set(_read_shares(run)) == {0.5}
+    job("kept", "validation", "training.max_steps=12", cache="turned")
+    assert _record(job("kept", "all", cache="turned"))["training"] is True
 
 
 def _copy_states(cache: str, to: str, block: int) -> None:
