@@ -16,6 +16,7 @@ from job.common.schema import AUTO, EMBEDDED, CriticConfig, Spread
 from job.data.packing import Indices, Packer, first_valued, single_units
 from job.data.pairs import balanced_pairs, with_others
 from job.data.shared_prompts import SAVES_ENOUGH, SharedPrompts, shared_in_evaluations
+from job.data.stored_targets import Targets
 from job.data.token_cache import TokenizedSet, count_shared_problems, load_split
 from job.data.tokenizer import Tokenizer, load_tokenizer
 from job.data.weights import Weights, position_weights
@@ -215,6 +216,21 @@ def check_targets(config: CriticConfig, train: TokenizedSet) -> None:
         raise InputError(
             f"{config.data.train}: rows have targets at positions (data.fields.targets); they are "
             "learnt by objective.target=monte_carlo, or objective.terms without td"
+        )
+    _warn_of_unused(
+        train.targets, first_valued(train, np.arange(len(train)), objective.trains_prompts)
+    )
+
+
+def _warn_of_unused(targets: Targets, first: Indices) -> None:
+    """Say so where targets lie before their sequence's first valued position, int64 [sequences]."""
+    unused = np.count_nonzero(targets.at < first.repeat(np.diff(targets.offsets)))
+    if unused:
+        _log.warning(
+            "%d of %d targets are not learnt: they lie before the response, where a value is read "
+            "only with a prompt and objective.prompt_value=true",
+            unused,
+            len(targets.at),
         )
 
 

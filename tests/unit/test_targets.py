@@ -229,8 +229,13 @@ def test_targets_spread_to_what_comes_before_them(folder: Path) -> None:
     ]
 
 
-def test_a_target_before_the_response_needs_a_value_there(folder: Path) -> None:
+def test_a_target_before_the_response_needs_a_value_there(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded()
+    assert "not learnt" not in caplog.text
     config, data = loaded("objective.prompt_value=false")
+    assert "1 of 5 targets are not learnt" in caplog.text
     assert shown(whole(data), Objective(config.objective))[2] == [(0.25, 2.0), (0.0, 1.0)]
 
 
