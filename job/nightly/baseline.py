@@ -79,7 +79,7 @@ def load_baseline(folder: Path, matrix: str, key: dict[str, str]) -> Baseline:
         stored = json.loads(file.read_text(encoding="utf-8"))
         version, of = stored["version"], stored["key"]
         if version == VERSION:
-            figures = {name: Accepted(**one) for name, one in stored["figures"].items()}
+            figures = {name: _read(one) for name, one in stored["figures"].items()}
     except FileNotFoundError:
         return Baseline(key)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -90,6 +90,17 @@ def load_baseline(folder: Path, matrix: str, key: dict[str, str]) -> Baseline:
     if of != key:
         raise BaselineError(f"the baseline {file.name} is of another machine, {of}; {restore}")
     return Baseline(key, figures)
+
+
+def _read(stored: dict[str, Any]) -> Accepted:
+    """Raises TypeError where a number is none, or is missing that a spread takes."""
+    one = Accepted(**stored)
+    numbers = (one.mean, one.spread, one.since)
+    if not all(isinstance(number, int | float | None) for number in numbers):
+        raise TypeError
+    if (one.mean is None) != (one.spread is None) or (one.spread is not None and one.count < 2):
+        raise TypeError
+    return one
 
 
 def accept(
@@ -154,7 +165,7 @@ def _accepted(
     if FIGURES[name].rule is Rule.SERIES:
         return replace(told, since=night.plan.began)
     if FIGURES[name].rule is Rule.QUALITY and isinstance(value, list):
-        values = _pooled([*earlier, night], result, name)
+        values = pooled([*earlier, night], result, name)
         if len(values) < LEAST_VALUES:
             return f"{len(values)} values so far; a spread takes {LEAST_VALUES}"
         mean, spread = statistics.mean(values), statistics.stdev(values)
@@ -162,7 +173,7 @@ def _accepted(
     return replace(told, value=value)
 
 
-def _pooled(nights: Sequence[Night], like: Result, name: str) -> list[float]:
+def pooled(nights: Sequence[Night], like: Result, name: str) -> list[float]:
     """The newest nights' values over seeds, on the same kind of machine."""
     of_all = (night.results.get(like.entry) for night in nights)
     same = [one for one in of_all if one and one.key == like.key and name in one.figures]

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from job.nightly import rules, series
-from job.nightly.baseline import Baseline, BaselineError, load_baseline
+from job.nightly.baseline import LEAST_VALUES, Baseline, BaselineError, load_baseline, pooled
 from job.nightly.figures import FIGURES, Figure, Rule
 from job.nightly.record import Finding, Night, NightFolder, Plan, Result, Verdict
 
 LEAST_NIGHTS = series.LEAST_BEFORE + series.WINDOWS[0][0]
 SECONDS_SHIFT = 0.2  # times vary more than speeds
 _SAME = ("loss", "parameters")  # what `same_as` means
+_NO_BASELINE = "no baseline on this kind of machine"
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,19 @@ def judge(
     """The night as judged; `nights` are the earlier ones of its matrix, the oldest first."""
     findings: list[Finding] = []
     judged: list[Judged] = []
-    notes = list(_moved(results, nights))
+    notes = [*_moved(results, nights), *_left_out(plan, nights)]
     broken: set[str] = set()
-    for result in results.values():
+    for result in map(_judgeable, results.values()):
         if not result.complete:
             text = result.reason or "without a word"
             findings.append(Finding(result.entry, "", Verdict.INCOMPLETE, text))
             continue
         baseline = _baseline(folder, plan, result, broken)
         judged += [_judged(result, name, baseline, nights) for name in result.figures]
+        notes_of_figures = result.notes | _missing(result, baseline, nights)
         findings += [
             Finding(result.entry, name, Verdict.INCOMPLETE, text)
-            for name, text in result.notes.items()
+            for name, text in notes_of_figures.items()
         ]
         findings += _same_as(plan, result, results)
     findings += [Finding("baseline", "", Verdict.INCOMPLETE, text) for text in sorted(broken)]
@@ -66,6 +68,43 @@ def judge(
     findings.sort(key=lambda one: order.index(one.entry) if one.entry in order else -1)
     found = [_located(one, folder, plan, results, nights) for one in findings]
     return Night(plan, results, found, notes)
+
+
+def _judgeable(result: Result) -> Result:
+    """Without figures that are no numbers, which are notes instead."""
+    bad = {name: rules.unjudgeable(value) for name, value in result.figures.items()}
+    notes = {name: text for name, text in bad.items() if text is not None}
+    if result.figures.get("speed", 1) == 0:
+        notes["speed"] = "it is 0: no time or no rate of matrix products was measured"
+    if "memory_measured" in result.figures and "memory_predicted" not in result.figures:
+        notes["memory_measured"] = "there is no prediction to hold it against"
+    figures = {name: value for name, value in result.figures.items() if name not in notes}
+    return replace(result, figures=figures, notes=result.notes | notes)
+
+
+def _missing(result: Result, baseline: Baseline, nights: Sequence[Night]) -> dict[str, str]:
+    """Figures that were accepted, or were there in the last night on this machine, and are not."""
+    accepted = {name.partition("/")[2] for name in baseline.figures if _is_of(name, result)}
+    earlier = [one for one in _earlier(result.entry, nights) if one.key == result.key]
+    last = set(earlier[-1].figures) if earlier else set()
+    told = {"was accepted": accepted, "was there in the last night": last - accepted}
+    return {
+        name: f"it {how}, and is missing"
+        for how, names in told.items()
+        for name in sorted(names)
+        if name not in result.figures and name not in result.notes
+        if name in FIGURES and FIGURES[name].rule is not Rule.SHOWN
+    }
+
+
+def _is_of(name: str, result: Result) -> bool:
+    return name.startswith(f"{result.entry}/")
+
+
+def _earlier(entry: str, nights: Sequence[Night]) -> list[Result]:
+    """What an entry has left in earlier nights in which it trained, the oldest first."""
+    found = (night.results.get(entry) for night in nights)
+    return [one for one in found if one is not None and one.key is not None]
 
 
 def _baseline(folder: NightFolder, plan: Plan, result: Result, broken: set[str]) -> Baseline:
@@ -83,13 +122,22 @@ def _judged(result: Result, name: str, baseline: Baseline, nights: Sequence[Nigh
 
 
 def _moved(results: dict[str, Result], nights: Sequence[Night]) -> Iterator[str]:
-    """Entries that ran on another kind of machine than in the night before."""
-    before = nights[-1].results if nights else {}
+    """Entries that ran on another kind of machine than the last time."""
     for name, result in results.items():
-        last = before[name].key if name in before else None
+        keys = [one.key for one in _earlier(name, nights)]
+        last = keys[-1] if keys else None
         if result.key is not None and last is not None and result.key != last:
             changes = [f"{k} {last[k]} -> {v}" for k, v in result.key.items() if v != last[k]]
-            yield f"{name}: {'; '.join(changes)}: a series of its own begins"
+            own = "its series there goes on" if result.key in keys else "a series of its own begins"
+            yield f"{name}: {'; '.join(changes)}: {own}"
+
+
+def _left_out(plan: Plan, nights: Sequence[Night]) -> Iterator[str]:
+    """Entries that the last night had, and this one has not."""
+    before = nights[-1].plan.entries if nights else {}
+    for name in before:
+        if name not in plan.entries:
+            yield f"{name}: not in this night, and it was in the last one"
 
 
 # One figure by itself
@@ -106,14 +154,29 @@ def _alone(one: Judged, plan: Plan, broken: bool) -> Iterator[Finding]:
     elif rule is Rule.EXACT or (rule is Rule.QUALITY and not several):
         yield from _exact(one, rules.EXACT, broken)
     elif rule is Rule.MEMORY and one.result.on_gpu:
-        predicted = one.result.figures["memory_predicted"]
-        parted = rules.parted(predicted, one.value)
-        if parted is not None:
-            yield one.finding(Verdict.REGRESSED, parted, rules.MEMORY, before=predicted)
-        else:
-            yield from _exact(one, rules.MEMORY, broken)
+        yield from _memory(one, broken)
     elif rule is Rule.QUALITY and one.accepted is None and not broken:
-        yield one.finding(Verdict.NO_BASELINE, "no baseline on this kind of machine", rules.QUALITY)
+        yield _unaccepted(one)
+
+
+def _memory(one: Judged, broken: bool) -> Iterator[Finding]:
+    predicted = one.result.figures["memory_predicted"]
+    parted = rules.parted(predicted, one.value)
+    if parted is not None:
+        yield one.finding(Verdict.REGRESSED, parted, rules.MEMORY, before=predicted)
+    elif one.result.deterministic:
+        yield from _exact(one, rules.MEMORY, broken)
+    else:
+        text = f"{one.value / 1e9:.3f} GB, within 3 % of the prediction"
+        yield one.finding(Verdict.PASSED, text, rules.MEMORY, before=predicted)
+
+
+def _unaccepted(one: Judged) -> Finding:
+    """A noisy quality without a baseline, which takes some nights."""
+    values = [*pooled(one.nights, one.result, one.name), *one.value]
+    waits = len(values) < LEAST_VALUES
+    text = f"{len(values)} of {LEAST_VALUES} values" if waits else _NO_BASELINE
+    return one.finding(Verdict.NO_BASELINE, text, rules.QUALITY, waits=waits)
 
 
 def _beyond_floor(one: Judged, plan: Plan) -> str | None:
@@ -127,15 +190,15 @@ def _exact(one: Judged, rule: str, broken: bool) -> Iterator[Finding]:
     if one.accepted is not None:
         yield _held_against(one, one.accepted.value, rule)
     elif not broken:  # else that is what is told
-        yield one.finding(Verdict.NO_BASELINE, "no baseline on this kind of machine", rule)
+        yield one.finding(Verdict.NO_BASELINE, _NO_BASELINE, rule)
 
 
 def _held_against(one: Judged, before: Any, rule: str) -> Finding:
     text = rules.different(one.value, before)
     if text is None:
         return one.finding(Verdict.PASSED, "as accepted", rule, before=before)
-    better = one.figure.better if not isinstance(one.value, list) else 0
-    improved = better and better * (one.value - before) > 0
+    numbers = rules.is_number(one.value) and rules.is_number(before)
+    improved = numbers and one.figure.better * (one.value - before) > 0
     verdict = Verdict.IMPROVED if improved else Verdict.REGRESSED
     return one.finding(verdict, text, rule, before=before)
 
@@ -167,7 +230,7 @@ def _qualities(judged: Sequence[Judged], plan: Plan) -> Iterator[Finding]:
     }
     down = {name: _worse_p(one, one.figure.better) for name, one in noisy.items()}
     up = {name: _worse_p(one, -one.figure.better) for name, one in noisy.items()}
-    worse, better = rules.worse(down), rules.worse(up)
+    worse, better = rules.worse(down), rules.worse(up)  # what has no better side is worse
     for name, one in noisy.items():
         verdict = Verdict.PASSED
         if name in worse or name in better:
@@ -177,8 +240,6 @@ def _qualities(judged: Sequence[Judged], plan: Plan) -> Iterator[Finding]:
 
 
 def _worse_p(one: Judged, better: int) -> float:
-    if not better:
-        return 1.0
     accepted = one.accepted
     return rules.worse_p(one.value, accepted.mean, accepted.spread, accepted.count, better)
 
@@ -188,24 +249,27 @@ def _series(judged: Sequence[Judged], plan: Plan) -> Iterator[Finding]:
     histories = [_History.of(one, plan) for one in judged if _is_series(one)]
     fallen, risen = (_moved_together(histories, sign) for sign in (1, -1))
     for history, worse, better in zip(histories, fallen, risen, strict=True):
-        one, (before, now) = history.of_figure, history.around
-        if len(history.values) < LEAST_NIGHTS:
-            text = f"{now:.4g} {one.figure.unit}; {len(history.values)} of {LEAST_NIGHTS} nights"
-            yield one.finding(Verdict.NO_BASELINE, text, rules.SERIES, waits=True)
-            continue
-        text = f"{now:.4g} {one.figure.unit} instead of {before:.4g}{rules.relative(now, before)}"
-        verdict = Verdict.PASSED
-        if worse or better:
-            verdict = Verdict.REGRESSED if worse else Verdict.IMPROVED
-            text += f", from night {history.first.number} on"
-        more = {"before": before, "between": history.between if worse else None}
-        yield one.finding(verdict, text, rules.SERIES, **more)
+        moved = Verdict.REGRESSED if worse else Verdict.IMPROVED if better else None
+        yield _moved_or_not(history, moved)
+
+
+def _moved_or_not(history: _History, moved: Verdict | None) -> Finding:
+    one, (before, now) = history.of_figure, history.around
+    told: dict[str, Any] = {"rule": rules.SERIES, "held_from": history.held_from}
+    if len(history.values) < LEAST_NIGHTS:
+        text = f"{now:.4g} {one.figure.unit}; {len(history.values)} of {LEAST_NIGHTS} nights"
+        return one.finding(Verdict.NO_BASELINE, text, waits=True, **told)
+    text = f"{now:.4g} {one.figure.unit} instead of {before:.4g}{rules.relative(now, before)}"
+    if moved is None:
+        return one.finding(Verdict.PASSED, text, before=before, **told)
+    since, between = history.moved_at(moved)
+    text += f", from night {since} on"
+    told |= {"since": since, "between": between if moved is Verdict.REGRESSED else None}
+    return one.finding(moved, text, before=before, **told)
 
 
 def _is_series(one: Judged) -> bool:
-    if not isinstance(one.value, int | float) or one.value <= 0:
-        return False
-    return one.figure.rule is Rule.SERIES
+    return one.figure.rule is Rule.SERIES and rules.is_number(one.value)
 
 
 @dataclass(frozen=True)
@@ -217,22 +281,24 @@ class _History:
     """
 
     of_figure: Judged
-    plans: list[Plan]
+    held_from: int | None  # number of the first night that was accepted
+    numbers: list[int]
     commits: list[str | None]
     values: list[float]
 
     @classmethod
     def of(cls, one: Judged, plan: Plan) -> _History:
-        since = one.accepted.since if one.accepted is not None else None
-        nights = [night for night in one.nights if since is None or night.plan.began >= since]
+        held_from = _held_from(one, plan)
+        nights = [night for night in one.nights if held_from is None or night.number >= held_from]
         same = [night for night in nights if _value(night, one) is not None]
-        newest = same[1 - series.MOST_NEWEST :]
-        kept = [night for night in same if night in newest or not _had_moved(night, one)]
+        newest, moved = same[1 - series.MOST_NEWEST :], set(_moved_nights(same, one))
+        kept = [night for night in same if night in newest or night.number not in moved]
         commits = [night.results[one.result.entry].commit or night.plan.commit for night in kept]
         values = [_value(night, one) or 0.0 for night in kept]
         return cls(
             one,
-            [*(night.plan for night in kept), plan],
+            held_from,
+            [*(night.number for night in kept), plan.number],
             [*commits, one.result.commit or plan.commit],
             [*values, float(one.value)],
         )
@@ -243,20 +309,22 @@ class _History:
         return series.step(np.array(self.values)) if len(self.values) > 1 else 1
 
     @property
-    def first(self) -> Plan:
-        return self.plans[-self.newest]
-
-    @property
     def around(self) -> tuple[float, float]:
         """Typical values before and after the step."""
         before = self.values[: -self.newest] or self.values
         return float(np.median(before)), float(np.median(self.values[-self.newest :]))
 
-    @property
-    def between(self) -> tuple[str, str] | None:
-        """The commits of the last night before the step and of the first one after it."""
+    def moved_at(self, verdict: Verdict) -> tuple[int, tuple[str, str] | None]:
+        """The first night after the step, and its commit with that of the night before.
+
+        As it was told first: the more nights follow, the less of those before is looked at.
+        """
+        before = _last_finding(self.of_figure)
+        if before is not None and before.verdict is verdict and before.since is not None:
+            return before.since, before.between
         good, bad = self.commits[-self.newest - 1], self.commits[-self.newest]
-        return None if good is None or bad is None else (good, bad)
+        between = None if good is None or bad is None else (good, bad)
+        return self.numbers[-self.newest], between
 
     def p(self, sign: int) -> float:
         """That it has moved for the worse (sign 1) or the better (-1) by chance."""
@@ -266,17 +334,40 @@ class _History:
         return float(series.fall(values ** (sign * figure.better)).p)
 
 
+def _held_from(one: Judged, plan: Plan) -> int | None:
+    """The first night that the newest acceptance covers, by the order of nights: clocks jump.
+
+    Where the baseline cannot be read, as the last night had it.
+    """
+    if one.accepted is None or one.accepted.since is None:
+        told = (night.found(one.result.entry, one.name) for night in reversed(one.nights))
+        return next((found.held_from for found in told if found and found.held_from), None)
+    later = (night.number for night in one.nights if night.plan.began >= one.accepted.since)
+    return next(later, plan.number)
+
+
+def _last_finding(one: Judged) -> Finding | None:
+    """What the last night on this kind of machine told of the figure."""
+    same = [night for night in one.nights if _value(night, one) is not None]
+    return same[-1].found(one.result.entry, one.name) if same else None
+
+
+def _moved_nights(nights: Sequence[Night], one: Judged) -> Iterator[int]:
+    """Numbers of nights after a step, those included in which it was not seen yet."""
+    for night in nights:
+        found = night.found(one.result.entry, one.name)
+        if found is not None and found.verdict in (Verdict.REGRESSED, Verdict.IMPROVED):
+            yield from range(found.since or night.number, night.number + 1)
+
+
 def _value(night: Night, one: Judged) -> float | None:
     result = night.results.get(one.result.entry)
     if result is None or result.key != one.result.key:
         return None
     value = result.figures.get(one.name)
-    return value if isinstance(value, int | float) and value > 0 else None
-
-
-def _had_moved(night: Night, one: Judged) -> bool:
-    found = night.found(one.result.entry, one.name)
-    return found is not None and found.verdict in (Verdict.REGRESSED, Verdict.IMPROVED)
+    if not isinstance(value, int | float) or rules.unjudgeable(value) is not None:
+        return None
+    return value if value > 0 or one.figure.unit == "s" else None  # speeds are divided by
 
 
 def _moved_together(histories: Sequence[_History], sign: int) -> list[bool]:

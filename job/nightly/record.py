@@ -83,6 +83,7 @@ class Result:
         key: kind of device, instruction set, torch and image; None where nothing trained.
         figures: numbers, lists of them (losses by step, quality by seed), or texts.
         notes: figures that could not be taken, and why.
+        deterministic: whether the same code gives the same bits and allocations.
     """
 
     entry: str
@@ -93,6 +94,7 @@ class Result:
     on_gpu: bool = False
     figures: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    deterministic: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class Finding:
         value, before: tonight's, and what it was held against.
         between: commits, the last good one and the first bad one.
         waits: more nights are needed, and nothing of a person.
+        since: number of the first night after which a series has moved.
+        held_from: of a series, the first night that was accepted: none before it is held against.
     """
 
     entry: str
@@ -117,6 +121,8 @@ class Finding:
     between: tuple[str, str] | None = None
     bisect: str | None = None
     waits: bool = False
+    since: int | None = None
+    held_from: int | None = None
 
     @property
     def name(self) -> str:

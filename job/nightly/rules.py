@@ -18,7 +18,10 @@ FALSE_DISCOVERIES_OF_QUALITY = 0.005
 
 # What each rule names as its rate of false alarms (docs/nightly.md has where it comes from).
 EXACT = "exact: false alarms only where the same code gives other bits on the same kind of machine"
-MEMORY = "within 3 % of the prediction, and exact against the baseline: as `exact`"
+MEMORY = (
+    "within 3 % of the prediction, and exact against the baseline (but for trainings that are not "
+    "deterministic): as `exact`"
+)
 SAME = "exact against another entry of this night: as `exact`"
 HOLDS = "what the command itself found"
 FLOOR = "hard floor: false alarms never, while the figure is above it"
@@ -39,7 +42,7 @@ def different(value: Any, accepted: Any) -> str | None:
         return _different_steps(value, accepted)
     if value == accepted:
         return None
-    if _is_number(value) and _is_number(accepted):
+    if is_number(value) and is_number(accepted):
         return f"{value!r} instead of {accepted!r}{relative(value, accepted)}"
     return f"{str(value)[:12]} instead of {str(accepted)[:12]}"
 
@@ -66,7 +69,7 @@ def relative(value: float, before: float) -> str:
 
 def parted(predicted: float, measured: float) -> str | None:
     """Whether memory is not what was predicted, on a GPU; bytes."""
-    if abs(predicted - measured) <= GPU_TOLERANCE * measured:
+    if abs(predicted - measured) <= GPU_TOLERANCE * predicted:
         return None
     return f"{measured / 1e9:.3f} GB instead of {predicted / 1e9:.3f} GB as predicted" + relative(
         measured, predicted
@@ -81,15 +84,17 @@ def beyond_floor(values: Sequence[float], floor: float, better: int) -> str | No
 
 
 def worse_p(values: Sequence[float], mean: float, spread: float, count: int, better: int) -> float:
-    """The probability that seeds with the accepted mean and spread do as badly by chance.
+    """The probability that seeds with the accepted mean and spread do as badly by chance, or lie as
+    far away where neither side is the better one (`better` is 0).
 
     The spread is of `count` values, so that the mean of k others is distributed as t.
     """
-    lower = better * (mean - float(np.mean(values)))
+    away = mean - float(np.mean(values))
+    lower = better * away if better else abs(away)
     error = spread * math.sqrt(1 / len(values) + 1 / count)
     if error == 0:
         return 0.0 if lower > 0 else 1.0
-    return float(stats.t.sf(lower / error, count - 1))
+    return float(stats.t.sf(lower / error, count - 1)) * (1 if better else 2)
 
 
 def worse(probabilities: Mapping[str, float]) -> set[str]:
@@ -109,5 +114,12 @@ def spreads(values: Sequence[float], mean: float, spread: float) -> str:
     return f"{now:.4g} instead of {mean:.4g}{relative(now, mean)}{away}"
 
 
-def _is_number(value: object) -> bool:
+def unjudgeable(value: Any) -> str | None:
+    """Why a figure cannot be held against anything: it is no number, or has some that is none."""
+    several = value if isinstance(value, list) else [value]
+    bad = [one for one in several if one is None or (is_number(one) and not math.isfinite(one))]
+    return f"it is {bad[0]}, and no number" if bad else None
+
+
+def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)

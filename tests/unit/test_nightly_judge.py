@@ -38,7 +38,7 @@ SPREAD = 0.01
 FIGURES: dict[str, dict[str, Any]] = {
     "plain": {"loss": LOSSES, "parameters": "ab12", "mse": 0.1, "r2": 0.5},
     "stopped": {"loss": LOSSES, "parameters": "ab12", "signal_to_saved_seconds": 2.0},
-    "seeds": {"r2": [0.5, 0.51, 0.49], "mse": [0.1, 0.11, 0.09]},
+    "seeds": {"r2": [0.5, 0.51, 0.49], "mse": [0.1, 0.11, 0.09], "std_prediction": [0.3] * 3},
 }
 FIGURES["plain"] |= {"memory_predicted": 10e9, "memory_measured": 10.1e9, "speed": 20.0}
 Change = Callable[[dict[str, Result]], None]
@@ -61,6 +61,7 @@ def _results(number: int, variation: float = 0.005) -> dict[str, Result]:
         if entry == "seeds":
             noise = SPREAD * rng.standard_normal(3)
             own |= {"r2": [*(0.5 + noise)], "mse": [*(0.1 - noise / 5)]}
+            own |= {"std_prediction": [*(0.3 + noise)]}
         commit = f"commit{number}"
         results[entry] = Result(entry, True, None, KEY, commit, on_gpu=True, figures=own)
     return results
@@ -72,10 +73,11 @@ class Site:
     def __init__(self, folder: Path) -> None:
         self.folder, self.baselines = folder, folder / "accepted"
 
-    def night(self, number: int, change: Change | None = None) -> Night:
+    def night(self, number: int, change: Change | None = None, later: float = 0.0) -> Night:
         folder = NightFolder(self.folder / f"night-{number:06}")
         folder.path.mkdir(parents=True, exist_ok=True)
         plan, results = _plan(number), _results(number)
+        plan = replace(plan, began=plan.began + later)  # by its clock
         if change is not None:
             change(results)
         folder.write_plan(plan)
@@ -171,6 +173,19 @@ def test_a_leak_of_memory(site: Site) -> None:
     assert found.text == "10.500 GB instead of 10.000 GB as predicted (+5.0 %)"
 
 
+def test_memory_that_is_not_deterministic_is_held_to_the_prediction_alone(site: Site) -> None:
+    def otherwise(measured: float) -> Change:
+        def change(results: dict[str, Result]) -> None:
+            results["plain"] = replace(results["plain"], deterministic=False)
+            results["plain"].figures["memory_measured"] = measured
+
+        return change
+
+    assert not _bad(site.night(31, otherwise(10.29e9)))
+    _only(site.night(32, otherwise(10.31e9)), Verdict.REGRESSED, "plain/memory_measured")
+    _only(site.night(33, otherwise(9.69e9)), Verdict.REGRESSED, "plain/memory_measured")
+
+
 def test_memory_within_the_prediction_must_be_exact_too(site: Site) -> None:
     night = site.night(31, _figure("plain", "memory_measured", 10.1e9 + 512))
     assert "instead of" in _only(night, Verdict.REGRESSED, "plain/memory_measured").text
@@ -180,6 +195,15 @@ def test_a_quality_lower_by_three_spreads(site: Site) -> None:
     low = [0.5 - 3 * SPREAD + noise for noise in (-SPREAD, 0.0, SPREAD)]
     found = _only(site.night(31, _figure("seeds", "r2", low)), Verdict.REGRESSED, "seeds/r2")
     assert "spreads away" in found.text
+
+
+@pytest.mark.parametrize("value", [0.001, 0.6])
+def test_predictions_that_spread_otherwise_are_told_on_either_side(
+    site: Site, value: float
+) -> None:
+    spread = [value, value * 1.01, value * 0.99]
+    night = site.night(31, _figure("seeds", "std_prediction", spread))
+    _only(night, Verdict.REGRESSED, "seeds/std_prediction")
 
 
 def test_a_quality_below_its_floor(site: Site) -> None:
@@ -200,21 +224,116 @@ def test_a_better_quality_is_kept_only_once_it_is_accepted(site: Site) -> None:
     assert stored["reason"] == "a better head"
 
 
-def test_a_slow_down_from_night_31_on(site: Site) -> None:
-    def slow(results: dict[str, Result]) -> None:
-        results["plain"].figures["speed"] *= 0.95
+def _slow(results: dict[str, Result]) -> None:
+    results["plain"].figures["speed"] *= 0.95
 
-    told = {number: _bad(site.night(number, slow)) for number in range(31, 60)}
+
+def test_a_slow_down_that_is_mended_leaves_nothing_behind(site: Site) -> None:
+    for number in range(31, 45):
+        site.night(number, _slow)
+    after = [_bad(site.night(number)) for number in range(45, 60)]
+    assert not any(after[9:])  # ten nights are looked at
+    again = [_bad(site.night(number, _slow)) for number in range(60, 65)]
+    assert again[-1][0].between == ("commit59", "commit60")
+
+
+def test_a_slow_down_that_was_accepted_stays_so_without_the_baseline(site: Site) -> None:
+    for number in range(31, 36):
+        site.night(number, _slow)
+    site.accept("plain/speed", "a check that is worth it")
+    for number in range(36, 61):
+        assert site.night(number, _slow).verdict is Verdict.PASSED
+    kept = site.file.read_text()
+    site.file.write_text("{")
+    _only(site.night(61, _slow), Verdict.INCOMPLETE, "baseline")
+    site.file.unlink()
+    assert {one.verdict for one in _bad(site.night(62, _slow))} == {Verdict.NO_BASELINE}
+    site.file.write_text(kept)
+    assert site.night(63, _slow).verdict is Verdict.PASSED
+
+
+def test_a_clock_that_is_a_year_behind_blinds_no_series(site: Site) -> None:
+    site.night(31)
+    site.accept()
+    for number in range(32, 60):
+        site.night(number, later=-3e7)
+    found = [
+        site.night(number, _slow, later=-3e7).found("plain", "speed") for number in range(60, 65)
+    ]
+    assert found[-1] is not None
+    assert found[-1].verdict is Verdict.REGRESSED
+    assert found[-1].between == ("commit59", "commit60")
+
+
+def test_a_slow_down_from_night_31_on(site: Site) -> None:
+    told = {number: _bad(site.night(number, _slow)) for number in range(31, 60)}
     first = next(number for number, found in told.items() if found)
     assert first <= 35
     for number in range(first, 60):  # for as long as nobody has accepted it
         (found,) = told[number]
         assert (found.name, found.verdict) == ("plain/speed", Verdict.REGRESSED)
-    (found,) = told[first]
-    assert found.between == ("commit30", "commit31")
-    assert "from night 31 on" in found.text
+        assert found.between == ("commit30", "commit31"), number
+        assert "from night 31 on" in found.text
     site.accept("plain/speed", "a check that is worth it")
-    assert not [one for one in site.night(60, slow).findings if one.verdict is Verdict.REGRESSED]
+    assert not [one for one in site.night(60, _slow).findings if one.verdict is Verdict.REGRESSED]
+
+
+def _gone(*names: str) -> Change:
+    def change(results: dict[str, Result]) -> None:
+        for name in names:
+            entry, _, figure = name.partition("/")
+            del results[entry].figures[figure]
+
+    return change
+
+
+def test_a_figure_that_is_missing_is_never_a_pass(site: Site) -> None:
+    names = ["plain/memory_measured", "plain/r2", "plain/speed", "seeds/mse"]
+    night = site.night(31, _gone(*names))
+    assert sorted(one.name for one in _bad(night)) == names
+    assert {one.text for one in _bad(night)} == {"it was accepted, and is missing"}
+    assert night.verdict.exit_code == 3
+    assert len(_bad(site.night(32, _gone(*names)))) == 4
+    site.file.unlink()
+    site.night(33)
+    found = site.night(34, _gone("plain/speed")).found("plain", "speed")
+    assert found is not None
+    assert (found.verdict, found.text) == (
+        Verdict.INCOMPLETE,
+        "it was there in the last night, and is missing",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("seeds/r2", [0.5, math.nan, 0.5], "it is nan, and no number"),
+        ("plain/r2", None, "it is None, and no number"),
+        ("plain/speed", math.inf, "it is inf, and no number"),
+        ("plain/speed", 0.0, "no time or no rate"),
+    ],
+)
+def test_what_is_no_number_is_never_a_pass(site: Site, name: str, value: Any, text: str) -> None:
+    entry, _, figure = name.partition("/")
+    found = _only(site.night(31, _figure(entry, figure, value)), Verdict.INCOMPLETE, name)
+    assert text in found.text
+    assert not _bad(site.night(32))
+
+
+def test_memory_without_a_prediction_is_not_judged(site: Site) -> None:
+    found = {one.name: one for one in _bad(site.night(31, _gone("plain/memory_predicted")))}
+    assert sorted(found) == ["plain/memory_measured", "plain/memory_predicted"]
+    assert found["plain/memory_measured"].text == "there is no prediction to hold it against"
+
+
+def test_an_entry_that_is_left_out_is_noted(site: Site) -> None:
+    plan = replace(_plan(31), entries={"plain": ENTRIES["plain"]})
+    results = {"plain": _results(31)["plain"]}
+    earlier = list(judged(site.folder, "small", 31))
+    night = judge(NightFolder(site.folder / "night-000031"), plan, results, earlier)
+    assert (
+        night.notes == [f"{n}: not in this night, and it was in the last one" for n in ENTRIES][1:]
+    )
 
 
 def test_a_clock_that_goes_back_is_told_and_moves_nothing_else(site: Site) -> None:
@@ -249,6 +368,8 @@ def test_another_machine_starts_a_series_of_its_own(site: Site) -> None:
     assert night.notes[0] == "plain: device A100 -> H100: a series of its own begins"
     back = site.night(32)
     assert back.verdict is Verdict.PASSED
+    assert back.notes[0] == "plain: device H100 -> A100: its series there goes on"
+    assert not site.night(33).notes
 
 
 # Baselines
@@ -283,6 +404,29 @@ def test_a_baseline_of_another_machine(site: Site) -> None:
     assert "another machine" in _only(site.night(31), Verdict.INCOMPLETE, "baseline").text
 
 
+def test_a_spread_waits_for_its_nights_and_then_for_a_person(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    site.night(1)
+    site.accept()
+    for number in (2, 3):
+        night = site.night(number)
+        found = night.found("seeds", "r2")
+        assert found is not None
+        assert (found.verdict, found.text) == (Verdict.NO_BASELINE, f"{3 * number} of 12 values")
+        assert night.verdict is Verdict.PASSED
+    assert site.night(4).verdict is Verdict.NO_BASELINE
+    site.accept("seeds/*")
+    assert site.night(5).verdict is Verdict.PASSED
+
+
+@pytest.mark.parametrize("damage", [{"mean": "high"}, {"spread": None}, {"count": 0}])
+def test_a_baseline_whose_numbers_are_none_is_damaged(site: Site, damage: dict[str, Any]) -> None:
+    stored = json.loads(site.file.read_text())
+    stored["figures"]["seeds/r2"] |= damage
+    site.file.write_text(json.dumps(stored))
+    assert "is damaged" in _only(site.night(31), Verdict.INCOMPLETE, "baseline").text
+
+
 def test_what_cannot_be_accepted_is_named(tmp_path: Path) -> None:
     site = Site(tmp_path)
     site.night(1)
@@ -296,7 +440,11 @@ def test_what_cannot_be_accepted_is_named(tmp_path: Path) -> None:
         site.baselines, NightFolder(tmp_path / "night-000001").night(), earlier, "*", "x"
     )
     assert "plain/loss" in taken[site.file]
-    assert [one.partition(":")[0] for one in refused] == ["seeds/r2", "seeds/mse"]
+    assert [one.partition(":")[0] for one in refused] == [
+        "seeds/r2",
+        "seeds/mse",
+        "seeds/std_prediction",
+    ]
 
 
 def test_verdicts_are_ordered_by_gravity() -> None:
