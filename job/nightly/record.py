@@ -15,10 +15,11 @@ from __future__ import annotations
 import enum
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from job.common.errors import InputError
 from job.common.files import write_atomic
@@ -26,6 +27,7 @@ from job.nightly.matrix import Entry, Kind
 
 VERSION = 1
 _NAME = re.compile(r"night-(\d{6,})$")
+_Kept = TypeVar("_Kept")
 
 
 class Verdict(enum.Enum):
@@ -62,7 +64,14 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """A night as it was submitted."""
+    """A night as it was submitted.
+
+    Attributes:
+        matrix: its name, by which nights and baselines belong together.
+        matrix_file: where it is no file of the project's own.
+        site, cluster: what the site file and the profile were, where any was found or asked for.
+        deadline: by when its jobs have ended, in any case; None without Slurm.
+    """
 
     number: int
     matrix: str
@@ -72,6 +81,10 @@ class Plan:
     runs: list[PlannedRun]
     python: str  # that submitted it
     collector: str | None = None  # its job
+    matrix_file: str | None = None
+    site: str | None = None
+    cluster: str | None = None
+    deadline: float | None = None  # seconds since 1970
     version: int = VERSION
 
 
@@ -104,7 +117,7 @@ class Finding:
     Attributes:
         text: what, and by how much.
         rule: how it was judged, with the rule's rate of false alarms.
-        value, before: tonight's, and what it was held against.
+        value, before: tonight's, and what it was held against, if that is of earlier nights.
         between: commits, the last good one and the first bad one.
         waits: more nights are needed, and nothing of a person.
         since: number of the first night after which a series has moved.
@@ -173,19 +186,15 @@ class NightFolder:
 
     def plan(self) -> Plan:
         """Raises InputError if there is none that can be read."""
-        stored = _read(self.plan_file, "submit a new night")
-        entries = {name: _entry(one) for name, one in stored.pop("entries").items()}
-        return Plan(**stored | {"entries": entries, "runs": _all(PlannedRun, stored["runs"])})
+        return _read(self.plan_file, "submit a new night", _plan)
 
     def write(self, night: Night) -> None:
         write_atomic(self.record_file, _text(night))
 
     def night(self) -> Night:
         """Raises InputError if it was not judged, or cannot be read."""
-        stored = _read(self.record_file, f"judge it again: python -m job.nightly {self.path}")
-        results = {name: Result(**one) for name, one in stored["results"].items()}
-        findings = [_finding(one) for one in stored["findings"]]
-        return Night(self.plan(), results, findings, stored["notes"])
+        again = f"judge it again: python -m job.nightly {self.path}"
+        return _read(self.record_file, again, lambda stored: _night(self.plan(), stored))
 
 
 def nights(folder: Path) -> list[NightFolder]:
@@ -216,27 +225,54 @@ def _value(one: object) -> object:
     raise TypeError(type(one).__name__)
 
 
-def _read(file: Path, advice: str) -> dict[str, Any]:
+def _read(file: Path, advice: str, build: Callable[[dict[str, Any]], _Kept]) -> _Kept:
+    """What a file keeps. Raises InputError if it is not there, damaged or of another version."""
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         version = stored["version"]
+        if version == VERSION:
+            return build(stored)
     except FileNotFoundError:
         raise InputError(f"{file}: is not there; {advice}") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{file}: damaged; {advice}") from None
-    if version != VERSION:
-        raise InputError(f"{file}: of version {version}, and this code reads {VERSION}")
-    return dict(stored)
+    raise InputError(f"{file}: of version {version}, and this code reads {VERSION}")
+
+
+def _plan(stored: dict[str, Any]) -> Plan:
+    entries = {name: _entry(one) for name, one in stored["entries"].items()}
+    runs = [_made(PlannedRun, one) for one in stored["runs"]]
+    return _made(Plan, stored | {"entries": entries, "runs": runs})
 
 
 def _entry(stored: dict[str, Any]) -> Entry:
-    return Entry(**stored | {"kind": Kind(stored["kind"])})
+    return _made(Entry, stored | {"kind": Kind(stored["kind"])})
+
+
+def _night(plan: Plan, stored: dict[str, Any]) -> Night:
+    results = {name: _made(Result, one) for name, one in stored["results"].items()}
+    findings = [_finding(one) for one in stored["findings"]]
+    kept = {"plan": plan, "results": results, "findings": findings, "notes": stored["notes"]}
+    return _made(Night, kept)
 
 
 def _finding(stored: dict[str, Any]) -> Finding:
-    between = tuple(stored["between"]) if stored["between"] else None
-    return Finding(**stored | {"verdict": Verdict(stored["verdict"]), "between": between})
+    good, bad = stored["between"] or (None, None)
+    between = (good, bad) if stored["between"] else None
+    return _made(Finding, stored | {"verdict": Verdict(stored["verdict"]), "between": between})
 
 
-def _all(of: type[PlannedRun], stored: Sequence[dict[str, Any]]) -> list[PlannedRun]:
-    return [of(**one) for one in stored]
+def _made(of: type[_Kept], values: dict[str, Any]) -> _Kept:
+    """A dataclass of values that have its fields' kinds, or TypeError."""
+    made, hints = of(**values), get_type_hints(of)
+    for name, value in vars(made).items():
+        if not _is(value, hints[name]):
+            raise TypeError(f"{of.__name__}.{name}: {type(value).__name__}")
+    return made
+
+
+def _is(value: object, hint: Any) -> bool:
+    """Whether a value is of this kind; what is inside of lists and objects is not looked at."""
+    of_union = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kinds = tuple(int | float if one is float else get_origin(one) or one for one in of_union)
+    return Any in kinds or isinstance(value, kinds)
