@@ -23,16 +23,17 @@ def page(nights: Sequence[Night]) -> str:
     night = nights[-1]
     began = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(night.plan.began))
     bad = " bad" if night.verdict in (Verdict.REGRESSED, Verdict.INCOMPLETE) else ""
-    facts = [tag("span", fact) for fact in (began, f"commit {night.plan.commit or 'unknown'}")]
+    commit = night.plan.commit or "unknown"
+    facts = [tag("span", began), tag("span", f"commit {commit[:_SHORT]}", title=commit)]
     state = tag("span", night.verdict.value, class_=f"state{bad}")
     body = join(
         [
             tag("h1", headline(night)),
             tag("p", state, *facts, class_="facts"),
             tag("p", f"Asked of you: {asks(night.verdict)}."),
-            *(tag("p", note, class_="alarm") for note in night.notes),
             *_told(night),
-            *(_entry(nights, result) for result in night.results.values()),
+            *_notes(night),
+            *(_entry(nights, result) for result in night.results.values() if result.complete),
             tag(
                 "footer",
                 "Hollow: another machine. A vertical line: a regression was first found there.",
@@ -50,6 +51,11 @@ def _told(night: Night) -> Iterator[Html]:
             yield section(verdict.value.capitalize(), *map(_finding, found))
 
 
+def _notes(night: Night) -> Iterator[Html]:
+    if night.notes:
+        yield tag("div", *(tag("p", note) for note in night.notes), class_="notes")
+
+
 def _finding(found: Finding) -> Html:
     line = tag("p", tag("strong", found.name), f": {found.text}", class_="found")
     between = ""
@@ -61,16 +67,11 @@ def _finding(found: Finding) -> Html:
 
 
 def _entry(nights: Sequence[Night], result: Result) -> Html:
-    if not result.complete:
-        return section(result.entry, tag("p", result.reason or "", class_="alarm"))
-    rows = [
-        _row(nights, result, name)
-        for name in FIGURES
-        if name in result.figures and FIGURES[name].rule is not Rule.HOLDS
-    ]
+    """A complete entry; why another one is not has been told above."""
+    rows = [_row(nights, result, name) for name in FIGURES if name in result.figures]
     machine = tag("p", ", ".join((result.key or {}).values()), class_="machine")
     head = ["figure", "tonight", "verdict", "nights", "meaning"]
-    return section(result.entry, machine, table(head, rows, "explained nights") if rows else "")
+    return section(result.entry, machine, table(head, rows, "explained nights"))
 
 
 def _row(nights: Sequence[Night], result: Result, name: str) -> list[object]:
@@ -82,13 +83,15 @@ def _row(nights: Sequence[Night], result: Result, name: str) -> list[object]:
     shown = tag("span", verdict, class_="bad" if bad else "", title=found.rule if found else "")
     if found is not None and found.between is not None:
         shown = join([shown, tag("small", f"since {found.between[1][:_SHORT]}")])
-    figure = FIGURES[name]
-    value = _shown(result.figures[name], figure.unit)
-    return [name, value, shown, _course(nights, result, name), figure.meaning]
+    figure, value = FIGURES[name], result.figures[name]
+    if figure.rule is Rule.HOLDS:  # texts, which have no course
+        told = tag("small", found.text if found is not None else "")
+        return [name, f"{len(value)} problem(s)", shown, "", join([figure.meaning, told])]
+    return [name, _shown(name, value), shown, _course(nights, result, name), figure.meaning]
 
 
-def _shown(value: Any, unit: str) -> str:
-    number = _number(value)
+def _shown(name: str, value: Any) -> str:
+    number, unit = _number(name, value), FIGURES[name].unit
     if number is None:
         return str(value)[:_SHORT]
     if unit == "B":
@@ -98,10 +101,10 @@ def _shown(value: Any, unit: str) -> str:
     return f"{number:.5g}{' ' + unit if unit else ''}"
 
 
-def _number(value: Any) -> float | None:
-    """A figure as one number: of seeds their mean, of losses the last."""
+def _number(name: str, value: Any) -> float | None:
+    """A figure as one number: of losses the last, of seeds their mean."""
     if isinstance(value, list) and value:
-        return float(value[-1]) if len(value) > 5 else float(sum(value) / len(value))
+        return float(value[-1] if name == "loss" else sum(value) / len(value))
     return float(value) if isinstance(value, int | float) else None
 
 
@@ -153,7 +156,7 @@ def _points(nights: Sequence[Night], result: Result, name: str) -> Iterator[_Poi
 
 def _value(night: Night, entry: str, name: str) -> float | None:
     then = night.results.get(entry)
-    value = _number(then.figures.get(name)) if then is not None else None
+    value = _number(name, then.figures.get(name)) if then is not None else None
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -180,15 +183,16 @@ _CSS = """
 .nights td:nth-child(2), .nights td:nth-child(3) { white-space: nowrap; }
 .nights small { display: block; color: var(--faint); }
 .finding { margin-bottom: .8rem; }
-.found, .machine { overflow-wrap: anywhere; }
+.found, .machine, .notes, .nights td:last-child { overflow-wrap: anywhere; }
+.notes, .machine { color: var(--faint); }
 @media (max-width: 44rem) {
   .nights, .nights tbody { display: block; }
   .nights thead { display: none; }
+  .nights svg { width: 10rem; height: 2rem; }
   .nights tr { display: grid; grid-template-columns: 1fr auto; column-gap: 1rem; padding: .4rem 0;
     border-bottom: 1px solid var(--line); }
   .nights tr > * { border: 0; padding: .1rem 0; }
   .nights td:nth-child(3) { text-align: left; }
   .nights td:last-child { grid-column: 1 / 3; color: var(--faint); }
 }
-.machine { color: var(--faint); }
 """
