@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ from job.common.errors import Ending, Exit, InputError, listing
 from job.nightly.matrix import Entry, Matrix
 from job.nightly.record import NightFolder, PlannedRun
 from slurm.checks import check
-from slurm.plan import Plan, make_plan
+from slurm.plan import Plan, make_plan, write_config
 from slurm.record import Record
 from slurm.site import find_site
-from slurm.submission import PROJECT
+from slurm.submission import PROJECT, store
 
 # The job is an ordinary one; MLflow has it from the collector, where no node writes a database.
 _ALWAYS = ("logging.product_rate=true", "mlflow.enabled=false", "report.enabled=false")
@@ -70,10 +71,28 @@ def plan_runs(
         for name, entry in entries.items()
         for seed in entry.seeds
     ]
-    refused = [f"{run.path.name}: {run.refused}" for run in runs if run.refused is not None]
-    if len(refused) == len(runs):
-        raise InputError("nothing can be submitted" + listing(refused))
+    if all(run.refused is not None for run in runs):
+        raise InputError("nothing can be submitted" + listing(reasons(runs)))
     return runs
+
+
+def reasons(runs: Sequence[NightRun]) -> list[str]:
+    """Why some runs were refused, each reason once, after their names."""
+    names: dict[str, list[str]] = {}
+    for run in runs:
+        if run.refused is not None:
+            names.setdefault(run.refused, []).append(run.path.name)
+    return [f"{', '.join(of_reason)}: {reason}" for reason, of_reason in names.items()]
+
+
+def prepare(runs: Sequence[NightRun]) -> None:
+    """Write what the jobs of runs find: configurations and records."""
+    for run in runs:
+        if run.plan is not None and run.refused is None:
+            write_config(run.plan.runs[0])
+            record = Record(run.path)
+            store(run.plan.submission, record)
+            record.start_status(state="pending", submitted=time.time())
 
 
 def _planned(

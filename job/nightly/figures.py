@@ -20,6 +20,7 @@ from job.run.manifest import FACTS, MANIFEST
 from job.run.names import MACHINE
 from job.run.reader import Snapshot, StoredRun, complete_records
 
+GPU_TOLERANCE = 0.03  # between predicted and measured memory
 TOLD_TO_STOP = "told to stop"  # an event of the run, beside submitted, started and so on
 _UNWARMED = 1  # log lines before speeds count
 _VALIDATION = "memory-validation.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -384,12 +385,14 @@ def _located(
     """A regression with the commits that it lies between, and how to find the one that did it."""
     if found.verdict is not Verdict.REGRESSED or found.entry not in results:
         return found
+    if found.rule == rules.SAME:  # either of the two entries may be the one that has moved
+        found = replace(found, before=None)
     between = found.between or _since_it_passed(found, plan, results[found.entry], nights)
-    if between is None or between[0] == between[1]:
+    if between is None or between[0] == between[1] or found.before is None:
         return replace(found, between=between)
-    command = f"{plan.python} slurm/nightly.py --bisect {found.name} --night {folder.path}"
+    words = [plan.python, "slurm/nightly.py", "--bisect", found.name, "--night", str(folder.path)]
     good, bad = between
-    bisect = f"git bisect start {bad} {good} && git bisect run {command}"
+    bisect = f"git bisect start {bad} {good} && git bisect run {shlex.join(words)}"
     return replace(found, between=between, bisect=bisect)
 
 
@@ -400,12 +403,23 @@ def _since_it_passed(
     bad = result.commit or plan.commit
     for night in reversed(nights):
         before = night.results.get(found.entry)
-        earlier = night.found(found.entry, found.figure)
-        if before is None or before.key != result.key or earlier is None:
+        if before is None or before.key != result.key:
             continue
+        verdict = _said(night, found)
         commit = before.commit or night.plan.commit
-        if earlier.verdict is Verdict.PASSED and commit is not None and bad is not None:
+        if verdict is Verdict.PASSED and commit is not None and bad is not None:
             return commit, bad
-        if earlier.verdict is Verdict.REGRESSED:
+        if verdict is Verdict.REGRESSED:
             bad = commit
     return None
+
+
+def _said(night: Night, found: Finding) -> Verdict | None:
+    """A night's verdict on the same figure: beside the entry it is `same_as`, or by itself."""
+    own = [one for one in night.findings if one.name == found.name]
+    beside = [one for one in own if one.rule == rules.SAME]
+    if found.rule != rules.SAME:
+        return next((one.verdict for one in own if one not in beside), None)
+    other = night.plan.entries[found.entry].same_as
+    compared = own and other in night.results and night.results[other].complete
+    return Verdict.REGRESSED if beside else Verdict.PASSED if compared else None

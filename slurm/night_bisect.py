@@ -1,0 +1,76 @@
+"""A night's finding for `git bisect run`: its entry once more, here, with this checkout's code."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from job.common.errors import InputError
+from job.nightly.figures import FIGURES, GPU_TOLERANCE, Rule, result
+from job.nightly.matrix import load_matrix
+from job.nightly.record import Finding, NightFolder, Plan, Result
+from slurm.night import find_night
+from slurm.night_local import run_here
+from slurm.night_plan import plan_runs, prepare
+
+
+def side(options: Namespace) -> int:
+    """1 if a figure is here as in the night that regressed, 0 if it is as before.
+
+    Raises:
+        InputError: that cannot be told.
+    """
+    night = find_night(options.folder, options.night).night()
+    entry, _, figure = options.bisect.partition("/")
+    named = (one for one in night.findings if one.name == options.bisect)
+    found = next((one for one in named if one.before is not None), None)
+    if found is None:
+        raise InputError(f"night {night.number} holds nothing against {options.bisect}")
+    with tempfile.TemporaryDirectory() as scratch:
+        here = _again(options, night.plan, entry, Path(scratch))
+    if not here.complete or figure not in here.figures:
+        raise InputError(here.reason or f"{entry} has no {figure} here")
+    return _nearer(found, night.results[entry], here)
+
+
+def _again(options: Namespace, plan: Plan, entry: str, scratch: Path) -> Result:
+    """What an entry leaves that is run as its night ran it."""
+    asked = {"local": True, "image": "none"}  # the checkout's code, not an image's
+    asked |= {"site": options.site or plan.site, "cluster": options.cluster or plan.cluster}
+    place = NightFolder(scratch / "night-000001")
+    place.path.mkdir()
+    matrix, _ = load_matrix(plan.matrix_file or plan.matrix)
+    wanted = {entry: plan.entries[entry]}
+    runs = plan_runs(Namespace(**vars(options) | asked), matrix, wanted, place)
+    prepare(runs)
+    for run in runs:
+        run_here(run)
+    return result(replace(plan, runs=[run.planned() for run in runs]), entry)
+
+
+def _nearer(found: Finding, there: Result, here: Result) -> int:
+    """1 if a figure is as in the night that regressed (`there`), 0 if it is as before."""
+    value, rule = here.figures[found.figure], FIGURES[found.figure].rule
+    if rule is Rule.MEMORY and not here.on_gpu:
+        raise InputError(f"{found.name} is a GPU's, and there is none here")
+    if rule is Rule.MEMORY and _parted(there):
+        return int(_parted(here))
+    if rule is Rule.SERIES or (rule is Rule.QUALITY and isinstance(value, list)):
+        now, bad = _mean(value), _mean(found.value)
+        return int(abs(now - bad) < abs(now - _mean(found.before)))
+    return int(value != found.before)
+
+
+def _parted(one: Result) -> bool:
+    """Whether memory was not as predicted, whatever it was held against."""
+    predicted = one.figures["memory_predicted"]
+    return bool(abs(predicted - one.figures["memory_measured"]) > GPU_TOLERANCE * predicted)
+
+
+def _mean(value: Any) -> float:
+    """Of seeds their mean."""
+    return float(statistics.mean(value) if isinstance(value, list) else value)
