@@ -21,30 +21,30 @@ import os
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from job.common.errors import InputError
+from job.common.errors import Ending, InputError, first_line
 from job.common.version import commit
 from job.nightly.baseline import FOLDER as BASELINES
 from job.nightly.baseline import accept
-from job.nightly.figures import FIGURES, Rule, result
-from job.nightly.matrix import load_matrix
-from job.nightly.record import Finding, NightFolder, Plan, PlannedRun, judged
+from job.nightly.matrix import Entry, Matrix, load_matrix
+from job.nightly.record import NightFolder, Plan, Verdict, judged
+from job.nightly.summary import markdown
 from slurm.arguments import Parser
-from slurm.night import alone, find_night, new_night
-from slurm.night_jobs import arrays, collect, scripts, submit_night
+from slurm.night import alone, find_night, is_number, new_night, without_record
+from slurm.night_bisect import side
+from slurm.night_jobs import COLLECTOR_HOURS, arrays, collect, scripts, submit_night
 from slurm.night_local import run_here
-from slurm.night_plan import NightRun, gpu_hours, plan_runs
-from slurm.plan import write_config
+from slurm.night_plan import NightRun, gpu_hours, plan_runs, prepare, reasons
 from slurm.record import Record
 from slurm.scheduler import outside_of_jobs
 from slurm.site import find_site
-from slurm.submission import PROJECT, store
+from slurm.submission import PROJECT
 from slurm.telling import Channels
 
 _SKIP = 125  # what `git bisect run` takes for: cannot be tested
@@ -81,7 +81,7 @@ def _options(given: Sequence[str]) -> Namespace:
     add("--only", nargs="+", metavar="ENTRY", help="these entries of it")
     add("--folder", type=Path, metavar="DIR", help="of the nights (runs/nightly)")
     add("--baseline", type=Path, metavar="DIR", help="of baselines (configs/nightly/baseline)")
-    add("--night", metavar="NUMBER", help="or its folder; the last one that was judged")
+    add("--night", metavar="NUMBER", help="or its folder (the last one)")
     add("--site", metavar="FILE", help="what `submit.py init` has written (your own)")
     add("--cluster", metavar="NAME", help="a profile in configs/cluster, or a file (the site's)")
     add("--image", metavar="FILE", help="critic.sif, or none (the site's, or the profile's)")
@@ -94,8 +94,12 @@ def _options(given: Sequence[str]) -> Namespace:
     options = parser.parse_args(given)
     options.folder = (options.folder or PROJECT / "runs" / "nightly").absolute()
     options.baseline = (options.baseline or BASELINES).absolute()
+    if options.baseline.exists() and not options.baseline.is_dir():
+        raise InputError(f"--baseline {options.baseline}: no folder")
     options.matrix = _whole(options.matrix) or ("small" if options.local else "standard")
-    options.site, options.cluster = _whole(options.site), _whole(options.cluster)
+    options.site, options.cluster = _file(options.site), _whole(options.cluster)
+    if options.night is not None and not is_number(options.night):
+        options.night = _file(options.night)
     options.image = options.image if options.image == "none" else _file(options.image)
     return options
 
@@ -117,64 +121,88 @@ def _planned(
     options: Namespace, night: NightFolder
 ) -> tuple[list[NightRun], Plan, tuple[int, float]]:
     """The runs, the plan that is kept of them, and what Slurm is told of their importance."""
+    matrix, wanted = _wanted(options)
+    runs = plan_runs(options, matrix, wanted, night)
+    now, file = time.time(), Path(options.matrix)
+    plan = Plan(
+        night.number,
+        file.stem,
+        commit(),
+        now,
+        wanted,
+        [run.planned() for run in runs],
+        sys.executable,
+        matrix_file=str(file) if file.suffix == ".yaml" else None,
+        site=_site(options),
+        cluster=options.cluster,
+        deadline=None if options.local else now + 3600 * (matrix.deadline_hours + COLLECTOR_HOURS),
+    )
+    return runs, plan, (matrix.nice, matrix.deadline_hours)
+
+
+def _wanted(options: Namespace) -> tuple[Matrix, dict[str, Entry]]:
+    """The matrix, and its entries that are asked for."""
     matrix, entries = load_matrix(options.matrix)
     if unknown := [name for name in options.only or () if name not in entries]:
         raise InputError(f"--only {unknown[0]}: no such entry; there are {', '.join(entries)}")
     wanted = {name: one for name, one in entries.items() if name in (options.only or entries)}
     for entry in wanted.values():
         entry.same_as = entry.same_as if entry.same_as in wanted else None
-    runs = plan_runs(options, matrix, wanted, night)
-    name = Path(options.matrix).stem
-    planned = [run.planned() for run in runs]
-    plan = Plan(night.number, name, commit(), time.time(), wanted, planned, sys.executable)
-    return runs, plan, (matrix.nice, matrix.deadline_hours)
+    return matrix, wanted
+
+
+def _site(options: Namespace) -> str | None:
+    """The site file, also where another user or cron would not find it."""
+    file = find_site(options.site).file
+    return None if file is None else str(file)
 
 
 def _prepare(night: NightFolder, runs: Sequence[NightRun], baselines: Path) -> None:
-    """What the jobs find: configurations, records and the baselines of this checkout."""
-    for run in runs:
-        if run.plan is None or run.refused is not None:
-            continue
-        write_config(run.plan.runs[0])
-        record = Record(run.path)
-        store(run.plan.submission, record)
-        record.start_status(state="pending", submitted=time.time())
+    """What the jobs find, and the baselines of this checkout."""
+    prepare(runs)
     if baselines.exists():
         shutil.copytree(baselines, night.baselines)
 
 
 def _submit(options: Namespace) -> None:
     with alone(options.folder):
-        night = new_night(options.folder)
-        try:
+        with new_night(options.folder) as night:
             runs, plan, (nice, hours) = _planned(options, night)
             of_night = arrays(runs, nice, hours, night)
             _prepare(night, runs, options.baseline)
             night.write_plan(plan)
             channels = Channels(options.webhook, options.mail)
-            jobs, collector = submit_night(of_night, night, channels)
-        except BaseException:
-            shutil.rmtree(night.path, ignore_errors=True)
-            raise
-        planned = [run.planned(jobs.get(run.path)) for run in runs]
-        for path, job in jobs.items():
-            Record(path).add_job(job)
-        night.write_plan(_with(plan, planned, collector))
+            note = partial(_note, night, plan, runs)
+            jobs, collector = submit_night(of_night, night, channels, note)
+        _note(night, plan, runs, jobs, collector)
     left_out = sum(run.refused is not None for run in runs)
     more = f"; {left_out} of {len(runs)} runs could not be" if left_out else ""
     print(f"submitted: {night.path}, judged by job {collector}{more}")
 
 
-def _with(plan: Plan, runs: list[PlannedRun], collector: str | None) -> Plan:
-    return replace(plan, runs=runs, collector=collector)
+def _note(
+    night: NightFolder,
+    plan: Plan,
+    runs: Sequence[NightRun],
+    jobs: dict[Path, str],
+    collector: str | None = None,
+) -> None:
+    """Keep which jobs there are: a later night waits for them, though this process is killed."""
+    planned = [run.planned(jobs.get(run.path)) for run in runs]
+    night.write_plan(replace(plan, runs=planned, collector=collector))
+    for path, job in jobs.items():
+        Record(path).add_job(job)
 
 
 def _dry_run(options: Namespace) -> None:
     night = NightFolder(options.folder / "night-000000")
     runs, plan, (nice, hours) = _planned(options, night)
     for run in runs:
-        told = run.refused or f"{run.entry.nodes} x {run.entry.gpus} GPU(s)"
+        asked = f"{run.entry.nodes} x {run.entry.gpus} GPU(s)"
+        told = asked if run.refused is None else "cannot be submitted"
         print(f"{run.path.name:24} {run.entry.kind.value:10} {told}")
+    for reason in reasons(runs):
+        print(reason)
     print(f"{plan.matrix}: {len(runs)} runs, {gpu_hours(runs):,.1f} GPU-hours at most")
     if not options.local:
         for text in scripts(arrays(runs, nice, hours, night)):
@@ -183,14 +211,10 @@ def _dry_run(options: Namespace) -> None:
 
 def _local(options: Namespace) -> None:
     with alone(options.folder):
-        night = new_night(options.folder)
-        try:
+        with new_night(options.folder) as night:
             runs, plan, _ = _planned(options, night)
-        except BaseException:
-            shutil.rmtree(night.path, ignore_errors=True)
-            raise
-        _prepare(night, runs, options.baseline)
-        night.write_plan(plan)
+            _prepare(night, runs, options.baseline)
+            night.write_plan(plan)
         for run in runs:
             if run.refused is None:
                 began = time.monotonic()
@@ -207,10 +231,13 @@ def _local(options: Namespace) -> None:
 
 
 def _report(options: Namespace) -> None:
-    night = find_night(options.folder, options.night)
-    judged_night = night.night()
-    print((night.path / "summary.md").read_text(encoding="utf-8"), end="")
-    sys.exit(judged_night.verdict.exit_code)
+    folder = find_night(options.folder, options.night, judged=False)
+    if folder.plan_file.exists() and not folder.record_file.exists():
+        print(without_record(folder))
+        sys.exit(Verdict.INCOMPLETE.exit_code)
+    night = folder.night()
+    print(markdown(night), end="")
+    sys.exit(night.verdict.exit_code)
 
 
 def _accept(options: Namespace) -> None:
@@ -228,23 +255,42 @@ def _accept(options: Namespace) -> None:
 
 
 def _install_line(options: Namespace) -> None:
-    load_matrix(options.matrix)
-    words = [sys.executable, "slurm/nightly.py", "--matrix", options.matrix]
-    words += ["--folder", str(options.folder)]
-    if options.baseline != BASELINES:
-        words += ["--baseline", str(options.baseline)]
-    if options.site is None and (own := find_site(None).file) is not None:
-        options.site = str(own)  # which cron, without HOME, would not find
-    for name in ("site", "cluster", "image", "webhook", "mail"):
-        if (value := getattr(options, name)) is not None:
-            words += [f"--{name}", value]
+    """Print the line, with all that was asked for."""
+    for other in ("reason", "night", "bisect", "dry_run"):
+        if getattr(options, other):
+            raise InputError(f"--{other.replace('_', '-')} is of no night that cron submits")
+    _wanted(options)  # which says what is wrong with it now, not at night
+    line = f"{_WHEN} {_shell_line(options)}".replace("%", r"\%")  # for cron the end of a line
+    print(f"# crontab -e\n{line}")
+    if not options.local:
+        print(f"\n# scrontab -e\n#SCRON --time=15 --mem=2G\n{line}")
+
+
+def _shell_line(options: Namespace) -> str:
+    """A night as cron's shell starts it, with whole paths and what cron does not set."""
     variables = {"SLURM_CONF": os.environ.get("SLURM_CONF"), "PATH": _path()}
     named = [f"{key}={shlex.quote(value)}" for key, value in variables.items() if value]
-    command = " ".join([*named, shlex.join(words)])
+    command = " ".join(
+        [*named, shlex.join([sys.executable, "slurm/nightly.py", *_arguments(options)])]
+    )
     where, log = shlex.quote(str(PROJECT)), shlex.quote(f"{options.folder}/cron.log")
-    line = f"{_WHEN} mkdir -p {shlex.quote(str(options.folder))} && cd {where} && {command}"
-    line = f"{line} >> {log} 2>&1".replace("%", r"\%")  # which cron takes for the end of a line
-    print(f"# crontab -e\n{line}\n\n# scrontab -e\n#SCRON --time=15 --mem=2G\n{line}")
+    folder = shlex.quote(str(options.folder))
+    return f"mkdir -p {folder} && cd {where} && {command} >> {log} 2>&1"
+
+
+def _arguments(options: Namespace) -> Iterator[str]:
+    """The arguments that ask for the same night from anywhere."""
+    yield from ("--matrix", options.matrix, "--folder", str(options.folder))
+    if options.local:
+        yield "--local"
+    if options.only:
+        yield from ("--only", *options.only)
+    if options.baseline != BASELINES:
+        yield from ("--baseline", str(options.baseline))
+    options.site = _site(options)  # the user's own too, which cron, without HOME, would not find
+    for name in ("site", "cluster", "image", "webhook", "mail"):
+        if (value := getattr(options, name)) is not None:
+            yield from (f"--{name}", value)
 
 
 def _path() -> str | None:
@@ -260,37 +306,8 @@ def _bisect(options: Namespace) -> None:
     """Run one entry here as that night ran it, and say on which side its figure lies."""
     try:
         with outside_of_jobs():
-            sys.exit(_side(options))
-    except InputError as error:
-        print(f"cannot be tested: {error}", file=sys.stderr)
+            sys.exit(side(options))
+    except Exception as error:  # whatever it is: 1 would say that this commit is bad
+        text = str(error) if isinstance(error, Ending) else first_line(error, named=True)
+        print(f"cannot be tested: {text}", file=sys.stderr)
         sys.exit(_SKIP)
-
-
-def _side(options: Namespace) -> int:
-    folder = find_night(options.folder, options.night)
-    night = folder.night()
-    entry, _, figure = options.bisect.partition("/")
-    found = night.found(entry, figure)
-    if found is None or found.before is None:
-        raise InputError(f"night {night.number} holds nothing against {options.bisect}")
-    options.local, options.image = True, "none"  # the checkout's code, not an image's
-    with tempfile.TemporaryDirectory() as scratch:
-        place = NightFolder(Path(scratch, "night-000001"))
-        place.path.mkdir()
-        matrix, _ = load_matrix(night.plan.matrix)
-        runs = plan_runs(options, matrix, {entry: night.plan.entries[entry]}, place)
-        _prepare(place, runs, options.baseline)
-        for run in runs:
-            run_here(run)
-        here = result(_with(night.plan, [run.planned() for run in runs], None), entry)
-    if not here.complete or figure not in here.figures:
-        raise InputError(here.reason or f"{entry} has no {figure} here")
-    return _nearer(found, here.figures[figure])
-
-
-def _nearer(found: Finding, value: object) -> int:
-    """1 if a value is as in the night that regressed, 0 if it is as before."""
-    if FIGURES[found.figure].rule is not Rule.SERIES:
-        return int(value != found.before)
-    assert isinstance(value, float)
-    return int(abs(value - found.value) < abs(value - found.before))

@@ -30,7 +30,7 @@ from slurm.task import POLL_SECONDS, Signals, leave
 from slurm.telling import Channels, tell
 from slurm.trainer import Trainer, rank_environment, threads
 
-_COLLECTOR_TIME = "1:00:00"
+COLLECTOR_HOURS = 1
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,11 @@ def submit_night(
     of_night: Sequence[tuple[NightSubmission, list[NightRun]]],
     night: NightFolder,
     channels: Channels,
+    note: Callable[[dict[Path, str]], None],
 ) -> tuple[dict[Path, str], str]:
     """Submit everything, or nothing; the job of each run, and the collector's.
+
+    `note` is told of the jobs so far after each array: this process may end at any moment.
 
     Raises:
         ControllerAway, QueueFull, Refused: what was submitted is cancelled again.
@@ -212,10 +215,11 @@ def submit_night(
         for submission, group in of_night:
             jobs = _submit([_job(run, submission) for run in group], submission)
             ids |= dict(zip([run.path for run in group], jobs, strict=True))
+            note(ids)
         return ids, _submit_collector(of_night[0][0], ids, night, channels)
-    except (ControllerAway, Refused) as error:
+    except BaseException as error:
         _take_back(ids)
-        if FULL.search(str(error)):
+        if isinstance(error, ControllerAway | Refused) and FULL.search(str(error)):
             raise QueueFull(f"the queue is full, and nothing was submitted: {error}") from None
         raise
 
@@ -240,7 +244,7 @@ def _submit_collector(
         like,
         name=f"{night.path.name}-judge",
         folder=str(night.path / "slurm" / "collector"),
-        profile=like.profile | {"time": _COLLECTOR_TIME},
+        profile=like.profile | {"time": f"{COLLECTOR_HOURS}:00:00"},
         gpus=1,
         nodes=1,
         binds=[*like.binds, str(night.path.parent)],

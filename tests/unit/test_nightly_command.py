@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import importlib
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -23,8 +27,10 @@ from job.common.errors import InputError, run_command
 from job.nightly.judge import judge
 from job.nightly.matrix import Entry, load_matrix
 from job.nightly.page import page
-from job.nightly.record import NightFolder, Plan, Result, Verdict
+from job.nightly.record import Finding, Night, NightFolder, Plan, Result, Verdict
 from job.nightly.summary import junit, markdown
+from slurm.night import alone
+from slurm.night_plan import NightRun
 from slurm.submission import PROJECT
 from slurm.telling import Channels, tell
 
@@ -175,6 +181,89 @@ def test_two_nights_never_overlap(nightly: Nightly, slurm: FakeSlurm, tmp_path: 
     assert [night.name for night in _nights(tmp_path)] == ["night-000001", "night-000002"]
 
 
+def test_a_damaged_plan_keeps_no_later_night_back(
+    nightly: Nightly, slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    _takes_jobs(slurm)
+    assert nightly().code == 0
+    (_nights(tmp_path)[0] / "plan.json").write_text('{"version": 1}')
+    done = nightly()
+    assert done.code == 0
+    assert re.fullmatch(r"not waited for: .*/night-000001/plan.json: damaged; .*\n", done.err)
+    assert [night.name for night in _nights(tmp_path)] == ["night-000001", "night-000002"]
+
+
+def test_jobs_are_noted_before_there_is_one_that_judges(
+    nightly: Nightly, slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a night is left whose submission is killed before its collector."""
+    kept = tmp_path / "kept"
+
+    def killed(_: object, jobs: dict[Path, str], night: NightFolder, *others: object) -> Any:
+        assert {job.partition("_")[0] for job in jobs.values()} == {"41", "42"}
+        shutil.copytree(night.path, kept)
+        raise KeyboardInterrupt
+
+    _takes_jobs(slurm)
+    with monkeypatch.context() as patch:
+        patch.setattr("slurm.night_jobs._submit_collector", killed)
+        assert nightly().code == 130
+    assert not _nights(tmp_path)
+    cancelled = sorted(call for call in slurm.calls if call.startswith("scancel"))
+    assert cancelled == ["scancel 41", "scancel 42"]
+    kept.rename(tmp_path / "nights/night-000001")
+    assert (tmp_path / "nights/night-000001/runs/four/slurm/jobs").read_text() == "42\n"
+    again = nightly()
+    assert (again.code, again.out) == (0, "")
+    assert "night-000001: still goes on (job 42, pending); left out" in again.err
+    told = nightly("report")
+    assert told.code == 3
+    assert "was not judged: its jobs may go on until 20" in told.out
+    _knows(slurm, "slurm_load_jobs error: Invalid job id specified", 1)
+    assert nightly().code == 0
+    assert [night.name for night in _nights(tmp_path)] == ["night-000001", "night-000002"]
+
+
+def test_what_is_no_folder_of_baselines_is_refused_before_anything_is_made(
+    nightly: Nightly, matrix: Path, tmp_path: Path
+) -> None:
+    for asked in ((), ("--local",), ("accept", "*", "--reason", "looked at")):
+        done = nightly(*asked, "--baseline", str(matrix))
+        assert done.code == 78
+        assert done.err == f"error: --baseline {matrix}: no folder\n"
+    assert not (tmp_path / "nights").exists()
+
+
+def test_what_cannot_be_prepared_here_leaves_nothing(
+    nightly: Nightly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("slurm.night_commands.prepare", full)
+    assert nightly("--local", "--only", "one").code == 74
+    assert not _nights(tmp_path)
+
+
+def test_a_reason_that_all_runs_share_is_told_once(nightly: Nightly, matrix: Path) -> None:
+    content = json.loads(matrix.read_text())
+    for entry in content["entries"].values():
+        entry["override"] = ["training.sead=1"]
+    content["entries"]["four"]["override"] = ["training.sede=1"]
+    matrix.write_text(json.dumps(content))
+    done = nightly("--dry-run")
+    assert done.code == 78
+    assert done.err.count("--override training.sead") == 1
+    assert "one, seeds-s0, seeds-s1, seeds-s2, memory, preflight: " in done.err
+    assert done.err.count("  four: ") == 1
+    del content["entries"]["one"]["override"]
+    matrix.write_text(json.dumps(content))
+    done = nightly("--dry-run")
+    assert done.code == 0
+    assert done.out.count("--override training.sead") == 1
+    assert done.out.count("cannot be submitted") == 6
+
+
 @pytest.mark.parametrize(("said", "code", "text"), [(FULL, 75, "queue is full"), (AWAY, 69, "")])
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_what_slurm_does_not_take_leaves_nothing(
@@ -284,6 +373,37 @@ def test_the_line_for_cron_names_the_site_file_that_cron_would_not_find(
     assert f"--site {site} " in nightly("--install-line").out
 
 
+def test_the_line_for_cron_has_all_that_was_asked_for(
+    nightly: Nightly, slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    slurm.says("sbatch")
+    asked = ("--baseline", str(tmp_path), "--image", "none", "--webhook", "http://who")
+    line = nightly("--install-line", "--only", "one", "four", *asked).out.splitlines()[1]
+    words = shlex.split(line)
+    assert words[words.index("slurm/nightly.py") + 5 : words.index(">>")] == [
+        *("--only", "one", "four", "--baseline", str(tmp_path), "--cluster", "localhost"),
+        *("--image", "none", "--webhook", "http://who"),
+    ]
+    unknown = nightly("--install-line", "--only", "two")
+    assert (unknown.code, unknown.out) == (78, "")
+    assert "--only two: no such entry" in unknown.err
+
+
+def test_the_line_for_cron_without_slurm_is_no_line_for_slurm(nightly: Nightly) -> None:
+    done = nightly("--install-line", "--local")
+    assert " --local " in done.out
+    assert "SCRON" not in done.out
+
+
+@pytest.mark.parametrize(
+    "asked", [["--reason", "x"], ["--night", "1"], ["--bisect", "one/loss"], ["--dry-run"]]
+)
+def test_the_line_for_cron_refuses_what_it_cannot_have(nightly: Nightly, asked: list[str]) -> None:
+    done = nightly("--install-line", *asked)
+    assert (done.code, done.out) == (78, "")
+    assert f"{asked[0]} is of no night that cron submits" in done.err
+
+
 # Reports
 
 
@@ -317,6 +437,112 @@ def test_the_report_has_the_verdicts_exit_code(
     assert int(suite.attrib["tests"]) == len(night.night().findings)
     assert (suite.attrib["errors"] == "1") == (code == 3)
     assert "<script" not in page([night.night()])
+
+
+def test_the_report_is_of_the_newest_night_that_was_submitted(
+    nightly: Nightly, slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    judged = _night(tmp_path / "nights")
+    _takes_jobs(slurm)
+    assert nightly().code == 0
+    going_on = nightly("report")
+    assert going_on.code == 3
+    assert going_on.out.startswith("night-000002 is not judged yet: job 43 does so by 20")
+    plan = NightFolder(_nights(tmp_path)[1]).plan()
+    NightFolder(_nights(tmp_path)[1]).write_plan(replace(plan, deadline=plan.began - 1))
+    over = nightly("report")
+    assert over.code == 3
+    assert "night-000002 was not judged: job 43 has left no record" in over.out
+    assert f"judge it: {sys.executable} -m job.nightly {_nights(tmp_path)[1]}" in over.out
+    assert nightly("report", "--night", "2").out == over.out
+    assert nightly("report", "--night", "1").out == (judged.path / "summary.md").read_text()
+    (_nights(tmp_path)[1] / "plan.json").write_text("{")
+    damaged = nightly("report")
+    assert damaged.code == 3
+    assert "plan.json: damaged" in damaged.out
+
+
+def test_a_night_of_this_machine_is_not_judged_yet_while_it_goes_on(
+    nightly: Nightly, tmp_path: Path
+) -> None:
+    night = NightFolder(tmp_path / "nights/night-000001")
+    night.path.mkdir(parents=True)
+    night.write_plan(Plan(1, "little", "abc", 1e9, {}, [], "python"))
+    with alone(night.path.parent):
+        assert "is not judged yet: it goes on" in nightly("report").out
+    done = nightly("report")
+    assert done.code == 3
+    assert "was not judged: it was ended on its way" in done.out
+
+
+@pytest.mark.parametrize("name", ["plan.json", "record.json"])
+@pytest.mark.parametrize("command", ["report", "accept"])
+def test_a_damaged_night_is_no_regression(
+    nightly: Nightly, tmp_path: Path, command: str, name: str
+) -> None:
+    night = _night(tmp_path / "nights")
+    (night.path / name).write_text('{"version": 1}')
+    done = nightly(command, *(["*", "--reason", "x"] if command == "accept" else []))
+    assert done.code == 78
+    assert f"{night.path}/{name}: damaged; " in done.err
+
+
+def test_a_report_without_its_summary_is_made_anew(nightly: Nightly, tmp_path: Path) -> None:
+    night = _night(tmp_path / "nights")
+    summary = (night.path / "summary.md").read_text()
+    (night.path / "summary.md").unlink()
+    done = nightly("report", "--night", "1")
+    assert (done.code, done.out, done.err) == (4, summary, "")
+
+
+def test_a_night_is_named_by_its_number_or_from_where_the_user_is(
+    nightly: Nightly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _night(tmp_path / "nights")
+    for named, code in (("1", 4), ("0001", 4), ("nights/night-000001", 4), ("2", 78), ("²", 78)):
+        monkeypatch.chdir(tmp_path)
+        done = nightly("report", "--night", named)
+        assert done.code == code, (named, done.err)
+        assert not done.err or "is not there" in done.err
+
+
+def test_a_bisection_runs_the_entry_as_its_night_did(
+    nightly: Nightly, slurm: FakeSlurm, matrix: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("cluster: localhost\n")
+    _takes_jobs(slurm)
+    assert nightly("--site", str(site)).code == 0
+    folder = NightFolder(_nights(tmp_path)[0])
+    plan = folder.plan()
+    assert (plan.matrix, plan.matrix_file) == ("little", str(matrix))
+    assert (plan.site, plan.cluster) == (str(site), "localhost")
+    bad, good = ({"r2": [0.2, 0.2, 0.2]}, {"r2": [0.5, 0.5, 0.5]})
+    found = Finding("seeds", "r2", Verdict.REGRESSED, "lower", "", bad["r2"], 0.5)
+    folder.write(Night(plan, {"seeds": Result("seeds", True, figures=bad)}, [found]))
+    begun: list[NightRun] = []
+    monkeypatch.setattr("slurm.night_bisect.run_here", begun.append)
+    for figures, code in ((good, 0), (bad, 1)):
+        here = Result("seeds", True, figures=figures)
+        monkeypatch.setattr("slurm.night_bisect.result", lambda *_, here=here: here)
+        assert nightly("--bisect", "seeds/r2", "--night", str(folder.path)).code == code
+    assert [run.path.name for run in begun] == ["seeds-s0", "seeds-s1", "seeds-s2"] * 2
+    assert begun[0].plan is not None
+    assert begun[0].plan.site.file == site
+    assert begun[0].plan.runs[0].config.model.recipe == f"{tmp_path}/pretrain.yaml"
+
+
+@pytest.mark.parametrize("error", [InputError("damaged"), OSError("gone"), KeyError("entry")])
+def test_whatever_keeps_a_bisection_from_an_answer_skips_the_commit(
+    nightly: Nightly, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr("slurm.night_commands.side", fails)
+    done = nightly("--bisect", "one/loss")
+    assert done.code == 125
+    assert done.err.startswith("cannot be tested: ")
 
 
 def test_the_page_has_thirty_nights_and_marks_regressions(tmp_path: Path) -> None:
