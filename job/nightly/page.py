@@ -102,10 +102,12 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _number(name: str, value: Any) -> float | None:
-    """A figure as one number: of losses the last, of seeds their mean."""
-    if isinstance(value, list) and value:
-        return float(value[-1] if name == "loss" else sum(value) / len(value))
-    return float(value) if isinstance(value, int | float) else None
+    """A figure as one number: of losses the last, of seeds their mean; None if it is none."""
+    several = value if isinstance(value, list) else [value]
+    shown = several[-1:] if name == "loss" else several
+    if not shown or not all(isinstance(one, int | float) for one in shown):
+        return None
+    return float(sum(shown) / len(shown))
 
 
 @dataclass(frozen=True)

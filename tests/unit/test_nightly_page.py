@@ -73,3 +73,11 @@ def test_another_machine_is_a_note_and_no_alarm() -> None:
     assert "V100 -&gt; A100" in text
     assert text.count('<div class="notes">') == 1
     assert '"alarm"' not in text
+
+
+def test_what_is_no_number_is_shown_as_it_is() -> None:
+    nights = [_night([_trained(r2=[0.5, None, 0.4], loss=[0.5, None])], one=Entry())] * 2
+    text = page(nights)
+    assert "[0.5, None" in _row(text, "r2")
+    assert "[0.5, None" in _row(text, "loss")
+    assert "<svg" not in text
