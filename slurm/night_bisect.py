@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from job.common.errors import InputError
-from job.nightly.figures import FIGURES, GPU_TOLERANCE, Rule, result
+from job.nightly.figures import FIGURES, Rule, memory_parted, result
 from job.nightly.matrix import load_matrix
 from job.nightly.record import Finding, NightFolder, Plan, Result
 from slurm.night import find_night
@@ -67,8 +67,7 @@ def _nearer(found: Finding, there: Result, here: Result) -> int:
 
 def _parted(one: Result) -> bool:
     """Whether memory was not as predicted, whatever it was held against."""
-    predicted = one.figures["memory_predicted"]
-    return bool(abs(predicted - one.figures["memory_measured"]) > GPU_TOLERANCE * predicted)
+    return memory_parted(one.figures["memory_predicted"], one.figures["memory_measured"])
 
 
 def _mean(value: Any) -> float:

@@ -20,7 +20,7 @@ from job.run.manifest import FACTS, MANIFEST
 from job.run.names import MACHINE
 from job.run.reader import Snapshot, StoredRun, complete_records
 
-GPU_TOLERANCE = 0.03  # between predicted and measured memory
+_GPU_TOLERANCE = 0.03  # between predicted and measured memory
 TOLD_TO_STOP = "told to stop"  # an event of the run, beside submitted, started and so on
 _UNWARMED = 1  # log lines before speeds count
 _VALIDATION = "memory-validation.json"
@@ -69,6 +69,11 @@ FIGURES: dict[str, Figure] = {
     "product_rate": Figure(Rule.SHOWN, 1, "FLOP/s", "of rank 0's matrix products, in the same job"),
 }
 QUALITY = tuple(name for name, one in FIGURES.items() if one.rule is Rule.QUALITY)
+
+
+def memory_parted(predicted: float, measured: float) -> bool:
+    """Whether a GPU's memory is not what was predicted; bytes."""
+    return abs(predicted - measured) > _GPU_TOLERANCE * predicted
 
 
 def result(plan: Plan, name: str) -> Result:

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-GPU_TOLERANCE = 0.03  # between predicted and measured memory
+from job.nightly.figures import memory_parted
+
 FALSE_DISCOVERIES_OF_QUALITY = 0.005
 
 # What each rule names as its rate of false alarms (docs/nightly.md has where it comes from).
@@ -69,7 +70,7 @@ def relative(value: float, before: float) -> str:
 
 def parted(predicted: float, measured: float) -> str | None:
     """Whether memory is not what was predicted, on a GPU; bytes."""
-    if abs(predicted - measured) <= GPU_TOLERANCE * predicted:
+    if not memory_parted(predicted, measured):
         return None
     return f"{measured / 1e9:.3f} GB instead of {predicted / 1e9:.3f} GB as predicted" + relative(
         measured, predicted

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from job.common.errors import InputError
-from job.nightly import rules
 from job.nightly.baseline import accept
 from job.nightly.judge import judge
 from job.nightly.matrix import Entry, Kind
@@ -174,10 +173,3 @@ def test_memory_of_a_gpu_has_no_answer_without_one(
     now = _result(on_gpu=False, memory_measured=3e8, memory_predicted=1e9)
     with pytest.raises(InputError, match="is a GPU's"):
         _answer(monkeypatch, tmp_path, now, there, 1e9)
-
-
-@pytest.mark.parametrize("measured", [0.96, 0.971, 1.0, 1.029, 1.031, 2.0])
-def test_memory_parts_where_the_rule_says_so(measured: float) -> None:
-    """Slurm's side has no scipy, which the module of rules has."""
-    one = _result(memory_measured=measured * 1e9, memory_predicted=1e9)
-    assert night_bisect._parted(one) == (rules.parted(1e9, measured * 1e9) is not None)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from job.common.errors import InputError
+from job.nightly import rules
 from job.nightly.baseline import VERSION, accept, baseline_file
 from job.nightly.judge import judge
 from job.nightly.matrix import Entry
@@ -171,6 +172,13 @@ def test_a_leak_of_memory(site: Site) -> None:
     night = site.night(31, _figure("plain", "memory_measured", 10.5e9))
     found = _only(night, Verdict.REGRESSED, "plain/memory_measured")
     assert found.text == "10.500 GB instead of 10.000 GB as predicted (+5.0 %)"
+
+
+@pytest.mark.parametrize(
+    ("measured", "parted"), [(0.96, True), (0.971, False), (1.029, False), (1.031, True)]
+)
+def test_memory_parts_at_three_percent_of_the_prediction(measured: float, parted: bool) -> None:
+    assert (rules.parted(1e9, measured * 1e9) is not None) is parted
 
 
 def test_memory_that_is_not_deterministic_is_held_to_the_prediction_alone(site: Site) -> None:
