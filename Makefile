@@ -23,7 +23,7 @@ help:
 	@echo "make run        train the local critics (N=0 and N=2) and compare them: no GPU, minutes"
 	@echo "make test       lint, types and tests of everything, in about 20 minutes on two cores"
 	@echo "make test-fast  the fast tests only"
-	@echo "make test-all   all variants and large grids too, then the soak: hours"
+	@echo "make test-all   all variants and large grids too, then the soak: 100 minutes"
 	@echo "make soak       40 kills in one run, 25 interruptions on Slurm in another, a second image"
 	@echo "make clean      remove the virtual environment; runs/ stays"
 
