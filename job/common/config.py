@@ -152,9 +152,12 @@ def kept_from_before(stored: dict[str, Any], asked: Any) -> dict[str, Any]:
 
 
 def set_key(config: Any, key: str, value: Any) -> None:
-    """Set `a.b` of a configuration."""
+    """Set `a.b` of a configuration; a choice by its name, as configurations are stored."""
     *sections, name = key.split(".")
-    setattr(functools.reduce(getattr, sections, config), name, value)
+    section = functools.reduce(getattr, sections, config)
+    kind = type(getattr(section, name))
+    is_named = issubclass(kind, enum.Enum) and isinstance(value, str)
+    setattr(section, name, kind[value] if is_named else value)
 
 
 def refuse_undecodable(arguments: Sequence[str]) -> None:

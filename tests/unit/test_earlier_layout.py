@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from job.common.config import completed, kept_from_before, set_key
 from job.common.errors import InputError
+from job.common.schema import CriticConfig, PrefixCacheMode
 from job.export.formats import export
 from job.run.directory import RunDirectory
 from job.run.report_page import write_report
@@ -52,6 +53,7 @@ def test_a_run_goes_on_from_its_checkpoint_as_one_that_was_never_interrupted(
     undisturbed = [record["train/loss"] for record in RunDirectory("runs/finished").records()]
     assert losses == pytest.approx(undisturbed, **LOSS)
     assert run.status()["state"] == "finished"
+    assert not run.file("prefix_cache.json").exists()  # there was none when it began
 
 
 def test_a_finished_run_is_left_as_it_is(folder: Path) -> None:
@@ -82,6 +84,14 @@ def test_other_values_of_its_keys_are_differences(folder: Path) -> None:
     other = ["training.learning_rate=0.002", "training.max_steps=30"]
     with pytest.raises(InputError, match=r"training\.learning_rate: 0\.001 -> 0\.002"):
         _go_on("finished", *other)
+
+
+def test_a_choice_is_set_by_the_name_that_is_stored() -> None:
+    config = CriticConfig()
+    set_key(config, "training.prefix_cache", "none")
+    assert config.training.prefix_cache is PrefixCacheMode.none
+    set_key(config, "training.compile", "auto")
+    assert config.training.compile == "auto"
 
 
 def test_a_key_whose_default_changed_things_is_completed_with_what_was_done_before() -> None:
