@@ -65,14 +65,10 @@ def load_critic_data(
     """
     architecture = read_architecture(config.model.path)
     tokenizer = load_tokenizer(config.tokenizer.path or config.model.path)
-    sets = {}
-    for split in ("train", "validation"):
-        seed = config.training.seed
-        found = sets[split] = load_split(config.data, split, tokenizer, verify=verify, seed=seed)
-        _keep_bad_rows(found, run, split)
-        check_tokens(found, architecture.vocab_size)
-        warn_of_unknown(found, tokenizer, f"{split} data")
-    train, validation = sets["train"], sets["validation"]
+    train, validation = (
+        _load_checked(config, split, tokenizer, architecture.vocab_size, run, verify)
+        for split in ("train", "validation")
+    )
     check_targets(config, train)
     if shared := count_shared_problems(train, validation):
         _log.warning("%d problem(s) are in both training and validation data", shared)
@@ -106,6 +102,22 @@ def load_critic_data(
         float(train.rewards.mean()),
         tokenizer.fingerprint,
     )
+
+
+def _load_checked(
+    config: CriticConfig,
+    split: str,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    run: RunDirectory,
+    verify: bool,
+) -> TokenizedSet:
+    """A set whose tokens the model has; rows that were left out are listed in the run directory."""
+    found = load_split(config.data, split, tokenizer, verify=verify, seed=config.training.seed)
+    _keep_bad_rows(found, run, split)
+    check_tokens(found, vocab_size)
+    warn_of_unknown(found, tokenizer, f"{split} data")
+    return found
 
 
 def training_prompts(config: CriticConfig, train: TokenizedSet) -> tuple[SharedPrompts | None, int]:
