@@ -63,6 +63,7 @@ def test_a_finished_run_is_left_as_it_is(folder: Path) -> None:
     assert not (run.path / "attempts/0002").exists()
 
 
+@pytest.mark.slow
 def test_a_run_without_values_before_responses_goes_on_without_them(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

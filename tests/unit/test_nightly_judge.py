@@ -236,6 +236,7 @@ def _slow(results: dict[str, Result]) -> None:
     results["plain"].figures["speed"] *= 0.95
 
 
+@pytest.mark.slow
 def test_a_slow_down_that_is_mended_leaves_nothing_behind(site: Site) -> None:
     for number in range(31, 45):
         site.night(number, _slow)
@@ -245,6 +246,7 @@ def test_a_slow_down_that_is_mended_leaves_nothing_behind(site: Site) -> None:
     assert again[-1][0].between == ("commit59", "commit60")
 
 
+@pytest.mark.slow
 def test_a_slow_down_that_was_accepted_stays_so_without_the_baseline(site: Site) -> None:
     for number in range(31, 36):
         site.night(number, _slow)
@@ -260,6 +262,7 @@ def test_a_slow_down_that_was_accepted_stays_so_without_the_baseline(site: Site)
     assert site.night(63, _slow).verdict is Verdict.PASSED
 
 
+@pytest.mark.slow
 def test_a_clock_that_is_a_year_behind_blinds_no_series(site: Site) -> None:
     site.night(31)
     site.accept()
@@ -273,6 +276,7 @@ def test_a_clock_that_is_a_year_behind_blinds_no_series(site: Site) -> None:
     assert found[-1].between == ("commit59", "commit60")
 
 
+@pytest.mark.slow
 def test_a_slow_down_from_night_31_on(site: Site) -> None:
     told = {number: _bad(site.night(number, _slow)) for number in range(31, 60)}
     first = next(number for number, found in told.items() if found)

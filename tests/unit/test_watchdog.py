@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 from python_process import python_process
 
 BEATS = """
@@ -21,6 +22,7 @@ with dog.watching():
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_was_suspended_for_longer_than_its_timeout_goes_on(tmp_path: Path) -> None:
     with python_process(BEATS, "8", folder=tmp_path) as process:
         assert process.stdin is not None
