@@ -287,9 +287,10 @@ def _arguments(options: Namespace) -> Iterator[str]:
         yield from ("--only", *options.only)
     if options.baseline != BASELINES:
         yield from ("--baseline", str(options.baseline))
-    options.site = _site(options)  # the user's own too, which cron, without HOME, would not find
-    for name in ("site", "cluster", "image", "webhook", "mail"):
-        if (value := getattr(options, name)) is not None:
+    # of sites the user's own too, which cron, without HOME, would not find
+    given = {name: getattr(options, name) for name in ("cluster", "image", "webhook", "mail")}
+    for name, value in ({"site": _site(options)} | given).items():
+        if value is not None:
             yield from (f"--{name}", value)
 
 

@@ -15,7 +15,7 @@ from job.distributed.world import World
 from job.model.prefix import Prefix
 from job.model.transformer import Reads
 from job.training.cache_boundary import Boundary
-from job.training.read_ahead import Known, ReadAhead
+from job.training.read_ahead import ReadAhead
 from job.training.state_reader import StateReader
 
 
@@ -26,7 +26,7 @@ class EarlierStates:
         self.block, self._shards = boundary.block, shards
         self._reader = StateReader(boundary, shards, world)
         self._reader.left_out = True
-        self._ahead = ReadAhead(self._read)
+        self._ahead = ReadAhead(self._reader.read_all)
 
     def lacks(self, stored: Stored) -> bool:
         return bool((self._reader.find(_earlier(stored), any_step) < 0).any())
@@ -54,9 +54,6 @@ class EarlierStates:
     def close(self) -> None:
         self._ahead.close()
         self._shards.close()
-
-    def _read(self, stored: Stored, _: int) -> Known | None:
-        return self._reader.read(stored, self._reader.find(stored, any_step))
 
 
 def _earlier(stored: Stored) -> Stored:

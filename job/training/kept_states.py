@@ -20,7 +20,7 @@ from job.model.prefix import Prefix
 from job.model.transformer import Reads
 from job.run.trained import TrainedCritic
 from job.training.cache_boundary import Boundary
-from job.training.read_ahead import Known, ReadAhead
+from job.training.read_ahead import ReadAhead
 from job.training.state_reader import StateReader
 
 Mask = NDArray[np.bool_]
@@ -48,7 +48,7 @@ class KeptStates:
         self._place, self._packer, self._world = place, packer, world
         self.there, self._read_whole = place.there, 0
         self._reader = StateReader(place.boundary, place.shards, world)
-        self._ahead = ReadAhead(self._read)
+        self._ahead = ReadAhead(self._reader.read_all)
         packer.stored = place.stored
 
     @classmethod
@@ -99,9 +99,6 @@ class KeptStates:
     def close(self) -> None:
         self._ahead.close()
         self._place.shards.close()
-
-    def _read(self, stored: Stored, _: int) -> Known | None:
-        return self._reader.read(stored, self._reader.find(stored, any_step))
 
 
 def _places(trained: TrainedCritic, packer: Packer, world: World) -> list[_Place]:

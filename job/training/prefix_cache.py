@@ -115,9 +115,9 @@ class PrefixCache:
         block = self._boundary.block if self._reader.left_out else self._computed_from
         if block and self._world.is_main:
             text = (
-                "prefix cache: all states before block %d are there: the blocks before it and the "
+                "prefix cache: all states before block %d are there: what comes before it is not "
             )
-            _log.info(text + "embeddings, are not loaded", block)
+            _log.info(text + "loaded, embeddings included", block)
         return block
 
     def rewind(self) -> None:

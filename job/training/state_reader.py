@@ -9,7 +9,7 @@ from torch import Tensor
 
 from job.common.errors import StorageError
 from job.data.packing import Batch
-from job.data.state_shards import Seen, Shards, Stored
+from job.data.state_shards import Seen, Shards, Stored, any_step
 from job.distributed.world import World
 from job.model.prefix import Prefix
 from job.model.transformer import Reads, to_device
@@ -57,6 +57,10 @@ class StateReader:
             if entry >= 0:
                 which[start:stop] = self._read_one(int(entry), content[start:stop])
         return states, torch.from_numpy(which)
+
+    def read_all(self, stored: Stored, _: int) -> Known | None:
+        """As `read`, of whatever entries there are, as `ReadAhead` asks."""
+        return self.read(stored, self.find(stored, any_step))
 
     def _read_one(self, entry: int, into: NDArray[np.uint8]) -> bool:
         whole = self._shards.read(entry, into.reshape(-1).data)
