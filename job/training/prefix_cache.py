@@ -114,10 +114,8 @@ class PrefixCache:
         self._reader.left_out = not self._world.sum([lacking])[0]
         block = self._boundary.block if self._reader.left_out else self._computed_from
         if block and self._world.is_main:
-            text = (
-                "prefix cache: all states before block %d are there: what comes before it is not "
-            )
-            _log.info(text + "loaded, embeddings included", block)
+            text = "prefix cache: all states before block %d are there: what comes before it, "
+            _log.info(text + "embeddings included, is not loaded", block)
         return block
 
     def rewind(self) -> None:

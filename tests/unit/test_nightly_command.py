@@ -173,12 +173,20 @@ def test_a_night_is_an_array_a_size_and_a_job_that_judges_it(
 def test_two_nights_never_overlap(nightly: Nightly, slurm: FakeSlurm, tmp_path: Path) -> None:
     _takes_jobs(slurm)
     assert nightly().code == 0
+    _is_left_out_while(43, nightly)
+    _follows_once_it_is_gone(nightly, slurm, tmp_path)
+
+
+def _is_left_out_while(job: int, nightly: Nightly) -> None:
     again = nightly()
     assert (again.code, again.out) == (0, "")
-    assert "still goes on (job 43, pending); left out" in again.err
+    assert f"night-000001: still goes on (job {job}, pending); left out" in again.err
+
+
+def _follows_once_it_is_gone(nightly: Nightly, slurm: FakeSlurm, folder: Path) -> None:
     _knows(slurm, "slurm_load_jobs error: Invalid job id specified", 1)
     assert nightly().code == 0
-    assert [night.name for night in _nights(tmp_path)] == ["night-000001", "night-000002"]
+    assert [night.name for night in _nights(folder)] == ["night-000001", "night-000002"]
 
 
 def test_a_damaged_plan_keeps_no_later_night_back(
@@ -213,15 +221,11 @@ def test_jobs_are_noted_before_there_is_one_that_judges(
     assert cancelled == ["scancel 41", "scancel 42"]
     kept.rename(tmp_path / "nights/night-000001")
     assert (tmp_path / "nights/night-000001/runs/four/slurm/jobs").read_text() == "42\n"
-    again = nightly()
-    assert (again.code, again.out) == (0, "")
-    assert "night-000001: still goes on (job 42, pending); left out" in again.err
+    _is_left_out_while(42, nightly)
     told = nightly("report")
     assert told.code == 3
     assert "was not judged: its jobs may go on until 20" in told.out
-    _knows(slurm, "slurm_load_jobs error: Invalid job id specified", 1)
-    assert nightly().code == 0
-    assert [night.name for night in _nights(tmp_path)] == ["night-000001", "night-000002"]
+    _follows_once_it_is_gone(nightly, slurm, tmp_path)
 
 
 def test_what_is_no_folder_of_baselines_is_refused_before_anything_is_made(
