@@ -8,16 +8,17 @@ import sys
 import time
 from typing import Any
 
-_SECONDS = 0.2
+_SECONDS = "0.2"
 
 
 def if_asked() -> None:
-    """Wait before each renaming of a file or folder that $DWELL_AT_RENAME matches."""
+    """Wait ($DWELL_SECONDS) before each renaming of what $DWELL_AT_RENAME matches."""
     if pattern := os.environ.pop("DWELL_AT_RENAME", None):
         found = re.compile(pattern)
+        seconds = float(os.environ.pop("DWELL_SECONDS", _SECONDS))
 
         def wait(event: str, arguments: Any) -> None:
             if event == "os.rename" and any(found.search(str(path)) for path in arguments[:2]):
-                time.sleep(_SECONDS)
+                time.sleep(seconds)
 
         sys.addaudithook(wait)
