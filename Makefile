@@ -36,7 +36,7 @@ test: $(BIN)/python
 	  && $(SIDE_BY_SIDE) -n 5 -m "not all" --budget tests/budget.json
 
 test-fast: $(TEST_SET_UP)
-	$(SIDE_BY_SIDE) -n logical --maxprocesses 4 -m "not slow and not all"
+	$(SIDE_BY_SIDE) -n logical --maxprocesses 4 -m "not slow and not all" tests/unit
 
 test-all: lint
 	$(SIDE_BY_SIDE) -n 6 --cov job --cov slurm --cov-report term:skip-covered

@@ -27,6 +27,7 @@ pytest.register_assert_rewrite(
 
 SECONDS = pytest.StashKey[float]()
 CORES = os.cpu_count() or 1
+TESTS = Path(__file__).parent
 _WAITING = ("tests/cluster/", "tests/container/")
 
 
@@ -39,6 +40,23 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(Budget(config.getoption("--budget")))
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Whether this process of several leaves out a place, since it does not run its tests.
+
+    To collect all of them takes many seconds of each process, most of it for imports.
+    """
+    if _computes(os.environ.get("PYTEST_XDIST_WORKER", "gw0")):
+        return None
+    inside = collection_path.is_relative_to(TESTS) and collection_path != TESTS
+    place = f"tests/{collection_path.relative_to(TESTS)}/" if inside else ""
+    return True if place and not place.startswith(_WAITING) else None
+
+
+def _computes(worker: str) -> bool:
+    """Whether a process ("gw0", "gw1", ...) is one of those of which each core has one."""
+    return int(worker.removeprefix("gw")) < CORES
 
 
 @pytest.hookimpl(tryfirst=True)  # before marks are selected
@@ -64,6 +82,13 @@ class _Places(LoadFileScheduling):
         container = "tests/container/"
         return container if nodeid.startswith(container) else super()._split_scope(nodeid)
 
+    def _check_nodes_have_same_collection(self) -> bool:
+        """Whether nobody has collected what the first, whose list is the whole one, has not."""
+        collected = self.registered_collections
+        first = next(node for node in collected if _computes(node.gateway.id))
+        self.registered_collections = {first: collected[first], **collected}
+        return all(set(own) <= set(collected[first]) for own in collected.values())
+
     def _assign_work_unit(self, node: WorkerController) -> None:
         place = next(self._takes(node), None)
         if place is None:
@@ -75,7 +100,7 @@ class _Places(LoadFileScheduling):
     def _takes(self, node: WorkerController) -> Iterator[str]:
         """The places left for a process, the best first."""
         waiting = [place for place in self.workqueue if place.startswith(_WAITING)]
-        if self.nodes.index(node) < CORES:
+        if _computes(node.gateway.id):
             yield from (place for place in self.workqueue if place not in waiting)
         yield from waiting
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import shutil
@@ -15,6 +16,7 @@ import tokenizers
 from pieces import train_pieces
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from job.data.tiktoken import N_RANKS, _letters
 from job.data.tokenizer import Encoded, Tokenizer, load_tokenizer
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "seven", "plus", "three", "equals", "ten", "and"]
@@ -171,3 +173,13 @@ def with_settings(folder: Path, source: Path, settings: object) -> Tokenizer:
     if settings is not None:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return load_tokenizer(folder)
+
+
+def write_llama_3(folder: Path, trained: tokenizers.Tokenizer) -> None:
+    """Llama 3's own tokenizer.model: a trained vocabulary, filled up with what is in no text."""
+    ids = range(trained.get_vocab_size())
+    letters = {letter: bytes([byte]) for byte, letter in _letters().items()}
+    tokens = [b"".join(letters[x] for x in str(trained.id_to_token(i))) for i in ids]
+    tokens += [b"\xff" + n.to_bytes(3, "big") for n in range(N_RANKS - len(tokens))]
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))

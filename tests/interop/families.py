@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from kinds_of_tokenizers import write_llama_3
 from pieces import train_llama_pieces
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
-from job.data.tiktoken import N_RANKS, _letters
+from job.data.tiktoken import N_RANKS
 
 TEXTS = [f"we need to add {a} and {b}, that makes {a + b}." for a in range(12) for b in range(12)]
 _BAR = "\N{FULLWIDTH VERTICAL LINE}"
@@ -173,15 +173,9 @@ def sentencepiece_model(folder: Path) -> None:
 
 
 def tiktoken(folder: Path) -> None:
-    """Llama 3's own tokenizer.model: its size, a few words in front, the rest in no text."""
+    """Llama 3's own tokenizer.model."""
     folder.mkdir(parents=True, exist_ok=True)
-    letters = {letter: byte for byte, letter in _letters().items()}
-    small = _byte_level([], _QWEN_SPLIT)
-    words = [str(small.id_to_token(i)) for i in range(small.get_vocab_size())]
-    tokens = [bytes(letters[letter] for letter in word) for word in words]
-    tokens += [b"\xff" + i.to_bytes(3, "big") for i in range(N_RANKS - len(tokens))]
-    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
-    (folder / "tokenizer.model").write_bytes(b"".join(lines))
+    write_llama_3(folder, _byte_level([], _QWEN_SPLIT))
 
 
 TIKTOKEN = Family(tiktoken, template="{prompt}\n{response}", sizes={"vocab_size": N_RANKS + 256})

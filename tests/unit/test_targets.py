@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 import torch
+from kinds_of_tokenizers import write_llama_3
 from micro_job import write_job
 
 from job.common.config import load_config
@@ -96,6 +98,13 @@ def byte_pairs(folder: Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
+def llama_3(folder: Path) -> Tokenizer:
+    byte_pairs(folder / "small")
+    trained = tokenizers.Tokenizer.from_file(str(folder / "small/tokenizer.json"))
+    write_llama_3(folder, trained)
+    return load_tokenizer(folder)
+
+
 def pieces(kind: str) -> Callable[[Path], Tokenizer]:
     def made(folder: Path) -> Tokenizer:
         model = io.BytesIO()
@@ -117,8 +126,13 @@ def pieces(kind: str) -> Callable[[Path], Tokenizer]:
 
 @pytest.mark.parametrize(
     "made",
-    [characters, byte_pairs, pieces("bpe"), pieces("unigram")],
-    ids=["characters", "byte-level BPE", "sentencepiece BPE", "sentencepiece unigram"],
+    [
+        pytest.param(characters, id="characters"),
+        pytest.param(byte_pairs, id="byte-level BPE"),
+        pytest.param(pieces("bpe"), id="sentencepiece BPE"),
+        pytest.param(pieces("unigram"), id="sentencepiece unigram"),
+        pytest.param(llama_3, id="tiktoken", marks=pytest.mark.slow),
+    ],
 )
 def test_a_character_belongs_to_the_token_that_ends_at_or_after_it(
     made: Callable[[Path], Tokenizer], tmp_path: Path

@@ -6,7 +6,6 @@ known bytes, so that its place in the text follows without any offsets of the li
 
 from __future__ import annotations
 
-import base64
 import itertools
 import re
 from pathlib import Path
@@ -24,12 +23,13 @@ from kinds_of_tokenizers import (
     saved,
     sentences,
     train_sentencepiece,
+    write_llama_3,
 )
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from job.common.errors import InputError
 from job.data.arithmetic import ALPHABET, chains
-from job.data.tiktoken import N_RANKS, _letters
+from job.data.tiktoken import N_RANKS
 from job.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
@@ -382,16 +382,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tokenizers.Tokenizer:
     )
     raw.decoder = decoders.ByteLevel()
     return raw
-
-
-def write_llama_3(folder: Path, trained: tokenizers.Tokenizer) -> None:
-    """A vocabulary of Llama 3's size: the trained one, filled up with what is in no text."""
-    ids = range(trained.get_vocab_size())
-    letters = {letter: bytes([byte]) for byte, letter in _letters().items()}
-    tokens = [b"".join(letters[x] for x in str(trained.id_to_token(i))) for i in ids]
-    tokens += [b"\xff" + n.to_bytes(3, "big") for n in range(N_RANKS - len(tokens))]
-    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
-    (folder / "tokenizer.model").write_bytes(b"".join(lines))
 
 
 @pytest.mark.slow
