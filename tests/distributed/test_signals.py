@@ -78,15 +78,16 @@ class Stop:
         return f"{self.number.name}{again} to {to} during {self.during}"
 
 
+ALSO = pytest.mark.all  # another variant of the same behaviour
 STOPS = [
-    Stop(signal.SIGUSR2),
-    Stop(signal.SIGUSR1, [0]),
-    Stop(signal.SIGTERM, [1]),
+    pytest.param(Stop(signal.SIGUSR2), marks=ALSO),
+    pytest.param(Stop(signal.SIGUSR1, [0]), marks=ALSO),
+    pytest.param(Stop(signal.SIGTERM, [1]), marks=ALSO),
     Stop(signal.SIGUSR2, [1], again=signal.SIGTERM),
     Stop(signal.SIGTERM, again=signal.SIGTERM),
     Stop(signal.SIGINT, [0]),
     Stop(signal.SIGUSR1, during="a save", settings=("checkpoint.every_steps=2",)),
-    Stop(signal.SIGUSR2, [1], during="an evaluation"),
+    pytest.param(Stop(signal.SIGUSR2, [1], during="an evaluation"), marks=ALSO),
     Stop(signal.SIGTERM, during="an evaluation"),
 ]
 
@@ -134,9 +135,6 @@ def test_a_signal_saves_the_last_complete_step_and_ends_every_rank(
     assert run.step > start
     if stop.during == "an evaluation":
         assert run.checkpoints[-1] == run.step + 1
-
-
-ALSO = pytest.mark.all  # another variant of the same behaviour
 
 
 @pytest.mark.parametrize("seconds", [0.02, pytest.param(0.1, marks=ALSO)])
