@@ -48,6 +48,7 @@ def test_the_benchmark_needs_none_of_the_large_packages() -> None:
     subprocess.run([sys.executable, "-c", _IMPORT], check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_what_fails_or_lasts_too_long_takes_only_its_own_section() -> None:
     broken = gpu.Section("of no name that it would find", gpu.machine, 60)
     slow = gpu.Section("machine", gpu.machine, 0.01)

@@ -11,6 +11,7 @@ import pytest
 from job.model.architecture import TransformerConfig
 
 
+@pytest.mark.slow
 def test_both_sides_take_the_same_steps_and_one_computes_fewer_tokens(
     bench: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def _compare(*, recompute: bool, tolerance: float) -> list[int]:
     return graphs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.all), True])
 def test_the_same_values_without_graph_breaks_and_no_graph_more_for_other_lengths(
     recompute: bool, monkeypatch: pytest.MonkeyPatch

@@ -170,6 +170,7 @@ def test_a_night_is_an_array_a_size_and_a_job_that_judges_it(
     assert f"{tmp_path}/nights/mlflow.db" in config
 
 
+@pytest.mark.slow
 def test_two_nights_never_overlap(nightly: Nightly, slurm: FakeSlurm, tmp_path: Path) -> None:
     _takes_jobs(slurm)
     assert nightly().code == 0
@@ -189,6 +190,7 @@ def _follows_once_it_is_gone(nightly: Nightly, slurm: FakeSlurm, folder: Path) -
     assert [night.name for night in _nights(folder)] == ["night-000001", "night-000002"]
 
 
+@pytest.mark.slow
 def test_a_damaged_plan_keeps_no_later_night_back(
     nightly: Nightly, slurm: FakeSlurm, tmp_path: Path
 ) -> None:
@@ -201,6 +203,7 @@ def test_a_damaged_plan_keeps_no_later_night_back(
     assert [night.name for night in _nights(tmp_path)] == ["night-000001", "night-000002"]
 
 
+@pytest.mark.slow
 def test_jobs_are_noted_before_there_is_one_that_judges(
     nightly: Nightly, slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,6 +271,8 @@ def test_a_reason_that_all_runs_share_is_told_once(nightly: Nightly, matrix: Pat
     assert done.out.count("cannot be submitted") == 6
 
 
+@pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.parametrize(("said", "code", "text"), [(FULL, 75, "queue is full"), (AWAY, 69, "")])
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_what_slurm_does_not_take_leaves_nothing(
@@ -290,6 +295,7 @@ def test_without_slurm(nightly: Nightly, tmp_path: Path) -> None:
     assert not _nights(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_entry_that_cannot_run_leaves_the_others(
     nightly: Nightly, slurm: FakeSlurm, matrix: Path, tmp_path: Path
 ) -> None:
@@ -510,6 +516,7 @@ def test_a_night_is_named_by_its_number_or_from_where_the_user_is(
         assert not done.err or "is not there" in done.err
 
 
+@pytest.mark.slow
 def test_a_bisection_runs_the_entry_as_its_night_did(
     nightly: Nightly, slurm: FakeSlurm, matrix: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
