@@ -24,15 +24,17 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from common import ROOT, command_line, origin, say
@@ -167,22 +169,48 @@ def _in_a_process(section: Section, seconds: float, options: Options) -> dict[st
     if options.scratch is not None:
         given += ["--scratch", str(options.scratch)]
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {}
-    process = subprocess.Popen(
-        [sys.executable, __file__, *given],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | MALLOC | hidden,
-    )
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(
+            [sys.executable, __file__, *given],
+            stdout=out,
+            stderr=err,
+            env=os.environ | MALLOC | hidden,
+            start_new_session=True,
+        )
+        code = _exit_code(process, seconds)
+        answers, errors = (_content(file) for file in (out, err))
+    answer = _last_answer(answers)
+    found = {} if answer is None else {"found": answer}
+    if code is None:
+        return found | {"failed": f"not done after {seconds:.0f} s"}
+    if code or answer is None:
+        return found | {"failed": errors[-2000:] or f"exit code {code}", "exit_code": code}
+    return found
+
+
+def _exit_code(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """None if it has lasted too long; the processes that it has started end with it."""
     try:
-        out, err = process.communicate(timeout=seconds)
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        return {"failed": f"not done after {seconds:.0f} s"}
-    if process.returncode != 0:
-        return {"failed": err.strip()[-2000:], "exit_code": process.returncode}
-    return {"found": json.loads(out.splitlines()[-1])}
+        return None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _content(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read().strip()
+
+
+def _last_answer(text: str) -> Any:
+    """The last line that is JSON: a section may say what it has so far, and libraries something."""
+    for line in reversed(text.splitlines()):
+        with suppress(ValueError):
+            return json.loads(line)
+    return None
 
 
 def _write(file: Path, record: dict[str, Any]) -> None:
@@ -324,7 +352,7 @@ def page(found: dict[str, dict[str, Any]]) -> str:
     for name, one in found.items():
         if not name.startswith("training") and "found" in one:
             lines += ["", f"{name}: {json.dumps(one['found'])}"]
-        elif "found" not in one:
+        if "found" not in one or "failed" in one:
             why = one.get("left_out") or one["failed"].splitlines()[-1]
             lines += ["", f"{name}: {'left out' if 'left_out' in one else 'FAILED'}: {why}"]
     return "\n".join(lines) + "\n"

@@ -6,6 +6,7 @@ trained one on the way back, 2 more where it is computed again (Kaplan et al. 20
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 import tempfile
@@ -113,6 +114,7 @@ def measure(case: Case, shape: str, seed: int, scratch: Path | None) -> dict[str
         if case.profiled:
             found["profile"] = training.profile()
         if case.saves:
+            print(json.dumps(found), flush=True)  # a slow disk may take longer than there is time
             found["saving"] = training.saving(scratch)
     return found
 

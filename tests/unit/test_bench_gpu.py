@@ -56,6 +56,46 @@ def test_what_fails_or_lasts_too_long_takes_only_its_own_section() -> None:
     assert gpu._answer(slow, 600, _options())["failed"].startswith("not done after")
 
 
+SILENT = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+TALKATIVE = "print('[1, 2]'); print('a warning of some library')"
+SLOW = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def _answer_of(script: str, tmp_path: Path, patch: pytest.MonkeyPatch, seconds: float) -> Any:
+    file = tmp_path / "section.py"
+    file.write_text(script)
+    patch.setattr(gpu, "__file__", str(file))
+    return gpu._in_a_process(gpu.Section("one", gpu.machine, 60), seconds, _options())
+
+
+def test_a_section_that_ends_without_a_word_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = _answer_of(SILENT, tmp_path, monkeypatch, 60)
+    assert found == {"failed": "exit code -9", "exit_code": -9}
+    assert "one: FAILED: exit code -9" in gpu.page({"one": found})
+    assert _answer_of("", tmp_path, monkeypatch, 60)["failed"] == "exit code 0"
+    assert _answer_of(TALKATIVE, tmp_path, monkeypatch, 60) == {"found": [1, 2]}
+
+
+@pytest.mark.slow
+def test_a_section_that_lasts_too_long_ends_with_its_processes_and_keeps_what_it_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = _answer_of(SLOW, tmp_path, monkeypatch, 3)
+    assert answer["failed"] == "not done after 3 s"
+    status = Path(f"/proc/{answer['found']}/status")
+    assert not status.exists() or "Z (zombie)" in status.read_text()
+    page = gpu.page({"one": answer})
+    assert f"one: {answer['found']}" in page
+    assert "one: FAILED: not done after 3 s" in page
+
+
 def test_no_section_begins_when_the_time_is_over() -> None:
     section = gpu.Section("machine", gpu.machine, 60)
     assert gpu._answer(section, 3.0, _options()) == {"left_out": "3 of 600 seconds were left"}
