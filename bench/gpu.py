@@ -46,6 +46,7 @@ from gpu_training import ALL_SHAPES, Case, measure
 
 from job.common.schema import ShardingStrategy
 from job.memory.validation import MALLOC, Measured, markdown, outside
+from job.training.preparation import set_up_allocator
 
 BUDGET = 570  # seconds for everything
 LEAST = 15  # seconds without which no section begins
@@ -55,17 +56,20 @@ SMALLER = 8  # than at 7B are micro-batches and sequences of the micro shape
 STEPS = {"7b": 300, "micro": 20}  # of the main job
 CASES = (
     Case(4, saves=True, profiled=True),
-    Case(4, compiled=True, profiled=True),
+    # as one GPU trains by default
+    Case(4, compiled=True, strategy=ShardingStrategy.REPLICATE_FROZEN, profiled=True),
     Case(0),
     Case(8),
     Case(4, sequence=2048),
     Case(4, sequence=300),
     Case(4, strategy=ShardingStrategy.REPLICATE_FROZEN),
     Case(4, tokens=2048),
+    Case(4, compiled=True),
     Case(2),
     Case(4, activation_checkpointing=True),
     Case(0, compiled=True),
     Case(8, compiled=True),
+    Case(2, compiled=True),
     Case(4, tokens=2048, compiled=True),
 )
 FIRST = 2  # of the cases come before the main job
@@ -121,6 +125,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.section is not None:
         (one,) = (s for s in sections(options.shape) if s.name == options.section)
+        set_up_allocator()  # as every command of the job does
         print(json.dumps(one.answer(options)))
         return
     if options.device == "cuda" and not torch.cuda.is_available():

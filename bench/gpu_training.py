@@ -48,6 +48,7 @@ from job.run.directory import RunDirectory
 from job.run.fence import Fence
 from job.run.value_metrics import ValueMetrics
 from job.training.checkpoint import Checkpoints
+from job.training.compilation import choose_compilation
 from job.training.learner import Learner
 from job.training.measurement import warm_up
 from job.training.objective import Objective
@@ -103,8 +104,11 @@ class Case:
 
 def measure(case: Case, shape: str, seed: int, scratch: Path | None) -> dict[str, Any]:
     """Everything that is asked of a case, in a process of its own."""
-    set_up_torch(CriticConfig())  # as a training does it: with the same bits each time
+    config = CriticConfig()
+    config.training.compile = case.compiled
+    set_up_torch(config)  # as a training does it: with the same bits each time
     with joined_world(DistributedConfig()) as world, Recorder(world.device) as recorder:
+        choose_compilation(config, world)
         warm_up(world.device)
         if world.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,14 @@ from typing import Any
 
 import pytest
 
+from job.common.schema import CriticConfig
+from job.distributed.world import World
+
 BENCH = Path(__file__).parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import gpu  # noqa: E402
+import gpu_training  # noqa: E402
 from gpu_training import covered, kind_of  # noqa: E402
 
 _BLOCKED = "rich mlflow matplotlib pyarrow tokenizers transformers sentencepiece scipy psutil"
@@ -122,6 +127,41 @@ def test_sections_have_names_of_their_own_and_the_first_fit_the_ten_minutes() ->
     assert len({section.name for section in sections}) == len(sections)
     most_wanted = sections[: [s.name for s in sections].index("main job") + 1]
     assert sum(section.seconds for section in most_wanted) < 1.3 * gpu.BUDGET
+
+
+def test_what_one_gpu_does_by_default_is_measured_before_the_main_job() -> None:
+    names = [section.name for section in gpu.sections("7b")]
+    default = names.index("training, N=4, compiled, REPLICATE_FROZEN")
+    assert default < names.index("main job")
+    compiled = {name.split(", ")[1] for name in names if name.endswith(", compiled")}
+    assert compiled == {"N=0", "N=2", "N=4", "N=8"}
+
+
+def test_sections_have_the_workspaces_of_a_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace = "CUBLAS_WORKSPACE_CONFIG"
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k != workspace})
+    look = gpu.Section("look", lambda _: os.environ.get(workspace), 60)
+    monkeypatch.setattr(gpu, "sections", lambda shape: [look])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--section", "look"])
+    gpu.main()
+    assert capsys.readouterr().out == '":4096:8"\n'
+
+
+def test_kernels_are_compiled_as_those_of_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def note(config: CriticConfig, world: World) -> None:
+        asked.append((config.training.compile, config.training.deterministic))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_training, "set_up_torch", lambda config: None)
+    monkeypatch.setattr(gpu_training, "choose_compilation", note)
+    for compiled in (True, False):
+        with pytest.raises(KeyboardInterrupt):
+            gpu_training.measure(gpu_training.Case(0, compiled=compiled), "micro", 0, None)
+    assert asked == [(True, True), (False, True)]
 
 
 def test_kernels_by_kind() -> None:
