@@ -33,6 +33,7 @@ from job.training.cache_boundary import Boundary, wanted
 from job.training.cache_opening import Opening
 from job.training.cache_rows import Rows, put_states
 from job.training.data import load_critic_data
+from job.training.gpu import check_gpu
 from job.training.preparation import prepare_inputs, set_up_torch
 
 _KEPT = "what is computed is kept"
@@ -53,6 +54,7 @@ def build(config: CriticConfig, *, verify: bool = False) -> Path:
         if not world.is_main:
             only_warnings()
         world.main_first(lambda: prepare_inputs(config, verify=verify))
+        check_gpu(config.distributed.fsdp, read_architecture(config.model.path), world.device)
         run = RunDirectory(config.run.dir, is_main=False)
         data = world.main_first(lambda: load_critic_data(config, run, world, verify=verify))
         base = world.main_decides(

@@ -16,12 +16,14 @@ from job.distributed.world import World, joined_world
 from job.memory.fit import prediction
 from job.memory.recorder import Recorder
 from job.model.architecture import TransformerConfig
+from job.model.architecture_file import read_architecture
 from job.model.critic import Critic
 from job.model.transformer import PackedLayout
 from job.run.directory import RunDirectory
 from job.run.value_metrics import ValueMetrics
 from job.training.compilation import choose_compilation
 from job.training.data import CriticData, load_critic_data
+from job.training.gpu import check_gpu
 from job.training.learner import Learner
 from job.training.memory_report import choose_by_memory, heaviest
 from job.training.objective import Objective
@@ -43,6 +45,7 @@ def measure(config: CriticConfig, scratch: Path) -> list[dict[str, Any]] | None:
     with joined_world(config.distributed) as world:
         run = RunDirectory(scratch, is_main=False)  # nothing of it is kept
         world.main_first(lambda: prepare_inputs(config))
+        check_gpu(config.distributed.fsdp, read_architecture(config.model.path), world.device)
         choose_compilation(config, world)
         choose_by_memory(config, run, world)
         data = world.main_first(lambda: load_critic_data(config, run, world))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,19 @@ def test_it_trains(cuda: FakeCuda, folder: Path, capability: int, precision: str
     assert MicroRun(folder / "runs" / name.partition("=")[2]).step == 2
 
 
-def test_bf16_is_refused_before_capability_8(cuda: FakeCuda, folder: Path) -> None:
-    command = [*TRAIN, "run.name=too-old", BF16]
+@pytest.mark.parametrize(
+    "command",
+    [
+        TRAIN,
+        ("-m", "job.cache", "build", "--config", "critic.yaml", "--override"),
+        ("-m", "job.memory", "measure", "--out", "m", "--config", "critic.yaml", "--override"),
+    ],
+    ids=["train", "cache", "memory"],
+)
+def test_bf16_is_refused_before_capability_8(
+    cuda: FakeCuda, folder: Path, command: Sequence[str]
+) -> None:
+    command = [*command, "run.name=too-old", BF16]
     done = cuda.run(command, Gpu(75), cwd=folder, timeout=300)
     assert done.returncode == UNFIT_NODE, done.stderr[-4000:]
     assert "compute capability 7.5" in done.stderr
