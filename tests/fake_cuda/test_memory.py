@@ -105,3 +105,19 @@ def test_compiled_blocks(cuda: FakeCuda) -> None:
     cases.append(_case(ShardingStrategy.FULL_SHARD, 4) | {"compiled": True})
     cases.append(_alone(4, trunk="8b grouped", compiled=True))
     _check(cuda, cases, above=ABOVE_COMPILED)
+
+
+@pytest.mark.all
+def test_compiled_blocks_that_are_recomputed_sharded_or_share_prompts(cuda: FakeCuda) -> None:
+    recomputed, whole = (
+        {"activation_checkpointing": True},
+        {"sharding_strategy": "REPLICATE_FROZEN"},
+    )
+    cases = [
+        _alone(4, fsdp=recomputed),
+        _alone(8, fsdp=whole),
+        _case(ShardingStrategy.SHARD_GRAD_OP, 4),
+        _case(ShardingStrategy.FULL_SHARD, FULL, **recomputed),
+        _alone(4, sequence=2048, solutions=4, tokens=12288),
+    ]
+    _check(cuda, [case | {"compiled": True} for case in cases])
