@@ -186,14 +186,14 @@ def test_time_in_which_something_ran_counts_once() -> None:
 
 @pytest.mark.slow
 def test_a_case_runs_to_its_record_and_page(tmp_path: Path) -> None:
-    record = _run(tmp_path / "micro.json", "--only", "products", "N=2", "--budget", "3000")
-    assert record["sections"].keys() == {"matrix products", "training, N=2"}
-    found = record["sections"]["training, N=2"]["found"]
+    record = _run(tmp_path / "micro.json", "--only", "products", "of 300", "--budget", "3000")
+    assert record["sections"].keys() == {"matrix products", "training, N=4, sequences of 300"}
+    found = record["sections"]["training, N=4, sequences of 300"]["found"]
     assert found["stages"].keys() == {"before", "loaded", "backward", "update", "peak"}
     assert len(found["seconds_per_step"]) == 5
     assert found["tokens_per_second"] > 0
     page = (tmp_path / "micro.md").read_text()
-    assert "| N=2 |" in page
+    assert "| N=4, sequences of 300 |" in page
 
 
 @pytest.mark.all
