@@ -77,6 +77,8 @@ def _rewards(
         weighted = subsets.weighted_majority(problem.answers, weight(scores), rewards, MOST, seed)
         curves |= dict(zip(_VOTES, (votes, weighted), strict=True))
     return curves | {
+        "least_value": subsets.best_of(problem.least_values, MOST) @ rewards,
+        "mean_value": subsets.best_of(problem.mean_values, MOST) @ rewards,
         "shortest": subsets.best_of(-lengths, MOST) @ rewards,
         "random": np.full(min(MOST, len(rewards)), rewards.mean()),
         ORACLE: subsets.best_of(rewards, MOST) @ rewards,

@@ -53,6 +53,14 @@ class Problem:
         return np.array([solution.score for solution in self.solutions])
 
     @property
+    def least_values(self) -> NDArray[np.float64]:
+        return np.array([float(solution.values.min()) for solution in self.solutions])
+
+    @property
+    def mean_values(self) -> NDArray[np.float64]:
+        return np.array([float(solution.values.mean()) for solution in self.solutions])
+
+    @property
     def rewards(self) -> NDArray[np.float64]:
         return np.array([solution.reward for solution in self.solutions])
 

@@ -22,6 +22,8 @@ _NONE = "\N{EN DASH}"
 _SHOWN = (1, 2, 4, 8, 16, 32, 64)
 _NAMES = {
     "best_of_n": "critic",
+    "mean_value": "critic, by its mean value",
+    "least_value": "critic, by its least value",
     "weighted_majority": "majority weighted by the critic",
     "majority": "majority",
     "shortest": "shortest",
@@ -32,6 +34,8 @@ _NAMES = {
 }
 _MEANINGS = {
     "best_of_n": "the solution with the highest last value",
+    "mean_value": "the solution whose tokens have the highest mean value",
+    "least_value": "the solution whose lowest value is highest: no step looks wrong",
     "weighted_majority": "the answer with the greatest sum of last values",
     "majority": "the answer given most often",
     "shortest": "the solution with the fewest tokens",

@@ -181,6 +181,19 @@ def test_problems_with_fewer_solutions_than_n_are_left_out_and_counted() -> None
     assert "majority" not in found["rules"]
 
 
+def test_a_critic_also_chooses_by_the_mean_and_by_the_least_of_a_solutions_values() -> None:
+    # the first ends best, the second has the highest mean, the third never falls low
+    values = [[0.1, 0.9], [0.3, 0.8], [0.5, 0.5]]
+    solutions = (
+        Solution("p", np.array(v), r) for v, r in zip(values, (0.0, 0.5, 1.0), strict=True)
+    )
+    rules = choosing([Problem("p", "", tuple(solutions))], [0.5], lambda s: s)["rules"]
+    # of two: (1, 2), (1, 3) and (2, 3)
+    assert rules["best_of_n"]["value"] == pytest.approx([0.5, (0 + 0 + 0.5) / 3, 0])
+    assert rules["mean_value"]["value"] == pytest.approx([0.5, (0.5 + 0.5 + 0.5) / 3, 0.5])
+    assert rules["least_value"]["value"] == pytest.approx([0.5, (0.5 + 1 + 1) / 3, 1])
+
+
 def test_the_least_number_of_solutions_is_the_first_that_reaches_the_reward() -> None:
     curves = {"rule": np.array([0.5, 0.7, 0.8, 0.95])}
     assert needed(curves, [0.5, 0.3, 0.1, 0.01]) == {"rule": [1, 2, 4, None]}
