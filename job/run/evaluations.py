@@ -195,7 +195,8 @@ def _draw_choosing(found: Mapping[str, Any]) -> Figure:
 
 
 def _colour(rule: str, place: int) -> str:
-    return {"random": GREY, "oracle": "#000000", "pass": "#000000"}.get(rule) or run_colour(place)
+    own = {"length_matched": GREY, "random": GREY, "oracle": "#000000", "pass": "#000000"}
+    return own.get(rule) or run_colour(place)
 
 
 def _dash(rule: str) -> str:
