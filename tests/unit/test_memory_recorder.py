@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from fake_nvml import FakeNvml, without_nvml
+from waiting import wait_for
 
 from job.memory import nvml as nvml_module
 from job.memory import recorder as memory_recorder
@@ -36,13 +36,6 @@ PROCESSES = f"nvmlDeviceGetComputeRunningProcesses_v3 * self:{4 * GB}"
 
 def fill(megabytes: int) -> np.ndarray:
     return np.ones(megabytes * MB // 8)
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 5.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.002)
 
 
 # --- this process ----------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from mirrored_runs import MARKS, Example, assert_complete, copy_of, finished, noted, wait_for
+from mirrored_runs import MARKS, Example, assert_complete, copy_of, finished, noted
+from waiting import wait_for
 
 from job.run.mlflow_mirror import Mirror
 

@@ -25,8 +25,8 @@ from mirrored_runs import (
     copy_of,
     finished,
     noted,
-    wait_for,
 )
+from waiting import wait_for
 
 from job.run.mlflow_mirror import Mirror
 from job.run.mlflow_sync import sync_run

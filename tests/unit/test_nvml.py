@@ -47,8 +47,8 @@ class Readings:
     def problems(self) -> list[tuple[str, str]]:
         return [(row["call"], row["problem"]) for row in self.notes.rows()]
 
-    def wait_for(self, condition: Callable[[], object], seconds: float = 5.0) -> None:
-        until = time.monotonic() + seconds
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        until = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < until, (self.rounds[-3:], self.notes.rows())
             time.sleep(0.002)

@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from waiting import wait_for
 
 from job.common import derived
 from job.common.derived import SUMS
@@ -769,13 +769,6 @@ def start_builder(
     command = [sys.executable, "-c", prelude + BUILD, str(tmp_path), str(examples), name]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def by_parts(cache: Path, size: int) -> list[Path]:
