@@ -46,7 +46,7 @@ from gpu_training import ALL_SHAPES, Case, measure
 
 from job.common.schema import ShardingStrategy
 from job.memory.validation import MALLOC, Measured, markdown, outside
-from job.training.preparation import set_up_allocator
+from job.training.allocator import set_up_allocator
 
 BUDGET = 570  # seconds for everything
 LEAST = 15  # seconds without which no section begins

@@ -82,6 +82,7 @@ class Setting:
         compiled: whether torch.compile has made the blocks' kernels.
         repeats_keys: whether CUDA's attention wants as many heads of keys as of queries, as before
             torch 2.12.
+        segments_grow: whether segments of torch's CUDA allocator grow, which leaves fewer gaps.
         sequence_tokens: of a typical sequence; on a CPU, short ones need masks.
         keys_per_token: tokens of all sequences over those of the micro-batch: more than 1 where
             sequences share prompts, whose keys each of them has.
@@ -104,6 +105,7 @@ class Setting:
     cuda: bool = True
     compiled: bool = False
     repeats_keys: bool = False
+    segments_grow: bool = True
     sequence_tokens: int = 512
     keys_per_token: float = 1.0
     evaluation_tokens: int = 0

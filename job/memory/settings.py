@@ -35,6 +35,7 @@ def setting_of(
     capacity: int = 0,
     cuda: bool = True,
     repeats_keys: bool = False,
+    segments_grow: bool = True,
     prefix_cached: bool = False,
     between: int = 0,
 ) -> Setting:
@@ -43,7 +44,7 @@ def setting_of(
     Args:
         capacity: bytes of a GPU, of which `auto` makes the most, for `training.micro_batch_tokens`
             and for `distributed.fsdp.sharding_strategy`; 0 if not known.
-        prefix_cached, between: as in `Setting`.
+        repeats_keys, segments_grow, prefix_cached, between: as in `Setting`.
 
     Raises:
         InputError: the micro-batch is to be chosen, and not even the smallest one fits.
@@ -59,6 +60,7 @@ def setting_of(
         per_node=per_node,
         cuda=cuda,
         repeats_keys=repeats_keys,
+        segments_grow=segments_grow,
         prefix_cached=prefix_cached,
         between=between,
         compiled=cuda and config.training.compile is not False,
@@ -121,15 +123,18 @@ def forward_budget(config: CriticConfig) -> int:
 def ways_to_lower(config: CriticConfig) -> str:
     """What would make a training take less memory, as far as it is not done already."""
     training, blocks = config.training, config.training.num_unfrozen_layers
-    if training.token_budget > _longest_unit(config):
-        ways = [f"lower training.micro_batch_tokens ({training.token_budget})"]
+    ways = []
+    if training.micro_batch_tokens == AUTO:
+        pass  # memory ran out before one was chosen
+    elif training.token_budget > _longest_unit(config):
+        ways.append(f"lower training.micro_batch_tokens ({training.token_budget})")
     else:
-        ways = [f"lower data.max_length ({config.data.max_length})"]
+        ways.append(f"lower data.max_length ({config.data.max_length})")
     if blocks and not config.distributed.fsdp.activation_checkpointing:
         ways.append("set distributed.fsdp.activation_checkpointing")
     if blocks:
         ways.append(f"unfreeze fewer blocks than {blocks} (training.num_unfrozen_layers)")
-    return ", ".join([*ways, "or take more GPUs"])
+    return ", ".join([*ways, "or take more GPUs"]) if ways else "take more GPUs"
 
 
 def _nothing_fits(config: CriticConfig, smallest: Fit, setting: Setting) -> str:

@@ -29,8 +29,6 @@ def choose_compilation(config: CriticConfig, world: World) -> None:
     if given is True and lacking:
         raise InputError(f"training.compile: true, and there is no {names}; set it to false")
     config.training.compile = not lacking and cuda if given == AUTO else bool(given)
-    if config.training.deterministic:  # kernels are not chosen by how fast they were
-        os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
     if world.is_main and (cuda or config.training.compile):
         why = f": there is no {names}" if lacking and given == AUTO else ""
         _log.info("training.compile: %s%s", str(config.training.compile).lower(), why)

@@ -20,6 +20,7 @@ from job.model.architecture_file import read_architecture
 from job.model.parameters import count_frozen
 from job.model.transformer import GROUPS_HEADS
 from job.run.directory import RunDirectory
+from job.training.allocator import segments_grow
 from job.training.data import CriticData
 
 FILE = "memory.json"
@@ -104,6 +105,7 @@ def _setting(config: CriticConfig, world: World, left_out: int, capacity: int = 
         capacity=capacity,
         cuda=world.device.type == "cuda",
         repeats_keys=not GROUPS_HEADS,
+        segments_grow=segments_grow(),
         prefix_cached=left_out > 0,
         between=_n_frozen(config) - left_out if left_out else 0,
     )

@@ -14,6 +14,13 @@ from job.distributed.world import World
 from job.memory.fit import MARGIN, outside_allocator
 from job.memory.settings import ways_to_lower
 
+# what errors of others say whose memory is not torch's allocator's to give
+_BESIDE_THE_ALLOCATOR = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cuda failure 2 'out of memory'",  # NCCL's
+)
+
 
 @contextmanager
 def out_of_memory_judged(
@@ -28,11 +35,20 @@ def out_of_memory_judged(
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
         ending = _taken_by_others(world)
         if ending is None and has_saved():
             raise
         raise ending or _too_much(config, error) from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is torch's allocator that found none, or CUDA, cuBLAS or NCCL beside it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in _BESIDE_THE_ALLOCATOR
+    )
 
 
 def _too_much(config: CriticConfig, error: Exception) -> InputError:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,11 +16,11 @@ from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.stored_head import StoredHead, head_names, read_head
 from job.model.weights import check_trunk, load_trunk
+from job.training.allocator import check_workspace, set_up_allocator
 from job.training.data import CriticData, check_sources
 from job.training.objective import Objective
 from job.training.pretraining import ensure_trunk
 
-_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # new name and old
 _log = logging.getLogger("job.train")
 
 
@@ -97,30 +95,16 @@ def _kept_head(config: CriticConfig) -> StoredHead:
 
 
 def set_up_torch(config: CriticConfig) -> None:
-    """Threads, memory and determinism of this process; before CUDA is used."""
+    """Threads, memory and determinism of this process; before CUDA is used.
+
+    Raises:
+        InputError: the environment does not let a GPU give the same bits, which it is to do.
+    """
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
     set_up_allocator()
+    if config.training.deterministic and torch.cuda.is_available():
+        check_workspace()
     torch.use_deterministic_algorithms(config.training.deterministic)
     # nothing here reads memory that nothing has written, and filling it is a tenth of a step
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def set_up_allocator() -> None:
-    """Settings of torch's CUDA memory that it reads from the environment, where none are made.
-
-    Segments that grow leave fewer gaps. torch 2.13 dies making them where NVML is missing, as in a
-    container without the driver's utilities. The workspace is one with which cuBLAS gives the same
-    bits, and of one size on all GPUs.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if not any(name in os.environ for name in _ALLOCATOR_SETTINGS) and _has_nvml():
-        os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
-
-
-def _has_nvml() -> bool:
-    try:
-        ctypes.CDLL("libnvidia-ml.so.1")  # by the name that torch opens it by
-    except OSError:
-        return False
-    return True

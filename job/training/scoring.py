@@ -35,11 +35,11 @@ from job.run.manifest import MANIFEST
 from job.run.trained import TrainedCritic, load_weights
 from job.run.value_metrics import ValueMetrics
 from job.training.agreement import stop_together
+from job.training.allocator import set_up_allocator
 from job.training.data import check_tokens, warn_of_unknown
 from job.training.gpu import check_gpu
 from job.training.kept_states import KeptStates
 from job.training.objective import Objective
-from job.training.preparation import set_up_allocator
 
 MICRO_BATCHES = 16  # of each rank, between two parts that are committed
 _KEPT = "what is scored is kept"

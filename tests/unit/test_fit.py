@@ -55,9 +55,12 @@ def test_what_lies_outside_of_the_allocator() -> None:
     assert found.outside == found.needed - found.reserved == 1_600_000_000
 
 
-@pytest.mark.parametrize(("gpus", "share"), [(1, 0.035), (4, 0.06)])
-def test_room_is_left_for_what_the_allocator_reserves(gpus: int, share: float) -> None:
-    setting = _setting(gpus=gpus)
+@pytest.mark.parametrize(
+    ("gpus", "grow", "share"),
+    [(1, True, 0.035), (4, True, 0.06), (1, False, 0.17), (4, False, 0.55)],
+)
+def test_room_is_left_for_what_the_allocator_reserves(gpus: int, grow: bool, share: float) -> None:
+    setting = replace(_setting(gpus=gpus), segments_grow=grow)
     given = footprint(setting).peak.total + 33_554_432
     assert fit(setting, A100_80GB).reserved == pytest.approx(given * (1 + share))
     assert prediction(setting)["reserved_bytes"] == fit(setting, A100_80GB).reserved

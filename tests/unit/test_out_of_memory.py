@@ -119,6 +119,35 @@ def test_memory_that_runs_out_after_a_checkpoint_is_a_crash_that_goes_on_from_th
         run_training("too-large-later")
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "ncclUnhandledCudaError: Call to CUDA function failed.\n"
+        "Last error:\nCuda failure 2 'out of memory'",
+    ],
+)
+def test_memory_that_runs_out_beside_torchs_allocator_is_told_alike(said: str) -> None:
+    config = load_config(CriticConfig, "critic.yaml", ["training.micro_batch_tokens=auto"])
+
+    def run_out(text: str) -> None:
+        with out_of_memory_judged(config, World(), lambda: False):
+            raise RuntimeError(text)
+
+    with pytest.raises(InputError) as ended:
+        run_out(said)
+    assert str(ended.value) == (
+        "the GPU's memory ran out: set distributed.fsdp.activation_checkpointing, unfreeze fewer "
+        "blocks than 1 (training.num_unfrozen_layers), or take more GPUs"
+    )
+    config.training.num_unfrozen_layers = 0
+    with pytest.raises(InputError, match=r"the GPU's memory ran out: take more GPUs$"):
+        run_out(said)
+    with pytest.raises(RuntimeError, match=r"^CUDA error: unspecified launch failure$"):
+        run_out("CUDA error: unspecified launch failure")
+
+
 def test_a_gpu_that_other_processes_fill_is_unfit(monkeypatch: pytest.MonkeyPatch) -> None:
     config, world = load_config(CriticConfig, "critic.yaml"), World(device=torch.device("cuda", 0))
     sizes = {"free": 1, "reserved": 20}
