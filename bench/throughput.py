@@ -251,10 +251,16 @@ class Round:
     other_load: float
 
 
-def take_turns(contestants: Mapping[str, Contestant]) -> Round:
-    """The contestants' steps one after another, so that all meet the machine in the same state."""
+def take_turns(contestants: Mapping[str, Contestant], first: int = 0) -> Round:
+    """The contestants' steps one after another, so that all meet the machine in the same state.
+
+    The one at place `first` begins; whoever does has the caches of the round's last.
+    """
+    names = [*contestants]
+    first %= len(names)
     load = OtherLoad([contestant.pid for contestant in contestants.values()])
-    steps = {name: contestant.step() for name, contestant in contestants.items()}
+    taken = {name: contestants[name].step() for name in [*names[first:], *names[:first]]}
+    steps = {name: taken[name] for name in names}
     finished = Round(steps, load.share())
     times = ", ".join(f"{name} {step.seconds:.2f} s" for name, step in steps.items())
     say(f"{times}; others {finished.other_load:.0%}")
@@ -265,7 +271,7 @@ def measure(contestants: Mapping[str, Contestant], steps: int) -> list[Round]:
     """The quietest rounds, in order; ends once there are `steps` quiet ones."""
     rounds: list[Round] = []
     while len(rounds) < PATIENCE * steps:
-        rounds.append(take_turns(contestants))
+        rounds.append(take_turns(contestants, first=len(rounds)))
         if sum(r.other_load < QUIET for r in rounds) == steps:
             break
     loudest = sorted(r.other_load for r in rounds)[steps - 1]

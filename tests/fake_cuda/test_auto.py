@@ -1,4 +1,7 @@
-"""The micro-batches that `auto` chooses fit GPUs of every size: no allocation fails."""
+"""The micro-batches and strategies that `auto` chooses fit GPUs of every size.
+
+No allocation fails, with segments that grow and with others.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ SIZES = {  # bytes as CUDA says them
     80: 85_028_700_160,
 }
 WHOLE = {"sharding_strategy": "REPLICATE_FROZEN"}
+AUTO = {"sharding_strategy": "auto"}
 CASES: list[tuple[int, dict[str, Any]]] = [
     (24, {"n": 0}),
     (24, {"n": 1, "fsdp": WHOLE}),
@@ -27,12 +31,41 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (80, {"n": 8, "fsdp": {"activation_checkpointing": True}}),
     (80, {"n": 4, "world": 4, "trunk": "8b grouped"}),
 ]
+PLACED: list[tuple[int, dict[str, Any], str]] = [  # with what strategy `auto` is
+    (24, {"n": 0, "compiled": True}, "REPLICATE_FROZEN"),
+    (24, {"n": 6, "world": 4, "compiled": True}, "FULL_SHARD"),
+    (40, {"n": 4, "compiled": True}, "REPLICATE_FROZEN"),
+    (40, {"n": 8, "world": 4}, "REPLICATE_FROZEN"),
+    (40, {"n": 16, "world": 4, "compiled": True}, "FULL_SHARD"),
+    (80, {"n": 4, "world": 4, "compiled": True}, "REPLICATE_FROZEN"),
+]
+FIXED = {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}
+OF_FIXED_SEGMENTS: list[tuple[int, dict[str, Any]]] = [(40, {"n": 4}), (80, {"n": 4, "world": 4})]
+
+
+def _filled(cuda: FakeCuda, size: int, case: dict[str, Any], **more: Any) -> dict[str, Any]:
+    gpu = Gpu(memory=SIZES[size], outside=outside_allocator(case.get("world", 1)))
+    (found,) = cuda.ask("fill_gpu.py", [case], gpu, timeout=400, **more)
+    assert found["tokens"] >= 2048
+    assert found["retries"] == 0
+    assert found["allocated"] < found["reserved"] <= gpu.memory - gpu.outside
+    return dict(found)
 
 
 @pytest.mark.parametrize(("size", "case"), CASES)
 def test_what_auto_chooses_fits(cuda: FakeCuda, size: int, case: dict[str, Any]) -> None:
-    gpu = Gpu(memory=SIZES[size], outside=outside_allocator(case.get("world", 1)))
-    (found,) = cuda.ask("fill_gpu.py", [case], gpu, timeout=400)
-    assert found["tokens"] >= 2048
-    assert found["retries"] == 0
-    assert found["allocated"] < found["reserved"] <= gpu.memory - gpu.outside
+    _filled(cuda, size, case)
+
+
+@pytest.mark.parametrize(("size", "case", "strategy"), PLACED)
+def test_frozen_weights_are_whole_where_they_fit(
+    cuda: FakeCuda, size: int, case: dict[str, Any], strategy: str
+) -> None:
+    assert _filled(cuda, size, case | {"fsdp": AUTO})["strategy"] == strategy
+
+
+@pytest.mark.parametrize(("size", "case"), OF_FIXED_SEGMENTS)
+def test_what_auto_chooses_fits_where_segments_do_not_grow(
+    cuda: FakeCuda, size: int, case: dict[str, Any]
+) -> None:
+    _filled(cuda, size, case, env=FIXED)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from launch import free_port
@@ -45,6 +46,14 @@ SECONDS = 300
 TRAIN = ("-m", "job.train", "--config", "critic.yaml", "--override")
 
 
+def launched(command: Sequence[str], gpus: int) -> list[str]:
+    """A command's arguments of python, as one process or as one for each GPU."""
+    if gpus == 1:
+        return [*command]
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", str(gpus))
+    return [*launcher, "--master_addr", "127.0.0.1", "--master_port", str(free_port()), *command]
+
+
 @dataclass(frozen=True)
 class Job:
     """A folder with a configuration and its trunk, made on the CPU."""
@@ -57,11 +66,7 @@ class Job:
     def train(
         self, cuda: FakeCuda, name: str, *settings: str, gpus: int = 1
     ) -> subprocess.CompletedProcess[str]:
-        launcher: Sequence[str] = ()
-        if gpus > 1:
-            launcher = ("-m", "torch.distributed.run", "--nproc_per_node", str(gpus))
-            launcher = (*launcher, "--master_addr", "127.0.0.1", "--master_port", str(free_port()))
-        command = [*launcher, *TRAIN, f"run.name={name}", *settings]
+        command = launched([*TRAIN, f"run.name={name}", *settings], gpus)
         return cuda.run(command, Gpu(count=gpus), cwd=self.folder, timeout=SECONDS)
 
     def finish(self, cuda: FakeCuda, name: str, *settings: str, gpus: int = 1) -> MicroRun:
@@ -109,28 +114,46 @@ def test_memory_is_predicted_and_measured_on_the_gpu(finished: MicroRun) -> None
     assert memory["predicted"]["outside_bytes"] > 0
 
 
-def test_a_run_that_was_stopped_between_two_saves_goes_on(cuda: FakeCuda, job: Job) -> None:
-    settings = ("training.max_steps=400", "checkpoint.every_steps=10")
-    command = [sys.executable, *TRAIN, "run.name=stopped", *settings]
-    run = job.run("stopped")
-    log = job.folder / "stopped.log"
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_run_that_was_stopped_between_two_saves_goes_on(
+    cuda: FakeCuda, job: Job, gpus: int
+) -> None:
+    name, saves = f"stopped-{gpus}", "checkpoint.every_steps=10"
+    command = launched([*TRAIN, f"run.name={name}", "training.max_steps=400", saves], gpus)
+    run, log = job.run(name), job.folder / f"{name}.log"
+    environment = cuda.environment(Gpu(count=gpus))
     with log.open("w") as stream:
         process = subprocess.Popen(
-            command, cwd=job.folder, env=cuda.environment(), stderr=stream, stdout=stream
+            [sys.executable, *command],
+            cwd=job.folder,
+            env=environment,
+            stderr=stream,
+            stdout=stream,
         )
         try:
             _wait_until(run, process, 25, log)
-            process.send_signal(signal.SIGUSR2)
-            assert process.wait(SECONDS) == STOPPED, log.read_text()[-4000:]
+            for rank in _ranks(process.pid, gpus):
+                rank.send_signal(signal.SIGUSR2)
+            ended = process.wait(SECONDS)
+            assert ended == (STOPPED if gpus == 1 else 1), log.read_text()[-4000:]
         finally:
             process.kill()
             process.wait()
     at = run.step
     assert run.status["state"] == "stopped"
     assert run.checkpoints[-1] == at >= 25
-    done = job.train(cuda, "stopped", f"training.max_steps={at + 5}", settings[1])
+    done = job.train(cuda, name, f"training.max_steps={at + 5}", saves, gpus=gpus)
     assert done.returncode == 0, done.stderr[-4000:]
     assert [record["step"] for record in run.records] == list(range(1, at + 6))
+
+
+def _ranks(pid: int, gpus: int) -> list[psutil.Process]:
+    """The processes that train: this one, or torchrun's."""
+    if gpus == 1:
+        return [psutil.Process(pid)]
+    found = [one for one in psutil.Process(pid).children() if "job.train" in one.cmdline()]
+    assert len(found) == gpus
+    return found
 
 
 def _wait_until(run: MicroRun, process: subprocess.Popen[bytes], step: int, log: Path) -> None:
@@ -141,29 +164,35 @@ def _wait_until(run: MicroRun, process: subprocess.Popen[bytes], step: int, log:
         time.sleep(0.05)
 
 
-def test_a_checkpoint_of_one_gpu_is_scored_on_one(
-    cuda: FakeCuda, job: Job, finished: MicroRun
-) -> None:
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_critic_is_scored(cuda: FakeCuda, job: Job, finished: MicroRun, gpus: int) -> None:
     rows = [{"prompt": f"{a}+1?", "response": f"{a}+1={a + 1};A{a + 1}"} for a in range(6)]
     data = write_rows(job.folder / "rows.jsonl", rows)
-    out = job.folder / "values.jsonl"
+    out = job.folder / f"values-{gpus}.jsonl"
     command = ["-m", "job.score", "--critic", str(finished.path), "--data", str(data)]
-    done = cuda.run([*command, "--out", str(out)], cwd=job.folder, timeout=SECONDS)
+    command = launched([*command, "--out", str(out)], gpus)
+    done = cuda.run(command, Gpu(count=gpus), cwd=job.folder, timeout=SECONDS)
     assert done.returncode == 0, done.stderr[-4000:]
     assert len(out.read_text().splitlines()) == len(rows)
 
 
 @pytest.mark.parametrize("form", ["token-classification", "delta"])
 def test_it_is_exported(cuda: FakeCuda, job: Job, finished: MicroRun, form: str) -> None:
-    out = job.folder / form
-    command = ["-m", "job.export", "--critic", str(finished.path), "--format", form]
+    _export(cuda, job, finished, form)
+
+
+def _export(cuda: FakeCuda, job: Job, run: MicroRun, form: str) -> None:
+    out = job.folder / f"{run.path.name}-{form}"
+    command = ["-m", "job.export", "--critic", str(run.path), "--format", form]
     done = cuda.run([*command, "--out", str(out)], cwd=job.folder, timeout=SECONDS)
     assert done.returncode == 0, done.stderr[-4000:]
     assert any(out.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("strategy", ["FULL_SHARD", "REPLICATE_FROZEN"])
-def test_two_ranks_train_save_twice_and_go_on(cuda: FakeCuda, job: Job, strategy: str) -> None:
+def test_two_ranks_train_save_twice_go_on_and_are_exported(
+    cuda: FakeCuda, job: Job, strategy: str
+) -> None:
     """A real NCCL process group, on an NCCL that sends nothing."""
     sharding = f"distributed.fsdp.sharding_strategy={strategy}"
     name = f"two-{strategy}"
@@ -174,6 +203,7 @@ def test_two_ranks_train_save_twice_and_go_on(cuda: FakeCuda, job: Job, strategy
     memory = json.loads((run.path / "memory.json").read_text())
     assert [rank["device"] for rank in memory["ranks"]] == ["Fake A100"] * 2
     assert len({rank["uuid"] for rank in memory["ranks"]}) == 2
+    _export(cuda, job, run, "token-classification")
 
 
 @pytest.mark.parametrize("version", VERSIONS[1:])

@@ -33,12 +33,22 @@ def _case(layers: int, n: int, **changes: Any) -> dict[str, Any]:
 PLAIN = [_case(6, 2), _case(7, 2), _case(7, 3)]
 SHARDED = [_case(6, 2, world=2, fsdp={"sharding_strategy": "FULL_SHARD"})]
 SHARING = [case | {"solutions": 4} for case in PLAIN]
+GATHERED = [case | {"fsdp": {"sharding_strategy": "FULL_SHARD"}} for case in PLAIN]
+GROUPED = [case | {"trunk": "small grouped"} for case in PLAIN]
+REPEATED = [case | {"repeats_keys": True} for case in GROUPED]
 COMPILED = [case | {"compiled": True} for case in PLAIN]
 
 
 @pytest.fixture(scope="module")
 def steps(cuda: FakeCuda) -> list[dict[str, Any]]:
     found = cuda.ask("trace_step.py", [*PLAIN, *SHARDED, *SHARING], Gpu(), timeout=600)
+    assert isinstance(found, list)
+    return found
+
+
+@pytest.fixture(scope="module")
+def variants(cuda: FakeCuda) -> list[dict[str, Any]]:
+    found = cuda.ask("trace_step.py", [*GATHERED, *GROUPED, *REPEATED], Gpu(), timeout=600)
     assert isinstance(found, list)
     return found
 
@@ -98,6 +108,20 @@ def test_launches_of_a_block(steps: list[dict[str, Any]]) -> None:
 
 def test_launches_of_a_block_with_shared_prompts(steps: list[dict[str, Any]]) -> None:
     _check("launches of a block with shared prompts", _per_block(steps[-len(SHARING) :]))
+
+
+def test_launches_of_a_block_whose_weights_are_gathered_on_one_gpu(
+    steps: list[dict[str, Any]], variants: list[dict[str, Any]]
+) -> None:
+    found = _per_block(variants[:3])
+    _check("launches of a block, gathered", found)
+    assert found["frozen"] > _per_block(steps)["frozen"]  # copies
+
+
+def test_launches_of_a_block_with_grouped_heads(variants: list[dict[str, Any]]) -> None:
+    grouped, repeated = _per_block(variants[3:6]), _per_block(variants[6:])
+    _check("launches of a block with grouped heads", {"grouped": grouped, "repeated": repeated})
+    assert all(grouped[kind] < repeated[kind] for kind in grouped)
 
 
 def test_launches_of_a_compiled_block(

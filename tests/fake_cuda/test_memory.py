@@ -94,6 +94,7 @@ def test_one_gpu(cuda: FakeCuda) -> None:
 def test_other_trunks_and_micro_batches(cuda: FakeCuda) -> None:
     trunks = ("13b", "70b", "8b grouped")
     cases = [_alone(n, trunk=trunk, world=8) for trunk in trunks for n in (0, 4)]
+    cases += [_alone(n, trunk="8b grouped", repeats_keys=True) for n in (0, 4)]
     cases += [_alone(4, tokens=65536, sequence=2048), _alone(4, tokens=2048, sequence=300)]
     cases.append(_alone(4, world=4, fsdp={"cpu_offload": True}))
     _check(cuda, cases)
@@ -121,3 +122,10 @@ def test_compiled_blocks_that_are_recomputed_sharded_or_share_prompts(cuda: Fake
         _alone(4, sequence=2048, solutions=4, tokens=12288),
     ]
     _check(cuda, [case | {"compiled": True} for case in cases])
+
+
+@pytest.mark.all
+def test_compiled_blocks_with_the_other_strategies(cuda: FakeCuda) -> None:
+    strategies = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy.NO_SHARD)
+    cases = [_case(strategy, n) | {"compiled": True} for strategy in strategies for n in (0, 4)]
+    _check(cuda, cases, above=ABOVE_COMPILED)

@@ -31,6 +31,7 @@ from job.distributed.fsdp import shard
 from job.distributed.world import World
 from job.memory.footprint import Setting
 from job.memory.settings import SHAPES
+from job.model import transformer
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.training.learner import Learner, Phase
@@ -40,6 +41,7 @@ from job.training.preparation import set_up_torch
 
 logging.disable(logging.WARNING)
 DEVICE = torch.device("cuda", 0)
+GROUPS_HEADS = transformer.GROUPS_HEADS
 TRUNKS = SHAPES | {
     "8b grouped": TransformerConfig(
         dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256, ffn_hidden=14336
@@ -68,6 +70,7 @@ class Case:
     micro_batches: int = 2
     layers: int | None = None  # other than the trunk's own
     compiled: bool = False
+    repeats_keys: bool = False  # for attention, as before torch 2.12
     fsdp: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
@@ -101,6 +104,7 @@ class Case:
             accumulates=self.micro_batches > 1,
             sequence_tokens=self.sequence,
             compiled=self.compiled,
+            repeats_keys=self.repeats_keys or not GROUPS_HEADS,
             world_size=self.world,
             per_node=min(self.world, self.per_node),
         )
@@ -121,6 +125,7 @@ def ranks(case: Case) -> Iterator[World]:
 def learner(case: Case, world: World, phase: Phase = nullcontext) -> Learner:
     with torch.device("meta"):
         critic = Critic(case.architecture)
+    transformer.GROUPS_HEADS = GROUPS_HEADS and not case.repeats_keys
     unfreeze_last_blocks(critic, case.n)
     if case.fsdp_config.activation_checkpointing:
         critic.trunk.recompute_trainable_blocks()

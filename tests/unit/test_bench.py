@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -168,8 +168,30 @@ def test_quiet_rounds_count(
     counted: list[float],
 ) -> None:
     rounds = iter([throughput.Round({}, load) for load in loads])
-    monkeypatch.setattr(throughput, "take_turns", lambda contestants: next(rounds))
+    monkeypatch.setattr(throughput, "take_turns", lambda contestants, first: next(rounds))
     assert [r.other_load for r in throughput.measure({}, 2)] == counted
+
+
+def test_each_contestant_is_once_the_first_of_a_round(
+    throughput: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    class One:
+        pid = os.getpid()
+
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def step(self) -> SimpleNamespace:
+            order.append(self._name)
+            return SimpleNamespace(seconds=0.0)
+
+    monkeypatch.setattr(throughput, "say", lambda text: None)
+    contestants = {name: One(name) for name in "abc"}
+    rounds = [throughput.take_turns(contestants, first=i) for i in range(4)]
+    assert "".join(order) == "abcbcacababc"
+    assert all([*one.steps] == ["a", "b", "c"] for one in rounds)
 
 
 def test_what_a_contestant_uses_is_no_other_s_load(bench: Callable[[str], ModuleType]) -> None:
