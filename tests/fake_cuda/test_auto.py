@@ -1,6 +1,6 @@
 """The micro-batches and strategies that `auto` chooses fit GPUs of every size.
 
-No allocation fails, with segments that grow and with others.
+No allocation fails; with segments that grow none is even tried twice.
 """
 
 from __future__ import annotations
@@ -47,25 +47,26 @@ def _filled(cuda: FakeCuda, size: int, case: dict[str, Any], **more: Any) -> dic
     gpu = Gpu(memory=SIZES[size], outside=outside_allocator(case.get("world", 1)))
     (found,) = cuda.ask("fill_gpu.py", [case], gpu, timeout=400, **more)
     assert found["tokens"] >= 2048
-    assert found["retries"] == 0
     assert found["allocated"] < found["reserved"] <= gpu.memory - gpu.outside
     return dict(found)
 
 
 @pytest.mark.parametrize(("size", "case"), CASES)
 def test_what_auto_chooses_fits(cuda: FakeCuda, size: int, case: dict[str, Any]) -> None:
-    _filled(cuda, size, case)
+    assert _filled(cuda, size, case)["retries"] == 0
 
 
 @pytest.mark.parametrize(("size", "case", "strategy"), PLACED)
 def test_frozen_weights_are_whole_where_they_fit(
     cuda: FakeCuda, size: int, case: dict[str, Any], strategy: str
 ) -> None:
-    assert _filled(cuda, size, case | {"fsdp": AUTO})["strategy"] == strategy
+    found = _filled(cuda, size, case | {"fsdp": AUTO})
+    assert (found["strategy"], found["retries"]) == (strategy, 0)
 
 
 @pytest.mark.parametrize(("size", "case"), OF_FIXED_SEGMENTS)
 def test_what_auto_chooses_fits_where_segments_do_not_grow(
     cuda: FakeCuda, size: int, case: dict[str, Any]
 ) -> None:
-    _filled(cuda, size, case, env=FIXED)
+    """There the allocator may have to give up what it keeps once, and ask anew."""
+    assert _filled(cuda, size, case, env=FIXED)["retries"] <= 2
