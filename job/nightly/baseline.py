@@ -17,7 +17,7 @@ from typing import Any
 
 from job.common.errors import InputError, listing
 from job.common.files import write_atomic
-from job.nightly.figures import FIGURES, Rule
+from job.nightly.figures import FIGURES, Rule, rule_of
 from job.nightly.matrix import MATRICES
 from job.nightly.record import Night, Result
 
@@ -149,8 +149,7 @@ def _acceptable(result: Result, pattern: str) -> list[str]:
     names = [
         f"{result.entry}/{name}"
         for name in result.figures
-        if name in FIGURES and FIGURES[name].rule is not Rule.SHOWN
-        if FIGURES[name].rule is not Rule.MEMORY or result.on_gpu
+        if name in FIGURES and rule_of(result, name) is not Rule.SHOWN
     ]
     return [name for name in names if fnmatchcase(name, pattern)] if result.complete else []
 

@@ -23,6 +23,7 @@ from job.run.reader import Snapshot, StoredRun, complete_records
 _GPU_TOLERANCE = 0.03  # between predicted and measured memory
 TOLD_TO_STOP = "told to stop"  # an event of the run, beside submitted, started and so on
 _UNWARMED = 1  # log lines before speeds count
+_BY_MEMORY = "auto"  # the micro-batch: what memory is free at that moment
 _VALIDATION = "memory-validation.json"
 
 
@@ -69,6 +70,18 @@ FIGURES: dict[str, Figure] = {
     "product_rate": Figure(Rule.SHOWN, 1, "FLOP/s", "of rank 0's matrix products, in the same job"),
 }
 QUALITY = tuple(name for name, one in FIGURES.items() if one.rule is Rule.QUALITY)
+BITS = ("loss", "parameters")  # of a training; what `same_as` means
+
+
+def rule_of(result: Result, name: str) -> Rule:
+    """How a figure of this result is judged; none is held to what may differ from run to run."""
+    rule = FIGURES[name].rule
+    if name == "memory_predicted" and result.chosen_by_memory:
+        return Rule.SHOWN
+    if rule is Rule.MEMORY and not result.on_gpu:
+        return Rule.SHOWN
+    one_seed = rule is Rule.QUALITY and not isinstance(result.figures.get(name), list)
+    return Rule.SHOWN if not result.deterministic and (one_seed or name in BITS) else rule
 
 
 def memory_parted(predicted: float, measured: float) -> bool:
@@ -152,8 +165,10 @@ def _trained(name: str, entry: Entry, paths: Sequence[Path]) -> Result:
         figures |= {} if taken is None else {"signal_to_saved_seconds": taken}
     ranks = runs[0].memory.get("ranks", [])
     on_gpu = bool(ranks) and ranks[0]["backend"] != "process"
-    same_bits = bool(runs[0].config.get("training", {}).get("deterministic", True))
-    told = (_key(runs), _commit(runs[0]), on_gpu, figures, notes, same_bits)
+    training = runs[0].config.get("training", {})
+    by_memory = training.get("micro_batch_tokens") == _BY_MEMORY
+    same_bits = bool(training.get("deterministic", True)) and not by_memory
+    told = (_key(runs), _commit(runs[0]), on_gpu, figures, notes, same_bits, by_memory)
     return Result(name, True, None, *told)
 
 

@@ -11,13 +11,13 @@ import numpy as np
 
 from job.nightly import rules, series
 from job.nightly.baseline import LEAST_VALUES, Baseline, BaselineError, load_baseline, pooled
-from job.nightly.figures import FIGURES, Figure, Rule
+from job.nightly.figures import BITS, FIGURES, Figure, Rule, rule_of
 from job.nightly.record import Finding, Night, NightFolder, Plan, Result, Verdict
 
 LEAST_NIGHTS = series.LEAST_BEFORE + series.WINDOWS[0][0]
 SECONDS_SHIFT = 0.2  # times vary more than speeds
-_SAME = ("loss", "parameters")  # what `same_as` means
 _NO_BASELINE = "no baseline on this kind of machine"
+_TAKE_OUT = "take same_as out of the matrix, or training.deterministic=false and auto out of both"
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Judged:
     @property
     def figure(self) -> Figure:
         return FIGURES[self.name]
+
+    @property
+    def rule(self) -> Rule:
+        return rule_of(self.result, self.name)
 
     def finding(self, verdict: Verdict, text: str, rule: str, **more: Any) -> Finding:
         return Finding(self.result.entry, self.name, verdict, text, rule, self.value, **more)
@@ -56,6 +60,7 @@ def judge(
             continue
         baseline = _baseline(folder, plan, result, broken)
         judged += [_judged(result, name, baseline, nights) for name in result.figures]
+        notes += _not_held(result, baseline)
         notes_of_figures = result.notes | _missing(result, baseline, nights)
         findings += [
             Finding(result.entry, name, Verdict.INCOMPLETE, text)
@@ -96,6 +101,14 @@ def _missing(result: Result, baseline: Baseline, nights: Sequence[Night]) -> dic
         if name not in result.figures and name not in result.notes
         if name in FIGURES and FIGURES[name].rule is not Rule.SHOWN
     }
+
+
+def _not_held(result: Result, baseline: Baseline) -> Iterator[str]:
+    """Figures that were accepted when they were the same each night, and are not any more."""
+    names = [name for name in result.figures if f"{result.entry}/{name}" in baseline.figures]
+    if free := [name for name in names if rule_of(result, name) is Rule.SHOWN]:
+        why = "training.deterministic is false, or micro_batch_tokens auto"
+        yield f"{result.entry}: accepted, and held against nothing ({why}): {', '.join(free)}"
 
 
 def _is_of(name: str, result: Result) -> bool:
@@ -145,19 +158,29 @@ def _left_out(plan: Plan, nights: Sequence[Night]) -> Iterator[str]:
 
 
 def _alone(one: Judged, plan: Plan, broken: bool) -> Iterator[Finding]:
-    rule, several = one.figure.rule, isinstance(one.value, list) and one.name != "loss"
+    rule, several = one.rule, isinstance(one.value, list) and one.name != "loss"
     if (below := _beyond_floor(one, plan)) is not None:
         yield one.finding(Verdict.REGRESSED, below, rules.FLOOR)
+    elif rule is Rule.SHOWN:
+        yield from _shown(one, plan)
     elif rule is Rule.HOLDS:
         bad = bool(one.value)
         text = "; ".join(one.value) if bad else "as it should be"
         yield one.finding(Verdict.REGRESSED if bad else Verdict.PASSED, text, rules.HOLDS)
     elif rule is Rule.EXACT or (rule is Rule.QUALITY and not several):
         yield from _exact(one, rules.EXACT, broken)
-    elif rule is Rule.MEMORY and one.result.on_gpu:
+    elif rule is Rule.MEMORY:
         yield from _memory(one, broken)
     elif rule is Rule.QUALITY and one.accepted is None and not broken:
         yield _unaccepted(one)
+
+
+def _shown(one: Judged, plan: Plan) -> Iterator[Finding]:
+    """What is held against nothing, or against its floor alone."""
+    floor = _floor(one, plan)
+    if floor is not None:
+        text = f"{_mean(one.value):.4g}, and the hard floor is {floor:g}"
+        yield one.finding(Verdict.PASSED, text, rules.FLOOR)
 
 
 def _memory(one: Judged, broken: bool) -> Iterator[Finding]:
@@ -181,10 +204,17 @@ def _unaccepted(one: Judged) -> Finding:
 
 
 def _beyond_floor(one: Judged, plan: Plan) -> str | None:
-    floor = plan.entries[one.result.entry].floor.get(one.name)
-    if floor is None:
-        return None
-    return rules.beyond_floor(np.atleast_1d(one.value).tolist(), floor, one.figure.better)
+    floor = _floor(one, plan)
+    return None if floor is None else rules.beyond_floor(_mean(one.value), floor, one.figure.better)
+
+
+def _floor(one: Judged, plan: Plan) -> float | None:
+    return plan.entries[one.result.entry].floor.get(one.name)
+
+
+def _mean(value: Any) -> float:
+    """Of seeds their mean."""
+    return float(np.mean(value))
 
 
 def _exact(one: Judged, rule: str, broken: bool) -> Iterator[Finding]:
@@ -209,7 +239,11 @@ def _same_as(plan: Plan, result: Result, results: dict[str, Result]) -> Iterator
     other = plan.entries[result.entry].same_as
     if other is None or not results[other].complete:
         return
-    for name in _SAME:
+    if not (result.deterministic and results[other].deterministic):
+        told = f"same_as {other} cannot be told: the bits of one of the two vary; {_TAKE_OUT}"
+        yield Finding(result.entry, "", Verdict.INCOMPLETE, told, rules.SAME)
+        return
+    for name in BITS:
         value, before = result.figures.get(name), results[other].figures.get(name)
         text = rules.different(value, before)
         if text is not None:
@@ -421,5 +455,7 @@ def _said(night: Night, found: Finding) -> Verdict | None:
     if found.rule != rules.SAME:
         return next((one.verdict for one in own if one not in beside), None)
     other = night.plan.entries[found.entry].same_as
-    compared = own and other in night.results and night.results[other].complete
+    two = [night.results.get(name) for name in (found.entry, other) if name is not None]
+    whole = [one for one in two if one is not None and one.complete and one.deterministic]
+    compared = own and len(whole) == 2
     return Verdict.REGRESSED if beside else Verdict.PASSED if compared else None

@@ -97,6 +97,7 @@ class Result:
         figures: numbers, lists of them (losses by step, quality by seed), or texts.
         notes: figures that could not be taken, and why.
         deterministic: whether the same code gives the same bits and allocations.
+        chosen_by_memory: whether the micro-batch was, by what was free: predictions vary with it.
     """
 
     entry: str
@@ -108,6 +109,7 @@ class Result:
     figures: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     deterministic: bool = True
+    chosen_by_memory: bool = False
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,7 @@ def parted(predicted: float, measured: float) -> str | None:
     )
 
 
-def beyond_floor(values: Sequence[float], floor: float, better: int) -> str | None:
-    mean = float(np.mean(values))
+def beyond_floor(mean: float, floor: float, better: int) -> str | None:
     if better * (mean - floor) >= 0:
         return None
     return f"{mean:.4g}, {'below' if better > 0 else 'above'} the hard floor of {floor:g}"

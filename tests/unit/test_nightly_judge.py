@@ -74,10 +74,16 @@ class Site:
     def __init__(self, folder: Path) -> None:
         self.folder, self.baselines = folder, folder / "accepted"
 
-    def night(self, number: int, change: Change | None = None, later: float = 0.0) -> Night:
+    def night(
+        self,
+        number: int,
+        change: Change | None = None,
+        later: float = 0.0,
+        plan: Plan | None = None,
+    ) -> Night:
         folder = NightFolder(self.folder / f"night-{number:06}")
         folder.path.mkdir(parents=True, exist_ok=True)
-        plan, results = _plan(number), _results(number)
+        plan, results = plan or _plan(number), _results(number)
         plan = replace(plan, began=plan.began + later)  # by its clock
         if change is not None:
             change(results)
@@ -182,16 +188,85 @@ def test_memory_parts_at_three_percent_of_the_prediction(measured: float, parted
 
 
 def test_memory_that_is_not_deterministic_is_held_to_the_prediction_alone(site: Site) -> None:
-    def otherwise(measured: float) -> Change:
+    def night(number: int, measured: float) -> Night:
+        plan = replace(_plan(number), entries=ENTRIES | {"stopped": Entry()})
+        return site.night(number, _varying(memory_measured=measured), plan=plan)
+
+    assert not _bad(night(31, 10.29e9))
+    _only(night(32, 10.31e9), Verdict.REGRESSED, "plain/memory_measured")
+    _only(night(33, 9.69e9), Verdict.REGRESSED, "plain/memory_measured")
+
+
+def _varying(name: str = "plain", **figures: Any) -> Change:
+    """A training whose bits differ from night to night."""
+
+    def change(results: dict[str, Result]) -> None:
+        own = results[name].figures | figures
+        results[name] = replace(results[name], deterministic=False, figures=own)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "figures", [{"loss": [*LOSSES[:3], 0.06], "parameters": "cd34"}, {"mse": 0.2, "r2": 0.1}]
+)
+def test_bits_that_vary_are_held_against_nothing(site: Site, figures: dict[str, Any]) -> None:
+    plan = replace(_plan(31), entries=ENTRIES | {"stopped": Entry()})
+    night = site.night(31, _varying(**figures), plan=plan)
+    assert not _bad(night)
+    held = {one.figure for one in night.findings if one.entry == "plain"}
+    assert held == {"memory_predicted", "memory_measured", "speed"}
+    assert night.notes == [
+        "plain: accepted, and held against nothing (training.deterministic is false, or "
+        "micro_batch_tokens auto): loss, parameters, mse, r2"
+    ]
+
+
+def test_bits_that_vary_are_no_baseline(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    site.night(1, _varying(), plan=replace(_plan(1), entries=ENTRIES | {"stopped": Entry()}))
+    site.accept("plain/*")
+    names = json.loads(site.file.read_text())["figures"]
+    assert sorted(names) == ["plain/memory_measured", "plain/memory_predicted", "plain/speed"]
+    with pytest.raises(InputError, match="no figure plain/loss"):
+        site.accept("plain/loss")
+
+
+@pytest.mark.parametrize(
+    ("r2", "verdict", "text"),
+    [
+        (0.31, Verdict.PASSED, "0.31, and the hard floor is 0.3"),
+        (0.29, Verdict.REGRESSED, "0.29, below the hard floor of 0.3"),
+    ],
+)
+def test_a_floor_holds_though_bits_vary(site: Site, r2: float, verdict: Verdict, text: str) -> None:
+    entries = ENTRIES | {"plain": Entry(floor={"r2": 0.3}), "stopped": Entry()}
+    night = site.night(31, _varying(r2=r2), plan=replace(_plan(31), entries=entries))
+    found = night.found("plain", "r2")
+    assert found is not None
+    assert (found.verdict, found.text, night.verdict) == (verdict, text, verdict)
+
+
+def test_a_prediction_is_exact_unless_the_micro_batch_was_chosen_by_free_memory(
+    site: Site,
+) -> None:
+    def chosen(by_memory: bool) -> Change:
         def change(results: dict[str, Result]) -> None:
-            results["plain"] = replace(results["plain"], deterministic=False)
-            results["plain"].figures["memory_measured"] = measured
+            _varying(memory_predicted=10.2e9)(results)
+            results["plain"] = replace(results["plain"], chosen_by_memory=by_memory)
 
         return change
 
-    assert not _bad(site.night(31, otherwise(10.29e9)))
-    _only(site.night(32, otherwise(10.31e9)), Verdict.REGRESSED, "plain/memory_measured")
-    _only(site.night(33, otherwise(9.69e9)), Verdict.REGRESSED, "plain/memory_measured")
+    plan = replace(_plan(31), entries=ENTRIES | {"stopped": Entry()})
+    assert not _bad(site.night(31, chosen(True), plan=plan))
+    plan = replace(_plan(32), entries=ENTRIES | {"stopped": Entry()})
+    night = site.night(32, chosen(False), plan=plan)
+    _only(night, Verdict.REGRESSED, "plain/memory_predicted")
+
+
+def test_two_trainings_of_which_one_varies_cannot_be_the_same(site: Site) -> None:
+    found = _only(site.night(31, _varying("stopped")), Verdict.INCOMPLETE, "stopped")
+    assert found.text.startswith("same_as plain cannot be told: the bits of one of the two vary")
 
 
 def test_memory_within_the_prediction_must_be_exact_too(site: Site) -> None:
