@@ -9,7 +9,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,7 +19,7 @@ from job.common.errors import InputError, listing
 from job.common.files import write_atomic
 from job.nightly.figures import FIGURES, Rule, rule_of
 from job.nightly.matrix import MATRICES
-from job.nightly.record import Night, Result
+from job.nightly.record import Night, Result, Verdict
 
 FOLDER = MATRICES / "baseline"
 VERSION = 1
@@ -38,7 +38,9 @@ class Accepted:
     Attributes:
         value: of an exact figure.
         mean, spread, count: of a noisy one, over seeds.
-        since: of a series: nights that began earlier (seconds since 1970) are not held against.
+        of_spread: how many values the spread is of, where they are others than those of the mean.
+        since: nights that began earlier (seconds since 1970) do not count: of a series, and of a
+            noisy figure whose level has been accepted anew.
     """
 
     commit: str | None
@@ -48,7 +50,12 @@ class Accepted:
     mean: float | None = None
     spread: float | None = None
     count: int = 0
+    of_spread: int | None = None
     since: float | None = None
+
+    @property
+    def spread_count(self) -> int:
+        return self.count if self.of_spread is None else self.of_spread
 
 
 @dataclass(frozen=True)
@@ -114,67 +121,104 @@ def accept(
     Raises:
         InputError: no figure of this name can be accepted, or a file cannot be used.
     """
-    wanted: dict[Path, Baseline] = {}
+    known: dict[Path, Baseline] = {}
     taken: dict[Path, list[str]] = {}
     refused = []
-    for result in night.results.values():
-        if result.key is None:
-            continue
-        file = baseline_file(folder, night.plan.matrix, result.key)
-        for name in _acceptable(result, pattern):
-            accepted = _accepted(night, earlier, result, name.partition("/")[2], reason)
-            if isinstance(accepted, str):
-                refused.append(f"{name}: {accepted}")
-                continue
-            if file not in wanted:
-                wanted[file] = load_baseline(folder, night.plan.matrix, result.key)
-            wanted[file].figures[name] = accepted
-            taken.setdefault(file, []).append(name)
-    if not wanted:
+    for result, name in _acceptable(night, pattern):
+        key = result.key or {}
+        file = baseline_file(folder, night.plan.matrix, key)
+        if file not in known:
+            known[file] = load_baseline(folder, night.plan.matrix, key)
+        before = known[file].figures.get(f"{result.entry}/{name}")
+        accepted = _accepted([*earlier, night], result, name, before, reason)
+        if isinstance(accepted, str):
+            refused.append(f"{result.entry}/{name}: {accepted}")
+        else:
+            known[file].figures[f"{result.entry}/{name}"] = accepted
+            taken.setdefault(file, []).append(f"{result.entry}/{name}")
+    if not taken:
         _refuse(night, pattern, refused)
-    for file, baseline in wanted.items():
-        _write(file, baseline)
+    for file in taken:
+        _write(file, known[file])
     return taken, refused
 
 
 def _refuse(night: Night, pattern: str, refused: Sequence[str]) -> None:
     if refused:
         raise InputError("nothing was accepted" + listing(refused))
-    there = [name for result in night.results.values() for name in _acceptable(result, "*")]
+    there = [f"{result.entry}/{name}" for result, name in _acceptable(night, "*")]
     listed = listing(there, 50) if there else ": none of its entries is complete"
     raise InputError(f"no figure {pattern} in night {night.number}; there are{listed}")
 
 
-def _acceptable(result: Result, pattern: str) -> list[str]:
-    names = [
-        f"{result.entry}/{name}"
-        for name in result.figures
-        if name in FIGURES and rule_of(result, name) is not Rule.SHOWN
-    ]
-    return [name for name in names if fnmatchcase(name, pattern)] if result.complete else []
+def _acceptable(night: Night, pattern: str) -> Iterator[tuple[Result, str]]:
+    """Figures whose name is of the pattern, and which are held against a baseline."""
+    for result in night.results.values():
+        if result.complete and result.key is not None:
+            for name in result.figures:
+                judged = name in FIGURES and rule_of(result, name) is not Rule.SHOWN
+                if judged and fnmatchcase(f"{result.entry}/{name}", pattern):
+                    yield result, name
 
 
 def _accepted(
-    night: Night, earlier: Sequence[Night], result: Result, name: str, reason: str
+    nights: Sequence[Night], result: Result, name: str, before: Accepted | None, reason: str
 ) -> Accepted | str:
-    """The figure as a baseline, or why it cannot be one yet."""
+    """The last night's figure as a baseline, or why it cannot be one yet."""
+    night, value = nights[-1], result.figures[name]
     when = time.strftime("%Y-%m-%d", time.gmtime())
     told = Accepted(result.commit or night.plan.commit, reason, when)
-    value = result.figures[name]
     if FIGURES[name].rule is Rule.SERIES:
         return replace(told, since=night.plan.began)
-    if FIGURES[name].rule is Rule.QUALITY and isinstance(value, list):
-        values = pooled([*earlier, night], result, name)
-        if len(values) < LEAST_VALUES:
-            return f"{len(values)} values so far; a spread takes {LEAST_VALUES}"
-        mean, spread = statistics.mean(values), statistics.stdev(values)
-        return replace(told, mean=mean, spread=spread, count=len(values))
-    return replace(told, value=value)
+    if FIGURES[name].rule is not Rule.QUALITY or not isinstance(value, list):
+        return replace(told, value=value)
+    if before is not None and before.mean is not None and has_moved(night, result, name):
+        return _level(told, before, value, night.plan.began)
+    return _spread(told, nights, result, name, None if before is None else before.since)
 
 
-def pooled(nights: Sequence[Night], like: Result, name: str) -> list[float]:
-    """The newest nights' values over seeds, on the same kind of machine."""
-    of_all = (night.results.get(like.entry) for night in nights)
+def _level(told: Accepted, before: Accepted, values: list[float], began: float) -> Accepted:
+    """A night's mean alone, as it has moved, with the spread that was known before."""
+    told = replace(told, spread=before.spread, of_spread=before.spread_count)
+    return replace(told, mean=statistics.mean(values), count=len(values), since=began)
+
+
+def _spread(
+    told: Accepted, nights: Sequence[Night], result: Result, name: str, since: float | None
+) -> Accepted | str:
+    """Mean and spread over some nights."""
+    values = pooled(nights, result, name, since)
+    if len(values) < LEAST_VALUES:
+        return f"{len(values)} values so far; a spread takes {LEAST_VALUES}"
+    mean, spread = statistics.mean(values), statistics.stdev(values)
+    return replace(told, mean=mean, spread=spread, count=len(values), since=since)
+
+
+def covered(nights: Sequence[Night], since: float | None) -> list[Night]:
+    """The nights from the first on that began then or later, by their order: clocks jump."""
+    first = (k for k, night in enumerate(nights) if since is None or night.plan.began >= since)
+    return [*nights[next(first, len(nights)) :]]
+
+
+def has_moved(night: Night, like: Result, name: str) -> bool:
+    """Whether a figure was found worse or better than what was accepted."""
+    found = night.found(like.entry, name)
+    return found is not None and found.verdict in (Verdict.REGRESSED, Verdict.IMPROVED)
+
+
+def pooled(
+    nights: Sequence[Night], like: Result, name: str, since: float | None = None
+) -> list[float]:
+    """The newest nights' values over seeds, on the same kind of machine.
+
+    Those that have moved are left out, but for the one whose level was accepted (`since`).
+    """
+    level = [
+        night
+        for night in covered(nights, since)
+        if night.plan.began == since or not has_moved(night, like, name)
+    ]
+    of_all = (night.results.get(like.entry) for night in level)
     same = [one for one in of_all if one and one.key == like.key and name in one.figures]
     return [value for one in same[-_MOST_NIGHTS:] for value in one.figures[name]]
 

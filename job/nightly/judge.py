@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 
 from job.nightly import rules, series
-from job.nightly.baseline import LEAST_VALUES, Baseline, BaselineError, load_baseline, pooled
+from job.nightly.baseline import (
+    LEAST_VALUES,
+    Baseline,
+    BaselineError,
+    covered,
+    load_baseline,
+    pooled,
+)
 from job.nightly.figures import BITS, FIGURES, Figure, Rule, rule_of
 from job.nightly.record import Finding, Night, NightFolder, Plan, Result, Verdict
 
@@ -276,7 +283,8 @@ def _qualities(judged: Sequence[Judged], plan: Plan) -> Iterator[Finding]:
 
 def _worse_p(one: Judged, better: int) -> float:
     accepted = one.accepted
-    return rules.worse_p(one.value, accepted.mean, accepted.spread, accepted.count, better)
+    level = accepted.mean, accepted.count
+    return rules.worse_p(one.value, *level, accepted.spread, accepted.spread_count, better)
 
 
 def _series(judged: Sequence[Judged], plan: Plan) -> Iterator[Finding]:
@@ -377,8 +385,8 @@ def _held_from(one: Judged, plan: Plan) -> int | None:
     if one.accepted is None or one.accepted.since is None:
         told = (night.found(one.result.entry, one.name) for night in reversed(one.nights))
         return next((found.held_from for found in told if found and found.held_from), None)
-    later = (night.number for night in one.nights if night.plan.began >= one.accepted.since)
-    return next(later, plan.number)
+    first = next(iter(covered(one.nights, one.accepted.since)), None)
+    return plan.number if first is None else first.number
 
 
 def _last_finding(one: Judged) -> Finding | None:

@@ -307,6 +307,85 @@ def test_a_better_quality_is_kept_only_once_it_is_accepted(site: Site) -> None:
     assert stored["reason"] == "a better head"
 
 
+def _seeds(number: int, away: float) -> Change:
+    """Qualities of seeds some spreads away from where they were."""
+
+    def change(results: dict[str, Result]) -> None:
+        noise = SPREAD * np.random.default_rng(number).standard_normal(3)
+        results["seeds"].figures["r2"] = [*(0.5 + away * SPREAD + noise)]
+
+    return change
+
+
+def _r2(night: Night) -> Verdict | None:
+    found = night.found("seeds", "r2")
+    return None if found is None else found.verdict
+
+
+def _accepted_r2(site: Site) -> dict[str, Any]:
+    return dict(json.loads(site.file.read_text())["figures"]["seeds/r2"])
+
+
+@pytest.mark.parametrize(("away", "told"), [(5.0, Verdict.IMPROVED), (-5.0, Verdict.REGRESSED)])
+def test_an_accepted_level_is_the_baseline_from_the_next_night_on(
+    site: Site, away: float, told: Verdict
+) -> None:
+    before = _accepted_r2(site)
+    night = site.night(31, _seeds(31, away))
+    assert _r2(night) is told
+    site.accept("seeds/r2", "another head")
+    after = _accepted_r2(site)
+    assert after["mean"] == pytest.approx(np.mean(night.results["seeds"].figures["r2"]))
+    assert (after["spread"], after["of_spread"]) == (before["spread"], before["count"])
+    assert (after["count"], after["since"], after["commit"]) == (3, _plan(31).began, "commit31")
+    assert [_r2(site.night(n, _seeds(n, away))) for n in range(32, 36)] == [Verdict.PASSED] * 4
+    back = Verdict.REGRESSED if told is Verdict.IMPROVED else Verdict.IMPROVED
+    assert _r2(site.night(36)) is back
+
+
+def test_nights_before_an_accepted_level_are_never_pooled_again(site: Site) -> None:
+    site.night(31, _seeds(31, 5))
+    site.accept("seeds/r2")
+    for number in (32, 33):
+        site.night(number, _seeds(number, 5))
+    with pytest.raises(InputError, match="seeds/r2: 9 values so far; a spread takes 12"):
+        site.accept("seeds/r2")
+    of_level = [site.night(n, _seeds(n, 5)).results["seeds"].figures["r2"] for n in range(34, 37)]
+    site.accept("seeds/r2")
+    stored = _accepted_r2(site)
+    assert (stored["count"], stored["of_spread"], stored["since"]) == (18, None, _plan(31).began)
+    assert stored["mean"] == pytest.approx(0.5 + 5 * SPREAD, abs=SPREAD)
+    assert np.mean(of_level) == pytest.approx(stored["mean"], abs=SPREAD)
+
+
+def test_a_night_that_was_worse_is_no_part_of_a_mean(site: Site) -> None:
+    site.night(31, _seeds(31, -20))
+    site.night(32)
+    site.accept("seeds/r2")
+    assert _accepted_r2(site)["mean"] == pytest.approx(0.5, abs=SPREAD)
+    assert _accepted_r2(site)["spread"] == pytest.approx(SPREAD, rel=0.5)
+
+
+def test_a_baseline_from_before_levels_were_kept_is_read(site: Site) -> None:
+    stored = json.loads(site.file.read_text())
+    for one in stored["figures"].values():
+        del one["of_spread"]
+    site.file.write_text(json.dumps(stored))
+    assert not _bad(site.night(31))
+
+
+def test_a_level_of_one_night_gives_as_many_false_alarms_as_another() -> None:
+    """A mean of three seeds, and a spread of 21 values: t has 20 degrees of freedom."""
+    rng = np.random.default_rng(0)
+    old, level, tonight = (rng.standard_normal((4000, k)) for k in (21, 3, 3))
+    spread = old.std(-1, ddof=1)
+    p = [
+        rules.worse_p([*now], float(np.mean(first)), 3, float(s), 21, 1)
+        for now, first, s in zip(tonight, level, spread, strict=True)
+    ]
+    assert np.mean(np.array(p) < 0.05) == pytest.approx(0.05, abs=0.008)
+
+
 def _slow(results: dict[str, Result]) -> None:
     results["plain"].figures["speed"] *= 0.95
 
