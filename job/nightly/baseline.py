@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from job.common.errors import InputError, listing
 from job.common.files import write_atomic
@@ -86,10 +87,10 @@ def load_baseline(folder: Path, matrix: str, key: dict[str, str]) -> Baseline:
         stored = json.loads(file.read_text(encoding="utf-8"))
         version, of = stored["version"], stored["key"]
         if version == VERSION:
-            figures = {name: _read(one) for name, one in stored["figures"].items()}
+            figures = {name: _read(name, one) for name, one in stored["figures"].items()}
     except FileNotFoundError:
         return Baseline(key)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BaselineError(f"the baseline {file.name} is damaged; {restore}") from None
     if version != VERSION:
         text = f"the baseline {file.name} is of version {version}, and this code reads {VERSION}"
@@ -99,15 +100,37 @@ def load_baseline(folder: Path, matrix: str, key: dict[str, str]) -> Baseline:
     return Baseline(key, figures)
 
 
-def _read(stored: dict[str, Any]) -> Accepted:
-    """Raises TypeError where a number is none, or is missing that a spread takes."""
-    one = Accepted(**stored)
-    numbers = (one.mean, one.spread, one.since)
-    if not all(isinstance(number, int | float | None) for number in numbers):
-        raise TypeError
-    if (one.mean is None) != (one.spread is None) or (one.spread is not None and one.count < 2):
+def _read(name: str, stored: dict[str, Any]) -> Accepted:
+    """Raises TypeError where a value is missing, or is none that this figure can have."""
+    one, figure = Accepted(**stored), name.partition("/")[2]
+    sound = one.since is None or _is_finite(one.since)
+    if one.mean is not None or one.spread is not None:
+        sound = sound and _is_level(one)
+    elif figure in FIGURES and FIGURES[figure].rule is not Rule.SERIES:
+        is_list = isinstance(one.value, list)
+        sound = sound and _is_value(figure, one.value) and is_list == (figure == "loss")
+    if not sound:
         raise TypeError
     return one
+
+
+def _is_level(one: Accepted) -> bool:
+    counts = [isinstance(count, int) and count > 1 for count in (one.count, one.spread_count)]
+    return all(counts) and _is_finite(one.mean) and _is_finite(one.spread) and one.spread >= 0
+
+
+def _is_value(figure: str, value: Any) -> bool:
+    """Whether a figure can be this: a checksum is a text, others are numbers or lists of them."""
+    if figure == "parameters":
+        return isinstance(value, str)
+    several = value if isinstance(value, list) else [value]
+    return bool(several) and all(map(_is_finite, several))
+
+
+def _is_finite(value: object) -> TypeGuard[float]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def accept(
@@ -166,6 +189,8 @@ def _accepted(
 ) -> Accepted | str:
     """The last night's figure as a baseline, or why it cannot be one yet."""
     night, value = nights[-1], result.figures[name]
+    if not _is_value(name, value):
+        return f"it is {value}, and no number"
     when = time.strftime("%Y-%m-%d", time.gmtime())
     told = Accepted(result.commit or night.plan.commit, reason, when)
     if FIGURES[name].rule is Rule.SERIES:
@@ -219,8 +244,9 @@ def pooled(
         if night.plan.began == since or not has_moved(night, like, name)
     ]
     of_all = (night.results.get(like.entry) for night in level)
-    same = [one for one in of_all if one and one.key == like.key and name in one.figures]
-    return [value for one in same[-_MOST_NIGHTS:] for value in one.figures[name]]
+    same = [one.figures.get(name) for one in of_all if one and one.key == like.key]
+    over_seeds = [one for one in same if isinstance(one, list) and _is_value(name, one)]
+    return [value for values in over_seeds[-_MOST_NIGHTS:] for value in values]
 
 
 def _write(file: Path, baseline: Baseline) -> None:

@@ -548,7 +548,9 @@ def test_without_a_baseline_nothing_is_held_against_anything(site: Site) -> None
     assert night.verdict.exit_code == 4
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"version": 1, "key": {}}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"version": 1, "key": {}}', "[" * 100_000], ids=lambda one: one[:9]
+)
 def test_a_damaged_baseline(site: Site, content: str) -> None:
     site.file.write_text(content)
     found = _only(site.night(31), Verdict.INCOMPLETE, "baseline")
@@ -585,12 +587,55 @@ def test_a_spread_waits_for_its_nights_and_then_for_a_person(tmp_path: Path) -> 
     assert site.night(5).verdict is Verdict.PASSED
 
 
-@pytest.mark.parametrize("damage", [{"mean": "high"}, {"spread": None}, {"count": 0}])
-def test_a_baseline_whose_numbers_are_none_is_damaged(site: Site, damage: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *(("seeds/r2", {"mean": mean}) for mean in ("high", None, math.nan, True)),
+        *(("seeds/r2", {"spread": spread}) for spread in (None, -1.0, math.inf)),
+        ("seeds/r2", {"mean": None, "spread": None}),
+        *(("seeds/r2", {"count": count}) for count in (0, 1, 12.5, None)),
+        ("seeds/r2", {"of_spread": 1}),
+        *(("plain/r2", {"value": value}) for value in (None, "0.5", math.nan, True, [0.5])),
+        *(("plain/loss", {"value": value}) for value in ("low", 0.5, [], [0.5, None], [[0.5]])),
+        ("plain/loss", {"value": [10**400]}),
+        *(("plain/parameters", {"value": value}) for value in (None, 7)),
+        ("plain/memory_measured", {"value": None}),
+        *(("plain/speed", {"since": since}) for since in ("now", math.nan)),
+        ("plain/speed", {"colour": "red"}),
+    ],
+)
+def test_a_baseline_whose_values_cannot_be_is_damaged(
+    site: Site, name: str, damage: dict[str, Any]
+) -> None:
     stored = json.loads(site.file.read_text())
-    stored["figures"]["seeds/r2"] |= damage
+    stored["figures"][name] |= damage
     site.file.write_text(json.dumps(stored))
     assert "is damaged" in _only(site.night(31), Verdict.INCOMPLETE, "baseline").text
+
+
+def test_a_baseline_without_a_value_is_damaged(site: Site) -> None:
+    stored = json.loads(site.file.read_text())
+    del stored["figures"]["plain/r2"]["value"]
+    site.file.write_text(json.dumps(stored))
+    assert "is damaged" in _only(site.night(31), Verdict.INCOMPLETE, "baseline").text
+
+
+def test_a_figure_that_is_no_number_is_not_accepted(site: Site) -> None:
+    before = site.file.read_text()
+    values = {"r2": math.nan, "mse": None, "loss": [0.5, math.inf]}
+
+    def broken(results: dict[str, Result]) -> None:
+        results["plain"].figures.update(values)
+        results["seeds"].figures["r2"] = [0.5, math.nan, 0.5]
+
+    site.night(31, broken)
+    for name in ("plain/r2", "plain/mse", "plain/loss", "seeds/r2"):
+        with pytest.raises(InputError, match=f"{name}: it is .*, and no number"):
+            site.accept(name)
+    assert site.file.read_text() == before
+    site.night(32)
+    site.accept("seeds/r2")
+    assert math.isfinite(_accepted_r2(site)["mean"])
 
 
 def test_what_cannot_be_accepted_is_named(tmp_path: Path) -> None:
