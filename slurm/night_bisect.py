@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from job.common.errors import InputError
-from job.nightly.figures import FIGURES, Rule, memory_parted, result
+from job.nightly.figures import memory_parted, result
 from job.nightly.matrix import load_matrix
 from job.nightly.record import Finding, NightFolder, Plan, Result
+from job.nightly.table import FIGURES, Rule
 from slurm.night import find_night
 from slurm.night_local import run_here
 from slurm.night_plan import plan_runs, prepare

@@ -18,9 +18,10 @@ from typing import Any, TypeGuard
 
 from job.common.errors import InputError, listing
 from job.common.files import write_atomic
-from job.nightly.figures import FIGURES, Rule, rule_of
+from job.nightly.figures import rule_of
 from job.nightly.matrix import MATRICES
 from job.nightly.record import Night, Result, Verdict
+from job.nightly.table import FIGURES, Rule
 
 FOLDER = MATRICES / "baseline"
 VERSION = 1

@@ -18,12 +18,14 @@ from job.nightly.baseline import (
     load_baseline,
     pooled,
 )
-from job.nightly.figures import BITS, FIGURES, Figure, Rule, rule_of
+from job.nightly.figures import rule_of
 from job.nightly.record import Finding, Night, NightFolder, Plan, Result, Verdict
+from job.nightly.table import BITS, FIGURES, Figure, Rule
 
 LEAST_NIGHTS = series.LEAST_BEFORE + series.WINDOWS[0][0]
 SECONDS_SHIFT = 0.2  # times vary more than speeds
 _NO_BASELINE = "no baseline on this kind of machine"
+_OF_SEEDS = "mean and spread of several seeds were accepted, and this is of one: accept it anew"
 _TAKE_OUT = "take same_as out of the matrix, or training.deterministic=false and auto out of both"
 
 
@@ -47,6 +49,11 @@ class Judged:
     @property
     def rule(self) -> Rule:
         return rule_of(self.result, self.name)
+
+    @property
+    def has_level(self) -> bool:
+        """Whether mean and spread of several seeds were accepted."""
+        return self.accepted is not None and self.accepted.mean is not None
 
     def finding(self, verdict: Verdict, text: str, rule: str, **more: Any) -> Finding:
         return Finding(self.result.entry, self.name, verdict, text, rule, self.value, **more)
@@ -178,7 +185,7 @@ def _alone(one: Judged, plan: Plan, broken: bool) -> Iterator[Finding]:
         yield from _exact(one, rules.EXACT, broken)
     elif rule is Rule.MEMORY:
         yield from _memory(one, broken)
-    elif rule is Rule.QUALITY and one.accepted is None and not broken:
+    elif rule is Rule.QUALITY and not one.has_level and not broken:
         yield _unaccepted(one)
 
 
@@ -225,7 +232,9 @@ def _mean(value: Any) -> float:
 
 
 def _exact(one: Judged, rule: str, broken: bool) -> Iterator[Finding]:
-    if one.accepted is not None:
+    if one.has_level:
+        yield one.finding(Verdict.NO_BASELINE, _OF_SEEDS, rule)
+    elif one.accepted is not None:
         yield _held_against(one, one.accepted.value, rule)
     elif not broken:  # else that is what is told
         yield one.finding(Verdict.NO_BASELINE, _NO_BASELINE, rule)
@@ -267,7 +276,7 @@ def _qualities(judged: Sequence[Judged], plan: Plan) -> Iterator[Finding]:
         f"{one.result.entry}/{one.name}": one
         for one in judged
         if one.figure.rule is Rule.QUALITY and isinstance(one.value, list)
-        if one.accepted is not None and one.accepted.mean is not None
+        if one.has_level
         if _beyond_floor(one, plan) is None
     }
     down = {name: _worse_p(one, one.figure.better) for name, one in noisy.items()}

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from job.nightly.figures import FIGURES, Rule
 from job.nightly.record import Finding, Night, Result, Verdict
 from job.nightly.summary import asks, headline
+from job.nightly.table import FIGURES, Rule
 from job.run.html import Html, document, fold, join, section, table, tag
 
 NIGHTS = 30

@@ -6,6 +6,7 @@ import errno
 import http.server
 import importlib
 import json
+import math
 import os
 import re
 import shlex
@@ -324,7 +325,34 @@ def test_an_entry_that_cannot_run_leaves_the_others(
         ({"entries": {"a": 3}}, "entries.a: a section with kind"),
         ({"entries": {"a": {"seeds": [1, 2]}}}, "a: seeds: one, or three or more"),
         ({"entries": {"a": {"unfreeze": [1, 2]}}}, "a: unfreeze: one number"),
-        ({"entries": {"a": {"same_as": "b"}}}, "a: same_as: no entry b; there are a"),
+        (
+            {"entries": {"a": {}, "c": {"same_as": "b"}}},
+            "c: same_as: no other entry b; there are a",
+        ),
+        (
+            {"entries": {"a": {}, "c": {"same_as": "c"}}},
+            "c: same_as: no other entry c; there are a",
+        ),
+        (
+            {"entries": {"a": {"seeds": [0, 1, 2]}, "c": {"same_as": "a"}}},
+            "c: same_as: a: both must be trainings of one seed, the same one",
+        ),
+        ({"entries": {"a": {"kind": "memory"}, "c": {"same_as": "a"}}}, "c: same_as: a: both must"),
+        ({"entries": {"a": {"floor": {"mes": 0.3}}}}, "a: floor: mes: only of what has a better"),
+        ({"entries": {"a": {"floor": {"std_prediction": 0.1}}}}, "a: floor: std_prediction: only"),
+        ({"entries": {"a": {"floor": {"loss": 0.1}}}}, "a: floor: loss: only of what has a better"),
+        ({"entries": {"a": {"floor": {"mse": math.nan}}}}, "a: floor: mse: nan is no number"),
+        ({"entries": {"a": {"stop_at": -3}}}, "a: stop_at: -3: steps are counted from 1"),
+        ({"entries": {"a": {"stop_at": 0}}}, "a: stop_at: 0: steps are counted from 1"),
+        ({"entries": {"a": {"unfreeze": [-4]}}}, "a: unfreeze: -4 blocks: 0 or more"),
+        (
+            {"entries": {"a": {"kind": "memory", "unfreeze": []}}},
+            "a: unfreeze: one number of blocks",
+        ),
+        (
+            {"entries": {"a": {"kind": "preflight", "seeds": [0, 1, 2], "stop_at": 3}}},
+            "a: stop_at and seeds: of trainings, and this is preflight",
+        ),
         ({"entries": {"a/b": {}}}, "it names a folder"),
         ({"nicer": 3}, "nicer: unknown key"),
     ],

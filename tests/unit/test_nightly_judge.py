@@ -658,5 +658,33 @@ def test_what_cannot_be_accepted_is_named(tmp_path: Path) -> None:
     ]
 
 
+def test_one_seed_is_not_held_against_the_mean_of_several(site: Site) -> None:
+    night = site.night(31, _figure("seeds", "r2", 0.5))
+    found = _only(night, Verdict.NO_BASELINE, "seeds/r2")
+    assert "of several seeds were accepted, and this is of one" in found.text
+    site.accept("seeds/r2", "one seed is enough")
+    assert not _bad(site.night(32, _figure("seeds", "r2", 0.5)))
+    lower = site.night(33, _figure("seeds", "r2", 0.49))
+    assert "0.49 instead of 0.5" in _only(lower, Verdict.REGRESSED, "seeds/r2").text
+
+
+def test_several_seeds_are_not_held_against_the_value_of_one(site: Site) -> None:
+    told = []
+    for number in range(31, 35):
+        night = site.night(number, _figure("plain", "r2", [0.5, 0.51, 0.49 + number / 1e4]))
+        found = _only_r2(night)
+        told.append((found.text, found.waits))
+    waits = [(f"{3 * count} of 12 values", True) for count in (1, 2, 3)]
+    assert told == [*waits, ("no baseline on this kind of machine", False)]
+    site.accept("plain/r2")
+    assert not _bad(site.night(35, _figure("plain", "r2", [0.5, 0.51, 0.49])))
+
+
+def _only_r2(night: Night) -> Finding:
+    (found,) = _bad(night)
+    assert (found.name, found.verdict) == ("plain/r2", Verdict.NO_BASELINE)
+    return found
+
+
 def test_verdicts_are_ordered_by_gravity() -> None:
     assert [one.exit_code for one in Verdict] == [1, 3, 4, 0, 0]
