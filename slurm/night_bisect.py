@@ -60,7 +60,8 @@ def _again(options: Namespace, plan: Plan, entry: str, scratch: Path) -> Result:
     place.path.mkdir()
     matrix, _ = load_matrix(plan.matrix_file or plan.matrix)
     wanted = {entry: plan.entries[entry]}
-    runs = plan_runs(Namespace(**vars(options) | asked), matrix, wanted, place)
+    again = Namespace(**vars(options) | asked)
+    runs = plan_runs(again, matrix, wanted, place, asks_slurm=False)
     prepare(runs)
     for run in runs:
         run_here(run)

@@ -42,7 +42,7 @@ from slurm.night_jobs import COLLECTOR_HOURS, arrays, collect, scripts, submit_n
 from slurm.night_local import run_here
 from slurm.night_plan import NightRun, gpu_hours, plan_runs, prepare, reasons
 from slurm.record import Record
-from slurm.scheduler import outside_of_jobs
+from slurm.scheduler import ControllerAway, outside_of_jobs
 from slurm.site import find_site
 from slurm.submission import PROJECT
 from slurm.telling import Channels
@@ -118,11 +118,11 @@ def _file(named: str | None) -> str | None:
 
 
 def _planned(
-    options: Namespace, night: NightFolder
+    options: Namespace, night: NightFolder, *, asks_slurm: bool
 ) -> tuple[list[NightRun], Plan, tuple[int, float]]:
     """The runs, the plan that is kept of them, and what Slurm is told of their importance."""
     matrix, wanted = _wanted(options)
-    runs = plan_runs(options, matrix, wanted, night)
+    runs = plan_runs(options, matrix, wanted, night, asks_slurm=asks_slurm)
     now, file = time.time(), Path(options.matrix)
     plan = Plan(
         night.number,
@@ -167,7 +167,7 @@ def _prepare(night: NightFolder, runs: Sequence[NightRun], baselines: Path) -> N
 def _submit(options: Namespace) -> None:
     with alone(options.folder):
         with new_night(options.folder) as night:
-            runs, plan, (nice, hours) = _planned(options, night)
+            runs, plan, (nice, hours) = _planned(options, night, asks_slurm=True)
             of_night = arrays(runs, nice, hours, night)
             _prepare(night, runs, options.baseline)
             night.write_plan(plan)
@@ -196,7 +196,11 @@ def _note(
 
 def _dry_run(options: Namespace) -> None:
     night = NightFolder(options.folder / "night-000000")
-    runs, plan, (nice, hours) = _planned(options, night)
+    try:
+        runs, plan, (nice, hours) = _planned(options, night, asks_slurm=not options.local)
+    except ControllerAway as away:
+        print(f"Slurm was not asked whether it would take them: {away}")
+        runs, plan, (nice, hours) = _planned(options, night, asks_slurm=False)
     for run in runs:
         asked = f"{run.entry.nodes} x {run.entry.gpus} GPU(s)"
         told = asked if run.refused is None else "cannot be submitted"
@@ -212,7 +216,7 @@ def _dry_run(options: Namespace) -> None:
 def _local(options: Namespace) -> None:
     with alone(options.folder):
         with new_night(options.folder) as night:
-            runs, plan, _ = _planned(options, night)
+            runs, plan, _ = _planned(options, night, asks_slurm=False)
             _prepare(night, runs, options.baseline)
             night.write_plan(plan)
         for run in runs:

@@ -296,6 +296,30 @@ def test_without_slurm(nightly: Nightly, tmp_path: Path) -> None:
     assert not _nights(tmp_path)
 
 
+def test_an_absent_controller_is_asked_once(
+    nightly: Nightly, slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    for client in ("scontrol", "sbatch", "srun"):
+        slurm.says(client, stderr=AWAY, code=1)
+    done = nightly()
+    assert done.code == 69
+    assert len(done.err.splitlines()) == 1
+    assert slurm.calls == ["scontrol show partition -o"]
+    assert not _nights(tmp_path)
+    shown = nightly("--dry-run")
+    assert shown.code == 0
+    assert "Slurm was not asked whether it would take them: scontrol: " in shown.out
+    assert "little: 7 runs, 5.0 GPU-hours at most" in shown.out
+    assert slurm.calls == ["scontrol show partition -o"] * 2
+
+
+def test_a_controller_that_goes_away_is_asked_no_more(nightly: Nightly, slurm: FakeSlurm) -> None:
+    _takes_jobs(slurm)
+    slurm.says("sbatch", stderr=AWAY, code=1)
+    assert nightly().code == 69
+    assert sum(call.startswith("sbatch") for call in slurm.calls) == 1
+
+
 @pytest.mark.slow
 def test_an_entry_that_cannot_run_leaves_the_others(
     nightly: Nightly, slurm: FakeSlurm, matrix: Path, tmp_path: Path
