@@ -451,6 +451,71 @@ def test_the_line_for_cron_has_all_that_was_asked_for(
     assert "--only two: no such entry" in unknown.err
 
 
+def _line(done: Done) -> list[str]:
+    """The words of the command in a printed line, its variables first."""
+    words = shlex.split(next(one for one in done.out.splitlines() if one.startswith("17 2")))
+    return words[words.index("cd") + 3 : words.index(">>")]
+
+
+def test_the_line_for_cron_submits_the_shells_night(
+    nightly: Nightly, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "SBATCH_ACCOUNT": "foo bar's",
+        "SBATCH_RESERVATION": "night",
+        "SBATCH_TIMELIMIT": "5",  # which the profile's goes before
+        "SLURM_CLUSTERS": "big",
+        "MLFLOW_TRACKING_URI": "http://m:5000",
+        "MLFLOW_TRACKING_USERNAME": "",
+    }.items():
+        monkeypatch.setenv(name, value)
+    slurm.says("sbatch")
+    words = _line(nightly("--install-line"))
+    assert words[: words.index(sys.executable)] == [
+        *("MLFLOW_TRACKING_URI=http://m:5000", "SBATCH_ACCOUNT=foo bar's"),
+        *("SBATCH_RESERVATION=night", "SLURM_CLUSTERS=big", f"PATH={slurm.folder}:/usr/bin:/bin"),
+    ]
+
+
+@pytest.mark.parametrize("program", ["apptainer", "singularity"])
+def test_the_line_for_cron_finds_containers_as_the_shell_does(
+    nightly: Nightly,
+    slurm: FakeSlurm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    program: str,
+) -> None:
+    slurm.says("sbatch")
+    file = tmp_path / "of containers" / program
+    file.parent.mkdir()
+    file.write_text("#!/bin/sh\n")
+    file.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slurm.folder}:{file.parent}:/usr/bin")
+    words = _line(nightly("--install-line"))
+    assert f"PATH={slurm.folder}:{file.parent}:/usr/bin:/bin" in words
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MLFLOW_TRACKING_PASSWORD", "hunter2"),
+        ("MLFLOW_TRACKING_TOKEN", "hunter2"),
+        ("AWS_SECRET_ACCESS_KEY", "hunter2"),
+        ("MLFLOW_TRACKING_URI", "https://me:hunter2@m:5000"),
+        ("MLFLOW_TRACKING_URI", "postgresql://m/db?password=hunter2"),
+        ("NCCL_SOCKET_IFNAME", "hunter2"),
+    ],
+)
+def test_the_line_for_cron_names_secrets_and_copies_none(
+    nightly: Nightly, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    done = nightly("--install-line")
+    assert "hunter2" not in done.out + done.err
+    assert re.search(rf"^# set in this shell, and not in the line .*\b{name}\b", done.out, re.M)
+    assert f"{name}=" not in done.out
+
+
 def test_the_line_for_cron_without_slurm_is_no_line_for_slurm(nightly: Nightly) -> None:
     done = nightly("--install-line", "--local")
     assert " --local " in done.out
