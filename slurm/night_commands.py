@@ -245,7 +245,7 @@ def _accept(options: Namespace) -> None:
     for file, names in taken.items():
         print(f"{file}: {len(names)} figure(s): {', '.join(names)}")
     for one in refused:
-        print(f"not yet: {one}")
+        print(f"not accepted: {one}")
     print("commit this file, so that the next night has it")
 
 

@@ -27,6 +27,7 @@ FOLDER = MATRICES / "baseline"
 VERSION = 1
 LEAST_VALUES = 12  # of a noisy quality: four nights of three seeds
 _MOST_NIGHTS = 7
+_GO_ON = "series that have not moved go on; one named in full begins anew"
 
 
 class BaselineError(InputError):
@@ -147,19 +148,24 @@ def accept(
     """
     known: dict[Path, Baseline] = {}
     taken: dict[Path, list[str]] = {}
-    refused = []
+    refused, going_on = [], []
     for result, name in _acceptable(night, pattern):
         key = result.key or {}
         file = baseline_file(folder, night.plan.matrix, key)
         if file not in known:
             known[file] = load_baseline(folder, night.plan.matrix, key)
         before = known[file].figures.get(f"{result.entry}/{name}")
-        accepted = _accepted([*earlier, night], result, name, before, reason)
-        if isinstance(accepted, str):
+        exactly = pattern == f"{result.entry}/{name}"
+        accepted = _accepted([*earlier, night], result, name, before, reason, exactly)
+        if accepted is None:
+            going_on.append(f"{result.entry}/{name}")
+        elif isinstance(accepted, str):
             refused.append(f"{result.entry}/{name}: {accepted}")
         else:
             known[file].figures[f"{result.entry}/{name}"] = accepted
             taken.setdefault(file, []).append(f"{result.entry}/{name}")
+    if going_on:
+        refused.append(f"{', '.join(going_on)}: {_GO_ON}")
     if not taken:
         _refuse(night, pattern, refused)
     for file in taken:
@@ -186,16 +192,25 @@ def _acceptable(night: Night, pattern: str) -> Iterator[tuple[Result, str]]:
 
 
 def _accepted(
-    nights: Sequence[Night], result: Result, name: str, before: Accepted | None, reason: str
-) -> Accepted | str:
-    """The last night's figure as a baseline, or why it cannot be one yet."""
+    nights: Sequence[Night],
+    result: Result,
+    name: str,
+    before: Accepted | None,
+    reason: str,
+    exactly: bool,
+) -> Accepted | str | None:
+    """The last night's figure as a baseline, or why it cannot be one yet; None for a series that
+    goes on, as one of several (not `exactly` this one) that has not moved.
+    """
     night, value = nights[-1], result.figures[name]
     if not _is_value(name, value):
         return f"it is {value}, and no number"
     when = time.strftime("%Y-%m-%d", time.gmtime())
     told = Accepted(result.commit or night.plan.commit, reason, when)
     if FIGURES[name].rule is Rule.SERIES:
-        return replace(told, since=night.plan.began)
+        if exactly or has_moved(night, result, name):
+            return replace(told, since=night.plan.began)
+        return told if before is None else None
     if FIGURES[name].rule is not Rule.QUALITY or not isinstance(value, list):
         return replace(told, value=value)
     if before is not None and before.mean is not None and has_moved(night, result, name):

@@ -392,7 +392,8 @@ def _held_from(one: Judged, plan: Plan) -> int | None:
     Where the baseline cannot be read, as the last night had it.
     """
     if one.accepted is None or one.accepted.since is None:
-        told = (night.found(one.result.entry, one.name) for night in reversed(one.nights))
+        same = [night for night in one.nights if _value(night, one) is not None]
+        told = (night.found(one.result.entry, one.name) for night in reversed(same))
         return next((found.held_from for found in told if found and found.held_from), None)
     first = next(iter(covered(one.nights, one.accepted.since)), None)
     return plan.number if first is None else first.number

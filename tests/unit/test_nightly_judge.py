@@ -419,7 +419,7 @@ def test_a_slow_down_that_was_accepted_stays_so_without_the_baseline(site: Site)
 @pytest.mark.slow
 def test_a_clock_that_is_a_year_behind_blinds_no_series(site: Site) -> None:
     site.night(31)
-    site.accept()
+    site.accept("plain/speed")
     for number in range(32, 60):
         site.night(number, later=-3e7)
     found = [
@@ -442,6 +442,45 @@ def test_a_slow_down_from_night_31_on(site: Site) -> None:
         assert "from night 31 on" in found.text
     site.accept("plain/speed", "a check that is worth it")
     assert not [one for one in site.night(60, _slow).findings if one.verdict is Verdict.REGRESSED]
+
+
+def test_accepting_a_pattern_begins_no_series_anew_that_has_not_moved(site: Site) -> None:
+    before = json.loads(site.file.read_text())["figures"]
+    site.night(31, _figure("plain", "mse", 0.09))
+    site.accept("plain/*", "a better head")
+    after = json.loads(site.file.read_text())["figures"]
+    assert after["plain/speed"] == before["plain/speed"]
+    assert (before["plain/mse"]["value"], after["plain/mse"]["value"]) == (0.1, 0.09)
+    with pytest.raises(
+        InputError, match="plain/speed: series that have not moved go on; one named"
+    ):
+        site.accept("*/speed")
+    found = [site.night(number, _slow).found("plain", "speed") for number in range(32, 37)]
+    assert found[-1] is not None
+    assert found[-1].verdict is Verdict.REGRESSED
+    site.accept("*/speed", "a check that is worth it")
+    assert json.loads(site.file.read_text())["figures"]["plain/speed"]["since"] == _plan(36).began
+
+
+def test_a_series_that_is_named_in_full_begins_anew(site: Site) -> None:
+    site.night(31)
+    site.accept("plain/speed")
+    found = site.night(32).found("plain", "speed")
+    assert found is not None
+    assert (found.waits, found.held_from) == (True, 31)
+
+
+def test_a_series_of_another_machine_that_was_accepted_shortens_none_here(site: Site) -> None:
+    def moved(results: dict[str, Result]) -> None:
+        for name, one in results.items():
+            results[name] = replace(one, key=KEY | {"device": "H100"})
+
+    site.night(31, moved)
+    site.accept("plain/speed")
+    site.night(32, moved)
+    found = site.night(33).found("plain", "speed")
+    assert found is not None
+    assert (found.verdict, found.held_from) == (Verdict.PASSED, None)
 
 
 def _gone(*names: str) -> Change:
