@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -195,7 +196,7 @@ class NightFolder:
 
     def night(self) -> Night:
         """Raises InputError if it was not judged, or cannot be read."""
-        again = f"judge it again: python -m job.nightly {self.path}"
+        again = f"judge it again: {shlex.join(['python', '-m', 'job.nightly', str(self.path)])}"
         return _read(self.record_file, again, lambda stored: _night(self.plan(), stored))
 
 

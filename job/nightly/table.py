@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Any
+
+_SHORT = 10  # signs of a text
 
 
 class Rule(enum.Enum):
@@ -50,3 +53,24 @@ FIGURES: dict[str, Figure] = {
 }
 QUALITY = tuple(name for name, one in FIGURES.items() if one.rule is Rule.QUALITY)
 BITS = ("loss", "parameters")  # of a training; what `same_as` means
+
+
+def text_of(name: str, value: Any) -> str:
+    """A figure for people, with its unit."""
+    number, unit = as_number(name, value), FIGURES[name].unit
+    if number is None:
+        return str(value)[:_SHORT]
+    if unit == "B":
+        return f"{number / 1e6:,.1f} MB"
+    if unit in ("FLOP/s", "1/s"):
+        return f"{number:,.4g} {unit}"
+    return f"{number:.5g}{' ' + unit if unit else ''}"
+
+
+def as_number(name: str, value: Any) -> float | None:
+    """A figure as one number: of losses the last, of seeds their mean; None if it is none."""
+    several = value if isinstance(value, list) else [value]
+    shown = several[-1:] if name == "loss" else several
+    if not shown or not all(isinstance(one, int | float) for one in shown):
+        return None
+    return float(sum(shown) / len(shown))

@@ -550,7 +550,11 @@ def _night(folder: Path, number: int = 1, **changes: Any) -> NightFolder:
 
 @pytest.mark.parametrize(
     ("changes", "code"),
-    [({}, 4), ({"complete": False, "reason": "no <node> & no \x01 word"}, 3)],
+    [
+        ({}, 4),
+        ({"complete": False, "reason": "no <node> & no \x01 word"}, 3),
+        ({"complete": False, "reason": "\ufffe\uffff\x0b, \U0001f600"}, 3),
+    ],
 )
 def test_the_report_has_the_verdicts_exit_code(
     nightly: Nightly, tmp_path: Path, changes: dict[str, Any], code: int
@@ -614,6 +618,29 @@ def test_a_damaged_night_is_no_regression(
     assert f"{night.path}/{name}: damaged; " in done.err
 
 
+def test_what_judges_a_night_again_can_be_pasted(nightly: Nightly, tmp_path: Path) -> None:
+    night = _night(tmp_path / "it's mine")
+    night.record_file.unlink()
+    done = nightly("accept", "*", "--reason", "x", "--night", str(night.path))
+    words = shlex.split(done.err.partition("judge it again: ")[2])
+    assert words == ["python", "-m", "job.nightly", str(night.path)]
+
+
+def test_figures_that_are_to_be_looked_at_are_shown(nightly: Nightly, tmp_path: Path) -> None:
+    figures = {"loss": [0.5, 0.25], "parameters": "0123456789abcdef", "checkpoint_bytes": 3e6}
+    night = _night(tmp_path / "nights", figures=figures | {"mse": 0.125})
+    told = nightly("report").out
+    for name, value in {
+        "loss": "0.25",
+        "parameters": "0123456789",
+        "checkpoint_bytes": "3.0 MB",
+        "mse": "0.125",
+    }.items():
+        line = f"**one/{name}**: {value}: no baseline on this kind of machine"
+        assert line in told
+        assert f"{value}: no baseline on this kind of machine" in junit(night.night())
+
+
 def test_a_report_without_its_summary_is_made_anew(nightly: Nightly, tmp_path: Path) -> None:
     night = _night(tmp_path / "nights")
     summary = (night.path / "summary.md").read_text()
@@ -631,6 +658,10 @@ def test_a_night_is_named_by_its_number_or_from_where_the_user_is(
         done = nightly("report", "--night", named)
         assert done.code == code, (named, done.err)
         assert not done.err or "is not there" in done.err
+    unknown = nightly("report", "--night", "7").err
+    assert f"--night 7: {tmp_path}/nights/night-000007 is not there; the nights of" in unknown
+    assert unknown.endswith("are 1\n")
+    assert "judge it" not in unknown
 
 
 @pytest.mark.slow
