@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 
 from job.common.errors import Ending, InputError, first_line
-from job.common.version import commit
+from job.common.version import commit, is_edited
 from job.nightly.baseline import FOLDER as BASELINES
 from job.nightly.baseline import accept
 from job.nightly.matrix import Entry, Matrix, load_matrix
@@ -132,6 +132,7 @@ def _planned(
         matrix_file=str(file) if file.suffix == ".yaml" else None,
         site=site_of(options),
         cluster=options.cluster,
+        edited=is_edited(),
         deadline=None if options.local else now + 3600 * (matrix.deadline_hours + COLLECTOR_HOURS),
     )
     return runs, plan, (matrix.nice, matrix.deadline_hours)

@@ -26,6 +26,7 @@ LEAST_NIGHTS = series.LEAST_BEFORE + series.WINDOWS[0][0]
 SECONDS_SHIFT = 0.2  # times vary more than speeds
 _NO_BASELINE = "no baseline on this kind of machine"
 _OF_SEEDS = "mean and spread of several seeds were accepted, and this is of one: accept it anew"
+_EDITED = "one of the two checkouts was edited, and what moved it may be in no commit"
 _TAKE_OUT = "take same_as out of the matrix, or training.deterministic=false and auto out of both"
 
 
@@ -440,12 +441,19 @@ def _located(
     if found.rule == rules.SAME:  # either of the two entries may be the one that has moved
         found = replace(found, before=None)
     between = found.between or _since_it_passed(found, plan, results[found.entry], nights)
+    if between is not None and set(between) & _edited(plan, nights):
+        return replace(found, between=between, text=f"{found.text}; {_EDITED}")
     if between is None or between[0] == between[1] or found.before is None:
         return replace(found, between=between)
     words = [plan.python, "slurm/nightly.py", "--bisect", found.name, "--night", str(folder.path)]
     good, bad = between
     bisect = f"git bisect start {bad} {good} && git bisect run {shlex.join(words)}"
     return replace(found, between=between, bisect=bisect)
+
+
+def _edited(plan: Plan, nights: Sequence[Night]) -> set[str | None]:
+    """Commits that nights have run with changes that are in none of them."""
+    return {one.commit for one in (plan, *(night.plan for night in nights)) if one.edited}
 
 
 def _since_it_passed(

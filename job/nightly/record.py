@@ -71,6 +71,7 @@ class Plan:
         matrix: its name, by which nights and baselines belong together.
         matrix_file: where it is no file of the project's own.
         site, cluster: what the site file and the profile were, where any was found or asked for.
+        edited: whether the checkout had changes that are in no commit.
         deadline: by when its jobs have ended, in any case; None without Slurm.
     """
 
@@ -86,6 +87,7 @@ class Plan:
     site: str | None = None
     cluster: str | None = None
     deadline: float | None = None  # seconds since 1970
+    edited: bool = False
     version: int = VERSION
 
 

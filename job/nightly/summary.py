@@ -36,7 +36,8 @@ def markdown(night: Night) -> str:
     """The whole night on a page, what matters first."""
     plan = night.plan
     began = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(plan.began))
-    lines = [f"# {headline(night)}", "", f"Began {began}, commit {plan.commit or 'unknown'}."]
+    commit = f"{plan.commit or 'unknown'}{', edited' if plan.edited else ''}"
+    lines = [f"# {headline(night)}", "", f"Began {began}, commit {commit}."]
     lines += [f"Asked of you: {asks(night.verdict)}.", ""]
     for verdict in list(Verdict)[:-1]:
         lines += _section(night, verdict)

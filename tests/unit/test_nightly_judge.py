@@ -27,6 +27,7 @@ from job.nightly.record import (
     judged,
     nights,
 )
+from job.nightly.summary import markdown
 
 KEY = {"device": "A100", "instructions": "AVX512", "torch": "2.11", "image": "none"}
 ENTRIES = {
@@ -167,6 +168,17 @@ def test_another_loss_by_one_bit(site: Site) -> None:
     assert stopped.name == "stopped/loss"
     assert "not as plain: step 7" in stopped.text
     assert night.verdict.exit_code == 1
+
+
+@pytest.mark.parametrize("edited", [31, 32])
+def test_what_may_be_in_no_commit_is_not_bisected(site: Site, edited: int) -> None:
+    plans = [replace(_plan(number), edited=number == edited) for number in (31, 32)]
+    assert not _bad(site.night(31, plan=plans[0]))
+    night = site.night(32, _figure("plain", "mse", 0.2), plan=plans[1])
+    found = _only(night, Verdict.REGRESSED, "plain/mse")
+    assert (found.between, found.bisect) == (("commit31", "commit32"), None)
+    assert found.text.endswith("edited, and what moved it may be in no commit")
+    assert (", edited." in markdown(night)) == (edited == 32)
 
 
 def test_a_resumed_training_with_other_bits(site: Site) -> None:
