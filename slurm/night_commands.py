@@ -201,7 +201,7 @@ def _dry_run(options: Namespace) -> None:
         print(reason)
     print(f"{plan.matrix}: {len(runs)} runs, {gpu_hours(runs):,.1f} GPU-hours at most")
     if not options.local:
-        for text in scripts(arrays(runs, nice, hours, night)):
+        for text in scripts(arrays(runs, nice, hours, night), night):
             print(f"\n{text}")
 
 

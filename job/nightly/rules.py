@@ -24,7 +24,10 @@ MEMORY = (
     "deterministic): as `exact`"
 )
 SAME = "exact against another entry of this night: as `exact`"
-HOLDS = "what the command itself found"
+HOLDS = (
+    "what the command itself found, by bounds of its own: false alarms only where the same code "
+    "and node are found otherwise"
+)
 FLOOR = "hard floor: false alarms never, while the figure is above it"
 QUALITY = (
     "t-test of the seeds' mean against the accepted mean and spread, false-discovery rate 0.005 "

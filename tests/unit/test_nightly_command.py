@@ -25,6 +25,7 @@ from fake_slurm import FakeSlurm, partition
 from micro_job import write_job
 
 from job.common.errors import InputError, run_command
+from job.nightly import rules
 from job.nightly.judge import judge
 from job.nightly.matrix import Entry, load_matrix
 from job.nightly.page import page
@@ -134,7 +135,9 @@ def test_a_dry_run_shows_entries_hours_and_scripts_and_writes_nothing(
     done = nightly("--dry-run")
     assert done.code == 0, done.err
     assert "little: 7 runs, 5.0 GPU-hours at most" in done.out  # (6 x 1 + 4) x 0.5
-    assert done.out.count("#!/bin/bash") == 2
+    assert done.out.count("#!/bin/bash") == 3
+    assert "#SBATCH --dependency=afterany:ARRAY-0:ARRAY-1" in done.out
+    assert "#SBATCH --job-name=night-000000-judge" in done.out
     assert done.out.count("#SBATCH --nice=77") == 2
     assert done.out.count("#SBATCH --deadline=now+1200minutes") == 2
     assert "#SBATCH --array=0-5" in done.out
@@ -389,6 +392,18 @@ def test_a_wrong_matrix_is_refused_by_its_key(
     assert done.code == 78
     assert message in done.err
     assert str(matrix) in done.err
+
+
+def test_every_rule_says_how_often_it_is_wrong() -> None:
+    told = [
+        value for name, value in vars(rules).items() if name.isupper() and isinstance(value, str)
+    ]
+    assert len(told) == 7
+    for one in told:
+        assert "false alarm" in one or "as `exact`" in one
+    page = (PROJECT / "docs/nightly.md").read_text().partition("## Rules")[2]
+    table = [line for line in page.partition("\n\n| variation")[0].splitlines() if line[:1] == "|"]
+    assert all(cell.strip() for line in table for cell in line.strip("|").split("|"))
 
 
 def test_an_unknown_matrix_names_those_that_there_are() -> None:
