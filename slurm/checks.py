@@ -48,18 +48,19 @@ class Check:
     text: str
 
 
-def check(plan: Plan) -> Iterator[Check]:
+def check(plan: Plan, *, asks_slurm: bool = True) -> Iterator[Check]:
     """Every finding; those that hold for all runs of a sweep come once."""
     if plan.site.file is not None:
         yield Check("site", "ok", str(plan.site.file))
     yield from _variables(plan)
     for run in plan.runs[:1]:
         yield from _inputs(plan, run)
-    partition = _partition(plan)
+    partition = _partition(plan) if asks_slurm else None
     for run in plan.runs:
         yield from _model(plan, run, partition)
     yield from _resources(plan)
-    yield from _scheduler(plan)
+    if asks_slurm:
+        yield from _scheduler(plan)
 
 
 def _variables(plan: Plan) -> Iterator[Check]:

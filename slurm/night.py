@@ -98,11 +98,21 @@ def find_night(folder: Path, asked: str | None, *, judged: bool = True) -> Night
     """
     if asked is not None:
         number = f"night-{asked.lstrip('0'):0>6}"
-        return NightFolder(folder / number if is_number(asked) else Path(asked).absolute())
+        found = NightFolder(folder / number if is_number(asked) else Path(asked).absolute())
+        if not found.path.is_dir():
+            raise InputError(f"--night {asked}: {found.path} is not there; {_those_of(folder)}")
+        return found
     for one in reversed(nights(folder)):
         if one.record_file.exists() or (one.plan_file.exists() and not judged):
             return one
     raise InputError(f"{folder}: no night has been {'judged' if judged else 'submitted'} here")
+
+
+def _those_of(folder: Path) -> str:
+    numbers = [str(one.number) for one in nights(folder)]
+    if not numbers:
+        return f"{folder} has no night"
+    return f"the nights of {folder} are {', '.join(numbers[-10:])}"
 
 
 def without_record(night: NightFolder) -> str:

@@ -10,19 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from job.common.errors import InputError
-from job.nightly.figures import FIGURES, Rule, memory_parted, result
+from job.nightly.figures import memory_parted, result
 from job.nightly.matrix import load_matrix
 from job.nightly.record import Finding, NightFolder, Plan, Result
+from job.nightly.table import FIGURES, Rule
 from slurm.night import find_night
 from slurm.night_local import run_here
 from slurm.night_plan import plan_runs, prepare
+
+_MACHINE = ("device", "instructions", "torch")  # of a result's key; the image is not run here
 
 
 def side(options: Namespace) -> int:
     """1 if a figure is here as in the night that regressed, 0 if it is as before.
 
     Raises:
-        InputError: that cannot be told.
+        InputError: that cannot be told; git then leaves the commit out, and blames none of its own.
     """
     night = find_night(options.folder, options.night).night()
     entry, _, figure = options.bisect.partition("/")
@@ -34,7 +37,19 @@ def side(options: Namespace) -> int:
         here = _again(options, night.plan, entry, Path(scratch))
     if not here.complete or figure not in here.figures:
         raise InputError(here.reason or f"{entry} has no {figure} here")
+    _refuse_another_machine(night.results[entry], here)
     return _nearer(found, night.results[entry], here)
+
+
+def _refuse_another_machine(there: Result, here: Result) -> None:
+    """Bits, memory and speeds of two kinds of machine differ, whichever the commit."""
+    night, now = there.key or {}, here.key or {}
+    differ = [
+        f"{k} {night.get(k)}, here {now.get(k)}" for k in _MACHINE if night.get(k) != now.get(k)
+    ]
+    if differ:
+        advice = "bisect on a machine like the night's, in an environment like its own"
+        raise InputError(f"the night had {'; '.join(differ)}: {advice}")
 
 
 def _again(options: Namespace, plan: Plan, entry: str, scratch: Path) -> Result:
@@ -45,7 +60,8 @@ def _again(options: Namespace, plan: Plan, entry: str, scratch: Path) -> Result:
     place.path.mkdir()
     matrix, _ = load_matrix(plan.matrix_file or plan.matrix)
     wanted = {entry: plan.entries[entry]}
-    runs = plan_runs(Namespace(**vars(options) | asked), matrix, wanted, place)
+    again = Namespace(**vars(options) | asked)
+    runs = plan_runs(again, matrix, wanted, place, asks_slurm=False)
     prepare(runs)
     for run in runs:
         run_here(run)
@@ -62,6 +78,11 @@ def _nearer(found: Finding, there: Result, here: Result) -> int:
     if rule is Rule.SERIES or (rule is Rule.QUALITY and isinstance(value, list)):
         now, bad = _mean(value), _mean(found.value)
         return int(abs(now - bad) < abs(now - _mean(found.before)))
+    if value not in (found.before, found.value):
+        raise InputError(
+            f"{found.name} is neither as it was nor as in that night: several commits may have "
+            "moved it, or this machine computes otherwise"
+        )
     return int(value != found.before)
 
 

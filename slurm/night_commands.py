@@ -18,18 +18,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import shutil
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from job.common.errors import Ending, InputError, first_line
-from job.common.version import commit
+from job.common.version import commit, is_edited
 from job.nightly.baseline import FOLDER as BASELINES
 from job.nightly.baseline import accept
 from job.nightly.matrix import Entry, Matrix, load_matrix
@@ -38,18 +37,16 @@ from job.nightly.summary import markdown
 from slurm.arguments import Parser
 from slurm.night import alone, find_night, is_number, new_night, without_record
 from slurm.night_bisect import side
+from slurm.night_cron import install_lines, site_of
 from slurm.night_jobs import COLLECTOR_HOURS, arrays, collect, scripts, submit_night
 from slurm.night_local import run_here
 from slurm.night_plan import NightRun, gpu_hours, plan_runs, prepare, reasons
 from slurm.record import Record
-from slurm.scheduler import outside_of_jobs
-from slurm.site import find_site
+from slurm.scheduler import ControllerAway, outside_of_jobs
 from slurm.submission import PROJECT
 from slurm.telling import Channels
 
 _SKIP = 125  # what `git bisect run` takes for: cannot be tested
-_CRON_PATH = ("/usr/bin", "/bin")
-_WHEN = "17 2 * * *"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -118,11 +115,11 @@ def _file(named: str | None) -> str | None:
 
 
 def _planned(
-    options: Namespace, night: NightFolder
+    options: Namespace, night: NightFolder, *, asks_slurm: bool
 ) -> tuple[list[NightRun], Plan, tuple[int, float]]:
     """The runs, the plan that is kept of them, and what Slurm is told of their importance."""
     matrix, wanted = _wanted(options)
-    runs = plan_runs(options, matrix, wanted, night)
+    runs = plan_runs(options, matrix, wanted, night, asks_slurm=asks_slurm)
     now, file = time.time(), Path(options.matrix)
     plan = Plan(
         night.number,
@@ -133,8 +130,9 @@ def _planned(
         [run.planned() for run in runs],
         sys.executable,
         matrix_file=str(file) if file.suffix == ".yaml" else None,
-        site=_site(options),
+        site=site_of(options),
         cluster=options.cluster,
+        edited=is_edited(),
         deadline=None if options.local else now + 3600 * (matrix.deadline_hours + COLLECTOR_HOURS),
     )
     return runs, plan, (matrix.nice, matrix.deadline_hours)
@@ -151,12 +149,6 @@ def _wanted(options: Namespace) -> tuple[Matrix, dict[str, Entry]]:
     return matrix, wanted
 
 
-def _site(options: Namespace) -> str | None:
-    """The site file, also where another user or cron would not find it."""
-    file = find_site(options.site).file
-    return None if file is None else str(file)
-
-
 def _prepare(night: NightFolder, runs: Sequence[NightRun], baselines: Path) -> None:
     """What the jobs find, and the baselines of this checkout."""
     prepare(runs)
@@ -167,7 +159,7 @@ def _prepare(night: NightFolder, runs: Sequence[NightRun], baselines: Path) -> N
 def _submit(options: Namespace) -> None:
     with alone(options.folder):
         with new_night(options.folder) as night:
-            runs, plan, (nice, hours) = _planned(options, night)
+            runs, plan, (nice, hours) = _planned(options, night, asks_slurm=True)
             of_night = arrays(runs, nice, hours, night)
             _prepare(night, runs, options.baseline)
             night.write_plan(plan)
@@ -196,7 +188,11 @@ def _note(
 
 def _dry_run(options: Namespace) -> None:
     night = NightFolder(options.folder / "night-000000")
-    runs, plan, (nice, hours) = _planned(options, night)
+    try:
+        runs, plan, (nice, hours) = _planned(options, night, asks_slurm=not options.local)
+    except ControllerAway as away:
+        print(f"Slurm was not asked whether it would take them: {away}")
+        runs, plan, (nice, hours) = _planned(options, night, asks_slurm=False)
     for run in runs:
         asked = f"{run.entry.nodes} x {run.entry.gpus} GPU(s)"
         told = asked if run.refused is None else "cannot be submitted"
@@ -205,14 +201,14 @@ def _dry_run(options: Namespace) -> None:
         print(reason)
     print(f"{plan.matrix}: {len(runs)} runs, {gpu_hours(runs):,.1f} GPU-hours at most")
     if not options.local:
-        for text in scripts(arrays(runs, nice, hours, night)):
+        for text in scripts(arrays(runs, nice, hours, night), night):
             print(f"\n{text}")
 
 
 def _local(options: Namespace) -> None:
     with alone(options.folder):
         with new_night(options.folder) as night:
-            runs, plan, _ = _planned(options, night)
+            runs, plan, _ = _planned(options, night, asks_slurm=False)
             _prepare(night, runs, options.baseline)
             night.write_plan(plan)
         for run in runs:
@@ -250,7 +246,7 @@ def _accept(options: Namespace) -> None:
     for file, names in taken.items():
         print(f"{file}: {len(names)} figure(s): {', '.join(names)}")
     for one in refused:
-        print(f"not yet: {one}")
+        print(f"not accepted: {one}")
     print("commit this file, so that the next night has it")
 
 
@@ -260,47 +256,8 @@ def _install_line(options: Namespace) -> None:
         if getattr(options, other):
             raise InputError(f"--{other.replace('_', '-')} is of no night that cron submits")
     _wanted(options)  # which says what is wrong with it now, not at night
-    line = f"{_WHEN} {_shell_line(options)}".replace("%", r"\%")  # for cron the end of a line
-    print(f"# crontab -e\n{line}")
-    if not options.local:
-        print(f"\n# scrontab -e\n#SCRON --time=15 --mem=2G\n{line}")
-
-
-def _shell_line(options: Namespace) -> str:
-    """A night as cron's shell starts it, with whole paths and what cron does not set."""
-    variables = {"SLURM_CONF": os.environ.get("SLURM_CONF"), "PATH": _path()}
-    named = [f"{key}={shlex.quote(value)}" for key, value in variables.items() if value]
-    command = " ".join(
-        [*named, shlex.join([sys.executable, "slurm/nightly.py", *_arguments(options)])]
-    )
-    where, log = shlex.quote(str(PROJECT)), shlex.quote(f"{options.folder}/cron.log")
-    folder = shlex.quote(str(options.folder))
-    return f"mkdir -p {folder} && cd {where} && {command} >> {log} 2>&1"
-
-
-def _arguments(options: Namespace) -> Iterator[str]:
-    """The arguments that ask for the same night from anywhere."""
-    yield from ("--matrix", options.matrix, "--folder", str(options.folder))
-    if options.local:
-        yield "--local"
-    if options.only:
-        yield from ("--only", *options.only)
-    if options.baseline != BASELINES:
-        yield from ("--baseline", str(options.baseline))
-    # of sites the user's own too, which cron, without HOME, would not find
-    given = {name: getattr(options, name) for name in ("cluster", "image", "webhook", "mail")}
-    for name, value in ({"site": _site(options)} | given).items():
-        if value is not None:
-            yield from (f"--{name}", value)
-
-
-def _path() -> str | None:
-    """A PATH for cron, where sbatch is not in the one that it gives."""
-    found = shutil.which("sbatch")
-    folder = str(Path(found).parent) if found else None
-    if folder is None or folder in _CRON_PATH:
-        return None
-    return ":".join([folder, *_CRON_PATH])
+    for text in install_lines(options):
+        print(text)
 
 
 def _bisect(options: Namespace) -> None:

@@ -193,8 +193,13 @@ def _values(submission: Submission) -> dict[str, Any]:
     return {one.name: getattr(submission, one.name) for one in fields(Submission)}
 
 
-def scripts(of_night: Sequence[tuple[NightSubmission, list[NightRun]]]) -> list[str]:
-    return [script(submission, len(group)) for submission, group in of_night]
+def scripts(
+    of_night: Sequence[tuple[NightSubmission, list[NightRun]]], night: NightFolder
+) -> list[str]:
+    """What sbatch is given for each array and the collector, which names them by their numbers."""
+    shown = [script(submission, len(group)) for submission, group in of_night]
+    names = tuple(f"ARRAY-{number}" for number in range(len(shown)))
+    return [*shown, script(_collector_of(of_night[0][0], names, night))]
 
 
 def submit_night(
@@ -240,6 +245,13 @@ def _submit_collector(
     like: Submission, ids: dict[Path, str], night: NightFolder, channels: Channels
 ) -> str:
     arrays_of_it = tuple(sorted({job.partition("_")[0] for job in ids.values()}))
+    submission = _collector_of(like, arrays_of_it, night)
+    return _submit([Collector(str(night.path), submission, channels)], submission)[0]
+
+
+def _collector_of(
+    like: Submission, arrays_of_it: tuple[str, ...], night: NightFolder
+) -> CollectorSubmission:
     base = replace(
         like,
         name=f"{night.path.name}-judge",
@@ -249,8 +261,7 @@ def _submit_collector(
         nodes=1,
         binds=[*like.binds, str(night.path.parent)],
     )
-    submission = CollectorSubmission(**_values(base), after_any=arrays_of_it)
-    return _submit([Collector(str(night.path), submission, channels)], submission)[0]
+    return CollectorSubmission(**_values(base), after_any=arrays_of_it)
 
 
 def _take_back(ids: dict[Path, str]) -> None:

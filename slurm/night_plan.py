@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -13,11 +14,13 @@ from pathlib import Path
 from job.common.errors import Ending, Exit, InputError, listing
 from job.nightly.matrix import Entry, Matrix
 from job.nightly.record import NightFolder, PlannedRun
-from slurm.checks import check
+from slurm import scheduler
+from slurm.checks import Check, check
 from slurm.plan import Plan, make_plan, write_config
 from slurm.record import Record
+from slurm.scheduler import ControllerAway, Refused
 from slurm.site import find_site
-from slurm.submission import PROJECT, store
+from slurm.submission import PROJECT, require_clients, store
 
 # The job is an ordinary one; MLflow has it from the collector, where no node writes a database.
 _ALWAYS = ("logging.product_rate=true", "mlflow.enabled=false", "report.enabled=false")
@@ -58,22 +61,37 @@ class NightRun:
 
 
 def plan_runs(
-    options: Namespace, matrix: Matrix, entries: dict[str, Entry], night: NightFolder
+    options: Namespace,
+    matrix: Matrix,
+    entries: dict[str, Entry],
+    night: NightFolder,
+    *,
+    asks_slurm: bool,
 ) -> list[NightRun]:
     """Every run of the matrix, checked as submit.py checks a run; nothing is written.
 
     Raises:
+        ControllerAway: Slurm was to be asked, and does not answer.
         InputError: none of them can be submitted.
         QueueFull: Slurm takes no more jobs.
     """
+    if asks_slurm:
+        _ask_once()
     runs = [
-        _planned(options, matrix, name, entry, seed, night)
+        _planned(options, matrix, name, entry, seed, night, asks_slurm)
         for name, entry in entries.items()
         for seed in entry.seeds
     ]
     if all(run.refused is not None for run in runs):
         raise InputError("nothing can be submitted" + listing(reasons(runs)))
     return runs
+
+
+def _ask_once() -> None:
+    """See that a controller answers: each question to an absent one takes many seconds."""
+    require_clients()
+    with contextlib.suppress(Refused):
+        scheduler.show_partition(None)
 
 
 def reasons(runs: Sequence[NightRun]) -> list[str]:
@@ -96,7 +114,13 @@ def prepare(runs: Sequence[NightRun]) -> None:
 
 
 def _planned(
-    options: Namespace, matrix: Matrix, name: str, entry: Entry, seed: int, night: NightFolder
+    options: Namespace,
+    matrix: Matrix,
+    name: str,
+    entry: Entry,
+    seed: int,
+    night: NightFolder,
+    asks_slurm: bool,
 ) -> NightRun:
     path = night.run(name, seed, len(entry.seeds))
     asked = Namespace(
@@ -116,13 +140,25 @@ def _planned(
     )
     try:
         plan = make_plan(asked)
-        problems = [] if options.local else [one for one in check(plan) if one.state == "error"]
+        problems = [] if options.local else _problems(plan, asks_slurm)
     except InputError as error:
         return NightRun(name, entry, seed, path, None, str(error))
     if full := [one.text for one in problems if one.name == "Slurm" and FULL.search(one.text)]:
         raise QueueFull(f"the queue is full, and nothing was submitted: {full[0]}")
     refused = "; ".join(f"{one.name}: {one.text}" for one in problems) or None
     return NightRun(name, entry, seed, path, plan, refused)
+
+
+def _problems(plan: Plan, asks_slurm: bool) -> list[Check]:
+    """What keeps a run from being submitted.
+
+    Raises:
+        ControllerAway: it has gone meanwhile.
+    """
+    found = list(check(plan, asks_slurm=asks_slurm))
+    if away := [one.text for one in found if (one.name, one.state) == ("Slurm", "not checked")]:
+        raise ControllerAway(away[0])
+    return [one for one in found if one.state == "error"]
 
 
 def _overrides(

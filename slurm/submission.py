@@ -186,6 +186,14 @@ def script(submission: Submission, runs: int = 1) -> str:
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
+def require_clients() -> None:
+    """Raises ControllerAway where Slurm's commands are not installed."""
+    if missing := [name for name in ("sbatch", "srun") if shutil.which(name) is None]:
+        raise ControllerAway(
+            f"{missing[0]} is not installed here: run this on a login node of the cluster"
+        )
+
+
 def submit(supervisors: Sequence[Callable[[], str]], submission: Submission) -> list[str]:
     """Submit one job, or an array of several; their ids.
 
@@ -193,10 +201,7 @@ def submit(supervisors: Sequence[Callable[[], str]], submission: Submission) -> 
         ControllerAway: there is no Slurm here, or no controller answers.
         Refused: Slurm does not take the job.
     """
-    if missing := [name for name in ("sbatch", "srun") if shutil.which(name) is None]:
-        raise ControllerAway(
-            f"{missing[0]} is not installed here: run this on a login node of the cluster"
-        )
+    require_clients()
     executor = _executor(submission)
     with outside_of_jobs():
         try:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import enum
 import hashlib
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from job.common.errors import InputError
 from job.common.state_files import read_json
 from job.nightly.matrix import Entry, Kind
 from job.nightly.record import Plan, PlannedRun, Result
+from job.nightly.table import BITS, FIGURES, QUALITY, Rule
 from job.run.committed import folders
 from job.run.manifest import FACTS, MANIFEST
 from job.run.names import MACHINE
@@ -23,52 +22,19 @@ from job.run.reader import Snapshot, StoredRun, complete_records
 _GPU_TOLERANCE = 0.03  # between predicted and measured memory
 TOLD_TO_STOP = "told to stop"  # an event of the run, beside submitted, started and so on
 _UNWARMED = 1  # log lines before speeds count
+_BY_MEMORY = "auto"  # the micro-batch: what memory is free at that moment
 _VALIDATION = "memory-validation.json"
 
 
-class Rule(enum.Enum):
-    """How a figure is judged."""
-
-    EXACT = "the same each night"
-    QUALITY = "exact for one seed; by its spread over three or more"
-    MEMORY = "within 3 % of the prediction, and exact where all is, on a GPU; else not judged"
-    SERIES = "over nights"
-    HOLDS = "no problems"
-    SHOWN = "not judged"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure: what it means, and which way is better (1: more, -1: less, 0: neither)."""
-
-    rule: Rule
-    better: int
-    unit: str
-    meaning: str
-
-
-FIGURES: dict[str, Figure] = {
-    "loss": Figure(Rule.EXACT, 0, "", "training loss of each step"),
-    "parameters": Figure(Rule.EXACT, 0, "", "checksum of the trained parameters"),
-    "mse": Figure(Rule.QUALITY, -1, "", "mean squared error on validation"),
-    "r2": Figure(Rule.QUALITY, 1, "", "explained share of the variance"),
-    "std_prediction": Figure(Rule.QUALITY, 0, "", "spread of the predictions"),
-    "pairwise_accuracy": Figure(Rule.QUALITY, 1, "", "pairs of answers ranked rightly"),
-    "ece": Figure(Rule.QUALITY, -1, "", "expected calibration error"),
-    "achievable_share": Figure(Rule.QUALITY, 1, "", "share of the achievable variance"),
-    "memory_predicted": Figure(Rule.EXACT, -1, "B", "peak of a rank, by the closed form"),
-    "memory_measured": Figure(Rule.MEMORY, -1, "B", "peak of the fullest rank"),
-    "memory_validation": Figure(Rule.HOLDS, 0, "", "prediction against measurement, by N"),
-    "speed": Figure(Rule.SERIES, 1, "tokens/GFLOP", "tokens by operations of matrix products"),
-    "startup_seconds": Figure(Rule.SERIES, -1, "s", "from its start to the first step"),
-    "save_seconds": Figure(Rule.SERIES, -1, "s", "for which saving held up training"),
-    "signal_to_saved_seconds": Figure(Rule.SERIES, -1, "s", "from the signal to the checkpoint"),
-    "checkpoint_bytes": Figure(Rule.EXACT, -1, "B", "parameters and moments of a checkpoint"),
-    "preflight": Figure(Rule.HOLDS, 0, "", "what is wrong with the node, its GPUs or files"),
-    "tokens_per_second": Figure(Rule.SHOWN, 1, "1/s", "of all ranks"),
-    "product_rate": Figure(Rule.SHOWN, 1, "FLOP/s", "of rank 0's matrix products, in the same job"),
-}
-QUALITY = tuple(name for name, one in FIGURES.items() if one.rule is Rule.QUALITY)
+def rule_of(result: Result, name: str) -> Rule:
+    """How a figure of this result is judged; none is held to what may differ from run to run."""
+    rule = FIGURES[name].rule
+    if name == "memory_predicted" and result.chosen_by_memory:
+        return Rule.SHOWN
+    if rule is Rule.MEMORY and not result.on_gpu:
+        return Rule.SHOWN
+    one_seed = rule is Rule.QUALITY and not isinstance(result.figures.get(name), list)
+    return Rule.SHOWN if not result.deterministic and (one_seed or name in BITS) else rule
 
 
 def memory_parted(predicted: float, measured: float) -> bool:
@@ -152,8 +118,10 @@ def _trained(name: str, entry: Entry, paths: Sequence[Path]) -> Result:
         figures |= {} if taken is None else {"signal_to_saved_seconds": taken}
     ranks = runs[0].memory.get("ranks", [])
     on_gpu = bool(ranks) and ranks[0]["backend"] != "process"
-    same_bits = bool(runs[0].config.get("training", {}).get("deterministic", True))
-    told = (_key(runs), _commit(runs[0]), on_gpu, figures, notes, same_bits)
+    training = runs[0].config.get("training", {})
+    by_memory = training.get("micro_batch_tokens") == _BY_MEMORY
+    same_bits = bool(training.get("deterministic", True)) and not by_memory
+    told = (_key(runs), _commit(runs[0]), on_gpu, figures, notes, same_bits, by_memory)
     return Result(name, True, None, *told)
 
 

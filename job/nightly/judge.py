@@ -10,14 +10,24 @@ from typing import Any
 import numpy as np
 
 from job.nightly import rules, series
-from job.nightly.baseline import LEAST_VALUES, Baseline, BaselineError, load_baseline, pooled
-from job.nightly.figures import FIGURES, Figure, Rule
+from job.nightly.baseline import (
+    LEAST_VALUES,
+    Baseline,
+    BaselineError,
+    covered,
+    load_baseline,
+    pooled,
+)
+from job.nightly.figures import rule_of
 from job.nightly.record import Finding, Night, NightFolder, Plan, Result, Verdict
+from job.nightly.table import BITS, FIGURES, Figure, Rule
 
 LEAST_NIGHTS = series.LEAST_BEFORE + series.WINDOWS[0][0]
 SECONDS_SHIFT = 0.2  # times vary more than speeds
-_SAME = ("loss", "parameters")  # what `same_as` means
 _NO_BASELINE = "no baseline on this kind of machine"
+_OF_SEEDS = "mean and spread of several seeds were accepted, and this is of one: accept it anew"
+_EDITED = "one of the two checkouts was edited, and what moved it may be in no commit"
+_TAKE_OUT = "take same_as out of the matrix, or training.deterministic=false and auto out of both"
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,15 @@ class Judged:
     @property
     def figure(self) -> Figure:
         return FIGURES[self.name]
+
+    @property
+    def rule(self) -> Rule:
+        return rule_of(self.result, self.name)
+
+    @property
+    def has_level(self) -> bool:
+        """Whether mean and spread of several seeds were accepted."""
+        return self.accepted is not None and self.accepted.mean is not None
 
     def finding(self, verdict: Verdict, text: str, rule: str, **more: Any) -> Finding:
         return Finding(self.result.entry, self.name, verdict, text, rule, self.value, **more)
@@ -56,6 +75,7 @@ def judge(
             continue
         baseline = _baseline(folder, plan, result, broken)
         judged += [_judged(result, name, baseline, nights) for name in result.figures]
+        notes += _not_held(result, baseline)
         notes_of_figures = result.notes | _missing(result, baseline, nights)
         findings += [
             Finding(result.entry, name, Verdict.INCOMPLETE, text)
@@ -96,6 +116,14 @@ def _missing(result: Result, baseline: Baseline, nights: Sequence[Night]) -> dic
         if name not in result.figures and name not in result.notes
         if name in FIGURES and FIGURES[name].rule is not Rule.SHOWN
     }
+
+
+def _not_held(result: Result, baseline: Baseline) -> Iterator[str]:
+    """Figures that were accepted when they were the same each night, and are not any more."""
+    names = [name for name in result.figures if f"{result.entry}/{name}" in baseline.figures]
+    if free := [name for name in names if rule_of(result, name) is Rule.SHOWN]:
+        why = "training.deterministic is false, or micro_batch_tokens auto"
+        yield f"{result.entry}: accepted, and held against nothing ({why}): {', '.join(free)}"
 
 
 def _is_of(name: str, result: Result) -> bool:
@@ -145,19 +173,29 @@ def _left_out(plan: Plan, nights: Sequence[Night]) -> Iterator[str]:
 
 
 def _alone(one: Judged, plan: Plan, broken: bool) -> Iterator[Finding]:
-    rule, several = one.figure.rule, isinstance(one.value, list) and one.name != "loss"
+    rule, several = one.rule, isinstance(one.value, list) and one.name != "loss"
     if (below := _beyond_floor(one, plan)) is not None:
         yield one.finding(Verdict.REGRESSED, below, rules.FLOOR)
+    elif rule is Rule.SHOWN:
+        yield from _shown(one, plan)
     elif rule is Rule.HOLDS:
         bad = bool(one.value)
         text = "; ".join(one.value) if bad else "as it should be"
         yield one.finding(Verdict.REGRESSED if bad else Verdict.PASSED, text, rules.HOLDS)
     elif rule is Rule.EXACT or (rule is Rule.QUALITY and not several):
         yield from _exact(one, rules.EXACT, broken)
-    elif rule is Rule.MEMORY and one.result.on_gpu:
+    elif rule is Rule.MEMORY:
         yield from _memory(one, broken)
-    elif rule is Rule.QUALITY and one.accepted is None and not broken:
+    elif rule is Rule.QUALITY and not one.has_level and not broken:
         yield _unaccepted(one)
+
+
+def _shown(one: Judged, plan: Plan) -> Iterator[Finding]:
+    """What is held against nothing, or against its floor alone."""
+    floor = _floor(one, plan)
+    if floor is not None:
+        text = f"{_mean(one.value):.4g}, and the hard floor is {floor:g}"
+        yield one.finding(Verdict.PASSED, text, rules.FLOOR)
 
 
 def _memory(one: Judged, broken: bool) -> Iterator[Finding]:
@@ -181,14 +219,23 @@ def _unaccepted(one: Judged) -> Finding:
 
 
 def _beyond_floor(one: Judged, plan: Plan) -> str | None:
-    floor = plan.entries[one.result.entry].floor.get(one.name)
-    if floor is None:
-        return None
-    return rules.beyond_floor(np.atleast_1d(one.value).tolist(), floor, one.figure.better)
+    floor = _floor(one, plan)
+    return None if floor is None else rules.beyond_floor(_mean(one.value), floor, one.figure.better)
+
+
+def _floor(one: Judged, plan: Plan) -> float | None:
+    return plan.entries[one.result.entry].floor.get(one.name)
+
+
+def _mean(value: Any) -> float:
+    """Of seeds their mean."""
+    return float(np.mean(value))
 
 
 def _exact(one: Judged, rule: str, broken: bool) -> Iterator[Finding]:
-    if one.accepted is not None:
+    if one.has_level:
+        yield one.finding(Verdict.NO_BASELINE, _OF_SEEDS, rule)
+    elif one.accepted is not None:
         yield _held_against(one, one.accepted.value, rule)
     elif not broken:  # else that is what is told
         yield one.finding(Verdict.NO_BASELINE, _NO_BASELINE, rule)
@@ -209,7 +256,11 @@ def _same_as(plan: Plan, result: Result, results: dict[str, Result]) -> Iterator
     other = plan.entries[result.entry].same_as
     if other is None or not results[other].complete:
         return
-    for name in _SAME:
+    if not (result.deterministic and results[other].deterministic):
+        told = f"same_as {other} cannot be told: the bits of one of the two vary; {_TAKE_OUT}"
+        yield Finding(result.entry, "", Verdict.INCOMPLETE, told, rules.SAME)
+        return
+    for name in BITS:
         value, before = result.figures.get(name), results[other].figures.get(name)
         text = rules.different(value, before)
         if text is not None:
@@ -226,7 +277,7 @@ def _qualities(judged: Sequence[Judged], plan: Plan) -> Iterator[Finding]:
         f"{one.result.entry}/{one.name}": one
         for one in judged
         if one.figure.rule is Rule.QUALITY and isinstance(one.value, list)
-        if one.accepted is not None and one.accepted.mean is not None
+        if one.has_level
         if _beyond_floor(one, plan) is None
     }
     down = {name: _worse_p(one, one.figure.better) for name, one in noisy.items()}
@@ -242,7 +293,8 @@ def _qualities(judged: Sequence[Judged], plan: Plan) -> Iterator[Finding]:
 
 def _worse_p(one: Judged, better: int) -> float:
     accepted = one.accepted
-    return rules.worse_p(one.value, accepted.mean, accepted.spread, accepted.count, better)
+    level = accepted.mean, accepted.count
+    return rules.worse_p(one.value, *level, accepted.spread, accepted.spread_count, better)
 
 
 def _series(judged: Sequence[Judged], plan: Plan) -> Iterator[Finding]:
@@ -341,10 +393,11 @@ def _held_from(one: Judged, plan: Plan) -> int | None:
     Where the baseline cannot be read, as the last night had it.
     """
     if one.accepted is None or one.accepted.since is None:
-        told = (night.found(one.result.entry, one.name) for night in reversed(one.nights))
+        same = [night for night in one.nights if _value(night, one) is not None]
+        told = (night.found(one.result.entry, one.name) for night in reversed(same))
         return next((found.held_from for found in told if found and found.held_from), None)
-    later = (night.number for night in one.nights if night.plan.began >= one.accepted.since)
-    return next(later, plan.number)
+    first = next(iter(covered(one.nights, one.accepted.since)), None)
+    return plan.number if first is None else first.number
 
 
 def _last_finding(one: Judged) -> Finding | None:
@@ -388,12 +441,19 @@ def _located(
     if found.rule == rules.SAME:  # either of the two entries may be the one that has moved
         found = replace(found, before=None)
     between = found.between or _since_it_passed(found, plan, results[found.entry], nights)
+    if between is not None and set(between) & _edited(plan, nights):
+        return replace(found, between=between, text=f"{found.text}; {_EDITED}")
     if between is None or between[0] == between[1] or found.before is None:
         return replace(found, between=between)
     words = [plan.python, "slurm/nightly.py", "--bisect", found.name, "--night", str(folder.path)]
     good, bad = between
     bisect = f"git bisect start {bad} {good} && git bisect run {shlex.join(words)}"
     return replace(found, between=between, bisect=bisect)
+
+
+def _edited(plan: Plan, nights: Sequence[Night]) -> set[str | None]:
+    """Commits that nights have run with changes that are in none of them."""
+    return {one.commit for one in (plan, *(night.plan for night in nights)) if one.edited}
 
 
 def _since_it_passed(
@@ -421,5 +481,7 @@ def _said(night: Night, found: Finding) -> Verdict | None:
     if found.rule != rules.SAME:
         return next((one.verdict for one in own if one not in beside), None)
     other = night.plan.entries[found.entry].same_as
-    compared = own and other in night.results and night.results[other].complete
+    two = [night.results.get(name) for name in (found.entry, other) if name is not None]
+    whole = [one for one in two if one is not None and one.complete and one.deterministic]
+    compared = own and len(whole) == 2
     return Verdict.REGRESSED if beside else Verdict.PASSED if compared else None

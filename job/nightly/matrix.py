@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from job.common.config import merge_config
 from job.common.errors import InputError, first_line, listing
+from job.nightly.table import FIGURES, QUALITY
 
 MATRICES = Path(__file__).parents[2] / "configs" / "nightly"
 
@@ -92,13 +94,50 @@ def _impossible(entries: dict[str, Entry]) -> Iterator[str]:
     for name, entry in entries.items():
         if not name.replace("-", "").replace("_", "").isalnum():
             yield f"{name}: letters, digits, - and _ only: it names a folder"
-        if entry.kind is not Kind.memory and len(entry.unfreeze) != 1:
-            yield f"{name}: unfreeze: one number of blocks, unless kind is memory"
-        if entry.gpus < 1 or entry.nodes < 1:
-            yield f"{name}: gpus and nodes: at least one"
-        if entry.kind is not Kind.train and (entry.stop_at or entry.same_as or entry.floor):
-            yield f"{name}: stop_at, same_as and floor are of trainings"
-        if len(set(entry.seeds)) < len(entry.seeds) or len(entry.seeds) in (0, 2):
-            yield f"{name}: seeds: one, or three or more different ones"
-        if entry.same_as is not None and entry.same_as not in entries:
-            yield f"{name}: same_as: no entry {entry.same_as}; there are {', '.join(entries)}"
+        wrong = [*_wrong_numbers(entry), *_wrong_floors(entry), *_wrong_same_as(name, entries)]
+        if entry.kind is not Kind.train:
+            wrong += _of_trainings(entry)
+        yield from (f"{name}: {problem}" for problem in wrong)
+
+
+def _wrong_numbers(entry: Entry) -> Iterator[str]:
+    blocks, seeds = entry.unfreeze, entry.seeds
+    if (entry.kind is not Kind.memory and len(blocks) != 1) or not blocks:
+        yield "unfreeze: one number of blocks, or several if kind is memory"
+    if any(number < 0 for number in blocks):
+        yield f"unfreeze: {min(blocks)} blocks: 0 or more"
+    if entry.gpus < 1 or entry.nodes < 1:
+        yield "gpus and nodes: at least one"
+    if entry.stop_at is not None and entry.stop_at < 1:
+        yield f"stop_at: {entry.stop_at}: steps are counted from 1"
+    if len(set(seeds)) < len(seeds) or len(seeds) in (0, 2):
+        yield "seeds: one, or three or more different ones"
+
+
+def _wrong_floors(entry: Entry) -> Iterator[str]:
+    """Floors that would hold nothing."""
+    better = [name for name in QUALITY if FIGURES[name].better]
+    for name, floor in entry.floor.items():
+        if name not in better:
+            yield f"floor: {name}: only of what has a better side: {', '.join(better)}"
+        if not math.isfinite(floor):
+            yield f"floor: {name}: {floor} is no number"
+
+
+def _wrong_same_as(name: str, entries: dict[str, Entry]) -> Iterator[str]:
+    entry, other = entries[name], entries[name].same_as
+    if other is None:
+        return
+    if other == name or other not in entries:
+        others = [one for one in entries if one != name]
+        yield f"same_as: no other entry {other}; there are {', '.join(others)}"
+    elif entries[other].kind is not Kind.train or len({*entry.seeds, *entries[other].seeds}) > 1:
+        yield f"same_as: {other}: both must be trainings of one seed, the same one"
+
+
+def _of_trainings(entry: Entry) -> Iterator[str]:
+    """Keys of another kind of entry that would do nothing."""
+    given = {"stop_at": entry.stop_at is not None, "same_as": entry.same_as is not None}
+    given |= {"floor": bool(entry.floor), "seeds": len(entry.seeds) > 1}
+    if named := [key for key, is_given in given.items() if is_given]:
+        yield f"{' and '.join(named)}: of trainings, and this is {entry.kind.value}"

@@ -6,11 +6,10 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from job.nightly.figures import FIGURES, Rule
 from job.nightly.record import Finding, Night, Result, Verdict
 from job.nightly.summary import asks, headline
+from job.nightly.table import FIGURES, Rule, as_number, text_of
 from job.run.html import Html, document, fold, join, section, table, tag
 
 NIGHTS = 30
@@ -87,27 +86,7 @@ def _row(nights: Sequence[Night], result: Result, name: str) -> list[object]:
     if figure.rule is Rule.HOLDS:  # texts, which have no course
         told = tag("small", found.text if found is not None else "")
         return [name, f"{len(value)} problem(s)", shown, "", join([figure.meaning, told])]
-    return [name, _shown(name, value), shown, _course(nights, result, name), figure.meaning]
-
-
-def _shown(name: str, value: Any) -> str:
-    number, unit = _number(name, value), FIGURES[name].unit
-    if number is None:
-        return str(value)[:_SHORT]
-    if unit == "B":
-        return f"{number / 1e6:,.1f} MB"
-    if unit in ("FLOP/s", "1/s"):
-        return f"{number:,.4g} {unit}"
-    return f"{number:.5g}{' ' + unit if unit else ''}"
-
-
-def _number(name: str, value: Any) -> float | None:
-    """A figure as one number: of losses the last, of seeds their mean; None if it is none."""
-    several = value if isinstance(value, list) else [value]
-    shown = several[-1:] if name == "loss" else several
-    if not shown or not all(isinstance(one, int | float) for one in shown):
-        return None
-    return float(sum(shown) / len(shown))
+    return [name, text_of(name, value), shown, _course(nights, result, name), figure.meaning]
 
 
 @dataclass(frozen=True)
@@ -158,7 +137,7 @@ def _points(nights: Sequence[Night], result: Result, name: str) -> Iterator[_Poi
 
 def _value(night: Night, entry: str, name: str) -> float | None:
     then = night.results.get(entry)
-    value = _number(name, then.figures.get(name)) if then is not None else None
+    value = as_number(name, then.figures.get(name)) if then is not None else None
     return value if value is not None and math.isfinite(value) else None
 
 

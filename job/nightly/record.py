@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -70,6 +71,7 @@ class Plan:
         matrix: its name, by which nights and baselines belong together.
         matrix_file: where it is no file of the project's own.
         site, cluster: what the site file and the profile were, where any was found or asked for.
+        edited: whether the checkout had changes that are in no commit.
         deadline: by when its jobs have ended, in any case; None without Slurm.
     """
 
@@ -85,6 +87,7 @@ class Plan:
     site: str | None = None
     cluster: str | None = None
     deadline: float | None = None  # seconds since 1970
+    edited: bool = False
     version: int = VERSION
 
 
@@ -97,6 +100,7 @@ class Result:
         figures: numbers, lists of them (losses by step, quality by seed), or texts.
         notes: figures that could not be taken, and why.
         deterministic: whether the same code gives the same bits and allocations.
+        chosen_by_memory: whether the micro-batch was, by what was free: predictions vary with it.
     """
 
     entry: str
@@ -108,6 +112,7 @@ class Result:
     figures: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     deterministic: bool = True
+    chosen_by_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,7 @@ class NightFolder:
 
     def night(self) -> Night:
         """Raises InputError if it was not judged, or cannot be read."""
-        again = f"judge it again: python -m job.nightly {self.path}"
+        again = f"judge it again: {shlex.join(['python', '-m', 'job.nightly', str(self.path)])}"
         return _read(self.record_file, again, lambda stored: _night(self.plan(), stored))
 
 

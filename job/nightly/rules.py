@@ -24,7 +24,10 @@ MEMORY = (
     "deterministic): as `exact`"
 )
 SAME = "exact against another entry of this night: as `exact`"
-HOLDS = "what the command itself found"
+HOLDS = (
+    "what the command itself found, by bounds of its own: false alarms only where the same code "
+    "and node are found otherwise"
+)
 FLOOR = "hard floor: false alarms never, while the figure is above it"
 QUALITY = (
     "t-test of the seeds' mean against the accepted mean and spread, false-discovery rate 0.005 "
@@ -77,25 +80,27 @@ def parted(predicted: float, measured: float) -> str | None:
     )
 
 
-def beyond_floor(values: Sequence[float], floor: float, better: int) -> str | None:
-    mean = float(np.mean(values))
+def beyond_floor(mean: float, floor: float, better: int) -> str | None:
     if better * (mean - floor) >= 0:
         return None
     return f"{mean:.4g}, {'below' if better > 0 else 'above'} the hard floor of {floor:g}"
 
 
-def worse_p(values: Sequence[float], mean: float, spread: float, count: int, better: int) -> float:
+def worse_p(
+    values: Sequence[float], mean: float, count: int, spread: float, of_spread: int, better: int
+) -> float:
     """The probability that seeds with the accepted mean and spread do as badly by chance, or lie as
     far away where neither side is the better one (`better` is 0).
 
-    The spread is of `count` values, so that the mean of k others is distributed as t.
+    The mean is of `count` values and the spread of `of_spread`, so that the mean of k others is
+    distributed as t.
     """
     away = mean - float(np.mean(values))
     lower = better * away if better else abs(away)
     error = spread * math.sqrt(1 / len(values) + 1 / count)
     if error == 0:
         return 0.0 if lower > 0 else 1.0
-    return float(stats.t.sf(lower / error, count - 1)) * (1 if better else 2)
+    return float(stats.t.sf(lower / error, of_spread - 1)) * (1 if better else 2)
 
 
 def worse(probabilities: Mapping[str, float]) -> set[str]:

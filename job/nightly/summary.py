@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from xml.etree import ElementTree
 
 from job.nightly.record import Finding, Night, Verdict, gravest
+from job.nightly.table import FIGURES, text_of
 
+_NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _ASKS = {
     Verdict.REGRESSED: "find the commit with the line below, or accept the figure with a reason",
     Verdict.INCOMPLETE: "look at why; nothing is known of what is missing",
@@ -33,7 +36,8 @@ def markdown(night: Night) -> str:
     """The whole night on a page, what matters first."""
     plan = night.plan
     began = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(plan.began))
-    lines = [f"# {headline(night)}", "", f"Began {began}, commit {plan.commit or 'unknown'}."]
+    commit = f"{plan.commit or 'unknown'}{', edited' if plan.edited else ''}"
+    lines = [f"# {headline(night)}", "", f"Began {began}, commit {commit}."]
     lines += [f"Asked of you: {asks(night.verdict)}.", ""]
     for verdict in list(Verdict)[:-1]:
         lines += _section(night, verdict)
@@ -55,13 +59,20 @@ def _section(night: Night, verdict: Verdict) -> list[str]:
 
 
 def _lines(found: Finding) -> Iterator[str]:
-    yield f"* **{found.name}**: {found.text}"
+    yield f"* **{found.name}**: {_text(found)}"
     if found.between is not None:
         good, bad = found.between
         same = f"  both nights ran {bad}: look at the machine"
         yield same if good == bad else f"  between {good} (good) and {bad} (bad)"
     if found.bisect is not None:
         yield f"  `{found.bisect}`"
+
+
+def _text(found: Finding) -> str:
+    """What was found; without a baseline with the value, which is to be looked at."""
+    if found.verdict is not Verdict.NO_BASELINE or found.figure not in FIGURES:
+        return found.text
+    return f"{text_of(found.figure, found.value)}: {found.text}"
 
 
 def _of_entry(night: Night, name: str) -> Verdict:
@@ -78,7 +89,7 @@ def _counts(night: Night, name: str) -> str:
 
 def junit(night: Night) -> str:
     """A test case a finding: failed, an error (incomplete), skipped (no baseline), or passed."""
-    suite = ElementTree.Element("testsuite", name=f"nightly {night.plan.matrix}")
+    suite = ElementTree.Element("testsuite", name=_plain(f"nightly {night.plan.matrix}"))
     counts = {"tests": len(night.findings), "failures": 0, "errors": 0, "skipped": 0}
     for found in night.findings:
         case = ElementTree.SubElement(
@@ -90,7 +101,7 @@ def junit(night: Night) -> str:
             Verdict.NO_BASELINE: ("skipped", "skipped"),
         }.get(found.verdict)
         if kind is not None:
-            ElementTree.SubElement(case, kind[0], message=_plain(found.text))
+            ElementTree.SubElement(case, kind[0], message=_plain(_text(found)))
             counts[kind[1]] += 1
     suite.attrib |= {key: str(value) for key, value in counts.items()}
     ElementTree.indent(suite)
@@ -98,5 +109,5 @@ def junit(night: Night) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without the characters that XML has no place for."""
-    return "".join(c for c in text if c in "\t\n" or ord(c) >= 32)
+    """Without the characters that XML 1.0 has no place for (section 2.2)."""
+    return _NOT_IN_XML.sub("", text)

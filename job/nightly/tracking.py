@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "critic-nightly"
 _PARENT = "mlflow.parentRunId"
+_AWKWARD = r"[^\w/.-]"  # in a filter; there _ stands for any sign
 
 
 def track(night: Night, folder: Path, uri: str) -> str:
@@ -31,7 +33,8 @@ def track(night: Night, folder: Path, uri: str) -> str:
         experiment = experiment_id(client, EXPERIMENT, uri)
         began, plan = round(1000 * night.plan.began), night.plan
         name = f"{plan.matrix}-night-{night.number}"
-        known = client.search_runs([experiment], f"tags.night = '{folder}'")
+        found = client.search_runs([experiment], _like(folder))
+        known = [run for run in found if run.data.tags.get("night") == str(folder)]
         made = (
             known[0]
             if known
@@ -54,6 +57,11 @@ def track(night: Night, folder: Path, uri: str) -> str:
     with database_lock(uri):
         client.set_terminated(parent)
     return parent
+
+
+def _like(folder: Path) -> str:
+    """A filter for runs of a folder, and perhaps of others: MLflow's strings have no escapes."""
+    return f"tags.night LIKE '{re.sub(_AWKWARD, '_', str(folder))}'"
 
 
 def _trainings(night: Night, result: Result) -> Iterator[str]:

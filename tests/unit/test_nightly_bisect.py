@@ -114,8 +114,55 @@ def _answer(
     return night_bisect.side(Namespace(folder=folder, night="1", bisect=f"one/{name}"))
 
 
-def _result(on_gpu: bool = True, **figures: Any) -> Result:
-    return Result("one", True, None, KEY, None, on_gpu, figures)
+def _result(on_gpu: bool = True, key: dict[str, str] = KEY, **figures: Any) -> Result:
+    return Result("one", True, None, key, None, on_gpu, figures)
+
+
+@pytest.mark.parametrize(
+    ("figure", "bad", "before", "here"),
+    [
+        ("loss", [0.5, 0.3], [0.5, 0.2], [0.5, 0.21]),
+        ("loss", [0.5, 0.3], [0.5, 0.2], [0.5]),
+        ("r2", 0.4, 0.5, 0.45),
+        ("parameters", "ab", "cd", "ef"),
+        ("checkpoint_bytes", 2e9, 1e9, 3e9),
+        ("memory_measured", 1.02e9, 1.01e9, 1.015e9),
+    ],
+)
+def test_an_exact_figure_like_neither_night_has_no_answer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, figure: str, bad: Any, before: Any, here: Any
+) -> None:
+    there = _result(**{"memory_predicted": 1e9, figure: bad})
+    now = _result(**{figure: here, "memory_predicted": 1e9})
+    with pytest.raises(InputError, match=f"one/{figure} is neither as it was nor as in that night"):
+        _answer(monkeypatch, tmp_path, now, there, before)
+
+
+@pytest.mark.parametrize("figure", ["loss", "speed"])
+@pytest.mark.parametrize(
+    ("name", "value", "answer"),
+    [
+        ("image", "critic.sif", 1),
+        ("device", "Xeon", None),
+        ("instructions", "AVX2", None),
+        ("torch", "2.12", None),
+    ],
+)
+def test_a_commit_has_an_answer_only_on_a_machine_like_the_nights(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    figure: str,
+    name: str,
+    value: str,
+    answer: int | None,
+) -> None:
+    there = _result(**{figure: 8.0})
+    now = _result(key=KEY | {name: value}, **{figure: 8.0})
+    if answer is not None:
+        assert _answer(monkeypatch, tmp_path, now, there, 10.0) == answer
+        return
+    with pytest.raises(InputError, match=f"the night had {name} {KEY[name]}, here {value}: bisect"):
+        _answer(monkeypatch, tmp_path, now, there, 10.0)
 
 
 @pytest.mark.parametrize(
@@ -124,9 +171,11 @@ def _result(on_gpu: bool = True, **figures: Any) -> Result:
         ("r2", [0.2, 0.3, 0.25], 0.5, [0.49, 0.5, 0.52], 0),
         ("r2", [0.2, 0.3, 0.25], 0.5, [0.26, 0.27, 0.2], 1),
         ("r2", 0.4, 0.5, 0.5, 0),
-        ("r2", 0.4, 0.5, 0.45, 1),
+        ("r2", 0.4, 0.5, 0.4, 1),
         ("loss", [0.5, 0.3], [0.5, 0.2], [0.5, 0.2], 0),
-        ("loss", [0.5, 0.3], [0.5, 0.2], [0.5, 0.21], 1),
+        ("loss", [0.5, 0.3], [0.5, 0.2], [0.5, 0.3], 1),
+        ("parameters", "ab", "cd", "cd", 0),
+        ("parameters", "ab", "cd", "ab", 1),
         ("speed", 8.0, 10.0, 9.5, 0),
         ("speed", 8.0, 10.0, 8.5, 1),
     ],

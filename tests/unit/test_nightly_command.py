@@ -6,6 +6,7 @@ import errno
 import http.server
 import importlib
 import json
+import math
 import os
 import re
 import shlex
@@ -24,6 +25,7 @@ from fake_slurm import FakeSlurm, partition
 from micro_job import write_job
 
 from job.common.errors import InputError, run_command
+from job.nightly import rules
 from job.nightly.judge import judge
 from job.nightly.matrix import Entry, load_matrix
 from job.nightly.page import page
@@ -133,7 +135,9 @@ def test_a_dry_run_shows_entries_hours_and_scripts_and_writes_nothing(
     done = nightly("--dry-run")
     assert done.code == 0, done.err
     assert "little: 7 runs, 5.0 GPU-hours at most" in done.out  # (6 x 1 + 4) x 0.5
-    assert done.out.count("#!/bin/bash") == 2
+    assert done.out.count("#!/bin/bash") == 3
+    assert "#SBATCH --dependency=afterany:ARRAY-0:ARRAY-1" in done.out
+    assert "#SBATCH --job-name=night-000000-judge" in done.out
     assert done.out.count("#SBATCH --nice=77") == 2
     assert done.out.count("#SBATCH --deadline=now+1200minutes") == 2
     assert "#SBATCH --array=0-5" in done.out
@@ -295,6 +299,30 @@ def test_without_slurm(nightly: Nightly, tmp_path: Path) -> None:
     assert not _nights(tmp_path)
 
 
+def test_an_absent_controller_is_asked_once(
+    nightly: Nightly, slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    for client in ("scontrol", "sbatch", "srun"):
+        slurm.says(client, stderr=AWAY, code=1)
+    done = nightly()
+    assert done.code == 69
+    assert len(done.err.splitlines()) == 1
+    assert slurm.calls == ["scontrol show partition -o"]
+    assert not _nights(tmp_path)
+    shown = nightly("--dry-run")
+    assert shown.code == 0
+    assert "Slurm was not asked whether it would take them: scontrol: " in shown.out
+    assert "little: 7 runs, 5.0 GPU-hours at most" in shown.out
+    assert slurm.calls == ["scontrol show partition -o"] * 2
+
+
+def test_a_controller_that_goes_away_is_asked_no_more(nightly: Nightly, slurm: FakeSlurm) -> None:
+    _takes_jobs(slurm)
+    slurm.says("sbatch", stderr=AWAY, code=1)
+    assert nightly().code == 69
+    assert sum(call.startswith("sbatch") for call in slurm.calls) == 1
+
+
 @pytest.mark.slow
 def test_an_entry_that_cannot_run_leaves_the_others(
     nightly: Nightly, slurm: FakeSlurm, matrix: Path, tmp_path: Path
@@ -324,7 +352,34 @@ def test_an_entry_that_cannot_run_leaves_the_others(
         ({"entries": {"a": 3}}, "entries.a: a section with kind"),
         ({"entries": {"a": {"seeds": [1, 2]}}}, "a: seeds: one, or three or more"),
         ({"entries": {"a": {"unfreeze": [1, 2]}}}, "a: unfreeze: one number"),
-        ({"entries": {"a": {"same_as": "b"}}}, "a: same_as: no entry b; there are a"),
+        (
+            {"entries": {"a": {}, "c": {"same_as": "b"}}},
+            "c: same_as: no other entry b; there are a",
+        ),
+        (
+            {"entries": {"a": {}, "c": {"same_as": "c"}}},
+            "c: same_as: no other entry c; there are a",
+        ),
+        (
+            {"entries": {"a": {"seeds": [0, 1, 2]}, "c": {"same_as": "a"}}},
+            "c: same_as: a: both must be trainings of one seed, the same one",
+        ),
+        ({"entries": {"a": {"kind": "memory"}, "c": {"same_as": "a"}}}, "c: same_as: a: both must"),
+        ({"entries": {"a": {"floor": {"mes": 0.3}}}}, "a: floor: mes: only of what has a better"),
+        ({"entries": {"a": {"floor": {"std_prediction": 0.1}}}}, "a: floor: std_prediction: only"),
+        ({"entries": {"a": {"floor": {"loss": 0.1}}}}, "a: floor: loss: only of what has a better"),
+        ({"entries": {"a": {"floor": {"mse": math.nan}}}}, "a: floor: mse: nan is no number"),
+        ({"entries": {"a": {"stop_at": -3}}}, "a: stop_at: -3: steps are counted from 1"),
+        ({"entries": {"a": {"stop_at": 0}}}, "a: stop_at: 0: steps are counted from 1"),
+        ({"entries": {"a": {"unfreeze": [-4]}}}, "a: unfreeze: -4 blocks: 0 or more"),
+        (
+            {"entries": {"a": {"kind": "memory", "unfreeze": []}}},
+            "a: unfreeze: one number of blocks",
+        ),
+        (
+            {"entries": {"a": {"kind": "preflight", "seeds": [0, 1, 2], "stop_at": 3}}},
+            "a: stop_at and seeds: of trainings, and this is preflight",
+        ),
         ({"entries": {"a/b": {}}}, "it names a folder"),
         ({"nicer": 3}, "nicer: unknown key"),
     ],
@@ -337,6 +392,18 @@ def test_a_wrong_matrix_is_refused_by_its_key(
     assert done.code == 78
     assert message in done.err
     assert str(matrix) in done.err
+
+
+def test_every_rule_says_how_often_it_is_wrong() -> None:
+    told = [
+        value for name, value in vars(rules).items() if name.isupper() and isinstance(value, str)
+    ]
+    assert len(told) == 7
+    for one in told:
+        assert "false alarm" in one or "as `exact`" in one
+    page = (PROJECT / "docs/nightly.md").read_text().partition("## Rules")[2]
+    table = [line for line in page.partition("\n\n| variation")[0].splitlines() if line[:1] == "|"]
+    assert all(cell.strip() for line in table for cell in line.strip("|").split("|"))
 
 
 def test_an_unknown_matrix_names_those_that_there_are() -> None:
@@ -399,6 +466,71 @@ def test_the_line_for_cron_has_all_that_was_asked_for(
     assert "--only two: no such entry" in unknown.err
 
 
+def _line(done: Done) -> list[str]:
+    """The words of the command in a printed line, its variables first."""
+    words = shlex.split(next(one for one in done.out.splitlines() if one.startswith("17 2")))
+    return words[words.index("cd") + 3 : words.index(">>")]
+
+
+def test_the_line_for_cron_submits_the_shells_night(
+    nightly: Nightly, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "SBATCH_ACCOUNT": "foo bar's",
+        "SBATCH_RESERVATION": "night",
+        "SBATCH_TIMELIMIT": "5",  # which the profile's goes before
+        "SLURM_CLUSTERS": "big",
+        "MLFLOW_TRACKING_URI": "http://m:5000",
+        "MLFLOW_TRACKING_USERNAME": "",
+    }.items():
+        monkeypatch.setenv(name, value)
+    slurm.says("sbatch")
+    words = _line(nightly("--install-line"))
+    assert words[: words.index(sys.executable)] == [
+        *("MLFLOW_TRACKING_URI=http://m:5000", "SBATCH_ACCOUNT=foo bar's"),
+        *("SBATCH_RESERVATION=night", "SLURM_CLUSTERS=big", f"PATH={slurm.folder}:/usr/bin:/bin"),
+    ]
+
+
+@pytest.mark.parametrize("program", ["apptainer", "singularity"])
+def test_the_line_for_cron_finds_containers_as_the_shell_does(
+    nightly: Nightly,
+    slurm: FakeSlurm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    program: str,
+) -> None:
+    slurm.says("sbatch")
+    file = tmp_path / "of containers" / program
+    file.parent.mkdir()
+    file.write_text("#!/bin/sh\n")
+    file.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slurm.folder}:{file.parent}:/usr/bin")
+    words = _line(nightly("--install-line"))
+    assert f"PATH={slurm.folder}:{file.parent}:/usr/bin:/bin" in words
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MLFLOW_TRACKING_PASSWORD", "hunter2"),
+        ("MLFLOW_TRACKING_TOKEN", "hunter2"),
+        ("AWS_SECRET_ACCESS_KEY", "hunter2"),
+        ("MLFLOW_TRACKING_URI", "https://me:hunter2@m:5000"),
+        ("MLFLOW_TRACKING_URI", "postgresql://m/db?password=hunter2"),
+        ("NCCL_SOCKET_IFNAME", "hunter2"),
+    ],
+)
+def test_the_line_for_cron_names_secrets_and_copies_none(
+    nightly: Nightly, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    done = nightly("--install-line")
+    assert "hunter2" not in done.out + done.err
+    assert re.search(rf"^# set in this shell, and not in the line .*\b{name}\b", done.out, re.M)
+    assert f"{name}=" not in done.out
+
+
 def test_the_line_for_cron_without_slurm_is_no_line_for_slurm(nightly: Nightly) -> None:
     done = nightly("--install-line", "--local")
     assert " --local " in done.out
@@ -433,7 +565,11 @@ def _night(folder: Path, number: int = 1, **changes: Any) -> NightFolder:
 
 @pytest.mark.parametrize(
     ("changes", "code"),
-    [({}, 4), ({"complete": False, "reason": "no <node> & no \x01 word"}, 3)],
+    [
+        ({}, 4),
+        ({"complete": False, "reason": "no <node> & no \x01 word"}, 3),
+        ({"complete": False, "reason": "\ufffe\uffff\x0b, \U0001f600"}, 3),
+    ],
 )
 def test_the_report_has_the_verdicts_exit_code(
     nightly: Nightly, tmp_path: Path, changes: dict[str, Any], code: int
@@ -497,6 +633,29 @@ def test_a_damaged_night_is_no_regression(
     assert f"{night.path}/{name}: damaged; " in done.err
 
 
+def test_what_judges_a_night_again_can_be_pasted(nightly: Nightly, tmp_path: Path) -> None:
+    night = _night(tmp_path / "it's mine")
+    night.record_file.unlink()
+    done = nightly("accept", "*", "--reason", "x", "--night", str(night.path))
+    words = shlex.split(done.err.partition("judge it again: ")[2])
+    assert words == ["python", "-m", "job.nightly", str(night.path)]
+
+
+def test_figures_that_are_to_be_looked_at_are_shown(nightly: Nightly, tmp_path: Path) -> None:
+    figures = {"loss": [0.5, 0.25], "parameters": "0123456789abcdef", "checkpoint_bytes": 3e6}
+    night = _night(tmp_path / "nights", figures=figures | {"mse": 0.125})
+    told = nightly("report").out
+    for name, value in {
+        "loss": "0.25",
+        "parameters": "0123456789",
+        "checkpoint_bytes": "3.0 MB",
+        "mse": "0.125",
+    }.items():
+        line = f"**one/{name}**: {value}: no baseline on this kind of machine"
+        assert line in told
+        assert f"{value}: no baseline on this kind of machine" in junit(night.night())
+
+
 def test_a_report_without_its_summary_is_made_anew(nightly: Nightly, tmp_path: Path) -> None:
     night = _night(tmp_path / "nights")
     summary = (night.path / "summary.md").read_text()
@@ -514,6 +673,10 @@ def test_a_night_is_named_by_its_number_or_from_where_the_user_is(
         done = nightly("report", "--night", named)
         assert done.code == code, (named, done.err)
         assert not done.err or "is not there" in done.err
+    unknown = nightly("report", "--night", "7").err
+    assert f"--night 7: {tmp_path}/nights/night-000007 is not there; the nights of" in unknown
+    assert unknown.endswith("are 1\n")
+    assert "judge it" not in unknown
 
 
 @pytest.mark.slow

@@ -76,6 +76,24 @@ def test_the_figures_of_a_training(tmp_path: Path) -> None:
     assert "signal_to_saved_seconds" not in figures
 
 
+@pytest.mark.parametrize(
+    ("training", "same_bits", "by_memory"),
+    [
+        ({}, True, False),
+        ({"deterministic": True, "micro_batch_tokens": 8192}, True, False),
+        ({"deterministic": False, "micro_batch_tokens": 8192}, False, False),
+        ({"deterministic": True, "micro_batch_tokens": "auto"}, False, True),
+    ],
+)
+def test_bits_are_the_same_where_neither_kernels_nor_micro_batches_vary(
+    tmp_path: Path, training: dict[str, Any], same_bits: bool, by_memory: bool
+) -> None:
+    run = _run(tmp_path / "run")
+    _write(run / "config.yaml", {"run": {"name": "run"}, "training": training})
+    one = _result(run)
+    assert (one.deterministic, one.chosen_by_memory) == (same_bits, by_memory)
+
+
 def test_a_training_that_was_stopped(tmp_path: Path) -> None:
     one = _result(_run(tmp_path / "run", resumed=True), stop_at=4)
     assert one.figures["signal_to_saved_seconds"] == pytest.approx(2)

@@ -27,6 +27,7 @@ from job.nightly.record import (
     judged,
     nights,
 )
+from job.nightly.summary import markdown
 
 KEY = {"device": "A100", "instructions": "AVX512", "torch": "2.11", "image": "none"}
 ENTRIES = {
@@ -74,10 +75,16 @@ class Site:
     def __init__(self, folder: Path) -> None:
         self.folder, self.baselines = folder, folder / "accepted"
 
-    def night(self, number: int, change: Change | None = None, later: float = 0.0) -> Night:
+    def night(
+        self,
+        number: int,
+        change: Change | None = None,
+        later: float = 0.0,
+        plan: Plan | None = None,
+    ) -> Night:
         folder = NightFolder(self.folder / f"night-{number:06}")
         folder.path.mkdir(parents=True, exist_ok=True)
-        plan, results = _plan(number), _results(number)
+        plan, results = plan or _plan(number), _results(number)
         plan = replace(plan, began=plan.began + later)  # by its clock
         if change is not None:
             change(results)
@@ -163,6 +170,17 @@ def test_another_loss_by_one_bit(site: Site) -> None:
     assert night.verdict.exit_code == 1
 
 
+@pytest.mark.parametrize("edited", [31, 32])
+def test_what_may_be_in_no_commit_is_not_bisected(site: Site, edited: int) -> None:
+    plans = [replace(_plan(number), edited=number == edited) for number in (31, 32)]
+    assert not _bad(site.night(31, plan=plans[0]))
+    night = site.night(32, _figure("plain", "mse", 0.2), plan=plans[1])
+    found = _only(night, Verdict.REGRESSED, "plain/mse")
+    assert (found.between, found.bisect) == (("commit31", "commit32"), None)
+    assert found.text.endswith("edited, and what moved it may be in no commit")
+    assert (", edited." in markdown(night)) == (edited == 32)
+
+
 def test_a_resumed_training_with_other_bits(site: Site) -> None:
     other = _figure("stopped", "parameters", "cd34")
     assert [one.name for one in _bad(site.night(31, other))] == ["stopped/parameters"] * 2
@@ -182,16 +200,85 @@ def test_memory_parts_at_three_percent_of_the_prediction(measured: float, parted
 
 
 def test_memory_that_is_not_deterministic_is_held_to_the_prediction_alone(site: Site) -> None:
-    def otherwise(measured: float) -> Change:
+    def night(number: int, measured: float) -> Night:
+        plan = replace(_plan(number), entries=ENTRIES | {"stopped": Entry()})
+        return site.night(number, _varying(memory_measured=measured), plan=plan)
+
+    assert not _bad(night(31, 10.29e9))
+    _only(night(32, 10.31e9), Verdict.REGRESSED, "plain/memory_measured")
+    _only(night(33, 9.69e9), Verdict.REGRESSED, "plain/memory_measured")
+
+
+def _varying(name: str = "plain", **figures: Any) -> Change:
+    """A training whose bits differ from night to night."""
+
+    def change(results: dict[str, Result]) -> None:
+        own = results[name].figures | figures
+        results[name] = replace(results[name], deterministic=False, figures=own)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "figures", [{"loss": [*LOSSES[:3], 0.06], "parameters": "cd34"}, {"mse": 0.2, "r2": 0.1}]
+)
+def test_bits_that_vary_are_held_against_nothing(site: Site, figures: dict[str, Any]) -> None:
+    plan = replace(_plan(31), entries=ENTRIES | {"stopped": Entry()})
+    night = site.night(31, _varying(**figures), plan=plan)
+    assert not _bad(night)
+    held = {one.figure for one in night.findings if one.entry == "plain"}
+    assert held == {"memory_predicted", "memory_measured", "speed"}
+    assert night.notes == [
+        "plain: accepted, and held against nothing (training.deterministic is false, or "
+        "micro_batch_tokens auto): loss, parameters, mse, r2"
+    ]
+
+
+def test_bits_that_vary_are_no_baseline(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    site.night(1, _varying(), plan=replace(_plan(1), entries=ENTRIES | {"stopped": Entry()}))
+    site.accept("plain/*")
+    names = json.loads(site.file.read_text())["figures"]
+    assert sorted(names) == ["plain/memory_measured", "plain/memory_predicted", "plain/speed"]
+    with pytest.raises(InputError, match="no figure plain/loss"):
+        site.accept("plain/loss")
+
+
+@pytest.mark.parametrize(
+    ("r2", "verdict", "text"),
+    [
+        (0.31, Verdict.PASSED, "0.31, and the hard floor is 0.3"),
+        (0.29, Verdict.REGRESSED, "0.29, below the hard floor of 0.3"),
+    ],
+)
+def test_a_floor_holds_though_bits_vary(site: Site, r2: float, verdict: Verdict, text: str) -> None:
+    entries = ENTRIES | {"plain": Entry(floor={"r2": 0.3}), "stopped": Entry()}
+    night = site.night(31, _varying(r2=r2), plan=replace(_plan(31), entries=entries))
+    found = night.found("plain", "r2")
+    assert found is not None
+    assert (found.verdict, found.text, night.verdict) == (verdict, text, verdict)
+
+
+def test_a_prediction_is_exact_unless_the_micro_batch_was_chosen_by_free_memory(
+    site: Site,
+) -> None:
+    def chosen(by_memory: bool) -> Change:
         def change(results: dict[str, Result]) -> None:
-            results["plain"] = replace(results["plain"], deterministic=False)
-            results["plain"].figures["memory_measured"] = measured
+            _varying(memory_predicted=10.2e9)(results)
+            results["plain"] = replace(results["plain"], chosen_by_memory=by_memory)
 
         return change
 
-    assert not _bad(site.night(31, otherwise(10.29e9)))
-    _only(site.night(32, otherwise(10.31e9)), Verdict.REGRESSED, "plain/memory_measured")
-    _only(site.night(33, otherwise(9.69e9)), Verdict.REGRESSED, "plain/memory_measured")
+    plan = replace(_plan(31), entries=ENTRIES | {"stopped": Entry()})
+    assert not _bad(site.night(31, chosen(True), plan=plan))
+    plan = replace(_plan(32), entries=ENTRIES | {"stopped": Entry()})
+    night = site.night(32, chosen(False), plan=plan)
+    _only(night, Verdict.REGRESSED, "plain/memory_predicted")
+
+
+def test_two_trainings_of_which_one_varies_cannot_be_the_same(site: Site) -> None:
+    found = _only(site.night(31, _varying("stopped")), Verdict.INCOMPLETE, "stopped")
+    assert found.text.startswith("same_as plain cannot be told: the bits of one of the two vary")
 
 
 def test_memory_within_the_prediction_must_be_exact_too(site: Site) -> None:
@@ -232,6 +319,85 @@ def test_a_better_quality_is_kept_only_once_it_is_accepted(site: Site) -> None:
     assert stored["reason"] == "a better head"
 
 
+def _seeds(number: int, away: float) -> Change:
+    """Qualities of seeds some spreads away from where they were."""
+
+    def change(results: dict[str, Result]) -> None:
+        noise = SPREAD * np.random.default_rng(number).standard_normal(3)
+        results["seeds"].figures["r2"] = [*(0.5 + away * SPREAD + noise)]
+
+    return change
+
+
+def _r2(night: Night) -> Verdict | None:
+    found = night.found("seeds", "r2")
+    return None if found is None else found.verdict
+
+
+def _accepted_r2(site: Site) -> dict[str, Any]:
+    return dict(json.loads(site.file.read_text())["figures"]["seeds/r2"])
+
+
+@pytest.mark.parametrize(("away", "told"), [(5.0, Verdict.IMPROVED), (-5.0, Verdict.REGRESSED)])
+def test_an_accepted_level_is_the_baseline_from_the_next_night_on(
+    site: Site, away: float, told: Verdict
+) -> None:
+    before = _accepted_r2(site)
+    night = site.night(31, _seeds(31, away))
+    assert _r2(night) is told
+    site.accept("seeds/r2", "another head")
+    after = _accepted_r2(site)
+    assert after["mean"] == pytest.approx(np.mean(night.results["seeds"].figures["r2"]))
+    assert (after["spread"], after["of_spread"]) == (before["spread"], before["count"])
+    assert (after["count"], after["since"], after["commit"]) == (3, _plan(31).began, "commit31")
+    assert [_r2(site.night(n, _seeds(n, away))) for n in range(32, 36)] == [Verdict.PASSED] * 4
+    back = Verdict.REGRESSED if told is Verdict.IMPROVED else Verdict.IMPROVED
+    assert _r2(site.night(36)) is back
+
+
+def test_nights_before_an_accepted_level_are_never_pooled_again(site: Site) -> None:
+    site.night(31, _seeds(31, 5))
+    site.accept("seeds/r2")
+    for number in (32, 33):
+        site.night(number, _seeds(number, 5))
+    with pytest.raises(InputError, match="seeds/r2: 9 values so far; a spread takes 12"):
+        site.accept("seeds/r2")
+    of_level = [site.night(n, _seeds(n, 5)).results["seeds"].figures["r2"] for n in range(34, 37)]
+    site.accept("seeds/r2")
+    stored = _accepted_r2(site)
+    assert (stored["count"], stored["of_spread"], stored["since"]) == (18, None, _plan(31).began)
+    assert stored["mean"] == pytest.approx(0.5 + 5 * SPREAD, abs=SPREAD)
+    assert np.mean(of_level) == pytest.approx(stored["mean"], abs=SPREAD)
+
+
+def test_a_night_that_was_worse_is_no_part_of_a_mean(site: Site) -> None:
+    site.night(31, _seeds(31, -20))
+    site.night(32)
+    site.accept("seeds/r2")
+    assert _accepted_r2(site)["mean"] == pytest.approx(0.5, abs=SPREAD)
+    assert _accepted_r2(site)["spread"] == pytest.approx(SPREAD, rel=0.5)
+
+
+def test_a_baseline_from_before_levels_were_kept_is_read(site: Site) -> None:
+    stored = json.loads(site.file.read_text())
+    for one in stored["figures"].values():
+        del one["of_spread"]
+    site.file.write_text(json.dumps(stored))
+    assert not _bad(site.night(31))
+
+
+def test_a_level_of_one_night_gives_as_many_false_alarms_as_another() -> None:
+    """A mean of three seeds, and a spread of 21 values: t has 20 degrees of freedom."""
+    rng = np.random.default_rng(0)
+    old, level, tonight = (rng.standard_normal((4000, k)) for k in (21, 3, 3))
+    spread = old.std(-1, ddof=1)
+    p = [
+        rules.worse_p([*now], float(np.mean(first)), 3, float(s), 21, 1)
+        for now, first, s in zip(tonight, level, spread, strict=True)
+    ]
+    assert np.mean(np.array(p) < 0.05) == pytest.approx(0.05, abs=0.008)
+
+
 def _slow(results: dict[str, Result]) -> None:
     results["plain"].figures["speed"] *= 0.95
 
@@ -265,7 +431,7 @@ def test_a_slow_down_that_was_accepted_stays_so_without_the_baseline(site: Site)
 @pytest.mark.slow
 def test_a_clock_that_is_a_year_behind_blinds_no_series(site: Site) -> None:
     site.night(31)
-    site.accept()
+    site.accept("plain/speed")
     for number in range(32, 60):
         site.night(number, later=-3e7)
     found = [
@@ -288,6 +454,45 @@ def test_a_slow_down_from_night_31_on(site: Site) -> None:
         assert "from night 31 on" in found.text
     site.accept("plain/speed", "a check that is worth it")
     assert not [one for one in site.night(60, _slow).findings if one.verdict is Verdict.REGRESSED]
+
+
+def test_accepting_a_pattern_begins_no_series_anew_that_has_not_moved(site: Site) -> None:
+    before = json.loads(site.file.read_text())["figures"]
+    site.night(31, _figure("plain", "mse", 0.09))
+    site.accept("plain/*", "a better head")
+    after = json.loads(site.file.read_text())["figures"]
+    assert after["plain/speed"] == before["plain/speed"]
+    assert (before["plain/mse"]["value"], after["plain/mse"]["value"]) == (0.1, 0.09)
+    with pytest.raises(
+        InputError, match="plain/speed: series that have not moved go on; one named"
+    ):
+        site.accept("*/speed")
+    found = [site.night(number, _slow).found("plain", "speed") for number in range(32, 37)]
+    assert found[-1] is not None
+    assert found[-1].verdict is Verdict.REGRESSED
+    site.accept("*/speed", "a check that is worth it")
+    assert json.loads(site.file.read_text())["figures"]["plain/speed"]["since"] == _plan(36).began
+
+
+def test_a_series_that_is_named_in_full_begins_anew(site: Site) -> None:
+    site.night(31)
+    site.accept("plain/speed")
+    found = site.night(32).found("plain", "speed")
+    assert found is not None
+    assert (found.waits, found.held_from) == (True, 31)
+
+
+def test_a_series_of_another_machine_that_was_accepted_shortens_none_here(site: Site) -> None:
+    def moved(results: dict[str, Result]) -> None:
+        for name, one in results.items():
+            results[name] = replace(one, key=KEY | {"device": "H100"})
+
+    site.night(31, moved)
+    site.accept("plain/speed")
+    site.night(32, moved)
+    found = site.night(33).found("plain", "speed")
+    assert found is not None
+    assert (found.verdict, found.held_from) == (Verdict.PASSED, None)
 
 
 def _gone(*names: str) -> Change:
@@ -394,7 +599,9 @@ def test_without_a_baseline_nothing_is_held_against_anything(site: Site) -> None
     assert night.verdict.exit_code == 4
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"version": 1, "key": {}}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"version": 1, "key": {}}', "[" * 100_000], ids=lambda one: one[:9]
+)
 def test_a_damaged_baseline(site: Site, content: str) -> None:
     site.file.write_text(content)
     found = _only(site.night(31), Verdict.INCOMPLETE, "baseline")
@@ -431,12 +638,55 @@ def test_a_spread_waits_for_its_nights_and_then_for_a_person(tmp_path: Path) -> 
     assert site.night(5).verdict is Verdict.PASSED
 
 
-@pytest.mark.parametrize("damage", [{"mean": "high"}, {"spread": None}, {"count": 0}])
-def test_a_baseline_whose_numbers_are_none_is_damaged(site: Site, damage: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *(("seeds/r2", {"mean": mean}) for mean in ("high", None, math.nan, True)),
+        *(("seeds/r2", {"spread": spread}) for spread in (None, -1.0, math.inf)),
+        ("seeds/r2", {"mean": None, "spread": None}),
+        *(("seeds/r2", {"count": count}) for count in (0, 1, 12.5, None)),
+        ("seeds/r2", {"of_spread": 1}),
+        *(("plain/r2", {"value": value}) for value in (None, "0.5", math.nan, True, [0.5])),
+        *(("plain/loss", {"value": value}) for value in ("low", 0.5, [], [0.5, None], [[0.5]])),
+        ("plain/loss", {"value": [10**400]}),
+        *(("plain/parameters", {"value": value}) for value in (None, 7)),
+        ("plain/memory_measured", {"value": None}),
+        *(("plain/speed", {"since": since}) for since in ("now", math.nan)),
+        ("plain/speed", {"colour": "red"}),
+    ],
+)
+def test_a_baseline_whose_values_cannot_be_is_damaged(
+    site: Site, name: str, damage: dict[str, Any]
+) -> None:
     stored = json.loads(site.file.read_text())
-    stored["figures"]["seeds/r2"] |= damage
+    stored["figures"][name] |= damage
     site.file.write_text(json.dumps(stored))
     assert "is damaged" in _only(site.night(31), Verdict.INCOMPLETE, "baseline").text
+
+
+def test_a_baseline_without_a_value_is_damaged(site: Site) -> None:
+    stored = json.loads(site.file.read_text())
+    del stored["figures"]["plain/r2"]["value"]
+    site.file.write_text(json.dumps(stored))
+    assert "is damaged" in _only(site.night(31), Verdict.INCOMPLETE, "baseline").text
+
+
+def test_a_figure_that_is_no_number_is_not_accepted(site: Site) -> None:
+    before = site.file.read_text()
+    values = {"r2": math.nan, "mse": None, "loss": [0.5, math.inf]}
+
+    def broken(results: dict[str, Result]) -> None:
+        results["plain"].figures.update(values)
+        results["seeds"].figures["r2"] = [0.5, math.nan, 0.5]
+
+    site.night(31, broken)
+    for name in ("plain/r2", "plain/mse", "plain/loss", "seeds/r2"):
+        with pytest.raises(InputError, match=f"{name}: it is .*, and no number"):
+            site.accept(name)
+    assert site.file.read_text() == before
+    site.night(32)
+    site.accept("seeds/r2")
+    assert math.isfinite(_accepted_r2(site)["mean"])
 
 
 def test_what_cannot_be_accepted_is_named(tmp_path: Path) -> None:
@@ -457,6 +707,34 @@ def test_what_cannot_be_accepted_is_named(tmp_path: Path) -> None:
         "seeds/mse",
         "seeds/std_prediction",
     ]
+
+
+def test_one_seed_is_not_held_against_the_mean_of_several(site: Site) -> None:
+    night = site.night(31, _figure("seeds", "r2", 0.5))
+    found = _only(night, Verdict.NO_BASELINE, "seeds/r2")
+    assert "of several seeds were accepted, and this is of one" in found.text
+    site.accept("seeds/r2", "one seed is enough")
+    assert not _bad(site.night(32, _figure("seeds", "r2", 0.5)))
+    lower = site.night(33, _figure("seeds", "r2", 0.49))
+    assert "0.49 instead of 0.5" in _only(lower, Verdict.REGRESSED, "seeds/r2").text
+
+
+def test_several_seeds_are_not_held_against_the_value_of_one(site: Site) -> None:
+    told = []
+    for number in range(31, 35):
+        night = site.night(number, _figure("plain", "r2", [0.5, 0.51, 0.49 + number / 1e4]))
+        found = _only_r2(night)
+        told.append((found.text, found.waits))
+    waits = [(f"{3 * count} of 12 values", True) for count in (1, 2, 3)]
+    assert told == [*waits, ("no baseline on this kind of machine", False)]
+    site.accept("plain/r2")
+    assert not _bad(site.night(35, _figure("plain", "r2", [0.5, 0.51, 0.49])))
+
+
+def _only_r2(night: Night) -> Finding:
+    (found,) = _bad(night)
+    assert (found.name, found.verdict) == ("plain/r2", Verdict.NO_BASELINE)
+    return found
 
 
 def test_verdicts_are_ordered_by_gravity() -> None:
