@@ -173,6 +173,7 @@ _CSS = """
   .nights tr { display: grid; grid-template-columns: 1fr auto; column-gap: 1rem; padding: .4rem 0;
     border-bottom: 1px solid var(--line); }
   .nights tr > * { border: 0; padding: .1rem 0; }
+  .nights td:nth-child(2) { white-space: normal; text-align: right; }
   .nights td:nth-child(3) { text-align: left; }
   .nights td:last-child { grid-column: 1 / 3; color: var(--faint); }
 }
