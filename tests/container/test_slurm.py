@@ -11,6 +11,7 @@ import pytest
 from built import Built
 from cluster_job import ClusterJob, submit
 from lab import Lab
+from nights import Site
 from tools import Tools
 
 pytestmark = pytest.mark.slow
@@ -83,3 +84,20 @@ def test_the_commit_of_the_image_is_held_against_the_checkouts(
     (found,) = [one for one in json.loads(done.stdout)["checks"] if one["name"] == "image"]
     assert found["state"] in ("ok", "warning"), found
     assert packed.facts["commit"][:12] in found["text"] or found["state"] == "ok"
+
+
+@pytest.mark.all
+def test_a_night_runs_and_is_judged_in_the_sif(
+    lab: Lab, tools: Tools, sif: Path, tmp_path: Path
+) -> None:
+    site = Site.prepare(lab, tmp_path)
+    matrix = site.matrix(plain={"unfreeze": [1]}, preflight={"kind": "preflight"})
+    options = [*site.options(matrix), "--image", str(sif)]
+    done = site.run(*options, environment=_environment(lab, tools))
+    assert done.returncode == 0, done.stderr
+    record = site.wait_for_record(400)
+    plain, preflight = record["results"]["plain"], record["results"]["preflight"]
+    assert plain["complete"], site.logs()
+    assert preflight["complete"], site.logs()
+    assert plain["key"]["image"] not in ("none", "")
+    assert {one["verdict"] for one in record["findings"]} == {"no baseline yet", "passed"}
