@@ -10,6 +10,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 from job.nightly.baseline import FOLDER as BASELINES
 from slurm.plan import VARIABLES
@@ -27,7 +28,7 @@ _CARRIED = (
 )
 # Of others, what a night's jobs would have from the shell: passwords, and settings of their own.
 _NAMED = re.compile("(MLFLOW|AWS|CUDA|NCCL|GLOO)_")
-_SECRET = re.compile(r"//[^/]*@|(password|passwd|token|secret|key)=", re.IGNORECASE)
+_MAY_HIDE = re.compile("[=@?]")  # a secret: in addresses' logins and queries, in lists of variables
 
 
 def install_lines(options: Namespace) -> Iterator[str]:
@@ -84,10 +85,10 @@ def _set_here() -> list[str]:
 
 
 def _carried() -> dict[str, str]:
-    """The variables of the line; none that is, or whose value has, a secret."""
+    """The variables of the line; none whose value may have a secret."""
     names = [name for name in _set_here() if name in _CARRIED or name.startswith("SBATCH_")]
     values = {name: os.environ[name] for name in names if name.isidentifier()}
-    return {k: v for k, v in values.items() if v.isprintable() and not _SECRET.search(v)}
+    return {k: v for k, v in values.items() if v.isprintable() and not _MAY_HIDE.search(unquote(v))}
 
 
 def _path() -> dict[str, str]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from job.common.errors import Exit
+from job.common.errors import GPU_OUT_OF_MEMORY, Exit
 from job.common.places import disk
 from job.run.reader import last_lines
 from slurm.policy import exit_status
@@ -20,7 +20,8 @@ from slurm.record import Outcome
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM)
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
-_GPU_OUT_OF_MEMORY = re.compile(r"CUDA out of memory|OutOfMemoryError")
+_GPU_OUT_OF_MEMORY = re.compile("|".join(map(re.escape, ("OutOfMemoryError", *GPU_OUT_OF_MEMORY))))
+_WARNING = " WARNING "  # as of a checkpoint that could not be copied, after which training went on
 _ERROR = re.compile(r"^error: | ERROR ")
 _SMALLER = (
     "lower training.micro_batch_tokens, set distributed.fsdp.activation_checkpointing, "
@@ -95,7 +96,7 @@ def describe(code: int, lines: Sequence[str], *, killed_for_memory: bool = False
     if code == Exit.IO_FAILED:  # what comes last may be half a line, on a full disk
         told = [line for line in told if _ERROR.search(line)] or told
     said = told[-1] if told else "it said nothing"
-    if any(_GPU_OUT_OF_MEMORY.search(line) for line in lines):
+    if any(_GPU_OUT_OF_MEMORY.search(line) and _WARNING not in line for line in lines):
         return f"the GPU's memory ran out: {_SMALLER}. {said}"
     meaning = _MEANINGS.get(code, "a crash")
     return f"{meaning} (exit code {code}): {said}"

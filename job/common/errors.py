@@ -17,6 +17,15 @@ from typing import NoReturn, Self
 
 from job.common.places import disk
 
+# What errors say for which a GPU has no memory left: torch's allocator and those beside it.
+GPU_OUT_OF_MEMORY = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cuda failure 2 'out of memory'",  # NCCL's
+    "Triton Error [CUDA]: out of memory",
+)
 _WIDTH = 200  # characters that a message quotes of a text
 # What a file system says that is full, away, failing, read-only or lacks something: no file of
 # ours is wrong, and later or elsewhere it may do.

@@ -104,7 +104,8 @@ def load_baseline(folder: Path, matrix: str, key: dict[str, str]) -> Baseline:
 
 def _read(name: str, stored: dict[str, Any]) -> Accepted:
     """Raises TypeError where a value is missing, or is none that this figure can have."""
-    one, figure = Accepted(**stored), name.partition("/")[2]
+    known = {name: stored[name] for name in stored if name in Accepted.__dataclass_fields__}
+    one, figure = Accepted(**known), name.partition("/")[2]
     sound = one.since is None or _is_finite(one.since)
     if one.mean is not None or one.spread is not None:
         sound = sound and _is_level(one)
@@ -236,8 +237,14 @@ def _spread(
 
 
 def covered(nights: Sequence[Night], since: float | None) -> list[Night]:
-    """The nights from the first on that began then or later, by their order: clocks jump."""
-    first = (k for k, night in enumerate(nights) if since is None or night.plan.began >= since)
+    """The nights from the one on that began then, by their order: clocks jump.
+
+    Where that one is not there any more, from the first on that began later.
+    """
+    began = [night.plan.began for night in nights]
+    if since in began:
+        return [*nights[began.index(since) :]]
+    first = (k for k, moment in enumerate(began) if since is None or moment >= since)
     return [*nights[next(first, len(nights)) :]]
 
 

@@ -22,7 +22,7 @@ from job.run.reader import Snapshot, StoredRun, complete_records
 _GPU_TOLERANCE = 0.03  # between predicted and measured memory
 TOLD_TO_STOP = "told to stop"  # an event of the run, beside submitted, started and so on
 _UNWARMED = 1  # log lines before speeds count
-_BY_MEMORY = "auto"  # the micro-batch: what memory is free at that moment
+_BY_MEMORY = "auto"  # micro-batch and strategy: by what memory is free at that moment
 _VALIDATION = "memory-validation.json"
 
 
@@ -119,8 +119,10 @@ def _trained(name: str, entry: Entry, paths: Sequence[Path]) -> Result:
     ranks = runs[0].memory.get("ranks", [])
     on_gpu = bool(ranks) and ranks[0]["backend"] != "process"
     training = runs[0].config.get("training", {})
-    by_memory = training.get("micro_batch_tokens") == _BY_MEMORY
-    same_bits = bool(training.get("deterministic", True)) and not by_memory
+    tokens_vary = training.get("micro_batch_tokens") == _BY_MEMORY
+    same_bits = bool(training.get("deterministic", True)) and not tokens_vary
+    fsdp = runs[0].config.get("distributed", {}).get("fsdp", {})
+    by_memory = tokens_vary or (on_gpu and fsdp.get("sharding_strategy") == _BY_MEMORY)
     told = (_key(runs), _commit(runs[0]), on_gpu, figures, notes, same_bits, by_memory)
     return Result(name, True, None, *told)
 

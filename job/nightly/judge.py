@@ -76,7 +76,9 @@ def judge(
         baseline = _baseline(folder, plan, result, broken)
         judged += [_judged(result, name, baseline, nights) for name in result.figures]
         notes += _not_held(result, baseline)
-        notes_of_figures = result.notes | _missing(result, baseline, nights)
+        notes_of_figures = result.notes | _missing(
+            result, baseline, nights, len(plan.entries[result.entry].seeds)
+        )
         findings += [
             Finding(result.entry, name, Verdict.INCOMPLETE, text)
             for name, text in notes_of_figures.items()
@@ -103,8 +105,13 @@ def _judgeable(result: Result) -> Result:
     return replace(result, figures=figures, notes=result.notes | notes)
 
 
-def _missing(result: Result, baseline: Baseline, nights: Sequence[Night]) -> dict[str, str]:
-    """Figures that were accepted, or were there in the last night on this machine, and are not."""
+def _missing(
+    result: Result, baseline: Baseline, nights: Sequence[Night], seeds: int
+) -> dict[str, str]:
+    """Figures that were accepted, or were there in the last night on this machine, and are not.
+
+    Of several seeds no bits are told, which a single one may have had.
+    """
     accepted = {name.partition("/")[2] for name in baseline.figures if _is_of(name, result)}
     earlier = [one for one in _earlier(result.entry, nights) if one.key == result.key]
     last = set(earlier[-1].figures) if earlier else set()
@@ -115,6 +122,7 @@ def _missing(result: Result, baseline: Baseline, nights: Sequence[Night]) -> dic
         for name in sorted(names)
         if name not in result.figures and name not in result.notes
         if name in FIGURES and FIGURES[name].rule is not Rule.SHOWN
+        if seeds == 1 or name not in BITS
     }
 
 
@@ -203,7 +211,7 @@ def _memory(one: Judged, broken: bool) -> Iterator[Finding]:
     parted = rules.parted(predicted, one.value)
     if parted is not None:
         yield one.finding(Verdict.REGRESSED, parted, rules.MEMORY, before=predicted)
-    elif one.result.deterministic:
+    elif one.result.deterministic and not one.result.chosen_by_memory:
         yield from _exact(one, rules.MEMORY, broken)
     else:
         text = f"{one.value / 1e9:.3f} GB, within 3 % of the prediction"
@@ -441,7 +449,8 @@ def _located(
     if found.rule == rules.SAME:  # either of the two entries may be the one that has moved
         found = replace(found, before=None)
     between = found.between or _since_it_passed(found, plan, results[found.entry], nights)
-    if between is not None and set(between) & _edited(plan, nights):
+    changed = _edited(plan, nights) | ({plan.commit} if plan.edited else set())
+    if between is not None and set(between) & changed:
         return replace(found, between=between, text=f"{found.text}; {_EDITED}")
     if between is None or between[0] == between[1] or found.before is None:
         return replace(found, between=between)
@@ -452,8 +461,11 @@ def _located(
 
 
 def _edited(plan: Plan, nights: Sequence[Night]) -> set[str | None]:
-    """Commits that nights have run with changes that are in none of them."""
-    return {one.commit for one in (plan, *(night.plan for night in nights)) if one.edited}
+    """Commits that nights have run with changes that are in none of them, and never without."""
+    plans = [plan, *(night.plan for night in nights)]
+    return {one.commit for one in plans if one.edited} - {
+        one.commit for one in plans if not one.edited
+    }
 
 
 def _since_it_passed(

@@ -100,7 +100,7 @@ class Result:
         figures: numbers, lists of them (losses by step, quality by seed), or texts.
         notes: figures that could not be taken, and why.
         deterministic: whether the same code gives the same bits and allocations.
-        chosen_by_memory: whether the micro-batch was, by what was free: predictions vary with it.
+        chosen_by_memory: whether micro-batch or strategy were, by what was free: memory varies.
     """
 
     entry: str
@@ -268,8 +268,12 @@ def _finding(stored: dict[str, Any]) -> Finding:
 
 
 def _made(of: type[_Kept], values: dict[str, Any]) -> _Kept:
-    """A dataclass of values that have its fields' kinds, or TypeError."""
-    made, hints = of(**values), get_type_hints(of)
+    """A dataclass of values that have its fields' kinds, or TypeError.
+
+    Values that it has no field for are of newer code, and bisecting runs older one: they are left.
+    """
+    hints = get_type_hints(of)
+    made = of(**{name: value for name, value in values.items() if name in hints})
     for name, value in vars(made).items():
         if not _is(value, hints[name]):
             raise TypeError(f"{of.__name__}.{name}: {type(value).__name__}")

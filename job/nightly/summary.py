@@ -62,8 +62,10 @@ def _lines(found: Finding) -> Iterator[str]:
     yield f"* **{found.name}**: {_text(found)}"
     if found.between is not None:
         good, bad = found.between
-        same = f"  both nights ran {bad}: look at the machine"
-        yield same if good == bad else f"  between {good} (good) and {bad} (bad)"
+        if good != bad:
+            yield f"  between {good} (good) and {bad} (bad)"
+        elif "edited" not in found.text:
+            yield f"  both nights ran {bad}: look at the machine"
     if found.bisect is not None:
         yield f"  `{found.bisect}`"
 

@@ -8,7 +8,7 @@ import re
 
 from job.common.errors import InputError
 
-_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # new name and old
+_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # new name, and old, which prevails
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _SAME_BITS = (":4096:8", ":16:8")  # the workspaces with which torch calls cuBLAS deterministic
 
@@ -27,8 +27,9 @@ def set_up_allocator() -> None:
 
 def segments_grow() -> bool:
     """Whether torch's allocator has been told to let its segments grow."""
-    given = ",".join(os.environ.get(name, "") for name in _SETTINGS)
-    return re.search(r"expandable_segments\s*:\s*True", given) is not None
+    given = next((os.environ[name] for name in reversed(_SETTINGS) if name in os.environ), "")
+    said = re.findall(r"expandable_segments\s*:\s*(\w+)", given)
+    return said[-1:] == ["True"]
 
 
 def check_workspace() -> None:

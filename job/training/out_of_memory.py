@@ -8,18 +8,11 @@ from contextlib import contextmanager
 
 import torch
 
-from job.common.errors import Ending, InputError, UnfitNode
+from job.common.errors import GPU_OUT_OF_MEMORY, Ending, InputError, UnfitNode
 from job.common.schema import CriticConfig
 from job.distributed.world import World
 from job.memory.fit import MARGIN, outside_allocator
 from job.memory.settings import ways_to_lower
-
-# what errors of others say whose memory is not torch's allocator's to give
-_BESIDE_THE_ALLOCATOR = (
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "Cuda failure 2 'out of memory'",  # NCCL's
-)
 
 
 @contextmanager
@@ -47,7 +40,7 @@ def out_of_memory_judged(
 def _is_out_of_memory(error: RuntimeError) -> bool:
     """Whether it is torch's allocator that found none, or CUDA, cuBLAS or NCCL beside it."""
     return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in _BESIDE_THE_ALLOCATOR
+        words in str(error) for words in GPU_OUT_OF_MEMORY
     )
 
 
@@ -60,7 +53,10 @@ def _too_much(config: CriticConfig, error: Exception) -> InputError:
 def _taken_by_others(world: World) -> Ending | None:
     if world.device.type != "cuda":
         return None
-    free, total = torch.cuda.mem_get_info(world.device)
+    try:
+        free, total = torch.cuda.mem_get_info(world.device)
+    except RuntimeError:  # CUDA has ended with what ran out
+        return None
     own = torch.cuda.memory_reserved(world.device) + outside_allocator(world.size)
     others = total - free - own
     if others <= MARGIN * total:

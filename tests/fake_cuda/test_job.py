@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,6 +138,9 @@ def test_a_run_that_was_stopped_between_two_saves_goes_on(
             ended = process.wait(SECONDS)
             assert ended == (STOPPED if gpus == 1 else 1), log.read_text()[-4000:]
         finally:
+            with suppress(psutil.NoSuchProcess):
+                for one in psutil.Process(process.pid).children(recursive=True):
+                    one.kill()
             process.kill()
             process.wait()
     at = run.step

@@ -518,6 +518,9 @@ def test_the_line_for_cron_finds_containers_as_the_shell_does(
         ("AWS_SECRET_ACCESS_KEY", "hunter2"),
         ("MLFLOW_TRACKING_URI", "https://me:hunter2@m:5000"),
         ("MLFLOW_TRACKING_URI", "postgresql://m/db?password=hunter2"),
+        ("MLFLOW_TRACKING_URI", "postgresql://me:hunter2/@m/db"),
+        ("MLFLOW_TRACKING_URI", "mssql+pyodbc:///x%3FPWD%3Dhunter2"),
+        ("SBATCH_EXPORT", "ALL,PGPASS=hunter2"),
         ("NCCL_SOCKET_IFNAME", "hunter2"),
     ],
 )

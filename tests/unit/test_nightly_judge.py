@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ import pytest
 
 from job.common.errors import InputError
 from job.nightly import rules
-from job.nightly.baseline import VERSION, accept, baseline_file
-from job.nightly.judge import judge
+from job.nightly.baseline import VERSION, Accepted, Baseline, accept, baseline_file, covered
+from job.nightly.judge import _missing, judge
 from job.nightly.matrix import Entry
 from job.nightly.record import (
     Finding,
@@ -179,6 +180,28 @@ def test_what_may_be_in_no_commit_is_not_bisected(site: Site, edited: int) -> No
     assert (found.between, found.bisect) == (("commit31", "commit32"), None)
     assert found.text.endswith("edited, and what moved it may be in no commit")
     assert (", edited." in markdown(night)) == (edited == 32)
+
+
+def test_a_commit_that_has_run_unedited_too_is_bisected(site: Site) -> None:
+    def of_the_first(results: dict[str, Result]) -> None:
+        for name, result in results.items():
+            results[name] = replace(result, commit="commit31")
+
+    assert not _bad(site.night(31, plan=replace(_plan(31), edited=True)))
+    unedited = replace(_plan(32), commit="commit31")
+    assert not _bad(site.night(32, of_the_first, plan=unedited))
+    found = _only(site.night(33, _figure("plain", "mse", 0.2)), Verdict.REGRESSED, "plain/mse")
+    assert found.bisect is not None
+    assert found.bisect.startswith("git bisect start commit33 commit31 && ")
+
+
+def test_an_edit_of_the_commit_that_was_good_is_no_fault_of_the_machine(site: Site) -> None:
+    assert not _bad(site.night(31))
+    edited = replace(_plan(32), edited=True, commit="commit31")
+    night = site.night(32, _figure("plain", "mse", 0.2), plan=edited)
+    assert _only(night, Verdict.REGRESSED, "plain/mse").bisect is None
+    assert "edited, and what moved it may be in no commit" in markdown(night)
+    assert "look at the machine" not in markdown(night)
 
 
 def test_a_resumed_training_with_other_bits(site: Site) -> None:
@@ -553,6 +576,22 @@ def test_an_entry_that_is_left_out_is_noted(site: Site) -> None:
     )
 
 
+def test_nights_that_count_begin_with_the_one_accepted_whatever_clocks_said() -> None:
+    nights: list[Any] = [
+        SimpleNamespace(plan=SimpleNamespace(began=began)) for began in (100.0, 9e9, 300.0, 400.0)
+    ]
+    assert covered(nights, 400.0) == nights[3:]
+    assert covered(nights, 350.0) == nights[1:]  # of a night that is not there any more
+    assert covered(nights, None) == nights
+
+
+@pytest.mark.parametrize(("seeds", "missing"), [(1, ["loss", "mse"]), (3, ["mse"])])
+def test_of_several_seeds_no_bits_are_missing(seeds: int, missing: list[str]) -> None:
+    once = Accepted("commit", "why", "2026-01-01", value=0.1)
+    baseline = Baseline({}, {"one/loss": once, "one/mse": once})
+    assert [*_missing(Result("one", True), baseline, [], seeds)] == missing
+
+
 def test_a_clock_that_goes_back_is_told_and_moves_nothing_else(site: Site) -> None:
     def back(results: dict[str, Result]) -> None:
         figures = dict(results["stopped"].figures)
@@ -652,7 +691,6 @@ def test_a_spread_waits_for_its_nights_and_then_for_a_person(tmp_path: Path) -> 
         *(("plain/parameters", {"value": value}) for value in (None, 7)),
         ("plain/memory_measured", {"value": None}),
         *(("plain/speed", {"since": since}) for since in ("now", math.nan)),
-        ("plain/speed", {"colour": "red"}),
     ],
 )
 def test_a_baseline_whose_values_cannot_be_is_damaged(

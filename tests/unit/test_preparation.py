@@ -97,6 +97,15 @@ def test_settings_of_the_users_own_stay_as_they_are(nvml: list[str], name: str) 
     assert not segments_grow()
     os.environ[name] = "max_split_size_mb:64, expandable_segments: True"
     assert segments_grow()
+    os.environ[name] += ",expandable_segments:False"
+    assert not segments_grow()
+
+
+def test_of_both_names_torch_reads_the_old_one() -> None:
+    os.environ |= dict(zip(ALLOCATOR, ("expandable_segments:True", ""), strict=True))
+    assert not segments_grow()
+    os.environ |= dict(zip(ALLOCATOR, ("", "expandable_segments:True"), strict=True))
+    assert segments_grow()
 
 
 def test_a_workspace_with_which_a_gpu_does_not_give_the_same_bits_is_refused(

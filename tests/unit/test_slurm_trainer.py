@@ -142,12 +142,18 @@ def test_where_the_disk_was_full_the_last_error_counts_and_not_half_a_line() -> 
     [
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
         "RuntimeError: CUDA out of memory.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate",
     ],
 )
 def test_when_the_gpus_memory_ran_out_the_way_out_is_named(tmp_path: Path, line: str) -> None:
     outcome = _shell(tmp_path, f"echo '{line}'; echo 'rank 2 ends'; exit 1")
     assert outcome.reason.startswith("the GPU's memory ran out: lower training.micro_batch_tokens")
     assert outcome.reason.endswith("rank 2 ends")
+
+
+def test_memory_that_only_a_checkpoints_copy_lacked_is_no_end() -> None:
+    warned = "12:00 WARNING saving a checkpoint failed: rank 0: CUDA error: out of memory"
+    assert describe(1, [warned, "ValueError: no"]) == "a crash (exit code 1): ValueError: no"
 
 
 @pytest.mark.parametrize(
