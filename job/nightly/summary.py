@@ -12,7 +12,7 @@ from job.nightly.table import FIGURES, text_of
 
 _NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _ASKS = {
-    Verdict.REGRESSED: "find the commit with the line below, or accept the figure with a reason",
+    Verdict.REGRESSED: "find the commit (a line may be below), or accept the figure with a reason",
     Verdict.INCOMPLETE: "look at why; nothing is known of what is missing",
     Verdict.NO_BASELINE: "look at the figures, then accept them with a reason",
     Verdict.IMPROVED: "accept the figures with a reason, so that they are kept",
