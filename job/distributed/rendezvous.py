@@ -85,8 +85,8 @@ def meet(host: str, port: int, rank: int, size: int, patience: timedelta) -> Sto
     Raises:
         Ending: rank 0 cannot be reached from here, or some ranks did not come; they are named.
     """
-    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    serves = rank == 0 and not is_torchruns
+    # torchrun's agent says so where it serves already
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         tcp = TCPStore(host, port, size, serves, timeout=patience, wait_for_workers=False)
     except dist.DistNetworkError as error:

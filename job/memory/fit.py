@@ -27,10 +27,10 @@ CONTEXT_BYTES = 600_000_000
 NCCL_BYTES = 1_000_000_000
 # cuBLAS's, which torch's allocator gives once: as CUBLAS_WORKSPACE_CONFIG=:4096:8 asks for.
 WORKSPACE_BYTES = 8 * 4096 * 1024
-# What the allocator reserves beyond what it has given out, as a share of that, on one GPU and on
-# several: what torch's own came to on a pretended GPU, over micro-batches of varying size.
-_GAPS, _GAPS_WITH_OTHERS = 0.035, 0.06
-_GAPS_FIXED, _GAPS_FIXED_WITH_OTHERS = 0.17, 0.55  # where segments do not grow
+# What the allocator reserves beyond what it has given out, as a share of that: what torch's own came
+# to on a pretended GPU, over micro-batches of varying size. By whether segments grow; on one GPU, and
+# on several.
+_GAPS = {True: (0.035, 0.06), False: (0.17, 0.55)}
 MARGIN = 0.05  # of the GPU, for what is not in the closed form
 _STEP = 256  # tokens that a chosen micro-batch is a multiple of
 _LARGEST_TRIED = 262_144  # tokens of a micro-batch
@@ -69,10 +69,8 @@ def reserved_bytes(setting: Setting, peak: int) -> int:
     """What torch's allocator takes of a GPU to have given out so many bytes at the peak."""
     if not setting.cuda:
         return peak
-    if setting.segments_grow:
-        gaps = _GAPS_WITH_OTHERS if setting.world_size > 1 else _GAPS
-    else:
-        gaps = _GAPS_FIXED_WITH_OTHERS if setting.world_size > 1 else _GAPS_FIXED
+    alone, with_others = _GAPS[setting.segments_grow]
+    gaps = with_others if setting.world_size > 1 else alone
     return round((peak + WORKSPACE_BYTES) * (1 + gaps))
 
 
