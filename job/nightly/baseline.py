@@ -20,7 +20,7 @@ from job.common.errors import InputError, listing
 from job.common.files import write_atomic
 from job.nightly.figures import rule_of
 from job.nightly.matrix import MATRICES
-from job.nightly.record import Night, Result, Verdict
+from job.nightly.record import Night, Result, Verdict, made
 from job.nightly.table import FIGURES, Rule
 
 FOLDER = MATRICES / "baseline"
@@ -104,8 +104,7 @@ def load_baseline(folder: Path, matrix: str, key: dict[str, str]) -> Baseline:
 
 def _read(name: str, stored: dict[str, Any]) -> Accepted:
     """Raises TypeError where a value is missing, or is none that this figure can have."""
-    known = {name: stored[name] for name in stored if name in Accepted.__dataclass_fields__}
-    one, figure = Accepted(**known), name.partition("/")[2]
+    one, figure = made(Accepted, stored), name.partition("/")[2]
     sound = one.since is None or _is_finite(one.since)
     if one.mean is not None or one.spread is not None:
         sound = sound and _is_level(one)

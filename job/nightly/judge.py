@@ -449,9 +449,9 @@ def _located(
     if found.rule == rules.SAME:  # either of the two entries may be the one that has moved
         found = replace(found, before=None)
     between = found.between or _since_it_passed(found, plan, results[found.entry], nights)
-    changed = _edited(plan, nights) | ({plan.commit} if plan.edited else set())
-    if between is not None and set(between) & changed:
-        return replace(found, between=between, text=f"{found.text}; {_EDITED}")
+    if between is not None and set(between) & _edited(plan, nights):
+        commits = None if between[0] == between[1] else between
+        return replace(found, between=commits, text=f"{found.text}; {_EDITED}")
     if between is None or between[0] == between[1] or found.before is None:
         return replace(found, between=between)
     words = [plan.python, "slurm/nightly.py", "--bisect", found.name, "--night", str(folder.path)]
@@ -461,11 +461,12 @@ def _located(
 
 
 def _edited(plan: Plan, nights: Sequence[Night]) -> set[str | None]:
-    """Commits that nights have run with changes that are in none of them, and never without."""
+    """Commits that tonight, or each night that ran them, had with changes that are in none."""
+    if plan.edited:
+        nights = [night for night in nights if night.plan.commit != plan.commit]
     plans = [plan, *(night.plan for night in nights)]
-    return {one.commit for one in plans if one.edited} - {
-        one.commit for one in plans if not one.edited
-    }
+    unedited = {one.commit for one in plans if not one.edited}
+    return {one.commit for one in plans if one.edited} - unedited
 
 
 def _since_it_passed(

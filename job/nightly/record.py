@@ -246,38 +246,38 @@ def _read(file: Path, advice: str, build: Callable[[dict[str, Any]], _Kept]) -> 
 
 def _plan(stored: dict[str, Any]) -> Plan:
     entries = {name: _entry(one) for name, one in stored["entries"].items()}
-    runs = [_made(PlannedRun, one) for one in stored["runs"]]
-    return _made(Plan, stored | {"entries": entries, "runs": runs})
+    runs = [made(PlannedRun, one) for one in stored["runs"]]
+    return made(Plan, stored | {"entries": entries, "runs": runs})
 
 
 def _entry(stored: dict[str, Any]) -> Entry:
-    return _made(Entry, stored | {"kind": Kind(stored["kind"])})
+    return made(Entry, stored | {"kind": Kind(stored["kind"])})
 
 
 def _night(plan: Plan, stored: dict[str, Any]) -> Night:
-    results = {name: _made(Result, one) for name, one in stored["results"].items()}
+    results = {name: made(Result, one) for name, one in stored["results"].items()}
     findings = [_finding(one) for one in stored["findings"]]
     kept = {"plan": plan, "results": results, "findings": findings, "notes": stored["notes"]}
-    return _made(Night, kept)
+    return made(Night, kept)
 
 
 def _finding(stored: dict[str, Any]) -> Finding:
     good, bad = stored["between"] or (None, None)
     between = (good, bad) if stored["between"] else None
-    return _made(Finding, stored | {"verdict": Verdict(stored["verdict"]), "between": between})
+    return made(Finding, stored | {"verdict": Verdict(stored["verdict"]), "between": between})
 
 
-def _made(of: type[_Kept], values: dict[str, Any]) -> _Kept:
+def made(of: type[_Kept], values: dict[str, Any]) -> _Kept:
     """A dataclass of values that have its fields' kinds, or TypeError.
 
     Values that it has no field for are of newer code, and bisecting runs older one: they are left.
     """
     hints = get_type_hints(of)
-    made = of(**{name: value for name, value in values.items() if name in hints})
-    for name, value in vars(made).items():
+    one = of(**{name: value for name, value in values.items() if name in hints})
+    for name, value in vars(one).items():
         if not _is(value, hints[name]):
             raise TypeError(f"{of.__name__}.{name}: {type(value).__name__}")
-    return made
+    return one
 
 
 def _is(value: object, hint: Any) -> bool:

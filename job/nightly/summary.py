@@ -62,10 +62,8 @@ def _lines(found: Finding) -> Iterator[str]:
     yield f"* **{found.name}**: {_text(found)}"
     if found.between is not None:
         good, bad = found.between
-        if good != bad:
-            yield f"  between {good} (good) and {bad} (bad)"
-        elif "edited" not in found.text:
-            yield f"  both nights ran {bad}: look at the machine"
+        same = f"  both nights ran {bad}: look at the machine"
+        yield same if good == bad else f"  between {good} (good) and {bad} (bad)"
     if found.bisect is not None:
         yield f"  `{found.bisect}`"
 
