@@ -27,9 +27,9 @@ CONTEXT_BYTES = 600_000_000
 NCCL_BYTES = 1_000_000_000
 # cuBLAS's, which torch's allocator gives once: as CUBLAS_WORKSPACE_CONFIG=:4096:8 asks for.
 WORKSPACE_BYTES = 8 * 4096 * 1024
-# What the allocator reserves beyond what it has given out, as a share of that: what torch's own came
-# to on a pretended GPU, over micro-batches of varying size. By whether segments grow; on one GPU, and
-# on several.
+# What the allocator reserves beyond what it has given out, as a share of that: what torch's own
+# came to on a pretended GPU, over micro-batches of varying size. By whether segments grow; on one
+# GPU, and on several.
 _GAPS = {True: (0.035, 0.06), False: (0.17, 0.55)}
 MARGIN = 0.05  # of the GPU, for what is not in the closed form
 _STEP = 256  # tokens that a chosen micro-batch is a multiple of
