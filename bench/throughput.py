@@ -90,13 +90,21 @@ CPU = torch.device("cpu")
 # Data
 
 
-def write_examples(folder: Path, vocab_size: int, seed: int, solutions: int = 1) -> TokenizedSet:
+def write_examples(
+    folder: Path,
+    vocab_size: int,
+    seed: int,
+    *,
+    solutions: int = 1,
+    sequences: int = TRAINING.batch_size,
+) -> TokenizedSet:
     """Random sequences, every other one right, in the product's stored form.
 
     Args:
         solutions: of a problem, one after the other, with the same prompt.
+        sequences: of a step.
     """
-    count = BATCHES * TRAINING.batch_size
+    count = BATCHES * sequences
     generator = np.random.default_rng(seed)
     prompts, lengths = _draw_lengths(generator, count, solutions)
     offsets = np.concatenate(([0], np.cumsum(lengths)))
@@ -233,6 +241,7 @@ class Case:
     device: str
     n: int
     solutions: int
+    sequences: int  # of a step
     seed: int
 
     @property
@@ -240,7 +249,7 @@ class Case:
         return SHAPES[self.shape]
 
     def __str__(self) -> str:
-        return f"N={self.n}, {self.solutions} solution(s) a problem"
+        return f"N={self.n}, {self.solutions} solution(s) a problem, {self.sequences} a step"
 
 
 @dataclass(frozen=True)
@@ -329,7 +338,13 @@ def _trained(case: Case) -> int:
 def compare(case: Case, names: Sequence[str], steps: int, folder: Path) -> dict[str, Any]:
     """Measure some contestants on one case; `folder` is theirs."""
     (folder / "data").mkdir()
-    data = write_examples(folder / "data", case.architecture.vocab_size, case.seed, case.solutions)
+    data = write_examples(
+        folder / "data",
+        case.architecture.vocab_size,
+        case.seed,
+        solutions=case.solutions,
+        sequences=case.sequences,
+    )
     critic = make_critic(case.architecture, case.seed)
     write_model(critic, folder / "model")
     with ExitStack() as stack:
@@ -366,7 +381,7 @@ def settings(case: Case, folder: Path, name: str) -> Settings:
         folder=str(folder / "model"),
         data=str(folder / "data"),
         n=case.n,
-        sequences=TRAINING.batch_size,
+        sequences=case.sequences,
         learning_rate=TRAINING.learning_rate,
         betas=list(TRAINING.betas),
         weight_decay=TRAINING.weight_decay,
@@ -473,7 +488,7 @@ def _write(file: Path, record: Mapping[str, Any]) -> None:
 
 def _cases(options: argparse.Namespace) -> list[Case]:
     return [
-        Case(options.shape, options.device, n, solutions, options.seed)
+        Case(options.shape, options.device, n, solutions, options.sequences, options.seed)
         for solutions in options.solutions
         for n in options.unfrozen
     ]
@@ -487,6 +502,8 @@ def main() -> None:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu; bf16 on cuda")
     add("--unfrozen", type=int, nargs="+", default=[0, 2, 4, 8], metavar="N", help="0 2 4 8")
     add("--solutions", type=int, nargs="+", default=[1, 4], help="of a problem (default: 1 4)")
+    sequences = TRAINING.batch_size
+    add("--sequences", type=int, default=sequences, metavar="K", help=f"of a step ({sequences})")
     add("--contestants", nargs="+", choices=KINDS, default=list(KINDS), metavar="NAME", help="all")
     add("--before", type=Path, metavar="CHECKOUT", help="of another commit, beside these")
     options = parser.parse_args()
@@ -497,7 +514,7 @@ def main() -> None:
         parser.error("no GPU here")
     record = origin(options.seed, ["numpy"]) | {
         "peers": versions(options.contestants),
-        "training": to_dict(replace(TRAINING)),
+        "training": to_dict(replace(TRAINING, batch_size=options.sequences)),
         "architecture": asdict(SHAPES[options.shape]),
         "sequence_tokens": [SHORTEST, LONGEST],
         "prompt_share": PROMPT_SHARE,
