@@ -2,9 +2,10 @@
 
     GSM8K_DIR=DATA python bench/objectives.py --out bench/results/objectives.json
 
-Three seeds of each objective with N=2, on the embedded data and on GSM8K (left out, which is said,
-without GSM8K_DIR: the folder that bench/gsm8k.py takes). Each data set has one trunk. Runs that are
-finished already, under runs/objectives, are kept; with --kept no other is begun.
+And what another order of the data does: solutions of a problem in a row. Three seeds of each with
+N=2, on the embedded data and on GSM8K (left out, which is said, without GSM8K_DIR: the folder that
+bench/unfreezing.py takes). Each data set has one trunk. Runs that are finished already, under
+runs/objectives, are kept; with --kept no other is begun.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ OBJECTIVES = {
     "with pairs": ("objective.terms={monte_carlo: 1.0, pairwise: 0.5}",),
     "with both": ("objective.terms={monte_carlo: 1.0, td: 0.5, pairwise: 0.5}",),
     "head first": (),  # and stages, which hang on the steps
+    "grouped": ("data.group_by_problem=true",),
 }
 FIGURES = (
     "mse",
@@ -61,7 +63,7 @@ FIGURES = (
     "prompt/distance_to_optimal",
     "prompt/next_distance_to_optimal",
 )
-_SHOWN = ("mse", "r2", "last_token_auc", "pairwise_accuracy", "prompt/mse")
+_SHOWN = ("mse", "r2", "last_token_auc", "pairwise_accuracy", "prompt/mse", "seconds")
 
 Cell = dict[str, Any]
 
@@ -74,7 +76,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="default: the configuration's")
     parser.add_argument("--kept", action="store_true", help="only sum up the runs there are")
     options = parser.parse_args()
-    data = [one for one in options.data if _is_there(one)]
+    data = [one for one in options.data if is_there(one)]
     seeds = range(options.seed, options.seed + options.seeds)
     cells = [
         measured(one, objective, seed, options.steps)
@@ -93,7 +95,7 @@ def main() -> None:
         write_record(options.out, results, seed=options.seed, packages=("numpy",))
 
 
-def _is_there(data: str) -> bool:
+def is_there(data: str) -> bool:
     if data == "gsm8k" and "GSM8K_DIR" not in os.environ:
         say("gsm8k: LEFT OUT, for GSM8K_DIR is not set")
         return False
@@ -149,11 +151,11 @@ def measured(data: str, objective: str, seed: int, steps: int | None) -> Cell:
 
 
 def summary(cells: Sequence[Cell]) -> Iterator[Cell]:
-    """Of each objective the mean of each figure, and its range, over seeds."""
+    """Of each objective the mean of each figure and of seconds, and their ranges, over seeds."""
     for data, objective in dict.fromkeys((cell["data"], cell["objective"]) for cell in cells):
         found = [c for c in cells if (c["data"], c["objective"]) == (data, objective)]
         row: Cell = {"data": data, "objective": objective, "seeds": len(found)}
-        for name in FIGURES:
+        for name in (*FIGURES, "seconds"):
             values = [cell[name] for cell in found if cell[name] is not None]
             if values:
                 row[name] = {"mean": fmean(values), "range": [min(values), max(values)]}

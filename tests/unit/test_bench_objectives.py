@@ -36,7 +36,7 @@ def test_each_run_differs_from_its_configuration_in_its_objective_alone(
         config = load_config(CriticConfig, file, objectives.overrides(data, name, 1, steps))
         changed = {line.split(":")[0] for line in differences(usual, to_dict(config))}
         rest = changed - places - length
-        assert {key.split(".")[0] for key in rest} <= {"objective", "training"}, name
+        assert {key.split(".")[0] for key in rest} <= {"objective", "training", "data"}, name
         assert (rest == set()) == (name == "token"), name
         seen.append(tuple(sorted(rest)) + tuple(map(str, objectives.OBJECTIVES[name])))
     assert len(set(seen)) == len(objectives.OBJECTIVES)
@@ -52,20 +52,21 @@ def test_the_head_first_has_a_tenth_of_the_steps(objectives: ModuleType) -> None
 def test_runs_of_an_objective_are_summed_up_over_seeds(objectives: ModuleType) -> None:
     none = dict.fromkeys(objectives.FIGURES)
     cells = [
-        {"data": "gsm8k", "objective": "bce", "seed": seed} | none | {"mse": mse}
+        {"data": "gsm8k", "objective": "bce", "seed": seed, "seconds": 9} | none | {"mse": mse}
         for seed, mse in ((0, 0.3), (1, 0.1))
     ]
     (row,) = objectives.summary(cells)
     assert row["seeds"] == 2
     assert row["mse"] == {"mean": pytest.approx(0.2), "range": [0.1, 0.3]}
+    assert row["seconds"] == {"mean": 9, "range": [9, 9]}
     assert "r2" not in row
 
 
 def test_gsm8k_is_left_out_aloud_where_it_is_not_known(
     objectives: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert objectives._is_there("gsm8k")
+    assert objectives.is_there("gsm8k")
     monkeypatch.delenv("GSM8K_DIR")
-    assert not objectives._is_there("gsm8k")
+    assert not objectives.is_there("gsm8k")
     assert "gsm8k: LEFT OUT" in capsys.readouterr().err
-    assert objectives._is_there("embedded")
+    assert objectives.is_there("embedded")
