@@ -21,10 +21,10 @@ from job.memory.settings import can_build, once_built, setting_of
 from job.model.architecture import TransformerConfig
 from job.model.architecture_file import check_window, read_architecture
 from job.model.parameters import (
-    MASTER_BYTES,
     ParameterCounts,
     checkpoint_bytes,
     count_parameters,
+    run_bytes,
 )
 from job.run.reader import StoredRun
 from slurm import scheduler
@@ -267,15 +267,12 @@ def _needed(found: Fit) -> str:
 
 def _disk(run: Run, counts: ParameterCounts) -> Check:
     """Free space where checkpoints go, against what they take."""
-    checkpoint = run.config.checkpoint
-    kept = checkpoint.keep_last + 1 + (checkpoint.keep_best is not None)
-    trained = MASTER_BYTES * counts.trainable  # critic.safetensors
-    needed = kept * checkpoint_bytes(counts) + trained
-    free = free_bytes(run.folder)
-    one = checkpoint_bytes(counts) / 1e9
+    kept = run.config.checkpoint.at_once(run.config.training.max_steps)
+    needed, free = run_bytes(counts, kept), free_bytes(run.folder)
+    one, trained = checkpoint_bytes(counts) / 1e9, run_bytes(counts, 0) / 1e9
     text = (
         f"{free / 1e9:,.0f} GB free at {run.folder.parent}; {kept} checkpoints of {one:.1f} GB, "
-        f"critic.safetensors of {trained / 1e9:.1f} GB"
+        f"critic.safetensors of {trained:.1f} GB"
     )
     state: Literal["ok", "error"] = "ok" if free > needed else "error"
     return Check(f"disk N={run.config.training.num_unfrozen_layers}", state, text)

@@ -45,6 +45,11 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(_nearest(path)).free
 
 
+def on_one_disk(a: Path, b: Path) -> bool:
+    """Whether two paths, there or still to be made, take their space from one file system."""
+    return _nearest(a).stat().st_dev == _nearest(b).stat().st_dev
+
+
 def disk(path: Path) -> str:
     """The file system of a path that may be gone, for a message: where it begins, what is free."""
     try:

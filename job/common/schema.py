@@ -300,6 +300,11 @@ class CheckpointConfig:
     keep_every: int | None = None  # steps that are multiples of this
     keep_best: str | None = None  # by this metric of evaluations, validation/value/mse for instance
 
+    def at_once(self, steps: int) -> int:
+        """How many checkpoints a training of so many steps has on the disk, at most."""
+        milestones = 0 if self.keep_every is None else steps // self.keep_every
+        return self.keep_last + 1 + (self.keep_best is not None) + milestones
+
 
 @dataclass
 class MlflowConfig:

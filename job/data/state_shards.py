@@ -17,8 +17,8 @@ import os
 import queue
 import threading
 import zlib
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from job.common.files import put_in_place
+from job.common.places import free_bytes
 
 ENTRY = np.dtype(
     [
@@ -44,6 +45,7 @@ STATES, INDEX = ".states", ".index"
 DAMAGED = ".damaged"  # the index of a shard that was set aside
 SHARD_BYTES = 2 * 2**30
 _WAITING = 8  # micro-batches that may wait to be written
+_STAY_OPEN = 64  # files of shards; each others' are opened when they are read
 _log = logging.getLogger(__name__)
 
 Keys = NDArray[np.uint64]  # [n, 2]
@@ -64,12 +66,12 @@ def sequence_keys(
 
     Each has states of its own, since they differ in their last bits with the packing.
     """
+    digests = bytearray(16 * len(first_rows))
     ends = zip(offsets[:-1], offsets[1:], first_rows, strict=True)
-    digests = (
-        hashlib.blake2b(tokens[a:b].tobytes(), digest_size=16, salt=int(r).to_bytes(8)).digest()
-        for a, b, r in ends
-    )
-    keys = np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2).copy()
+    for at, (a, b, r) in enumerate(ends):
+        digest = hashlib.blake2b(tokens[a:b].tobytes(), digest_size=16, salt=int(r).to_bytes(8))
+        digests[16 * at : 16 * at + 16] = digest.digest()
+    keys = np.frombuffer(digests, np.uint64).reshape(-1, 2)
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     is_first = np.r_[True, (keys[order][1:] != keys[order][:-1]).any(1)][: len(keys)]
     place = np.arange(len(keys))
@@ -124,12 +126,12 @@ class Shard:
                 raise ValueError("the checksum differs")
             if said["facts"] != facts:
                 raise ValueError("it is of other states")
-            entries = np.frombuffer(content, ENTRY).copy()
+            entries, size = np.frombuffer(content, ENTRY).copy(), int(said["bytes"])
         except (ValueError, TypeError, KeyError) as error:
             raise DamagedShardError(str(error)) from None
         states = index.with_suffix(STATES)
-        if states.stat().st_size != said["bytes"]:
-            raise DamagedShardError(f"{states.name} has not the {said['bytes']} bytes it had")
+        if states.stat().st_size != size:
+            raise DamagedShardError(f"{states.name} has not the {size} bytes it had")
         return cls(states, entries)
 
 
@@ -170,11 +172,14 @@ class Shards:
             own: what the names of shards begin with whose entries keep their steps.
             given: the names of others that are wanted; default: all.
         """
+        before = len(self._shards)
         for index in sorted(self.folder.glob(f"[!.]*{INDEX}")):
             name, is_own = index.stem, own != "" and index.stem.startswith(own)
             is_wanted = is_own or given is None or name in given
             if is_wanted and name not in self._shards and name not in self._unusable:
                 self._take_in(index, is_own=is_own)
+        if len(self._shards) == before:
+            return
         self._entries = _entries([shard.entries for shard in self._shards.values()])
         self._order = _order(self._entries)
         # so that a cache larger than memory drives out nothing else
@@ -186,6 +191,8 @@ class Shards:
         except (DamagedShardError, OSError) as error:
             self._unusable.add(index.stem)
             _log.warning("%s is not used: %s", index, error)
+            if isinstance(error, DamagedShardError):
+                _set_aside(index)
             return
         if not is_own:
             shard.entries["step"] = GIVEN
@@ -210,26 +217,27 @@ class Shards:
         return self._entries["rows"][found].astype(np.int64)
 
     def read(self, entry: int, into: memoryview) -> bool:
-        """Read one entry whole; False where it is not what was written, or cannot be read."""
-        one = self._entries[entry]
+        """Read one entry whole; False where it is not what was written, or cannot be read.
+
+        A shard that is damaged is none from then on, for everybody.
+        """
+        one, states = self._entries[entry], self._path(entry)
+        offset = int(one["offset"])
         try:
-            file = self._open(int(one["shard"]))
-            done = os.preadv(file, [into], int(one["offset"]))
-            if self._gives_up_pages:
-                os.posix_fadvise(file, int(one["offset"]), len(into), os.POSIX_FADV_DONTNEED)
-        except OSError as error:
-            _log.warning("%s: %s", self._path(entry), error.strerror)
+            with self._opened(int(one["shard"])) as file:
+                done = _read_whole(file, into, offset)
+                if self._gives_up_pages:
+                    os.posix_fadvise(file, offset, len(into), os.POSIX_FADV_DONTNEED)
+        except OSError as error:  # of the machine, but for a disk that has lost what it held
+            _log.warning("%s: %s", states, error.strerror)
+            if error.errno == errno.EIO:
+                _set_aside(states.with_suffix(INDEX))
             return False
         if done == len(into) and zlib.crc32(into) == one["sum"]:
             return True
-        _log.warning("%s: states are not as they were written", self._path(entry))
+        _log.warning("%s: states are not as they were written", states)
+        _set_aside(states.with_suffix(INDEX))
         return False
-
-    def set_aside(self, entry: int) -> None:
-        """Let the shard of a damaged entry be none, for everybody."""
-        states = self._path(entry)
-        with suppress(OSError):
-            states.with_suffix(INDEX).rename(states.with_suffix(DAMAGED))
 
     def close(self) -> None:
         for file in self._files.values():
@@ -239,12 +247,56 @@ class Shards:
     def _path(self, entry: int) -> Path:
         return list(self._shards.values())[int(self._entries[entry]["shard"])].states
 
-    def _open(self, shard: int) -> int:
+    @contextmanager
+    def _opened(self, shard: int) -> Iterator[int]:
+        """A descriptor of its file; the first few shards' stay open."""
         with self._lock:
-            if shard not in self._files:
-                path = list(self._shards.values())[shard].states
-                self._files[shard] = os.open(path, os.O_RDONLY)
-            return self._files[shard]
+            file = self._files.get(shard)
+            if stays := file is not None or len(self._files) < _STAY_OPEN:
+                file = self._files[shard] = self._open(shard) if file is None else file
+        file = self._open(shard) if file is None else file
+        try:
+            yield file
+        finally:
+            if not stays:
+                os.close(file)
+
+    def _open(self, shard: int) -> int:
+        return os.open(list(self._shards.values())[shard].states, os.O_RDONLY)
+
+
+def _read_whole(file: int, into: memoryview, offset: int) -> int:
+    """Fill `into` from there on, as far as the file goes; how many bytes came.
+
+    The kernel gives no more than 2 GiB at once.
+    """
+    done = 0
+    while done < len(into) and (came := os.preadv(file, [into[done:]], offset + done)):
+        done += came
+    return done
+
+
+def _write_whole(file: int, content: memoryview, offset: int) -> None:
+    """Write all of it; a disk that is nearly full takes a part first, and then none."""
+    done = 0
+    while done < len(content):
+        done += os.pwrite(file, content[done:], offset + done)
+
+
+def _set_aside(index: Path) -> None:
+    """Let the shard of an index be none, for everybody."""
+    try:
+        index.rename(index.with_suffix(DAMAGED))
+    except FileNotFoundError:  # another has done it
+        pass
+    except OSError as error:
+        _log.warning(
+            "%s cannot be set aside (%s): %s",
+            index,
+            error.strerror,
+            "training.prefix_cache_dir with another folder, or training.prefix_cache=none, goes on "
+            "without it",
+        )
 
 
 def _host_bytes() -> int:
@@ -309,6 +361,7 @@ class Writer:
         name: what the names of its shards begin with; nobody else's may.
         facts: as in `Shards`.
         may_take: bytes that all its shards together may have.
+        leave_free: bytes of the disk that are others'.
 
     Attributes:
         error: why nothing is written any more; None as long as it is.
@@ -321,10 +374,11 @@ class Writer:
         facts: dict[str, Any],
         *,
         may_take: float,
+        leave_free: int = 0,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
         self._folder, self._name, self._facts = folder, name, facts
-        self._left, self._shard_bytes = may_take, shard_bytes
+        self._left, self._leave_free, self._shard_bytes = may_take, leave_free, shard_bytes
         self._shard: _Open | None = None
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(_WAITING)
         self._stored: set[bytes] = set()
@@ -338,10 +392,12 @@ class Writer:
     ) -> None:
         """Write pieces of rows, uint8 [t, bytes of a row], once `ready` has returned.
 
-        What this writer has written is not written again.
+        What this writer has written is not written again; evaluations and the training do not
+        see each other's.
         """
-        new = [piece for piece in pieces if piece.key.tobytes() not in self._stored]
-        self._stored |= {piece.key.tobytes() for piece in new}
+        of = bytes([step == EVALUATION])
+        new = [piece for piece in pieces if piece.key.tobytes() + of not in self._stored]
+        self._stored |= {piece.key.tobytes() + of for piece in new}
         if new and self.error is None:
             self._queue.put(lambda: self._write(new, rows, step, ready))
 
@@ -382,10 +438,13 @@ class Writer:
         ready()
         if self.error is not None:
             return
+        size = sum(piece.stop - piece.start for piece in pieces) * rows.shape[1]
+        if free_bytes(self._folder) < self._leave_free + size:
+            raise OSError(errno.ENOSPC, "what is left of the disk is for checkpoints")
         for piece in pieces:
             content = np.ascontiguousarray(rows[piece.start : piece.stop]).reshape(-1).data
             shard = self._room_for(len(content))
-            os.pwrite(shard.file, content, shard.size)
+            _write_whole(shard.file, content, shard.size)
             entry = np.zeros(1, ENTRY)
             entry[0] = (piece.key, step, shard.size, piece.stop - piece.start, zlib.crc32(content))
             shard.entries.append(entry)
@@ -419,6 +478,9 @@ class Writer:
                 put_in_place(shard.scratch, self._folder / f"{shard.name}{STATES}")
                 os.posix_fadvise(shard.file, 0, 0, os.POSIX_FADV_DONTNEED)
                 self._write_index(shard)
+        except OSError:  # without an index nobody can read it, and it takes up a full disk
+            (self._folder / f"{shard.name}{STATES}").unlink(missing_ok=True)
+            raise
         finally:
             os.close(shard.file)
             shard.scratch.unlink(missing_ok=True)

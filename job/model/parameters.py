@@ -141,3 +141,8 @@ def checkpoint_bytes(counts: ParameterCounts) -> int:
     N=4, and 19 KB more than this for N=0.
     """
     return counts.trainable * (MASTER_BYTES + OPTIMIZER_BYTES)
+
+
+def run_bytes(counts: ParameterCounts, checkpoints: int) -> int:
+    """Bytes of a run's directory: its checkpoints, and the critic.safetensors of its end."""
+    return checkpoints * checkpoint_bytes(counts) + MASTER_BYTES * counts.trainable

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from job.common.errors import InputError
-from job.common.places import free_bytes
+from job.common.places import free_bytes, on_one_disk
 from job.common.schema import CriticConfig, PrefixCacheMode
 from job.data.packing import Packer
 from job.data.state_shards import Shards, Stored, Writer, on_disk, remove_leftovers
 from job.distributed.world import World
 from job.model.architecture_file import read_architecture
+from job.model.parameters import count_parameters, run_bytes
 from job.run.directory import RunDirectory
 from job.training.cache_boundary import Boundary, wanted
 from job.training.cache_folders import used_bytes
@@ -61,6 +62,7 @@ def opened_cache(
         f"{record.name}-{attempt:04}-{world.rank:05}",
         boundary.facts(base, world.device),
         may_take=opening.room(),  # where all ranks' states together were found to fit
+        leave_free=opening.reserve(),
     )
     record.take_in(shards)
     earlier = _earlier_states(opening, boundary, record)
@@ -138,8 +140,22 @@ class Opening:
     def room(self) -> float:
         """Bytes that may still be written."""
         root, given = Path(self.config.prefix_cache_folder), self.config.training.prefix_cache_gb
-        free = FREE_SHARE * free_bytes(root)
+        there = free_bytes(root)
+        free = max(0.0, min(FREE_SHARE * there, there - self.reserve()))
         return free if given is None else min(free, given * 1e9 - used_bytes(root))
+
+    def reserve(self) -> int:
+        """Bytes of the caches' disk that are the checkpoints', where these lie there too."""
+        config, training = self.config, self.config.training
+        if not on_one_disk(Path(config.prefix_cache_folder), Path(config.run.dir)):
+            return 0
+        counts = count_parameters(
+            read_architecture(config.model.path),
+            max(stage.num_unfrozen_layers for stage in training.all_stages),
+            head_bias=training.value_head.bias,
+            head_outputs=config.objective.head_outputs,
+        )
+        return run_bytes(counts, config.checkpoint.at_once(training.max_steps))
 
 
 def _settle(opening: Opening, boundary: Boundary, run: RunDirectory) -> Record:

@@ -150,11 +150,12 @@ class PrefixCache:
 
         Args:
             seconds: that an evaluation has taken, with no states of its own.
-            left: how many will come.
+            left: how many will come, of which the first one writes.
         """
         if self.record.validation is None:
             spared = self._boundary.block - self._computed_from
-            saved = left * seconds * spared / (self._boundary.n_blocks - self._computed_from)
+            reads = max(0, left - 1)
+            saved = reads * seconds * spared / (self._boundary.n_blocks - self._computed_from)
             self.record.validation = self._world.main_decides(lambda: saved > LEAST_SECONDS)
             self._settled(
                 "states of evaluations",

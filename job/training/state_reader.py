@@ -39,7 +39,7 @@ class StateReader:
     def read(self, stored: Stored, found: NDArray[np.int64]) -> Known | None:
         """States of these sequences, end to end, and which of their rows are known; or nothing.
 
-        What is not as it was written is not known, and set aside.
+        What cannot be read is not known.
         """
         if (found < 0).all():
             return None
@@ -55,18 +55,13 @@ class StateReader:
         ends = np.cumsum(stored.rows)
         for entry, start, stop in zip(found, ends - stored.rows, ends, strict=True):
             if entry >= 0:
-                which[start:stop] = self._read_one(int(entry), content[start:stop])
+                into = content[start:stop].reshape(-1).data
+                which[start:stop] = self._shards.read(int(entry), into)
         return states, torch.from_numpy(which)
 
     def read_all(self, stored: Stored, _: int) -> Known | None:
         """As `read`, of whatever entries there are, as `ReadAhead` asks."""
         return self.read(stored, self.find(stored, any_step))
-
-    def _read_one(self, entry: int, into: NDArray[np.uint8]) -> bool:
-        whole = self._shards.read(entry, into.reshape(-1).data)
-        if not whole:
-            self._shards.set_aside(entry)
-        return whole
 
     def prefix(self, batch: Batch, reads: Reads, known: Known | None, *, compute: bool) -> Prefix:
         """What is known of a micro-batch's states.
@@ -86,8 +81,8 @@ class StateReader:
         is_whole = known is not None and bool(known[1].all())
         if not is_whole and (self.left_out or (not compute and self._world.size > 1)):
             raise StorageError(
-                f"{self._shards.folder}: states that are relied on cannot be read; what is damaged "
-                "was set aside, and the next attempt computes it"
+                f"{self._shards.folder}: states that are relied on cannot be read, as the lines "
+                "above say; the next attempt computes what is damaged"
             )
         if known is None:
             return prefix

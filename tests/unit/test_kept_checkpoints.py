@@ -50,6 +50,12 @@ def test_the_last_few_are_kept(tmp_path: Path) -> None:
     assert retained([], CheckpointConfig()) == []
 
 
+def test_at_once_are_those_that_stay_and_one_that_is_written() -> None:
+    config = CheckpointConfig(keep_last=2, keep_best="validation/value/mse", keep_every=100)
+    assert CheckpointConfig(keep_last=1).at_once(10_000) == 2
+    assert config.at_once(250) == 2 + 1 + 1 + 2
+
+
 def test_multiples_of_keep_every_are_kept(tmp_path: Path) -> None:
     folders = _evaluated(tmp_path, {step: {} for step in (50, 100, 150, 200, 250)})
     assert steps_of(retained(folders, CheckpointConfig(keep_last=1, keep_every=100))) == [

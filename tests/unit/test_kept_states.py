@@ -151,7 +151,7 @@ def test_damaged_states_are_computed_by_the_next_command(
         content[5] ^= 1
         file.write_bytes(content)
     given = f"training.prefix_cache_dir={copy}"
-    with pytest.raises(StorageError, match="what is damaged was set aside, and the next attempt"):
+    with pytest.raises(StorageError, match="the next attempt computes what is damaged"):
         _score(run, tmp_path / "again.parquet", given)
     _same(_score(run, tmp_path / "again.parquet", given), plain)
     assert "were read" not in caplog.text

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import random
 import shutil
 import sys
 from dataclasses import replace
@@ -24,16 +25,20 @@ from job.common.config import load_config
 from job.common.errors import InputError, StorageError
 from job.common.schema import CriticConfig
 from job.data.state_shards import EVALUATION
+from job.distributed.world import World
 from job.memory.fit import MARGIN, fit
 from job.memory.footprint import Setting
 from job.memory.settings import setting_of
 from job.model.architecture_file import read_architecture
+from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.prefix import Prefix
 from job.run.directory import RunDirectory
-from job.training import memory_report, prefix_cache, trainer
+from job.training import cache_opening, memory_report, prefix_cache, trainer
 from job.training.cache_building import build
 from job.training.cache_choice import DiskRates, Work, training_share, work_left
 from job.training.cache_folders import folders, prune
+from job.training.cache_opening import Opening
+from job.training.data import CriticData
 from job.training.prefix_cache import PrefixCache
 
 STEPS, PER_EPOCH = 45, 17.3  # of batches of ten, of 173 sequences
@@ -347,6 +352,24 @@ def test_a_resumed_run_has_the_bits_of_one_at_once(job: Job, stopped: int) -> No
 
 
 @VARIANT
+def test_texts_of_both_sets_are_kept_for_each(job: Job) -> None:
+    tokens = (random.Random(0).choices("0123456789", k=6) for _ in range(173))
+    rows = [
+        json.dumps({"prompt": "".join(t[:3]) + "?", "response": "".join(t[3:]), "reward": i % 2})
+        for i, t in enumerate(tokens)
+    ]
+    for name, some in (("all.jsonl", rows), ("some.jsonl", rows[:60])):
+        (job.folder / name).write_text("\n".join(some))
+    given = ("data.train=all.jsonl", "data.validation=some.jsonl")
+    whole = job("overlap", "all", *given)
+    assert _read_shares(whole)[-1] == 1.0
+    job("overlap-parts", "all", *given, "training.max_steps=12")
+    parts = job("overlap-parts", "all", *given)
+    assert _difference(whole, parts) == 0
+    assert _learned(parts) == _learned(whole)
+
+
+@VARIANT
 def test_what_another_run_writes_meanwhile_is_not_seen(job: Job) -> None:
     whole = job.once("read1", "all")
     job("mine", "all", "training.max_steps=10", cache="two")
@@ -378,7 +401,7 @@ def test_a_flipped_bit_is_never_used(
         path.write_bytes(content)
     name = f"second-{there}"
     if there == "whole":  # by the index all is there, and so frozen blocks are not loaded
-        with pytest.raises(StorageError, match="what is damaged was set aside, and the next"):
+        with pytest.raises(StorageError, match="the next attempt computes what is damaged"):
             job(name, "all", cache=cache)
     second = job(name, "all", cache=cache)
     assert "states are not as they were written" in caplog.text
@@ -439,6 +462,26 @@ def test_a_run_whose_room_others_have_taken_meanwhile_goes_on(
     run = job("crowded", "all", "training.prefix_cache_gb=0.00001", "training.max_steps=12")
     assert MicroRun(run.path).step == 12
     assert "prefix cache: not kept: the states of the training data take" in caplog.text
+
+
+@pytest.mark.parametrize("one_disk", [True, False])
+def test_checkpoints_keep_their_room_on_a_disk_that_they_share(
+    job: Job, monkeypatch: pytest.MonkeyPatch, one_disk: bool
+) -> None:
+    config = load_config(CriticConfig, "critic.yaml", ("checkpoint.keep_last=4",))
+    monkeypatch.setattr(cache_opening, "on_one_disk", lambda *_: one_disk)
+    monkeypatch.setattr(cache_opening, "free_bytes", lambda _: 10**6)
+    opening = Opening(config, CriticData(*[None] * 2, 0.5, ""), "", World())  # type: ignore[arg-type]
+    trainable = _trainable(config)
+    reserve = (5 * 12 + 4) * trainable if one_disk else 0
+    assert opening.reserve() == reserve
+    assert opening.room() == min(8 * 10**5, 10**6 - reserve)
+
+
+def _trainable(config: CriticConfig) -> int:
+    critic = Critic(read_architecture(config.model.path))
+    unfreeze_last_blocks(critic, config.training.num_unfrozen_layers)
+    return sum(p.numel() for p in critic.parameters() if p.requires_grad)
 
 
 def test_auto_does_without_a_cache_that_does_not_fit(job: Job) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from job.data import state_shards
 from job.data.state_shards import (
+    EVALUATION,
     GIVEN,
     PAGE,
     Piece,
@@ -41,6 +45,17 @@ def _all(steps: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 def _ready() -> None:
     pass
+
+
+def _refused(number: int) -> Callable[..., Any]:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+def _open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def _written(folder: Path, name: str, *entries: tuple[int, int, int], **settings: float) -> Writer:
@@ -116,6 +131,11 @@ def test_an_entry_is_written_once(folder: Path) -> None:
     assert len(_opened(folder)) == 1
 
 
+def test_what_an_evaluation_has_written_a_training_step_writes_for_itself(folder: Path) -> None:
+    _written(folder, "a", (1, 2, EVALUATION), (1, 2, 7), (1, 2, EVALUATION), (1, 2, 8))
+    assert sorted(_opened(folder, "a")._entries["step"].tolist()) == [EVALUATION, 7]
+
+
 def test_of_entries_of_one_key_the_first_step_that_is_seen_counts(folder: Path) -> None:
     for name, step in (("a", 9), ("b", 4), ("c", 6)):
         _written(folder, name, (1, 2, step))
@@ -163,11 +183,63 @@ def test_a_flipped_bit_is_noticed_and_the_shard_set_aside(
     shards = _opened(folder)
     assert _read(shards, 1, 5) is None
     assert f"{states}: states are not as they were written" in caplog.text
-    shards.set_aside(int(shards.find(_key(1)[None], _all)[0]))
+    assert [file.suffix for file in sorted(folder.iterdir())] == [".damaged", ".states"]
     assert len(_opened(folder)) == 0
 
 
-@pytest.mark.parametrize("damage", ["cut", "index", "head", "foreign", "gone"])
+def test_a_damaged_shard_of_a_folder_that_takes_no_changes_says_how_to_go_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _written(folder, "a", (1, 5, 0))
+    (states,) = folder.glob("*.states")
+    states.write_bytes(states.read_bytes()[::-1])
+    monkeypatch.setattr(Path, "rename", _refused(errno.EROFS))
+    assert _read(_opened(folder), 1, 5) is None
+    assert "cannot be set aside (Read-only file system)" in caplog.text
+    assert "training.prefix_cache=none" in caplog.text
+
+
+def test_what_the_machine_cannot_read_just_now_is_not_damaged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _written(folder, "a", (1, 5, 0))
+    shards = _opened(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", _refused(errno.EMFILE))
+        assert _read(shards, 1, 5) is None
+    assert "Too many open files" in caplog.text
+    assert _read(shards, 1, 5) is not None
+    monkeypatch.setattr(os, "preadv", _refused(errno.EIO))
+    assert _read(shards, 1, 5) is None
+    assert len(_opened(folder)) == 0
+
+
+def test_files_of_many_shards_are_not_all_kept_open(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_shards, "_STAY_OPEN", 2)
+    _written(folder, "a", *((key, 200, 0) for key in range(5)))  # a shard for each
+    before, shards = _open_files(), _opened(folder)
+    for _ in range(2):
+        assert all(_read(shards, key, 200) is not None for key in range(5))
+    assert _open_files() == before + 2
+    shards.close()
+    assert _open_files() == before
+
+
+def test_entries_are_read_and_written_in_as_many_parts_as_the_system_makes_of_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pread, pwrite = os.preadv, os.pwrite
+    monkeypatch.setattr(os, "preadv", lambda f, to, at: pread(f, [to[0][:100]], at))
+    monkeypatch.setattr(os, "pwrite", lambda f, content, at: pwrite(f, content[:100], at))
+    _written(folder, "a", (1, 50, 0))
+    read = _read(_opened(folder), 1, 50)
+    assert read is not None
+    assert (read == _rows(52, 1)[1:51]).all()
+
+
+@pytest.mark.parametrize("damage", ["cut", "index", "head", "no size", "foreign", "gone"])
 def test_a_shard_that_is_not_whole_is_not_used(
     folder: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -182,11 +254,14 @@ def test_a_shard_that_is_not_whole_is_not_used(
         index.write_bytes(index.read_bytes()[:-1] + b"x")
     elif damage == "head":
         index.write_bytes(b"{" + index.read_bytes())
+    elif damage == "no size":
+        index.write_bytes(index.read_bytes().replace(b"bytes", b"cytes"))
     else:
         index.write_bytes(index.read_bytes().replace(b"abc", b"abd"))
     shards = _opened(folder)
     assert shards.names == ["b-000000"]
     assert f"{index} is not used: " in caplog.text
+    assert index.with_suffix(".damaged").exists() == (damage != "gone")
     assert _read(shards, 2, 5) is not None
 
 
@@ -211,6 +286,50 @@ def test_a_disk_that_refuses_ends_the_writing(
     assert _written(folder, "a", (1, 5, 0), (2, 5, 0)).error is not None
     assert "No space left on device" in caplog.text
     assert not list(folder.iterdir())
+
+
+def test_a_disk_that_takes_a_part_keeps_no_half_of_an_entry(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite, room = os.pwrite, 7 * ROW
+
+    def nearly_full(file: int, content: memoryview, at: int) -> int:
+        if at >= room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(file, content[: room - at], at)
+
+    monkeypatch.setattr(os, "pwrite", nearly_full)
+    writer = Writer(folder, "a", FACTS, may_take=1e9)
+    writer.put([Piece(_key(1), 0, 5)], _rows(5, 1), 0, _ready)
+    monkeypatch.setattr(state_shards, "on_disk", lambda size: size)
+    writer.put([Piece(_key(2), 0, 5)], _rows(5, 2), 0, _ready)
+    writer.close()
+    assert writer.error is not None
+    shards = _opened(folder)
+    assert len(shards) == 1
+    assert _read(shards, 1, 5) is not None
+
+
+def test_states_without_an_index_do_not_take_up_a_full_disk(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "write_bytes", _refused(errno.ENOSPC))
+    assert _written(folder, "a", (1, 5, 0)).error is not None
+    assert not list(folder.iterdir())
+
+
+def test_the_rest_of_the_disk_is_left_to_checkpoints(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = iter([1000 + 5 * ROW, 1000 + 5 * ROW - 1])
+    monkeypatch.setattr(state_shards, "free_bytes", lambda _: next(free))
+    writer = Writer(folder, "a", FACTS, may_take=1e9, leave_free=1000)
+    for key in (1, 2):
+        writer.put([Piece(_key(key), 0, 5)], _rows(5, key), 0, _ready)
+    writer.close()
+    assert writer.error is not None
+    assert "what is left of the disk is for checkpoints" in writer.error
+    assert len(_opened(folder)) == 1
 
 
 def test_only_leftovers_of_the_writer_are_removed(folder: Path) -> None:
