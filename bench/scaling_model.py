@@ -168,8 +168,8 @@ def _adding_seconds(job: Job, block: int, cluster: Cluster) -> float:
     """Of the gradients of several copies of a block."""
     w, copies = job.sharing, job.gpus // job.sharing
     nbytes = _added(block, w, copies)
-    if w == 1:
-        return ring_seconds(nbytes, copies, job.on_node, cluster)
+    if w == 1:  # reduced around the ring, and then gathered
+        return 2 * ring_seconds(nbytes / 2, copies, job.on_node, cluster)
     if copies == 1:
         return 0.0
     # the GPUs of a node each add their own shard over the node's one link

@@ -4,7 +4,8 @@
 
 Trains a critic of 16 blocks (dim 512, float32, CPU) with N = 0, 2 and 4 on data with 1, 4 and 16
 solutions a problem, whose prompts are 37.6 % of the tokens as in GSM8K: packed, with every sequence
-by itself, and packed with shared prompts, where solutions of a problem come together in a step.
+by itself, and packed with shared prompts, where solutions of a problem come together in a step, of
+16 sequences, or of 64 with 16 solutions.
 Both learn from the same sequences in each step, from the same weights; they take turns, step by
 step, in one process. Before any figure counts, their first losses must agree to 1e-4. Which rounds
 count is decided by other processes' load, and by nothing else. Tokens per second are those of all
@@ -29,6 +30,7 @@ from job.data.packing import Batch, Packer, single_units
 from job.data.shared_prompts import SharedPrompts
 from job.data.token_cache import TokenizedSet
 from job.distributed.world import World
+from job.memory.footprint import copy_share
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.run.value_metrics import ValueMetrics
@@ -70,6 +72,11 @@ def write_solutions(folder: Path, solutions: int, seed: int) -> TokenizedSet:
     return TokenizedSet(folder)
 
 
+def sequences(solutions: int) -> int:
+    """Of a step: solutions of a problem come together in a quarter of it at most."""
+    return max(TRAINING.batch_size, 4 * solutions)
+
+
 class Side:
     """One way to train: with shared prompts or without, on the same sequences in each step."""
 
@@ -77,6 +84,7 @@ class Side:
         self, data: TokenizedSet, n: int, solutions: int, seed: int, *, shares: bool
     ) -> None:
         prompts, self._seed = SharedPrompts(data), seed
+        self._sequences = sequences(solutions)
         packers = [
             Packer(
                 data,
@@ -87,6 +95,7 @@ class Side:
                 prompt_value=True,
                 prompts=one,
                 together=solutions,
+                copy_share=copy_share(ARCHITECTURE),
             )
             for one in (prompts, prompts if shares else None)
         ]
@@ -95,12 +104,12 @@ class Side:
         critic = Critic(ARCHITECTURE)
         critic.initialise_head(0.5, seed)
         unfreeze_last_blocks(critic, n)
-        training = replace(TRAINING, num_unfrozen_layers=n)
+        training = replace(TRAINING, num_unfrozen_layers=n, batch_size=self._sequences)
         self._learner = Learner(critic, Objective(ObjectiveConfig()), training, World())
 
     def batches(self, step: int) -> list[Batch]:
         """Those of the sequences that come together with shared prompts."""
-        plan = self._order.plan(step, TRAINING.batch_size, self._seed)
+        plan = self._order.plan(step, self._sequences, self._seed)
         return [self._packer.assemble(u) for u in self._packer.split(np.concatenate(plan))]
 
     def step(self, step: int) -> Sample:
@@ -151,6 +160,7 @@ def measure(data: TokenizedSet, n: int, solutions: int, steps: int, seed: int) -
     ratios = sorted(r.plain.seconds / r.shared.seconds for r in counted)
     return {
         "solutions": solutions,
+        "sequences": sequences(solutions),
         "num_unfrozen_layers": n,
         "plain_tokens_per_second": statistics.median(
             r.plain.tokens / r.plain.seconds for r in counted

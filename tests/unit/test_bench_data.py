@@ -40,4 +40,5 @@ def test_both_ways_run_at_a_small_size(large: ModuleType, tmp_path: Path) -> Non
     assert 60 < tokenised["tokens_per_row"] < 400
     started = large.starting(tmp_path)
     assert started["seconds_of_the_first_plan"] > 0
+    assert started["seconds_of_the_cache_s_keys"] > 0
     assert started["peak_mb"] >= started["mb_before"] > 0

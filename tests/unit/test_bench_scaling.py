@@ -132,6 +132,14 @@ def test_hybrid_shards_add_over_the_node_s_one_link(model: ModuleType) -> None:
     assert model._adding_seconds(job, P, _cluster(model)) == pytest.approx(8 * P / 2 / 100)
 
 
+def test_whole_copies_are_added_around_the_ring_and_gathered(model: ModuleType) -> None:
+    job = _job(model, Strategy.NO_SHARD)
+    cluster = _cluster(model, hop_between=2.0)
+    # 16 on nodes of 8: 30 steps with a sixteenth of 4P bytes, and four hops between nodes
+    expected = 30 / 16 * 4 * P / 100 + 4 * 2.0
+    assert model._adding_seconds(job, P, cluster) == pytest.approx(expected)
+
+
 def test_rates_from_the_times_of_two_depths(model: ModuleType) -> None:
     # a block forward takes 2 s, and back 5 s
     forward, backward = model.rates(TINY, 100, {0: 10.0, 4: 30.0})
