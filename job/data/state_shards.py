@@ -73,7 +73,8 @@ def sequence_keys(
         digests[16 * at : 16 * at + 16] = digest.digest()
     keys = np.frombuffer(digests, np.uint64).reshape(-1, 2)
     order = np.lexsort((keys[:, 1], keys[:, 0]))
-    is_first = np.r_[True, (keys[order][1:] != keys[order][:-1]).any(1)][: len(keys)]
+    ordered = keys[order]
+    is_first = np.r_[True, (ordered[1:] != ordered[:-1]).any(1)][: len(keys)]
     place = np.arange(len(keys))
     before = place - np.maximum.accumulate(np.where(is_first, place, 0))
     keys[order, 1] += before.astype(np.uint64)
