@@ -595,7 +595,7 @@ def test_caches_are_listed_and_the_longest_unused_removed(
     newest, oldest = folders(root)
     assert (newest.facts["block"], oldest.facts["block"]) == (1, 2)
     assert newest.sequences == oldest.sequences == 40 + 30
-    leftover = newest.path / ".x-000000.states"
+    leftover = newest.path / ".0a1b2c3d4e5f-0000-00000-000000.states"
     leftover.write_bytes(b"x")
     os.utime(leftover, (0, 0))
     for words in (["status", "--dir", str(root)], ["prune", "--dir", str(root), "--keep-gb", "1"]):
