@@ -147,9 +147,8 @@ class _Scorer:
         """Value the sequences, a part at a time."""
         n, start = len(self._data), self._start
         with progress("scoring", n) as advance:
-            while start < n:
+            for chosen in self._packer.parts(self._packer.units[start:], MICRO_BATCHES):
                 stop_together(self._world, _KEPT)
-                chosen = self._packer.units[start : self._end_of_part(start)]
 
                 def advanced(done: int, first: int = start) -> None:
                     advance(first + done, "sequences")
@@ -159,12 +158,6 @@ class _Scorer:
                 start += len(chosen)
         if self._kept is not None:
             self._kept.tell(n - self._start)
-
-    def _end_of_part(self, start: int) -> int:
-        tokens = MICRO_BATCHES * self._packer.budget * self._world.size
-        offsets = self._data.offsets
-        stop = int(np.searchsorted(offsets, offsets[start] + tokens, "right")) - 1
-        return max(stop, start + 1)
 
     @torch.no_grad()
     def _values(self, chosen: Indices, advance: Callable[[int], None]) -> list[Values]:

@@ -443,3 +443,19 @@ def test_a_step_is_the_same_each_time(embedded: TokenizedSet) -> None:
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.tokens, b.tokens)
         assert torch.equal(a.positions, b.positions)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_parts_keep_all_units_in_order_and_are_as_large_as_they_may(
+    data: TokenizedSet, world: int
+) -> None:
+    packer = Packer(data, single_units(len(data)), dim=DIM, budget=BUDGET, device=CPU, world=world)
+    units = packer.units[::-1][:200]
+    parts = list(packer.parts(units, 2))
+    assert np.array_equal(np.concatenate(parts), units)
+    sizes = [int(data.lengths[part].sum()) for part in parts]
+    assert max(sizes) <= 2 * BUDGET * world
+    for size, following in zip(sizes, parts[1:], strict=False):
+        assert size + data.lengths[following[0, 0]] > 2 * BUDGET * world
+    assert [len(part) for part in packer.parts(units, 0)] == [1] * 200
+    assert list(packer.parts(units[:0], 2)) == []
