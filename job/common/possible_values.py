@@ -47,6 +47,7 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "training.max_bad_steps": (1, None),
     "training.seed": (0, _LARGEST_SEED),
     "training.threads": (1, 4096),
+    "training.prefix_cache_gb": (0, None),
     "objective.gamma": (0, 1),
     "objective.lambda_start": (0, 1),
     "objective.lambda_end": (0, 1),

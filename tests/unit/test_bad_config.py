@@ -116,6 +116,7 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     "training.lr_decay_factor=1.5": ("training.lr_decay_factor: 1.5 is above 1",),
     "training.batch_size=0": ("training.batch_size: 0 is below 1",),
     "training.seed=-1": ("training.seed: -1 is below 0",),
+    "training.prefix_cache_gb=-1": ("training.prefix_cache_gb: -1.0 is below 0",),
     f"training.seed={10**30}": ("training.seed", "is above"),
     "training.betas=[0.9]": ("training.betas: [0.9] must be two numbers",),
     "training.betas=[0.9, 0.95, 0.99]": ("training.betas", "must be two numbers"),
