@@ -67,6 +67,11 @@ def _folder(options: argparse.Namespace) -> Path:
 def _build(options: argparse.Namespace) -> None:
     from job.training.cache_building import build
 
+    if options.dir is not None:
+        raise InputError(
+            f"build writes where its configuration says: not --dir {options.dir}, but "
+            f"--override training.prefix_cache_dir={options.dir}"
+        )
     build(_config(options), verify=options.verify)
 
 
