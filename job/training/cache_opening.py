@@ -160,7 +160,7 @@ class Opening:
 
 def _settle(opening: Opening, boundary: Boundary, run: RunDirectory) -> Record:
     """What the run has settled, or settles now, on rank 0."""
-    mode, before = opening.config.training.prefix_cache, Record.read(run)
+    mode, before = opening.config.training.prefix_cache, Record.read(run, boundary.block)
     record = before or _new_record(opening, boundary)
     if record.mode != mode.value:  # else what did not fit once is not kept later either
         record.mode = mode.value

@@ -351,6 +351,16 @@ def test_a_resumed_run_has_the_bits_of_one_at_once(job: Job, stopped: int) -> No
     assert {path.name.partition("-")[0] for path in job.shards(f"states-{name}")} == {own}
 
 
+def test_a_record_of_another_trunk_counts_as_absent(
+    job: Job, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = job("strange", "validation", "training.max_steps=1").file("prefix_cache.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"block": 7}))
+    run = job("strange", "validation", "training.max_steps=2")
+    assert _record(run)["block"] == 2
+    assert "prefix_cache.json: not readable, and taken as absent: block" in caplog.text
+
+
 @VARIANT
 def test_texts_of_both_sets_are_kept_for_each(job: Job) -> None:
     tokens = (random.Random(0).choices("0123456789", k=6) for _ in range(173))
@@ -612,6 +622,10 @@ def test_caches_are_listed_and_the_longest_unused_removed(
     ("words", "message"),
     [
         (["build"], "build needs --config FILE"),
+        (
+            ["build", "--config", "critic.yaml", "--dir", "x"],
+            "not --dir x, but --override .*_dir=x",
+        ),
         (["status", "--dir", "nowhere"], "nowhere: there is no cache here"),
         (["prune", "--dir", "."], "prune needs --keep-gb GB"),
     ],
