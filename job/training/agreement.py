@@ -1,10 +1,14 @@
-"""What all ranks agree on between two steps or batches: stopping, and counts of the step."""
+"""What all ranks agree on: stopping, counts of a step, and which files they all see."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from job.common.errors import NoProgress, Stopped
 from job.common.signals import STOP_FILE, reason
@@ -12,12 +16,27 @@ from job.distributed.watchdog import Watchdog
 from job.distributed.world import World
 from job.run.fence import Fence
 
+Key = TypeVar("Key")
+Mask = NDArray[np.bool_]
+
 
 def stop_together(world: World, kept: str) -> None:
     """Raise Stopped on every rank if one was asked to stop; `kept` says what is not lost."""
     why = reason()
     if world.sum([why is not None])[0]:
         raise Stopped(f"stopped by {why or 'another rank'}; {kept}").everywhere()
+
+
+def seen_by_all(world: World, masks: Mapping[Key, Mask]) -> dict[Key, Mask]:
+    """What this rank sees, as far as every other one does: of what it has no mask, it sees nothing.
+
+    Files may come meanwhile, and a node's own disk has others.
+    """
+    each = world.gather(dict(masks))
+    return {
+        key: np.logical_and.reduce([one.get(key, np.zeros_like(mask)) for one in each])
+        for key, mask in masks.items()
+    }
 
 
 class Agreement:

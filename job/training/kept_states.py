@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from job.common.schema import PrefixCacheMode
 from job.data.packing import Batch, Indices, Packer
@@ -19,11 +14,12 @@ from job.distributed.world import World
 from job.model.prefix import Prefix
 from job.model.transformer import Reads
 from job.run.trained import TrainedCritic
+from job.training.agreement import Mask, seen_by_all
 from job.training.cache_boundary import Boundary
+from job.training.cache_folders import touch
 from job.training.read_ahead import ReadAhead
 from job.training.state_reader import StateReader
 
-Mask = NDArray[np.bool_]
 _log = logging.getLogger("job.score")
 
 
@@ -60,13 +56,12 @@ class KeptStates:
         None where there are none: then not even their keys are computed. Every rank must take part.
         """
         places = _places(trained, packer, world)
-        masks = world.gather({place.boundary.block: place.there for place in places})
-        places = [_on_all_ranks(place, masks) for place in places]
+        there = seen_by_all(world, {place.boundary.block: place.there for place in places})
+        places = [replace(place, there=there[place.boundary.block]) for place in places]
         best = max(places, key=lambda place: int(place.there[start:].sum()), default=None)
         if best is None or not best.there[start:].any():
             return None
-        with suppress(OSError):
-            os.utime(best.shards.folder)  # it is used
+        touch(best.shards.folder)
         return cls(best, packer, world)
 
     def leave_out(self, start: int) -> int:
@@ -123,10 +118,3 @@ def _places(trained: TrainedCritic, packer: Packer, world: World) -> list[_Place
         there = StateReader(boundary, shards, world).find(stored, any_step) >= 0
         found.append(_Place(boundary, shards, stored, there))
     return found
-
-
-def _on_all_ranks(place: _Place, masks: Sequence[dict[int, Mask]]) -> _Place:
-    """The place with what every rank sees there; a node's own disk may have none of it."""
-    none = np.zeros_like(place.there)
-    each = [one.get(place.boundary.block, none) for one in masks]
-    return replace(place, there=np.logical_and.reduce(each))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,10 @@ def test_a_critic_of_fewer_blocks_reads_the_states_before_those_of_more(
     alone = tmp_path / "states"
     (kept,) = [one for one in there.iterdir() if '"block": 2' in _facts(one)]
     shutil.copytree(kept, alone / kept.name)
+    os.utime(alone / kept.name, (0, 0))
     given = ("training.prefix_cache=all", f"training.prefix_cache_dir={alone}")
     _same(_score(few, tmp_path / "read.parquet", *given), plain)
+    assert (alone / kept.name).stat().st_mtime > 0  # it is used
     assert "states of 30 of 30 sequences (100 %) were read: " in caplog.text
 
 
