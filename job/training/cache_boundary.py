@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from job.common.schema import CriticConfig
-from job.data.packing import Packer, first_valued
-from job.data.state_shards import Shards, Stored, sequence_keys
+from job.data.packing import Indices, Packer, first_valued
+from job.data.state_shards import Shards, Stored, on_disk, sequence_keys
 from job.model.architecture import TransformerConfig
 from job.model.parameters import count_frozen
 from job.training.cache_folders import folder_of
@@ -51,6 +51,10 @@ class Boundary:
     def row_bytes(self) -> int:
         return self.width * self.dtype.itemsize
 
+    def disk_bytes(self, stored: Stored) -> int:
+        """What the states of these sequences take on the disk."""
+        return int(on_disk(stored.rows * self.row_bytes).sum())
+
     @property
     def of_read_rows(self) -> bool:
         """Whether only rows are kept at which values are read."""
@@ -84,7 +88,12 @@ class Boundary:
         return Stored(sequence_keys(tokens, data.offsets, first), data.lengths - first)
 
 
+def chosen_rows(packer: Packer) -> Indices:
+    """The sequences of a packer's units, in order."""
+    return np.unique(packer.units[packer.units >= 0])
+
+
 def wanted(packer: Packer) -> Stored:
-    """What a packer's units need."""
+    """What these need."""
     assert packer.stored is not None
-    return packer.stored[np.unique(packer.units[packer.units >= 0])]
+    return packer.stored[chosen_rows(packer)]

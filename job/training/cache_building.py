@@ -28,14 +28,16 @@ from job.model.prefix import Prefix
 from job.model.transformer import Trunk
 from job.model.weights import load_trunk
 from job.run.directory import RunDirectory
-from job.training.agreement import stop_together
-from job.training.cache_boundary import Boundary, wanted
+from job.training.agreement import seen_by_all, stop_together
+from job.training.cache_boundary import Boundary, chosen_rows, wanted
+from job.training.cache_folders import touch
 from job.training.cache_opening import Opening
 from job.training.cache_rows import Rows, put_states
 from job.training.data import load_critic_data
 from job.training.gpu import check_gpu
 from job.training.preparation import prepare_inputs, set_up_torch
 
+_PART = 64  # micro-batches of each rank that are laid out at once
 _KEPT = "what is computed is kept"
 _log = logging.getLogger("job.cache")
 
@@ -75,17 +77,28 @@ class _Building:
         self._shards = opening.shards(boundary)
         self._shards.refresh()
         opening.name_sequences(boundary)
-        self._world.gather(None)  # all have seen the same
-        missing = self._world.main_decides(lambda: opening.missing_bytes(boundary))
-        self._bytes, room = sum(missing.values()), opening.room()
+        stored = opening.stored(boundary)
+        self._lacking = self._find_lacking()
+        self._bytes = sum(boundary.disk_bytes(stored[n][rows]) for n, rows in self._lacking.items())
+        room = min(self._world.gather(opening.room()))
+        self._world.main_decides(lambda: self._check_room(room))
+
+    def _find_lacking(self) -> dict[str, Indices]:
+        """Each set's sequences whose states some rank does not see; on every rank the same."""
+        packers = self._opening.packers
+        masks = {name: self._shards.find(wanted(p).keys) >= 0 for name, p in packers.items()}
+        there = seen_by_all(self._world, masks)
+        return {name: chosen_rows(packer)[~there[name]] for name, packer in packers.items()}
+
+    def _check_room(self, room: float) -> None:
         if self._bytes > room:
             raise InputError(
                 f"{self._shards.folder}: the states that are not there yet take "
-                f"{self._bytes / 1e9:,.3f} GB, and there is room for {room / 1e9:,.3f} GB "
-                "(training.prefix_cache_dir, training.prefix_cache_gb)"
+                f"{self._bytes / 1e9:,.3f} GB, and {self._opening.told(room)}"
             )
 
     def run(self) -> Path:
+        touch(self._shards.folder)
         if not self._bytes:
             _log.info("%s: all states are there already", self._shards.folder)
             return self._shards.folder
@@ -97,20 +110,25 @@ class _Building:
             f"{name}-0000-{self._world.rank:05}",
             facts,
             may_take=self._opening.room(),  # as all ranks' states together were found to fit
+            leave_free=self._opening.reserve(),
         )
         with closing(writer):
             self._fill(trunk, writer)
-        if writer.error is not None:
-            raise StorageError(f"{writer.error}; what was written before is kept")
+        errors = [error for error in self._world.gather(writer.error) if error is not None]
+        if errors:
+            raise StorageError(f"{errors[0]}; what was written before is kept").everywhere()
         _log.info("%.3f GB of states: %s", self._bytes / 1e9, self._shards.folder)
         return self._shards.folder
 
     @torch.no_grad()
     def _fill(self, trunk: Trunk, writer: Writer) -> None:
-        plan = list(self._lacking())
+        """Compute what is lacking, until that is done or some rank can write no more."""
+        plan = list(self._plan())
         with progress("building the cache", len(plan)) as advance:
             for done, (packer, units) in enumerate(plan, 1):
                 stop_together(self._world, _KEPT)
+                if self._world.sum([writer.error is not None])[0]:
+                    return
                 batch = packer.assemble(units)
                 if batch.stored is not None:
                     states = _states(trunk, batch, self._boundary)
@@ -118,13 +136,14 @@ class _Building:
                     put_states(writer, batch.stored, states, EVALUATION, none)
                 advance(done, "micro-batches")
 
-    def _lacking(self) -> Iterator[tuple[Packer, Indices]]:
+    def _plan(self) -> Iterator[tuple[Packer, Indices]]:
         """This rank's micro-batches of sequences whose states are not there."""
-        for packer in self._opening.packers.values():
-            rows = np.unique(packer.units[packer.units >= 0])
-            there = self._shards.find(wanted(packer).keys) >= 0
-            if len(left := rows[~there]):
-                yield from ((packer, units) for units in packer.split(left[:, None]))
+        for name, packer in self._opening.packers.items():
+            left = self._lacking[name]
+            if packer.prompts is not None:  # else parts would come between solutions of a problem
+                left = left[np.argsort(packer.prompts.problems[left], kind="stable")]
+            for part in packer.parts(left[:, None], _PART):
+                yield from ((packer, units) for units in packer.split(part))
 
 
 def _frozen_trunk(config: CriticConfig, boundary: Boundary, world: World) -> Trunk:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import logging
-import os
 import uuid
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import numpy as np
 
 from job.common.errors import InputError
 from job.common.places import free_bytes, on_one_disk
 from job.common.schema import CriticConfig, PrefixCacheMode
 from job.data.packing import Packer
-from job.data.state_shards import Shards, Stored, Writer, on_disk, remove_leftovers
+from job.data.state_shards import Shards, Stored, Writer, remove_leftovers
 from job.distributed.world import World
 from job.model.architecture_file import read_architecture
 from job.model.parameters import count_parameters, run_bytes
 from job.run.directory import RunDirectory
 from job.training.cache_boundary import Boundary, wanted
-from job.training.cache_folders import used_bytes
+from job.training.cache_folders import touch, used_bytes, useless_bytes
 from job.training.cache_record import RECORD, Record
 from job.training.data import CriticData
 from job.training.earlier_states import EarlierStates
@@ -141,8 +142,23 @@ class Opening:
         """Bytes that may still be written."""
         root, given = Path(self.config.prefix_cache_folder), self.config.training.prefix_cache_gb
         there = free_bytes(root)
-        free = max(0.0, min(FREE_SHARE * there, there - self.reserve()))
-        return free if given is None else min(free, given * 1e9 - used_bytes(root))
+        free = min(FREE_SHARE * there, there - self.reserve())
+        if given is not None:
+            free = min(free, given * 1e9 - used_bytes(root))
+        return max(0.0, free)
+
+    def told(self, room: float) -> str:
+        """What is said of the room that is left, and of what could make some."""
+        root = Path(self.config.prefix_cache_folder)
+        text = f"there is room for {room / 1e9:,.3f} GB "
+        text += "(training.prefix_cache_dir, training.prefix_cache_gb)"
+        if useless := useless_bytes(root):
+            text += (
+                f"; {useless / 1e9:,.3f} GB there are damaged, or were not committed by who began "
+                f"to write them: `python -m job.cache prune --dir {root} --keep-gb GB` removes the "
+                "former, and the latter a day after they were written last"
+            )
+        return text
 
     def reserve(self) -> int:
         """Bytes of the caches' disk that are the checkpoints', where these lie there too."""
@@ -170,8 +186,7 @@ def _settle(opening: Opening, boundary: Boundary, run: RunDirectory) -> Record:
     remove_leftovers(opening.shards(boundary).folder, record.name)
     _keep_what_fits(opening, boundary, record, or_raise=before is None and not record.earlier)
     for block in filter(None, (record.block, record.earlier)):
-        with suppress(OSError):
-            os.utime(opening.shards(replace(boundary, block=block)).folder)  # it is used
+        touch(opening.shards(replace(boundary, block=block)).folder)
     run.write_json(RECORD, vars(record))
     return record
 
@@ -222,8 +237,7 @@ def _keep_what_fits(
             continue
         text = (
             f"the states of the {name} data take {size / 1e9:,.3f} GB in "
-            f"{opening.shards(boundary).folder}, and there is room for {room / 1e9:,.3f} GB "
-            "(training.prefix_cache_dir, training.prefix_cache_gb)"
+            f"{opening.shards(boundary).folder}, and {opening.told(room)}"
         )
         if or_raise and mode is not PrefixCacheMode.auto:
             raise InputError(f"training.prefix_cache={mode.value}: {text}")
@@ -233,5 +247,5 @@ def _keep_what_fits(
 
 def _missing_bytes(packer: Packer, boundary: Boundary, shards: Shards) -> int:
     chosen = wanted(packer)
-    lacking = shards.find(chosen.keys) < 0
-    return int(on_disk(chosen.rows[lacking] * boundary.row_bytes).sum())
+    lacking = np.flatnonzero(shards.find(chosen.keys) < 0)
+    return boundary.disk_bytes(chosen[lacking])

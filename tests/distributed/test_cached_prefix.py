@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from launch import MicroJob
+from launch import MicroJob, running
 from micro_job import MicroRun
+
+from job.training.cache_folders import folders
 
 pytestmark = pytest.mark.slow
 
@@ -110,3 +113,56 @@ def test_damage_that_one_rank_finds_ends_all_of_them_and_the_next_attempt_comput
     assert codes == [0, 0]
     for ours, theirs in zip(job.run(name).records, undisturbed.records, strict=True):
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-3)
+
+
+_BUILD = """
+import errno, os, sys
+from job import cache
+from job.data.state_shards import Writer
+put, rank = Writer.put, int(os.environ["RANK"])
+
+def committed(writer, *given):
+    put(writer, *given)
+    writer.commit()
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+Writer.put = committed
+{change}
+cache.run_and_leave(cache.main)
+"""
+
+
+def _build(job: MicroJob, name: str, change: str = "") -> tuple[list[int], str]:
+    """Build on two ranks, which commit each micro-batch; their exit codes, and what they said."""
+    settings = (*job.settings, "training.micro_batch_tokens=128", "run.name=none", _states(name))
+    command = ["-c", _BUILD.format(change=change), "build", "--config", "critic.yaml"]
+    with running([*command, "--override", *settings], 2, job.folder) as ranks:
+        return ranks.wait(60), ranks.log()
+
+
+def test_ranks_that_see_other_states_build_the_same(job: MicroJob) -> None:
+    assert _build(job, "disk1")[0] == [0, 0]
+    part, whole = job.folder / "disk0-states", job.folder / "disk1-states"
+    shutil.copytree(whole, part)
+    indexes = sorted(part.glob("*/*.index"))
+    for index in indexes[::2]:
+        index.unlink()
+    (before,), (all_,) = folders(part), folders(whole)
+    codes, log = _build(
+        job, "disk", "sys.argv[-1] = f'training.prefix_cache_dir=disk{rank}-states'"
+    )
+    assert codes == [0, 0], log
+    (here,), (there,) = folders(part), folders(whole)
+    gained = here.sequences - before.sequences, there.sequences - all_.sequences
+    assert sum(gained) == all_.sequences - before.sequences  # each rank writes what it computes
+    assert min(gained) > 0
+
+
+def test_where_one_rank_can_write_no_more_all_end(job: MicroJob) -> None:
+    codes, log = _build(job, "full", "os.pwrite = full if rank == 1 else os.pwrite")
+    assert codes == [74, 74], log
+    assert "No space left on device; what was written before is kept" in log
+    assert "Traceback" not in log
+    assert len(list((job.folder / "full-states").glob("*/*.index"))) == 1  # the other's first one
