@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from micro_critic import write_rows
 from micro_job import write_job
 
 from job.common import signals
 from job.common.config import load_config
 from job.common.errors import InputError, Stopped, StorageError
 from job.common.schema import CriticConfig
-from job.data.packing import Indices, Packer
+from job.data.packing import Batch, Indices, Packer
 from job.distributed.world import World
 from job.training import cache_building, cache_opening
 from job.training.cache_building import build
@@ -85,6 +86,33 @@ def test_a_set_is_laid_out_in_parts(states: Path, monkeypatch: pytest.MonkeyPatc
     build(_config(states))
     assert max(parts) <= 2
     assert _sequences(states) == ALL
+
+
+def test_parts_do_not_come_between_solutions_of_a_problem_that_lie_apart(
+    states: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problems = [f"{a}+{b}+{a}+{b}+{a}+{b}?" for a in range(1, 5) for b in range(1, 5)]
+    rows = [
+        {"prompt": problem, "response": f"A{n}", "reward": n % 2, "problem_id": problem}
+        for n in range(4)
+        for problem in problems
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    computed: list[int] = []
+    assemble = Packer.assemble
+
+    def noted(self: Packer, units: Indices) -> Batch:
+        computed.append(self.size(units).tokens)
+        return assemble(self, units)
+
+    monkeypatch.setattr(Packer, "assemble", noted)
+    given = (f"data.train={data}", f"data.validation={data}", "data.group_by_problem=true")
+    build(_config(states / "whole", *given))
+    whole = sum(computed)
+    computed.clear()
+    monkeypatch.setattr(cache_building, "_PART", 1)
+    build(_config(states / "parts", *given))
+    assert sum(computed) < 1.1 * whole
 
 
 def test_what_is_there_is_not_computed_again_and_counts_as_used(states: Path) -> None:
