@@ -36,11 +36,14 @@ def _write(folder: Path, *keys: int) -> None:
 
 
 def _set_aside(folder: Path, *keys: int) -> None:
+    """Damage the shards of these keys, which whoever reads them sets aside."""
     shards = Shards(folder, FACTS, ROW)
     shards.refresh()
-    found = shards.find(np.array([[k, k] for k in keys], np.uint64), lambda steps: steps < 0)
-    for entry in found:
-        shards.set_aside(int(entry))
+    for key in keys:
+        states = folder / f"{NAME}-{key:06}.states"
+        states.write_bytes(bytes([key + 1]) + states.read_bytes()[1:])
+        (entry,) = shards.find(np.array([[key, key]], np.uint64))
+        assert not shards.read(int(entry), memoryview(bytearray(5 * ROW)))
 
 
 def _names(folder: Path) -> list[str]:
