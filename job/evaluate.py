@@ -26,6 +26,7 @@ import argparse
 import functools
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from job.common.possible_values import impossible_fields, impossible_range
 from job.common.progress import set_up_logging
 from job.common.schema import EMBEDDED
 from job.evaluation.reading import Data, answers_found, read_solutions
+from job.evaluation.steps import parts_with_steps
 from job.evaluation.summary import ERRORS, Summary, summarise, tables
 from job.run.evaluations import FILE, Evaluation, evaluation_folder, evaluation_section
 from job.run.html import document
@@ -160,6 +162,15 @@ def _write(folder: Path, summary: Summary, name: str) -> None:
         raise file_error(error, f"{folder}: cannot be written: {error.strerror}") from None
 
 
+def _check_part(part: str, parts: Collection[str]) -> None:
+    """Raise InputError unless a part is one of those with labelled steps."""
+    if not parts:
+        raise InputError(f"--tune-on {part}: no solution has labelled steps")
+    if part not in parts:
+        named = ", ".join(sorted(name for name in parts if name)) or "one without a name"
+        raise InputError(f"--tune-on {part}: no such part with labelled steps; there is {named}")
+
+
 def main() -> None:
     options = _options()
     set_up_logging()
@@ -170,9 +181,8 @@ def main() -> None:
     solutions = read_solutions(values, data)
     if not solutions:
         raise InputError(f"{values}: no solution has values")
-    if options.tune_on is not None and options.tune_on not in {one.part for one in solutions}:
-        parts = ", ".join(sorted({one.part for one in solutions} - {""})) or "none"
-        raise InputError(f"--tune-on {options.tune_on}: no such part; there is {parts}")
+    if options.tune_on is not None:
+        _check_part(options.tune_on, parts_with_steps(solutions))
     if data is not None and data.has_answers:
         print(answers_found(solutions, data))
     summary = summarise(solutions, errors=options.error, tuned_on=options.tune_on, logits=logits)

@@ -45,16 +45,22 @@ def first_errors(solutions: Sequence[Solution], tuned_on: str | None) -> dict[st
     The threshold is the best one for F1 on the part `tuned_on`, or on the first part, and is used
     on all. None where no solution has steps and a label for them.
     """
-    parts: dict[str, list[Solution]] = {}
-    for one in solutions:
-        if one.step_values and one.first_error is not None:
-            parts.setdefault(one.part, []).append(one)
+    parts = parts_with_steps(solutions)
     if not parts:
         return None
     tuning = next(iter(parts)) if tuned_on is None else tuned_on
     return {"tuned_on": tuning} | {
         name: _rule(score, parts, tuning) for name, score in RULES.items()
     }
+
+
+def parts_with_steps(solutions: Sequence[Solution]) -> dict[str, list[Solution]]:
+    """The solutions that have steps and a label for them, by part, in the order of their first."""
+    parts: dict[str, list[Solution]] = {}
+    for one in solutions:
+        if one.step_values and one.first_error is not None:
+            parts.setdefault(one.part, []).append(one)
+    return parts
 
 
 def _rule(

@@ -265,7 +265,10 @@ def test_values_that_only_rank_have_chances_by_the_sigmoid(
         (["--values", "values.parquet", "--reward-range", "4", "0"], "the lower one first"),
         (["--values", "values.parquet", "--data", "none.jsonl"], "none.jsonl: cannot read"),
         (["--critic", "run", "--data", "embedded"], "--data embedded: an evaluation takes files"),
-        (["--values", "values.parquet", "--tune-on", "math"], "--tune-on math: no such part"),
+        (
+            ["--values", "values.parquet", "--tune-on", "math"],
+            "--tune-on math: no solution has labelled",
+        ),
         (["--critic", "values.parquet", "--data", "d"], "not a run; say with --out"),
     ],
 )
@@ -277,6 +280,31 @@ def test_options_that_make_no_sense_are_refused_by_name(
     with pytest.raises(InputError) as error:
         run(monkeypatch, *arguments)
     assert said in str(error.value)
+
+
+STEPWISE = [
+    {"prompt": "p", "completions": ["ab", "cd"], "labels": [True, False], "part": "A"},
+    {"prompt": "p", "completions": ["ef"], "labels": [None], "part": "B"},
+]
+
+
+@pytest.mark.parametrize(
+    ("part", "labels", "said"),
+    [
+        ("B", [True, False], "--tune-on B: no such part with labelled steps; there is A"),
+        ("A", [None, None], "--tune-on A: no solution has labelled steps"),
+    ],
+)
+def test_a_threshold_is_chosen_only_where_steps_are_labelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, labels: list[Any], said: str
+) -> None:
+    texts = [{"prompt": "p", "response": text} for text in ("ab\ncd", "ef")]
+    options: list[str | Path] = ["--values", stored(tmp_path, rows=values_of(texts))]
+    options += ["--data", data(tmp_path, [STEPWISE[0] | {"labels": labels}, STEPWISE[1]])]
+    options += ["--fields", "{preset: stepwise, part: part}", "--tune-on", part]
+    with pytest.raises(InputError) as error:
+        run(monkeypatch, *options)
+    assert str(error.value) == said
 
 
 def test_evaluations_of_a_run_lie_by_the_names_of_their_data(tmp_path: Path) -> None:
