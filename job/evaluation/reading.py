@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import re
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from job.common.data_file import Source
-from job.common.errors import InputError
+from job.common.errors import InputError, quoted
 from job.data.rows import BadRow, Place, Row, read_source, text_key
 from job.data.values_text import stored_rows
 from job.evaluation.solutions import Solution, problems_of
@@ -53,9 +54,10 @@ def read_solutions(values: Path, data: Data | None) -> list[Solution]:
     """The solutions that have values, in order.
 
     Raises:
-        InputError: one of the files cannot be read, or the values belong to other data.
+        InputError: one of the files cannot be read, what should be a value or a reward is none, or
+            the values belong to other data.
     """
-    stored = stored_rows(values)
+    stored = _usable(stored_rows(values), values)
     if data is None:
         return [
             _solution(row, None, None) for row in _named_problems(stored, values) if row["values"]
@@ -75,6 +77,33 @@ def answers_found(solutions: Sequence[Solution], data: Data) -> str:
     none = sum(all(answer is None for answer in one.answers) for one in problems)
     votes = f"; no majorities: {none:,} of {len(problems):,} problems have no answer"
     return text + (votes if none else "")
+
+
+def _usable(stored: Iterator[dict[str, Any]], values: Path) -> Iterator[dict[str, Any]]:
+    """The rows, if values and rewards are such: NaN would rank above all, and 7 be a reward."""
+    for number, row in enumerate(stored, 1):
+        for wrong in _unusable(row):
+            raise InputError(f"{values}: row {number}: {wrong}")
+        yield row
+
+
+def _unusable(row: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a row of values."""
+    values, prompt, reward = (row.get(name) for name in ("values", "prompt_value", "reward"))
+    if not isinstance(values, list | None):
+        yield f"values must be a list of numbers or null, not {quoted(values)}"
+        return
+    for k, value in enumerate(values or ()):
+        if not _is_finite(value):
+            yield f"values[{k}] must be a finite number, not {quoted(value)}"
+    if prompt is not None and not _is_finite(prompt):
+        yield f"prompt_value must be a finite number or null, not {quoted(prompt)}"
+    if reward is not None and not (_is_finite(reward) and 0 <= reward <= 1):
+        yield f"reward must be a number from 0 to 1 or null, not {quoted(reward)}"
+
+
+def _is_finite(x: Any) -> bool:
+    return isinstance(x, int | float) and abs(x) <= sys.float_info.max
 
 
 def _named_problems(stored: Iterator[dict[str, Any]], values: Path) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,32 @@ def test_what_holds_no_values_is_refused(tmp_path: Path, content: bytes) -> None
         (tmp_path / name).write_bytes(content if name == "a.parquet" else b"{}\n")
         with pytest.raises(InputError, match=f"{name}: "):
             read_solutions(tmp_path / name, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("values", [0.5, math.nan], "values[1] must be a finite number, not nan"),
+        ("values", [-math.inf], "values[0] must be a finite number, not -inf"),
+        ("values", ["high"], "values[0] must be a finite number, not 'high'"),
+        ("values", [0.5, None], "values[1] must be a finite number, not None"),
+        ("values", "high", "values must be a list of numbers or null, not 'high'"),
+        ("prompt_value", math.nan, "prompt_value must be a finite number or null, not nan"),
+        ("reward", 7, "reward must be a number from 0 to 1 or null, not 7"),
+        ("reward", math.nan, "reward must be a number from 0 to 1 or null, not nan"),
+        ("reward", "good", "reward must be a number from 0 to 1 or null, not 'good'"),
+    ],
+)
+def test_what_is_no_value_or_reward_is_refused_by_its_row(
+    tmp_path: Path, key: str, value: Any, said: str
+) -> None:
+    file = tmp_path / "values.jsonl"
+    rows = [VALUES[0], VALUES[1] | {key: value}, VALUES[2]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for given in (None, Data(str(data(tmp_path)), "processbench")):
+        with pytest.raises(InputError) as error:
+            read_solutions(file, given)
+        assert str(error.value) == f"{file}: row 2: {said}"
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
