@@ -26,7 +26,7 @@ import argparse
 import functools
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,8 @@ def _checked(options: argparse.Namespace) -> argparse.Namespace:
         raise InputError("--critic: name the solutions with --data")
     if options.values is not None and not options.values.is_file():
         raise InputError(f"{options.values}: no such file; job.score writes values")
-    if options.answer and options.data is None:
-        raise InputError("--answer: the responses are in the data; name it with --data")
+    for problem in _without_effect(options):
+        raise InputError(problem)
     if wrong := [error for error in options.error if not 0 <= error < 1]:
         raise InputError(f"--error {wrong[0]:g}: a share from 0 to 1")
     options.fields = _fields(options.fields)
@@ -89,6 +89,23 @@ def _checked(options: argparse.Namespace) -> argparse.Namespace:
     options.out = options.out or _folder(options)
     check_place(options.out, "--out")
     return options
+
+
+def _without_effect(options: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with options that would change nothing."""
+    if options.data is None:
+        for name in _given_of(options, "answer", "fields", "reward_range", "tune_on"):
+            yield f"{name}: it is about the data; name it with --data"
+    if options.values is not None:
+        for name in _given_of(options, "trunk", "override", "verify"):
+            yield f"{name}: it is about a critic, and with --values none is used"
+    elif options.logits:
+        yield "--logits: it is about --values; of a critic, its run says whether values only rank"
+
+
+def _given_of(options: argparse.Namespace, *names: str) -> Iterator[str]:
+    given = (name for name in names if getattr(options, name) not in (None, False, []))
+    return (f"--{name.replace('_', '-')}" for name in given)
 
 
 def _fields(text: str | None) -> Any:
