@@ -99,15 +99,20 @@ def test_two_unfrozen_blocks_explain_what_a_frozen_trunk_cannot(folder: Path) ->
     alarm = json.loads((folder / "runs/local/n0/status.json").read_text())["alarm"]
     assert "CONSTANT PREDICTOR" in alarm
     found = _choosing(folder, "runs/local/n2", problems=500, attempts=64)
-    critic, best = (np.array(found["rules"][rule]["value"]) for rule in ("best_of_n", "oracle"))
+    curves = {rule: np.array(curve["value"]) for rule, curve in found["rules"].items()}
+    critic, best = curves["best_of_n"], curves["oracle"]
     # The best value of a whole solution is its reward. The worst critic measured, of a share of
     # 0.933, has 0.955 of 0.963 at n = 4 and 0.936 at 64, where slips that its last value forgives
     # are among the attempts; one of 0.985 has 0.989 there. Majorities come to 0.99 from n = 16 on.
     assert (critic[:4] >= 0.98 * best[:4]).all()
     assert (critic >= 0.88 * best).all()
-    # such a slip makes values low where it stands
+    # Such a slip makes values low where it stands: one critic has 0.9998 of the optimum or more by
+    # either rule, where majorities end at 0.988. Of one solution there is nothing to choose.
+    below = curves["majority"] < best - 1e-9
     for rule in ("mean_value", "least_value"):
-        assert (np.array(found["rules"][rule]["value"]) >= 0.98 * best).all()
+        assert (curves[rule] >= 0.98 * best).all()
+        for rival in ("majority", "random", "shortest"):
+            assert (curves[rule] > curves[rival])[below].all()
     assert min(_lead(found, rival, n) for rival in ("random", "shortest") for n in (2, 8, 64)) > 0
     assert min(_lead(found, "majority", n) for n in (3, 4, 6)) > 0
 
