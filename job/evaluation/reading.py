@@ -142,9 +142,14 @@ def _difference(stored: dict[str, Any], row: Row | BadRow) -> str | None:
     texts = {"problem": row.problem_id, "response": row.response}
     for name, text in texts.items():
         known = stored.get(name)  # files of earlier versions have not both
-        if known is not None and known != f"{text_key(text):016x}":
+        if known is not None and known != _key(text):
             return f"another {name}"
     return None
+
+
+def _key(text: str) -> str:
+    """A problem or response as the values name it, so that it is the same without the data."""
+    return f"{text_key(text):016x}"
 
 
 def _labels_compared(
@@ -182,7 +187,7 @@ def _solution(stored: dict[str, Any], row: Row | None, pattern: re.Pattern[str] 
     }
     if row is not None:
         own |= {
-            "problem": row.problem_id,
+            "problem": _key(row.problem_id),
             "reward": own["reward"] if np.isnan(row.reward) else row.reward,
             "answer": _answer(row, pattern),
             "part": row.part,

@@ -16,6 +16,7 @@ class Solution:
     """One response of t tokens.
 
     Attributes:
+        problem: the same for solutions of one problem, with the data and without.
         values: [t], after each token.
         reward: in [0, 1]; NaN without a label.
         answer: what it answers; None where that is not known.

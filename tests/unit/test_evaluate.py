@@ -263,6 +263,28 @@ def test_an_out_that_is_a_file_is_refused_before_anything_is_read(
             run(monkeypatch, "--values", values, "--out", out)
 
 
+def test_the_data_changes_no_figure_that_the_values_alone_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"{k // 2}?", "response": f"r{k}", "problem_id": k // 2} for k in range(24)]
+    chances = np.random.default_rng(0).random(24)
+    values = [
+        VALUES[1] | {
+            "line": k + 1, "values": [float(x)], "reward": float(k % 5 < 2),
+            "problem": key(str(row["problem_id"])), "response": key(str(row["response"])),
+        }
+        for k, (row, x) in enumerate(zip(rows, chances, strict=True))
+    ]  # fmt: skip
+    file = stored(tmp_path, rows=values)
+    figures = []
+    for options in ([], ["--data", data(tmp_path, rows)]):
+        run(monkeypatch, "--values", file, *options, "--out", tmp_path / "out")
+        figures.append(json.loads((tmp_path / "out/evaluation.json").read_text()))
+    assert figures[0] == figures[1]
+    before, after = (figures[0]["calibration"][side]["log_loss"] for side in ("before", "after"))
+    assert before != after
+
+
 def test_values_that_only_rank_have_chances_by_the_sigmoid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
