@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,20 +51,38 @@ def best_of_four(problems: Sequence[Problem]) -> dict[str, Any] | None:
     """How often the one right of four solutions has the highest value; ties are drawn by lot.
 
     As RewardBench 2 counts outside its ties (arXiv 2506.01937): by part, and the mean of its parts.
-    A problem is one trial: the interval is Wilson's, which is too wide where many are tied.
-    None without a problem of one right solution and three wrong ones.
+    A problem is one trial: the interval is Wilson's, which is too wide where many are tied. Other
+    problems are left out and counted. None without one of one right solution and three wrong ones.
     """
     parts: dict[str, list[float]] = {}
-    for problem in problems:
-        right = problem.rewards >= RIGHT
-        if len(right) == 4 and right.sum() == 1:
-            first = problem.scores == problem.scores.max()
-            parts.setdefault(problem.part, []).append(float((first & right).sum() / first.sum()))
+    sets = [one for problem in problems for one in _sets_of(problem)]
+    for one in filter(_one_right_of_four, sets):
+        first = one.scores == one.scores.max()
+        won = (first & (one.rewards >= RIGHT)).sum() / first.sum()
+        parts.setdefault(one.part, []).append(float(won))
     if not parts:
         return None
     shown = {name: _accuracy(np.array(own)) for name, own in parts.items()}
     mean = float(np.mean([np.mean(own) for own in parts.values()]))
-    return {"parts": shown, "mean": mean}
+    return {"parts": shown, "mean": mean, "left_out": len(sets) - sum(map(len, parts.values()))}
+
+
+def _sets_of(problem: Problem) -> list[Problem]:
+    """The sets to choose from: rows of several solutions each, of which prompts may be equal.
+
+    Where each row has one solution, the problem is one set.
+    """
+    rows: dict[int, list[Solution]] = {}
+    for one in problem.solutions:
+        rows.setdefault(one.line, []).append(one)
+    if len(rows) == len(problem.solutions):
+        return [problem]
+    return [replace(problem, solutions=tuple(own)) for own in rows.values()]
+
+
+def _one_right_of_four(problem: Problem) -> bool:
+    right = problem.rewards >= RIGHT
+    return len(right) == 4 and int(right.sum()) == 1
 
 
 def _accuracy(won: Doubles) -> dict[str, Any]:

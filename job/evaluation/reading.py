@@ -181,6 +181,7 @@ def _solution(stored: dict[str, Any], row: Row | None, pattern: re.Pattern[str] 
     reward = stored["reward"]
     own: dict[str, Any] = {
         "problem": stored.get("problem", ""),
+        "line": stored["line"],
         "values": values,
         "reward": np.nan if reward is None else float(reward),
         "prompt_value": np.nan if prompt is None else float(prompt),

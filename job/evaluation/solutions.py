@@ -24,6 +24,7 @@ class Solution:
         prompt_value: the value before the first token; NaN where that is not known.
         step_values: the value at the end of each step; empty where steps are not known.
         first_error: the first wrong step, counted from 0; -1 without error, None without label.
+        line: where its row stands in the data, which may have several solutions.
     """
 
     problem: str
@@ -34,6 +35,7 @@ class Solution:
     prompt_value: float = float("nan")
     step_values: tuple[float, ...] = ()
     first_error: int | None = None
+    line: int = 0
 
     @property
     def score(self) -> float:

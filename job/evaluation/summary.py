@@ -115,6 +115,7 @@ def _best_of_four(found: Summary) -> Table:
         ends = _ends(part["low"], part["high"])
         table.add_row(name or "all", str(part["problems"]), _cell(part["value"]), ends)
     table.add_row("mean of parts", "", _cell(found["mean"]), "")
+    table.add_row("left out", str(found["left_out"]), "", "")
     return table
 
 

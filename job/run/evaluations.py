@@ -138,13 +138,12 @@ def _steps(found: Mapping[str, Any]) -> Html:
 
 
 def _best_of_four(found: Mapping[str, Any]) -> Html:
-    rows = [
+    rows: list[list[object]] = [
         [name or "all", part["problems"], _with_ends(part)] for name, part in found["parts"].items()
     ]
-    return table(
-        ["the one right of four", "problems", "accuracy"],
-        [*rows, ["mean of parts", "", _number(found["mean"])]],
-    )
+    rows.append(["mean of parts", "", _number(found["mean"])])
+    rows.append(["left out, not one right of four", found.get("left_out", _NONE), ""])
+    return table(["the one right of four", "problems", "accuracy"], rows)
 
 
 def _calibration(found: Mapping[str, Any]) -> Html:

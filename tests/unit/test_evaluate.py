@@ -21,6 +21,7 @@ from job.data.rows import text_key
 from job.data.values_text import write_rows
 from job.evaluation.reading import Data, read_solutions
 from job.evaluation.solutions import Solution
+from job.evaluation.summary import summarise
 from job.run.evaluations import evaluation_folder, evaluations
 
 ROWS = [
@@ -261,6 +262,33 @@ def test_an_out_that_is_a_file_is_refused_before_anything_is_read(
     for out in (values, values / "below"):
         with pytest.raises(InputError, match=f"--out {out}: {values} is a file, where a folder"):
             run(monkeypatch, "--values", values, "--out", out)
+
+
+@pytest.mark.parametrize("own_problems", [False, True])
+def test_rows_of_best_of_four_that_have_one_prompt_are_two(
+    tmp_path: Path, own_problems: bool
+) -> None:
+    """Of four rows, two with one prompt, the right solution is ahead in two."""
+    prompts, ahead = ("p", "q", "p", "r"), (0.9, 0.9, 0.1, 0.1)
+    rows = [
+        {"prompt": p, "chosen": [f"{k}"], "rejected": [f"{k}{x}" for x in "abc"], "subset": "Math"}
+        | ({"problem_id": f"id {k}"} if own_problems else {})
+        for k, p in enumerate(prompts)
+    ]
+    values = [
+        VALUES[1] | {
+            "line": k + 1, "values": [ahead[k] if right else 0.5], "reward": float(right),
+            "problem": key(str(row.get("problem_id") or of_prompt(prompts[k]))),
+            "response": key(text),
+        }
+        for k, row in enumerate(rows)
+        for right, text in [(True, row["chosen"][0]), *((False, t) for t in row["rejected"])]
+    ]  # fmt: skip
+    file = stored(tmp_path, rows=values)
+    for given in (None, Data(str(data(tmp_path, rows)), "preference")):
+        found = summarise(read_solutions(file, given))["best_of_four"]
+        (part,) = found["parts"].values()
+        assert (part["problems"], part["value"], found["left_out"]) == (4, 0.5, 0)
 
 
 def test_the_data_changes_no_figure_that_the_values_alone_have(

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from job.evaluation.choosing import choosing, needed
 from job.evaluation.length import length_matched, tenth_of
 from job.evaluation.solutions import Problem, Solution, problems_of
 from job.evaluation.summary import summarise, tables
+from job.run.evaluations import Evaluation, evaluation_section
 
 SCORES = np.array([0.3, 0.9, 0.3, 0.5, 0.9, 0.1, 0.3])
 REWARDS = np.array([1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0])
@@ -273,6 +275,36 @@ def test_the_one_right_of_four_shares_a_tie_and_parts_weigh_alike() -> None:
     assert {name: part["value"] for name, part in found["parts"].items()} == {"": 0.25, "other": 1}
     assert found["mean"] == 0.625
     assert ranking.best_of_four([two_right]) is None
+
+
+def _of_row(line: int, rewards: Sequence[float], scores: Sequence[float]) -> list[Solution]:
+    return [replace(one, line=line) for one in _problem(rewards, scores).solutions]
+
+
+def test_rows_of_one_prompt_are_each_a_set_of_four_and_what_is_none_is_counted() -> None:
+    won, lost = _of_row(1, [1, 0, 0, 0], [4, 3, 2, 1]), _of_row(2, [1, 0, 0, 0], [1, 2, 3, 4])
+    ties = _of_row(3, [1, 1, 0, 0, 0], [4, 3, 2, 1, 0])
+    found = ranking.best_of_four(problems_of([*won, *lost, *ties]))
+    assert found is not None
+    assert (found["parts"][""]["problems"], found["mean"], found["left_out"]) == (2, 0.5, 1)
+    # attempts that have a row each are one problem's
+    apart = [replace(one, line=k) for k, one in enumerate(won)]
+    found = ranking.best_of_four([_problem([1, 0, 0, 0, 0], [5, 4, 3, 2, 1]), *problems_of(apart)])
+    assert found is not None
+    assert (found["parts"][""]["problems"], found["mean"], found["left_out"]) == (1, 1, 1)
+
+
+def test_a_page_and_a_table_say_how_many_are_not_one_right_of_four() -> None:
+    rows = [one for k in range(3) for one in _of_row(k, [1, k == 2, 0, 0], [0.4, 0.3, 0.2, 0.1])]
+    found = summarise(rows)
+    console = Console(width=80, record=True, file=io.StringIO())
+    for table in tables(found):
+        console.print(table)
+    said = [line.split() for line in console.export_text().splitlines()]
+    assert ["all", "2", "1.000", "0.342-1.000"] in said
+    assert ["left", "out", "1"] in said
+    page = evaluation_section(Evaluation("name", found))
+    assert ">left out, not one right of four</th><td>1</td>" in page
 
 
 def _stepped(step_values: Sequence[float], label: int | None, part: str = "") -> Solution:
