@@ -27,8 +27,9 @@ import functools
 import json
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
@@ -39,12 +40,22 @@ from job.common.errors import InputError, file_error, run_and_leave
 from job.common.files import check_place, write_atomic
 from job.common.possible_values import impossible_fields, impossible_range
 from job.common.progress import set_up_logging
-from job.common.schema import EMBEDDED
+from job.common.schema import EMBEDDED, BadRows
 from job.evaluation.reading import Data, answers_found, read_solutions
 from job.evaluation.steps import parts_with_steps
 from job.evaluation.summary import ERRORS, Summary, summarise, tables
-from job.run.evaluations import FILE, Evaluation, evaluation_folder, evaluation_section
+from job.run.evaluations import (
+    DATA,
+    FILE,
+    Evaluation,
+    data_place,
+    evaluation_folder,
+    evaluation_section,
+)
 from job.run.html import document
+
+if TYPE_CHECKING:
+    from job.run.trained import TrainedCritic
 
 _PAGE, _VALUES = "evaluation.html", "values.parquet"
 
@@ -154,11 +165,24 @@ def _scored(options: argparse.Namespace) -> tuple[Path, Data, bool] | None:
         return TrainedCritic.find(options.critic, options.trunk, [*options.override, *own])
 
     values = options.out / _VALUES
-    if not score(find, options.data, values, verify=options.verify):
+    if not score(lambda: _of_tokens(find()), options.data, values, verify=options.verify):
         return None
     config = find().config
     data = Data(options.data, config.data.fields, config.data.reward_range, options.answer)
     return values, data, config.objective.ranks_only
+
+
+def _of_tokens(trained: TrainedCritic) -> TrainedCritic:
+    """The critic as if nobody had named what changes no value: kept ones need not be made again.
+
+    Where rows may be left out those names count, as a row without such a field is.
+    """
+    data = trained.config.data
+    if data.bad_rows is BadRows.skip or not isinstance(data.fields, dict):
+        return trained
+    kept = {key: name for key, name in data.fields.items() if key not in ("answer", "part")}
+    fields = kept if kept.keys() - {"preset"} else kept.get("preset")
+    return replace(trained, config=replace(trained.config, data=replace(data, fields=fields)))
 
 
 def _given(options: argparse.Namespace) -> tuple[Path, Data | None, bool]:
@@ -203,6 +227,8 @@ def main() -> None:
     if data is not None and data.has_answers:
         print(answers_found(solutions, data))
     summary = summarise(solutions, errors=options.error, tuned_on=options.tune_on, logits=logits)
+    if options.data is not None:
+        summary[DATA] = data_place(described(options.data))
     _write(options.out, summary, options.out.name.removesuffix(".evaluation"))
     console = Console(width=80)
     for table in tables(summary):

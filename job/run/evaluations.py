@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FOLDER, FILE = "evaluations", "evaluation.json"
+DATA = "data"  # of the figures: where the data lies
 _NONE = "\N{EN DASH}"
 _SHOWN = (1, 2, 4, 8, 16, 32, 64)
 _NAMES = {
@@ -54,10 +56,30 @@ class Evaluation:
     figures: Mapping[str, Any]
 
 
+def data_place(data: str) -> str:
+    """By what evaluations on data of equal names are told apart."""
+    return os.path.abspath(data)  # noqa: PTH100 - a glob is no path
+
+
 def evaluation_folder(run: Path, data: str) -> Path:
-    """Where a run keeps its evaluation on some data; of several names the last part counts."""
-    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(data).name).strip("-.") or "data"
-    return run / FOLDER / stem
+    """Where a run keeps its evaluation on some data; of several names the last part counts.
+
+    Where data of another place has that folder, the name of the folder above counts too, and so on.
+    """
+    place = data_place(data)
+    parts = Path(place).parts
+    folders = [run / FOLDER / _plain(parts[k:]) for k in reversed(range(len(parts)))]
+    free = (folder for folder in folders if _place_of(folder) in (None, place))
+    return next(free, folders[-1])
+
+
+def _plain(parts: Sequence[str]) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", "/".join(parts)).strip("-.") or "data"
+
+
+def _place_of(folder: Path) -> Any:
+    """The place of the data whose evaluation is in a folder; None where nothing says so."""
+    return (read_json(folder / FILE, dict) or {}).get(DATA)
 
 
 def evaluations(run: Path) -> list[Evaluation]:

@@ -308,6 +308,7 @@ def test_the_data_changes_no_figure_that_the_values_alone_have(
     for options in ([], ["--data", data(tmp_path, rows)]):
         run(monkeypatch, "--values", file, *options, "--out", tmp_path / "out")
         figures.append(json.loads((tmp_path / "out/evaluation.json").read_text()))
+    assert figures[1].pop("data") == str(tmp_path / "data.jsonl")
     assert figures[0] == figures[1]
     before, after = (figures[0]["calibration"][side]["log_loss"] for side in ("before", "after"))
     assert before != after
@@ -407,6 +408,21 @@ def test_evaluations_of_a_run_lie_by_the_names_of_their_data(tmp_path: Path) -> 
     assert [(found.name, found.figures) for found in evaluations(tmp_path)] == [
         ("math.jsonl", {"solutions": 1})
     ]
+
+
+def test_data_of_one_name_in_two_folders_has_two_evaluations(tmp_path: Path) -> None:
+    first, second, third = (str(tmp_path / f"{x}/test.jsonl") for x in ("d1", "d2", "e/d2"))
+    for place, name in (
+        (first, "test.jsonl"), (second, "d2-test.jsonl"), (third, "e-d2-test.jsonl"),
+    ):  # fmt: skip
+        folder = evaluation_folder(tmp_path, place)
+        assert folder.name == name
+        folder.mkdir(parents=True)
+        (folder / "evaluation.json").write_text(json.dumps({"data": place}))
+        assert evaluation_folder(tmp_path, place) == folder
+    # one of which nobody knows the data may be this one's
+    (tmp_path / "evaluations/test.jsonl/evaluation.json").write_text('{"solutions": 1}')
+    assert evaluation_folder(tmp_path, second).name == "test.jsonl"
 
 
 def test_csv_values_have_lists_of_ends(tmp_path: Path) -> None:

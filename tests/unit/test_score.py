@@ -31,6 +31,7 @@ from job.data.token_cache import TokenizedSet
 from job.data.tokenizer import load_tokenizer
 from job.evaluation.reading import Data, read_solutions
 from job.model.transformer import PackedLayout
+from job.run.evaluations import evaluation_folder
 from job.run.manifest import FileSum, Manifest
 from job.run.report_page import write_report
 from job.run.trained import TrainedCritic
@@ -345,6 +346,64 @@ def test_an_evaluation_of_a_run_is_shown_by_its_report(
         > (folder / "evaluation.html").read_text().count("data:image/png")
         > 0
     )
+
+
+def test_names_that_change_no_value_leave_those_that_are_kept(
+    run: MicroRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run.path, copy)
+    places = [tmp_path / name / "test.jsonl" for name in ("d1", "d2")]
+    for k, place in enumerate(places):
+        place.parent.mkdir()
+        rows = [r | {"reward": 4 * r["reward"], "ans": i % 3} for i, r in enumerate(ROWS[: 8 + k])]
+        write_rows(place, rows)
+    found = []
+    for place, *fields in ((places[0],), (places[0], "--fields", "{answer: ans}"), (places[1],)):
+        options = ("--critic", copy, "--data", place, "--reward-range", "0", "4")
+        _evaluate(monkeypatch, *options, *fields)
+        file = evaluation_folder(copy, str(place)) / "evaluation.json"
+        found.append((file.parent.name, json.loads(file.read_text())))
+    assert [name for name, _ in found] == ["test.jsonl", "test.jsonl", "d2-test.jsonl"]
+    assert ["majority" in figures["choosing"]["rules"] for _, figures in found] == [0, 1, 0]
+    assert [figures["labelled"] for _, figures in found] == [8, 8, 9]
+    right = [1 - a % 2 for a in (0, 1) for _ in range(5)]
+    assert found[0][1]["choosing"]["rules"]["random"]["value"][0] == pytest.approx(
+        np.mean(right[:8])
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "bad_rows", "fields"),
+    [
+        ("{answer: a, part: p}", "error", None),
+        ("{preset: stepwise, part: p}", "error", "stepwise"),
+        ("{preset: stepwise, prompt: q, part: p}", "error", {"preset": "stepwise", "prompt": "q"}),
+        ("processbench", "error", "processbench"),
+        ("{answer: a}", "skip", {"answer": "a"}),  # a row without such a field is left out
+    ],
+)
+def test_values_depend_on_names_that_rows_and_tokens_do(
+    run: MicroRun, given: str, bad_rows: str, fields: Any
+) -> None:
+    overrides = (f"data.fields={given}", f"data.bad_rows={bad_rows}")
+    trained = evaluate._of_tokens(TrainedCritic.find(run.path, None, overrides))
+    assert trained.config.data.fields == fields
+
+
+def test_a_critic_of_pairs_only_ranks_in_an_evaluation_too(
+    critics: MicroCritics, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("objective.loss=pairwise", "data.arithmetic.attempts=4")
+    pairs = critics.run("pairs", *settings)
+    out = tmp_path / "out"
+    _evaluate(monkeypatch, "--critic", pairs.path, "--data", data, "--out", out)
+    before = json.loads((out / "evaluation.json").read_text())["calibration"]["before"]
+    values = np.array([row["final_value"] for row in _read(out / "values.parquet")])
+    rewards = np.array([row["reward"] for row in ROWS])
+    expected = np.square(1 / (1 + np.exp(-values)) - rewards).mean()
+    assert before["brier"] == pytest.approx(expected)
+    assert before["brier"] != pytest.approx(np.square(values.clip(0, 1) - rewards).mean())
 
 
 def test_the_first_errors_of_an_evaluation_are_at_the_ends_of_its_steps(
