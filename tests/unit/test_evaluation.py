@@ -364,6 +364,29 @@ def test_the_threshold_is_the_best_of_all_and_is_chosen_on_one_part() -> None:
     assert found["level"]["mean_f1"] == pytest.approx(np.mean(means))
 
 
+@pytest.mark.parametrize("labels", [(-1, 0, 1, 2, 3, 7), (-1,), (0, 2)])
+def test_the_threshold_is_the_best_of_thousands(labels: tuple[int, ...]) -> None:
+    """Every one is tried here with every solution."""
+    rng = np.random.default_rng(0)
+    given = rng.choice(labels, 1500)
+    # the first error falls most, by little more than other steps
+    scores = [rng.random(4) + 0.1 * (np.arange(4) == label) for label in given]
+    reached = np.unique(np.concatenate([np.maximum.accumulate(own) for own in scores]))
+    cuts = np.append((reached[1:] + reached[:-1]) / 2, [reached[0], reached[-1] + 1])
+    assert len(cuts) > 2000
+    sums = sum(
+        steps.counted(steps.predict([own], cuts), np.array([[label]]))[0]
+        for own, label in zip(scores, given, strict=True)
+    )
+    best = np.nanmax(steps._f1_or_less(steps.figures_of(np.asarray(sums))))
+    cut = np.array([steps.threshold(scores, given)])
+    counts = steps.counted(steps.predict(scores, cut), given[:, None]).sum(0)
+    assert steps._f1_or_less(steps.figures_of(counts))[0] == best
+    np.testing.assert_array_equal(
+        steps._counts_at(cuts, [np.maximum.accumulate(own) for own in scores], given), sums
+    )
+
+
 def test_a_temperature_undoes_overconfidence() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(size=8000)
