@@ -264,6 +264,16 @@ def test_an_out_that_is_a_file_is_refused_before_anything_is_read(
             run(monkeypatch, "--values", values, "--out", out)
 
 
+def test_a_range_of_rewards_is_that_of_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [PLAIN[0] | {"reward": 3}, PLAIN[1] | {"reward": 1}]
+    options = ["--values", stored(tmp_path, rows=values_of(rows)), "--data", data(tmp_path, rows)]
+    run(monkeypatch, *options, "--reward-range", "0", "4", "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert found["choosing"]["rules"]["oracle"]["value"] == [0.5, 0.75]
+
+
 @pytest.mark.parametrize("own_problems", [False, True])
 def test_rows_of_best_of_four_that_have_one_prompt_are_two(
     tmp_path: Path, own_problems: bool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,7 +21,8 @@ from job.evaluation.choosing import choosing, needed
 from job.evaluation.length import length_matched, tenth_of
 from job.evaluation.solutions import Problem, Solution, problems_of
 from job.evaluation.summary import summarise, tables
-from job.run.evaluations import Evaluation, evaluation_section
+from job.run.evaluations import _PLOTS, Evaluation, draw_evaluation, evaluation_section
+from job.run.figure import look
 
 SCORES = np.array([0.3, 0.9, 0.3, 0.5, 0.9, 0.1, 0.3])
 REWARDS = np.array([1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0])
@@ -275,6 +277,8 @@ def test_the_one_right_of_four_shares_a_tie_and_parts_weigh_alike() -> None:
     assert {name: part["value"] for name, part in found["parts"].items()} == {"": 0.25, "other": 1}
     assert found["mean"] == 0.625
     assert ranking.best_of_four([two_right]) is None
+    for others in ([0, 0], [0, 0, 0, 0]):
+        assert ranking.best_of_four([_problem([1, *others], [0.9, *others])]) is None
 
 
 def _of_row(line: int, rewards: Sequence[float], scores: Sequence[float]) -> list[Solution]:
@@ -305,6 +309,20 @@ def test_a_page_and_a_table_say_how_many_are_not_one_right_of_four() -> None:
     assert ["left", "out", "1"] in said
     page = evaluation_section(Evaluation("name", found))
     assert ">left out, not one right of four</th><td>1</td>" in page
+
+
+def test_a_page_has_a_picture_of_each_curve() -> None:
+    rows = [Solution("p", np.array([0.1, x]), x, part="a") for x in (0.0, 0.25, 1.0)]
+    found = summarise(rows)
+    pictures = draw_evaluation(found)
+    assert list(pictures) == ["best_of_n", "pair_accuracy", "calibration"]
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
+    with look():
+        curves, _ = _PLOTS["best_of_n"][1](found["choosing"]).axes[0].get_legend_handles_labels()
+    drawn = {curve.get_label(): curve.get_ydata().tolist() for curve in curves}
+    assert drawn["critic"] == found["choosing"]["rules"]["best_of_n"]["value"]
+    assert drawn["random"] == found["choosing"]["rules"]["random"]["value"]
+    assert evaluation_section(Evaluation("name", found)).count("data:image/png") == 3
 
 
 def _stepped(step_values: Sequence[float], label: int | None, part: str = "") -> Solution:
@@ -387,6 +405,25 @@ def test_the_threshold_is_the_best_of_thousands(labels: tuple[int, ...]) -> None
     )
 
 
+def test_first_errors_are_drawn_by_problems() -> None:
+    """Of two problems, one has its errors found and one has not: draws of them have all or none."""
+    found = [
+        replace(_stepped([0.9, 0.2], 1 if right else 0), problem=name)
+        for name, right in (("p", True), ("q", False))
+        for _ in range(4)
+    ]
+    correct = [replace(_stepped([0.9, 0.9], -1), problem=name) for name in "pq"]
+    result = steps.first_errors([*found, *correct], None)
+    assert result is not None
+    error = result["drop"]["parts"][""]["accuracy_error"]
+    assert (error["value"], error["low"], error["high"]) == (0.5, 0, 1)
+    one = [replace(row, problem="p") for row in (*found, *correct)]
+    result = steps.first_errors(one, None)
+    assert result is not None
+    error = result["drop"]["parts"][""]["accuracy_error"]
+    assert (error["value"], error["low"], error["high"]) == (0.5, None, None)
+
+
 def test_a_temperature_undoes_overconfidence() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(size=8000)
@@ -402,6 +439,41 @@ def test_a_temperature_undoes_overconfidence() -> None:
     assert found["after"]["ece"] < 0.25 * found["before"]["ece"]
     assert found["after"]["log_loss"] < found["before"]["log_loss"]
     assert calibration.calibration(rows[:1], logits=False) is None
+
+
+def test_each_half_has_the_temperature_of_the_other() -> None:
+    """One half is too sure of itself, the other not sure enough: crossed, both become worse."""
+    rng = np.random.default_rng(0)
+    names = [str(k) for k in range(400)]
+    half = np.array([zlib.crc32(name.encode()) % 2 == 1 for name in names])
+    logits = rng.normal(size=400)
+    rewards = (rng.random(400) < 1 / (1 + np.exp(-logits))).astype(float)
+    given = logits * np.where(half, 2.0, 0.5)
+    sharp = 1 / (1 + np.exp(-given))
+    rows = [
+        Solution(name, np.array([v]), r) for name, v, r in zip(names, sharp, rewards, strict=True)
+    ]
+    found = calibration.calibration(rows, logits=False)
+    assert found is not None
+    other = [calibration.temperature(given[~half], rewards[~half]),
+             calibration.temperature(given[half], rewards[half])]  # fmt: skip
+    crossed = calibration._log_loss(given / np.where(half, *other), rewards)
+    assert found["after"]["log_loss"] == pytest.approx(crossed)
+    assert crossed > found["before"]["log_loss"]
+
+
+@pytest.mark.parametrize("logits", [False, True])
+def test_votes_are_weighted_by_chances(logits: bool) -> None:
+    """Two answers of which the wrong one has the greater sum of scores, and not of chances."""
+    scores, answers = ([9.0, 2.0, 2.0], "abb") if logits else ([2.5, 0.8, 0.7], "abb")
+    rows = [
+        Solution("p", np.array([score]), float(answer == "b"), answer=answer)
+        for score, answer in zip(scores, answers, strict=True)
+    ]
+    weighted = summarise(rows, logits=logits)["choosing"]["rules"]["weighted_majority"]["value"]
+    assert weighted[2] == 1
+    plain = choosing(problems_of(rows), [0.1], lambda s: s)["rules"]["weighted_majority"]["value"]
+    assert plain[2] == 0
 
 
 def test_calibration_errors_by_hand() -> None:
