@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from job.common.schema import EMBEDDED
 from job.common.state_files import read_json
 from job.run.figure import GREY, draw_level, look, panels, png, run_colour
 from job.run.html import Html, images, join, section, table, tag
@@ -58,7 +59,7 @@ class Evaluation:
 
 def data_place(data: str) -> str:
     """By what evaluations on data of equal names are told apart."""
-    return os.path.abspath(data)  # noqa: PTH100 - a glob is no path
+    return data if data == EMBEDDED else os.path.abspath(data)  # noqa: PTH100 - a glob is no path
 
 
 def evaluation_folder(run: Path, data: str) -> Path:

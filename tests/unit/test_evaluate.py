@@ -22,7 +22,7 @@ from job.data.values_text import write_rows
 from job.evaluation.reading import Data, read_solutions
 from job.evaluation.solutions import Solution
 from job.evaluation.summary import summarise
-from job.run.evaluations import evaluation_folder, evaluations
+from job.run.evaluations import data_place, evaluation_folder, evaluations
 
 ROWS = [
     {"prompt": "1+1?", "steps": ["ab", "cd"], "label": -1, "id": "x-1"},
@@ -420,7 +420,9 @@ def test_evaluations_of_a_run_lie_by_the_names_of_their_data(tmp_path: Path) -> 
     ]
 
 
-def test_data_of_one_name_in_two_folders_has_two_evaluations(tmp_path: Path) -> None:
+def test_data_of_one_name_in_two_folders_has_two_evaluations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second, third = (str(tmp_path / f"{x}/test.jsonl") for x in ("d1", "d2", "e/d2"))
     for place, name in (
         (first, "test.jsonl"), (second, "d2-test.jsonl"), (third, "e-d2-test.jsonl"),
@@ -430,6 +432,12 @@ def test_data_of_one_name_in_two_folders_has_two_evaluations(tmp_path: Path) -> 
         folder.mkdir(parents=True)
         (folder / "evaluation.json").write_text(json.dumps({"data": place}))
         assert evaluation_folder(tmp_path, place) == folder
+    # embedded data are the same wherever the command is given
+    embedded = evaluation_folder(tmp_path, "embedded")
+    embedded.mkdir()
+    (embedded / "evaluation.json").write_text(json.dumps({"data": data_place("embedded")}))
+    monkeypatch.chdir(tmp_path)
+    assert evaluation_folder(tmp_path, "embedded") == embedded
     # one of which nobody knows the data may be this one's
     (tmp_path / "evaluations/test.jsonl/evaluation.json").write_text('{"solutions": 1}')
     assert evaluation_folder(tmp_path, second).name == "test.jsonl"
