@@ -14,6 +14,9 @@ from job.common.schema import (
     CHAT,
     EMBEDDED,
     FIELD_PRESETS,
+    PLAIN_FIELDS,
+    PRESET_FIELDS,
+    UNSCALED,
     CriticConfig,
     DataConfig,
     Loss,
@@ -24,6 +27,7 @@ from job.common.schema import (
     TrainingConfig,
     Weighting,
     is_chat_template,
+    preset_of,
 )
 from job.common.text_values import is_utf8
 
@@ -87,8 +91,6 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
 }
 _NAMES = ("run.name", "run.dir")  # that stand in a line with others
 _STAGE_RATES = (("learning_rate", 0), ("head_learning_rate", 0))
-_FIELD_NAMES = ("prompt", "response", "reward", "problem_id", "truncated", "messages", "targets")
-_OTHER_FIELDS = ("answer", "part", "preset")
 
 
 def impossible_values(config: Any) -> Iterator[str]:
@@ -144,21 +146,26 @@ def _impossible_data(config: CriticConfig | PretrainConfig) -> Iterator[str]:
 
 def impossible_fields(fields: Any) -> Iterator[str]:
     """What is wrong with `data.fields`."""
+    preset = preset_of(fields)
     if isinstance(fields, dict):
-        valid = (*_FIELD_NAMES, *_OTHER_FIELDS)
-        for key, name in fields.items():
-            if key not in valid:
-                yield f"data.fields.{key}: unknown field; valid: {', '.join(valid)}"
-            elif not isinstance(name, str):
-                yield f"data.fields.{key}: the name of a field, not {quoted(name)}"
-        preset = fields.get("preset", FIELD_PRESETS[0])
-    else:
-        preset = FIELD_PRESETS[0] if fields is None else fields
-    if not isinstance(preset, str):
-        yield f"data.fields: a mapping or a preset ({', '.join(FIELD_PRESETS)}), not {preset!r}"
-    elif preset not in FIELD_PRESETS:
+        yield from _impossible_names(fields, preset)
+    if isinstance(preset, str) and preset not in FIELD_PRESETS:
         known = ", ".join(FIELD_PRESETS)
         yield f"data.fields: unknown preset {preset!r}; the presets are {known}"
+    elif preset is not None and not isinstance(preset, str):
+        yield f"data.fields: a mapping or a preset ({', '.join(FIELD_PRESETS)}), not {preset!r}"
+
+
+def _impossible_names(fields: dict[Any, Any], preset: Any) -> Iterator[str]:
+    """Names that are none, and names for what the layout does not read, which change nothing."""
+    known = isinstance(preset, str) and preset in FIELD_PRESETS
+    read = PRESET_FIELDS[preset] if known else PLAIN_FIELDS
+    why = f"not read by the preset {preset}" if known else "unknown field"
+    for key, name in fields.items():
+        if key not in (*read, "preset"):
+            yield f"data.fields.{key}: {why}; valid: {', '.join((*read, 'preset'))}"
+        elif not isinstance(name, str):
+            yield f"data.fields.{key}: the name of a field, not {quoted(name)}"
 
 
 def _impossible_sources(key: str, source: Any, share: str = "") -> Iterator[str]:
@@ -178,10 +185,14 @@ def _impossible_sources(key: str, source: Any, share: str = "") -> Iterator[str]
             yield f"{key}: {EMBEDDED} stands alone"
 
 
-def impossible_range(span: list[float] | None) -> Iterator[str]:
-    """What is wrong with `data.reward_range`."""
-    if span is not None and (len(span) != 2 or not span[0] < span[1]):
-        yield f"data.reward_range: {span} must be two numbers, the lower one first"
+def impossible_range(span: list[float] | None, fields: Any = None) -> Iterator[str]:
+    """What is wrong with `data.reward_range`, beside `data.fields`."""
+    if span is None:
+        return
+    if len(span) != 2 or not -math.inf < span[0] < span[1] < math.inf:
+        yield f"data.reward_range: {span} must be two finite numbers, the lower one first"
+    if (preset := preset_of(fields)) in UNSCALED:
+        yield f"data.reward_range: the preset {preset} has no rewards of a range; leave it out"
 
 
 def _impossible_template(data: DataConfig) -> Iterator[str]:
@@ -264,7 +275,7 @@ def _is_no_share(text: str) -> bool:
 
 def _impossible_critic(config: CriticConfig) -> Iterator[str]:
     yield from _impossible_template(config.data)
-    yield from impossible_range(config.data.reward_range)
+    yield from impossible_range(config.data.reward_range, config.data.fields)
     if not isinstance(config.data.validation, float):
         yield from _impossible_validation(config.data.validation)
     yield from _impossible_stages(config.training)

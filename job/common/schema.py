@@ -16,18 +16,24 @@ from omegaconf import MISSING
 RIGHT = 0.5  # rewards and labels of steps from here on count as right
 EMBEDDED = "embedded"  # as data source: the chains of job.data.arithmetic
 AUTO = "auto"
-FIELD_PRESETS = (  # of data.fields, layouts that job.data.layouts reads
-    "alpaca",
-    "attempts",
-    "stepwise",
-    "math_shepherd",
-    "prm800k",
-    "processbench",
-    "preference",
-    "trl_conversational",
-    "helpsteer2",
-    "messages",
-)
+_ABOUT = ("problem_id", "truncated", "answer", "part")  # what may be said of any one solution
+_WHOLE = ("prompt", "response", "reward", "targets", *_ABOUT)
+_STEPS = ("prompt", "response", "reward", *_ABOUT)
+PLAIN_FIELDS = _WHOLE  # what data.fields may name without a preset
+PRESET_FIELDS = {  # and with one: what the layouts of job.data.layouts read
+    "alpaca": _WHOLE,
+    "attempts": ("prompt", "response", "reward", "problem_id", "answer", "part"),
+    "stepwise": _STEPS,
+    "math_shepherd": ("response", "reward", *_ABOUT),
+    "prm800k": ("prompt", "response", *_ABOUT),
+    "processbench": _STEPS,
+    "preference": ("prompt", "reward", "problem_id", "part"),
+    "trl_conversational": _WHOLE,
+    "helpsteer2": _WHOLE,
+    "messages": ("messages", "reward", "targets", *_ABOUT),
+}
+FIELD_PRESETS = tuple(PRESET_FIELDS)
+UNSCALED = ("math_shepherd", "prm800k", "processbench")  # whose labels are no rewards of a range
 # A text that stays what was typed, or a list of such; or a number between 0 and 1.
 SOURCES = "sources"
 Sources = Annotated[Any, SOURCES]
@@ -389,6 +395,11 @@ class PretrainConfig:
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     data: PretrainDataConfig = field(default_factory=PretrainDataConfig)
     training: PretrainTrainingConfig = field(default_factory=PretrainTrainingConfig)
+
+
+def preset_of(fields: Any) -> Any:
+    """The preset that `data.fields` names, by itself or beside names."""
+    return fields.get("preset") if isinstance(fields, dict) else fields
 
 
 def is_chat_template(template: str) -> bool:

@@ -66,8 +66,7 @@ def _data(options: argparse.Namespace) -> tuple[DataConfig, Tokenizer | None]:
         raise InputError("embedded data is made, not read; see docs/configuration.md")
     check_readable(files)
     fields, span = _fields(options.fields), options.reward_range
-    if problems := [*impossible_fields(fields), *impossible_range(span)]:
-        raise InputError("; ".join(problems))
+    _refuse_impossible(fields, span)
     both = {"fields": fields, "reward_range": span}
     given = {key: value for key, value in both.items() if value is not None}
     if options.config is None:
@@ -75,10 +74,16 @@ def _data(options: argparse.Namespace) -> tuple[DataConfig, Tokenizer | None]:
     own = [f"data.{key}={json.dumps(value)}" for key, value in given.items()]
     train = f"data.train={json.dumps(files)}"
     config = merge_config(CriticConfig, options.config, [*options.override, *own, train])
+    _refuse_impossible(config.data.fields, config.data.reward_range)
     if config.data.validation == EMBEDDED:
         config.data.validation = files
     tokenizer = load_tokenizer(config.tokenizer.path or config.model.path)
     return config.data, tokenizer
+
+
+def _refuse_impossible(fields: Any, span: list[float] | None) -> None:
+    if problems := [*impossible_fields(fields), *impossible_range(span, fields)]:
+        raise InputError("; ".join(problems))
 
 
 def _fields(text: str | None) -> Any:

@@ -70,9 +70,14 @@ def as_list(row: RawRow, name: str) -> list[Any]:
     return value
 
 
-def is_none(value: Any) -> bool:
-    """Whether a value says that there is none; pandas writes NaN for that."""
-    return value is None or value != value or (is_number(value) and value == NO_LABEL)
+def is_none(value: Any, span: tuple[float, float]) -> bool:
+    """Whether a label says that there is none; pandas writes NaN for that."""
+    return value is None or value != value or _is_no_label(value, span)
+
+
+def _is_no_label(value: Any, span: tuple[float, float]) -> bool:
+    """Whether a number marks what has no label, and is not one of those in the span."""
+    return is_number(value) and value == NO_LABEL and span[0] > NO_LABEL
 
 
 def is_number(value: Any) -> bool:
@@ -89,7 +94,7 @@ def as_label(value: Any, name: str, span: tuple[float, float] = (0.0, 1.0)) -> f
         return float(value)
     if not is_number(value) or value != value:  # NaN
         raise RowError(f"field {name!r} must be a number or true/false, not {quoted(value)}")
-    if value == NO_LABEL and span[0] > NO_LABEL:
+    if _is_no_label(value, span):
         raise RowError(f"field {name!r} has no label ({NO_LABEL})")
     low, high = span
     rounding = _ROUNDING * (high - low)
@@ -100,7 +105,7 @@ def as_label(value: Any, name: str, span: tuple[float, float] = (0.0, 1.0)) -> f
 
 def optional_label(value: Any, name: str, span: tuple[float, float]) -> tuple[float, str | None]:
     """A label where none is needed: NaN and the reason for one that is none."""
-    if is_none(value):
+    if is_none(value, span):
         return math.nan, None
     try:
         return as_label(value, name, span), None

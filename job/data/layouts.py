@@ -8,6 +8,7 @@ given beside a preset replace its own.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +16,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from job.common.errors import quoted
-from job.common.schema import RIGHT
+from job.common.schema import RIGHT, preset_of
 from job.data import fields as read
 from job.data.raw_rows import RawRow, RowError
 from job.data.rows import Message, Range, Rewards, Row
-from job.data.targets import END, Target, TargetError, read_targets
+from job.data.targets import (
+    END,
+    Target,
+    TargetError,
+    last_of,
+    looks_like_targets,
+    read_targets,
+)
 
 ALPACA_FIELDS = {"prompt": "instruction", "response": "output", "reward": "is_correct"}
 _UNIT = (0.0, 1.0)
@@ -53,11 +61,6 @@ class _Options:
         if self.rewards == "optional":
             return read.optional_label(value, name, self.span)
         return read.as_label(value, name, self.span), None
-
-
-def preset_of(fields: Any) -> str | None:
-    """The preset that `data.fields` names, by itself or beside names."""
-    return fields.get("preset") if isinstance(fields, dict) else fields
 
 
 def layout_parser(
@@ -116,16 +119,10 @@ def _labelled(
     messages: tuple[Message, ...] = (),
     usual: Sequence[str] = ("reward",),
 ) -> Row:
-    name = options.of(row, "reward", usual)
     targets = _targets(options, row, response)
-    if targets:  # a reward beside them is the one at the end
-        options = replace(options, rewards="optional")
-    needed = options.rewards is True
-    reward, odd = options.label(read.field(row, name) if needed else _optional(row, name), name)
-    if targets and math.isnan(reward):
-        reward = targets[-1].value
-    elif targets:
-        targets = (*targets, Target(0, reward, 1.0, END))
+    reward, odd = _reward(options, row, options.of(row, "reward", usual), bool(targets))
+    if targets and odd is None:
+        reward, targets = _at_the_end(reward, targets)
     problem = read.problem(row, options.name("problem_id"), prompt)
     cut = read.truncated(row, options.name("truncated"))
     return Row(
@@ -134,11 +131,34 @@ def _labelled(
     )  # fmt: skip
 
 
+def _reward(
+    options: _Options, row: RawRow, name: str, has_targets: bool
+) -> tuple[float, str | None]:
+    """The reward, which is that of the end beside targets, where it may be none; why it is odd."""
+    if options.rewards is True and not has_targets:
+        return options.label(read.field(row, name), name)
+    value = _optional(row, name)
+    if has_targets and read.is_none(value, options.span):
+        return math.nan, None
+    return options.label(value, name)
+
+
+def _at_the_end(reward: float, targets: tuple[Target, ...]) -> tuple[float, tuple[Target, ...]]:
+    """A reward beside targets is one more, at the end; without one the last target's is it."""
+    if math.isnan(reward):
+        return last_of(targets).value, targets
+    return reward, (*targets, Target(0, reward, 1.0, END))
+
+
 def _targets(options: _Options, row: RawRow, response: str) -> tuple[Target, ...]:
-    """A row's targets at positions; none where the field is null or missing."""
-    name = options.name("targets")
-    given = None if name is None else _optional(row, name)
-    if given is None or name is None or not options.rewards:
+    """A row's targets at positions; none where the field is null or missing.
+
+    A field that is not named may be somebody else's, unless it has what targets have.
+    """
+    name = options.names.get("targets", "targets")
+    given = _optional(row, name)
+    meant = "targets" in options.names or looks_like_targets(given)
+    if given is None or not meant or not options.rewards:
         return ()
     label = functools.partial(read.as_label, span=options.span)
     try:
@@ -286,7 +306,8 @@ def _preference(options: _Options, row: RawRow) -> Iterator[Row | RowError]:
 def _margin(options: _Options, row: RawRow) -> float:
     name = options.names.get("reward", "margin")
     value = _optional(row, name)
-    return 1.0 if read.is_none(value) else read.as_label(value, name, options.span)
+    none = read.is_none(value, options.span)
+    return 1.0 if none else read.as_label(value, name, options.span)
 
 
 def _candidates(value: Any) -> list[Any]:
@@ -316,19 +337,15 @@ def _stepped(
     options: _Options,
     row: RawRow,
     prompt: str,
-    steps: Sequence[str],
+    response: str,
+    ends: Sequence[int],
     labels: Sequence[float | None],
-    between: str,
 ) -> Row:
-    """A solution of steps with a label at the end of each, None for those without.
+    """A solution whose steps end there, with a label for each, None for those without.
 
     Its reward is the label of the last step that has one, and the target of the end token too, at
     which whole solutions are ranked. No step is wrong whose label is 0.5 or more.
     """
-    response = between.join(steps)
-    ends: list[int] = []
-    for step in steps:
-        ends.append((ends[-1] + len(between) if ends else 0) + len(step))
     targets = [Target(at, x) for at, x in zip(ends, labels, strict=True) if x is not None]
     if not targets and options.rewards is True:
         raise RowError("no step has a label")
@@ -339,10 +356,19 @@ def _stepped(
         _response(response, "steps"),
         reward if options.rewards else 0.0,
         read.problem(row, options.name("problem_id"), prompt),
+        truncated=read.truncated(row, options.name("truncated")),
         targets=(*targets, *end) if options.rewards else (),
         step_ends=tuple(ends),
         first_error=_first_error(labels),
     )
+
+
+def _joined(steps: Sequence[str], between: str) -> tuple[str, list[int]]:
+    """The response of some steps, and where each of them ends."""
+    ends: list[int] = []
+    for step in steps:
+        ends.append((ends[-1] + len(between) if ends else 0) + len(step))
+    return between.join(steps), ends
 
 
 def _first_error(labels: Sequence[float | None]) -> int | None:
@@ -353,7 +379,7 @@ def _first_error(labels: Sequence[float | None]) -> int | None:
 
 
 def _step_label(value: Any, name: str, span: Range = _UNIT) -> float | None:
-    return None if read.is_none(value) else read.as_label(value, name, span)
+    return None if read.is_none(value, span) else read.as_label(value, name, span)
 
 
 def _stepwise(options: _Options, row: RawRow) -> Iterator[Row]:
@@ -364,23 +390,44 @@ def _stepwise(options: _Options, row: RawRow) -> Iterator[Row]:
     judged = options.of(row, "reward", ("labels", "ratings"))
     given = _as_long(_beside(options, row, judged, len(steps)), judged, len(steps))
     labels = [_step_label(x, f"{judged}[{k}]", options.span) for k, x in enumerate(given)]
-    made = _stepped(options, row, read.text(row, name), steps, labels, "\n")
+    made = _stepped(options, row, read.text(row, name), *_joined(steps, "\n"), labels)
     yield _about(options, row, made)
 
 
 def _math_shepherd(options: _Options, row: RawRow) -> Iterator[Row]:
-    """A text with a mark behind each step, and the same text with + or - in its place."""
-    marked, judged = read.text(row, "input"), read.text(row, "label")
+    """A text with a mark behind each step, and the same text with + or - in its place.
+
+    What stands behind the last mark is one more step, of which nothing is known.
+    """
+    name, judged_in = options.names.get("response", "input"), options.names.get("reward", "label")
+    marked, judged = read.text(row, name), read.text(row, judged_in)
     pieces = marked.split(_MARK)
     first = _FIRST_STEP.search(marked)
     if len(pieces) < 2 or first is None or first.start() > len(pieces[0]):
-        raise RowError(f"field 'input' has no 'Step 1:' with a {_MARK!r} behind it")
-    prompt = marked[: first.start()]
-    steps = [pieces[0][first.start() :], *pieces[1:-1]]
-    signs = _signs(pieces, judged)
-    labels = [_SIGNS[sign] for sign in signs]
-    texts = [step.strip() for step in steps]
-    yield _about(options, row, _stepped(options, row, prompt.rstrip(), texts, labels, "\n"))
+        raise RowError(f"field {name!r} has no 'Step 1:' with a {_MARK!r} behind it")
+    labels: list[float | None] = [_SIGNS[sign] for sign in _signs(pieces, judged)]
+    prompt, begun = marked[: first.start()], pieces[0][first.start() :]
+    response, ends = _unmarked([begun, *pieces[1:]])
+    labels += [None] * (len(ends) - len(labels))
+    yield _about(options, row, _stepped(options, row, prompt, response, ends, labels))
+
+
+def _unmarked(pieces: Sequence[str]) -> tuple[str, list[int]]:
+    """The text between marks as it lies, and where each step ends.
+
+    Blanks before a mark are the mark's own, unless nothing else would part two steps.
+    """
+    text, ends = "", []
+    for piece, behind in itertools.pairwise(pieces):
+        text += piece
+        bare = text.rstrip()
+        ends.append(len(bare))
+        if not behind or behind[0].isspace():
+            text = bare
+        elif text == bare:
+            text += "\n"
+    rest = pieces[-1].rstrip()
+    return text + rest, [*ends, len(text + rest)] if rest else ends
 
 
 _SIGNS = {"+": 1.0, "-": 0.0}
@@ -404,15 +451,16 @@ def _prm800k(options: _Options, row: RawRow) -> Iterator[Row]:
     """
     prompt = read.text(row, options.names.get("prompt", "question.problem"))
     steps, labels = [], []
-    for k, step in enumerate(read.as_list(row, "label.steps")):
-        taken = _taken(step, f"label.steps[{k}]")
+    name = options.names.get("response", "label.steps")
+    for k, step in enumerate(read.as_list(row, name)):
+        taken = _taken(step, f"{name}[{k}]")
         if taken is None:
             break
         steps.append(taken[0])
         labels.append(taken[1])
     if not steps:
-        raise RowError("field 'label.steps' has no step that was chosen or rated wrong")
-    yield _about(options, row, _stepped(options, row, prompt, steps, labels, "\n"))
+        raise RowError(f"field {name!r} has no step that was chosen or rated wrong")
+    yield _about(options, row, _stepped(options, row, prompt, *_joined(steps, "\n"), labels))
 
 
 def _taken(step: Any, name: str) -> tuple[str, float | None] | None:
@@ -441,8 +489,8 @@ def _rated(completion: dict[str, Any], name: str) -> tuple[str, float | None]:
 def _processbench(options: _Options, row: RawRow) -> Iterator[Row]:
     """A problem, the steps of a solution, and the first wrong one or -1; parts by the row's id."""
     prompt = read.text(row, options.of(row, "prompt", ("problem", *_PROMPTS)))
-    steps = [read.as_text(s, f"steps[{k}]") for k, s in enumerate(read.as_list(row, "steps"))]
-    name = options.names.get("reward", "label")
+    said, name = options.names.get("response", "steps"), options.names.get("reward", "label")
+    steps = [read.as_text(s, f"{said}[{k}]") for k, s in enumerate(read.as_list(row, said))]
     first = read.field(row, name)
     if isinstance(first, bool) or not isinstance(first, int) or not -1 <= first < len(steps):
         raise RowError(
@@ -450,7 +498,7 @@ def _processbench(options: _Options, row: RawRow) -> Iterator[Row]:
             f"not {quoted(first)}"
         )
     labels = [None if -1 < first < k else float(k != first) for k in range(len(steps))]
-    made = _stepped(options, row, prompt, steps, labels, "\n\n")
+    made = _stepped(options, row, prompt, *_joined(steps, "\n\n"), labels)
     part = str(row.get("id", "")).rpartition("-")[0]
     yield _about(options, row, replace(made, first_error=first, part=part))
 

@@ -44,6 +44,24 @@ def read_targets(
     return tuple(_read_one(one, f"{name}[{i}]", response, label) for i, one in enumerate(given))
 
 
+def looks_like_targets(given: Any) -> bool:
+    """Whether a value is meant as targets: a list of objects, and not of somebody else's."""
+    objects = isinstance(given, list) and all(isinstance(one, dict) for one in given)
+    return objects and any("at" in one for one in given)
+
+
+def last_of(targets: Sequence[Target]) -> Target:
+    """The target that lies furthest into the response.
+
+    How far tokens reach is not known here: of one that counts characters and one that counts
+    tokens, it is the later in the list.
+    """
+    furthest: dict[str, int] = {}
+    for target in targets:
+        furthest[target.unit] = max(target.at, furthest.get(target.unit, 0))
+    return [target for target in targets if target.at == furthest[target.unit]][-1]
+
+
 def _read_one(one: Any, name: str, response: str, label: Callable[[Any, str], float]) -> Target:
     if not isinstance(one, dict) or not {"at", "value"} <= one.keys() <= set(_NAMES):
         raise TargetError(f"{name}: an object with {', '.join(_NAMES)}, not {quoted(one)}")

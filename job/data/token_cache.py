@@ -41,7 +41,7 @@ from job.data.template import Template, encode_rows, load_template, render_rows
 from job.data.tokenizer import Encoded, Tokenizer
 
 FORMAT = 5  # part of the key: raise it when the stored form changes
-_READING = 2  # raise it when some rows become other tokens; runs go on all the same
+_READING = 3  # raise it when some rows become other tokens; runs go on all the same
 _READING_EMBEDDED = 3  # the same for the embedded data
 _ODD_LABELS = "odd_labels.jsonl"
 _AT_ONCE = 1 << 22  # tokens of a look at all of them

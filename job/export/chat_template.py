@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Iterator
 
 from job.common.errors import InputError
-from job.data.layouts import alpaca_prompt, preset_of
+from job.common.schema import preset_of
+from job.data.layouts import alpaca_prompt
 from job.data.template import (
     DAY,
     ChatTemplate,

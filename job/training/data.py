@@ -221,13 +221,14 @@ def check_targets(config: CriticConfig, train: TokenizedSet) -> None:
         if objective.spread is not Spread.none:
             raise InputError(
                 f"objective.spread: no row of {config.data.train} has targets at positions "
-                "(data.fields.targets names the field)"
+                "(in the field targets, or that which data.fields.targets names)"
             )
         return
     if objective.ranks_only or objective.all_terms.td:
         raise InputError(
-            f"{config.data.train}: rows have targets at positions (data.fields.targets); they are "
-            "learnt by objective.target=monte_carlo, or objective.terms without td"
+            f"{config.data.train}: rows have targets at positions (in the field targets, unless "
+            "data.fields.targets names another); they are learnt by objective.target=monte_carlo, "
+            "or objective.terms without td"
         )
     _warn_of_unused(
         train.targets, first_valued(train, np.arange(len(train)), objective.trains_prompts)

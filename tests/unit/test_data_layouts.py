@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from job.common.schema import FIELD_PRESETS
+from job.common.possible_values import impossible_fields, impossible_range
+from job.common.schema import FIELD_PRESETS, PLAIN_FIELDS, PRESET_FIELDS
 from job.data.layouts import PRESETS
 from job.data.rows import BadRow, Message, Row, read_rows
 from job.data.targets import END, Target
@@ -38,6 +39,73 @@ def _all(folder: Path, row: Any, fields: Any, **options: Any) -> list[Row | BadR
 
 def test_every_preset_of_the_schema_is_read() -> None:
     assert tuple(PRESETS) == FIELD_PRESETS
+
+
+STEP = {"completions": [{"text": "r", "rating": 1}], "chosen_completion": 0}
+EACH_LAYOUT: dict[str | None, dict[str, Any]] = {
+    None: {"prompt": "q", "response": "r", "reward": 1},
+    "alpaca": {"instruction": "q", "output": "r", "is_correct": 1},
+    "attempts": {"prompt": "q", "responses": ["r"], "labels": [1]},
+    "stepwise": {"prompt": "q", "completions": ["r"], "labels": [1]},
+    "math_shepherd": {"input": "q Step 1: r ки", "label": "q Step 1: r +"},
+    "prm800k": {"question": {"problem": "q"}, "label": {"steps": [STEP]}},
+    "processbench": {"problem": "q", "steps": ["r"], "label": -1},
+    "preference": {"prompt": "q", "chosen": "r", "rejected": "s"},
+    "trl_conversational": {"prompt": [USER], "completion": [ANSWER], "label": 1},
+    "helpsteer2": {"prompt": "q", "response": "r", "correctness": 1},
+    "messages": {"messages": [USER, ANSWER], "reward": 1},
+}
+
+
+@pytest.mark.parametrize("preset", EACH_LAYOUT)
+def test_a_layout_reads_just_the_names_that_it_may_be_given(
+    tmp_path: Path, preset: str | None
+) -> None:
+    row, own = EACH_LAYOUT[preset], {} if preset is None else {"preset": preset}
+    expected = read(tmp_path, row, own)
+    names = {name for one in PRESET_FIELDS.values() for name in one}
+    for name in names:
+        fields = own | {name: "elsewhere"}
+        changed = _all(tmp_path, row | {"elsewhere": 7}, fields) != expected
+        assert changed == (name in (PRESET_FIELDS[preset] if preset else PLAIN_FIELDS)), name
+        assert bool(list(impossible_fields(fields))) != changed
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"preset": "attempts", "targets": "t"},
+            "data.fields.targets: not read by the preset attempts; valid: prompt, response, "
+            "reward, problem_id, answer, part, preset",
+        ),
+        ({"preset": "preference", "response": "r"}, "data.fields.response: not read by the preset"),
+        ({"messages": "m"}, "data.fields.messages: unknown field; valid: prompt, response"),
+        ({"preset": "messages", "prompt": "p"}, "data.fields.prompt: not read by the preset"),
+    ],
+)
+def test_a_name_for_what_a_layout_does_not_read_is_refused(
+    fields: dict[str, str], said: str
+) -> None:
+    (problem,) = impossible_fields(fields)
+    assert problem.startswith(said)
+
+
+@pytest.mark.parametrize("preset", EACH_LAYOUT)
+def test_a_reward_range_is_refused_where_it_changes_nothing(
+    tmp_path: Path, preset: str | None
+) -> None:
+    row = EACH_LAYOUT[preset] | ({"margin": 1} if preset == "preference" else {})
+    rewards = [one.reward for one in read(tmp_path, row, preset)]
+    changed = rewards != [one.reward for one in read(tmp_path, row, preset, reward_range=(0, 5))]
+    assert changed != bool(list(impossible_range([0, 5], preset)))
+    assert changed != bool(list(impossible_range([0, 5], {"preset": preset})))
+
+
+@pytest.mark.parametrize("span", [[0, math.inf], [-math.inf, 1], [0, math.nan], [1, 1], [1], []])
+def test_a_reward_range_is_two_finite_numbers(span: list[float]) -> None:
+    (problem,) = impossible_range(span)
+    assert problem == f"data.reward_range: {span} must be two finite numbers, the lower one first"
 
 
 def test_attempts_are_rows_of_one_problem_on_one_line(tmp_path: Path) -> None:
@@ -93,13 +161,33 @@ def test_math_shepherds_marks_are_labels_and_no_text(tmp_path: Path) -> None:
     text = "Two and three? Step 1: 2+3=5 {}\nStep 2: So 6. {}"
     row = {"input": text.format("ки", "ки"), "label": text.format("+", "-"), "task": "GSM8K"}
     (found,) = read(tmp_path, row, "math_shepherd")
-    assert found.prompt == "Two and three?"
+    assert found.prompt == "Two and three? "
     assert found.response == "Step 1: 2+3=5\nStep 2: So 6."
     assert found.targets == (Target(13, 1.0), Target(27, 0.0), Target(0, 0.0, 1.0, END))
     assert found.first_error == 1
     other = refused(tmp_path, row | {"label": text.format("+", "*")}, "math_shepherd")
     assert other == "field 'label' differs from 'input' before the mark of step 2"
     assert "'Step 1:'" in refused(tmp_path, row | {"input": "no steps"}, "math_shepherd")
+
+
+@pytest.mark.parametrize(
+    ("text", "response", "ends", "first_error"),
+    [
+        ("Q?\nStep 1: a {} Step 2: b {}", "Step 1: a Step 2: b", (9, 19), -1),
+        ("Q?\nStep 1: a\n{}\n\nStep 2: b\n{}\n", "Step 1: a\n\nStep 2: b", (9, 20), -1),
+        ("Q?\nStep 1: a {}Step 2: b{}", "Step 1: a Step 2: b", (9, 19), -1),
+        ("Q?\nStep 1: a{}Step 2: b{}", "Step 1: a\nStep 2: b", (9, 19), -1),
+        ("Q?\nStep 1: a {}\nStep 2: b {} So c.\n", "Step 1: a\nStep 2: b So c.", (9, 19, 25), None),
+    ],
+)  # fmt: skip
+def test_math_shepherds_text_stays_as_it_lies(
+    tmp_path: Path, text: str, response: str, ends: tuple[int, ...], first_error: int | None
+) -> None:
+    row = {"input": text.format("ки", "ки"), "label": text.format("+", "+")}
+    (found,) = read(tmp_path, row, "math_shepherd")
+    assert (found.prompt, found.response, found.step_ends) == ("Q?\n", response, ends)
+    assert [t.at for t in found.targets] == [*ends[:2], 0]
+    assert (found.reward, found.first_error) == (1.0, first_error)
 
 
 def test_prm800k_goes_the_way_that_was_chosen(tmp_path: Path) -> None:
@@ -203,6 +291,78 @@ def test_helpsteers_scale_ends_at_four(tmp_path: Path) -> None:
     )
 
 
+def test_ranges_are_those_of_steps_and_of_targets_too(tmp_path: Path) -> None:
+    steps = {"prompt": "q", "completions": ["one", "two"], "labels": [1, 4]}
+    (found,) = read(tmp_path, steps, "stepwise", reward_range=(0, 4))
+    assert [target.value for target in found.targets] == [0.25, 1.0, 1.0]
+    row = {"prompt": "p", "response": "r", "reward": 2, "targets": [{"at": 1, "value": 3}]}
+    (found,) = read(tmp_path, row, None, reward_range=(0, 4))
+    assert [target.value for target in found.targets] == [0.75, 0.5]
+
+
+def test_problems_and_parts_are_read_by_the_names_that_are_given(tmp_path: Path) -> None:
+    row = {"prompt": "q", "chosen": "r", "rejected": "s", "task": 7, "kind": "hard"}
+    names = {"problem_id": "task", "part": "kind"}
+    found = read(tmp_path, row, {"preset": "preference", **names})
+    assert [(one.problem_id, one.part) for one in found] == [("7", "hard")] * 2
+    row = {"prompt": "q", "responses": ["r"], "labels": [1], "task": 7, "kind": "hard"}
+    (one,) = read(tmp_path, row, {"preset": "attempts", **names})
+    assert (one.problem_id, one.part) == ("7", "hard")
+
+
+# --- targets -----------------------------------------------------------------------------------
+
+TARGETS = [{"at": 2, "unit": "step", "value": 0}, {"at": 5, "value": 1}]
+WITH_TARGETS = {"prompt": "p", "response": "2+3=5\n5+4=8", "targets": TARGETS}
+
+
+@pytest.mark.parametrize("preset", ["helpsteer2", "alpaca", "messages", "trl_conversational", None])
+def test_targets_are_read_by_their_usual_name(tmp_path: Path, preset: str | None) -> None:
+    row = EACH_LAYOUT[preset] | {"targets": [{"at": 1, "value": 0.5}]}
+    (found,) = read(tmp_path, row, preset)
+    assert found.targets[0].at == 1
+    assert (len(found.targets), found.targets[1].unit) == (2, END)
+
+
+@pytest.mark.parametrize(
+    "value", [None, 3, "5", [], ["5"], [[1]], [{"place": 1}], {"at": 1}, [{"at": 1}, 2]]
+)
+def test_a_field_of_that_name_that_has_none_is_somebody_elses(tmp_path: Path, value: Any) -> None:
+    row = {"prompt": "p", "response": "r", "reward": 1, "targets": value}
+    (found,) = read(tmp_path, row, None)
+    assert (found.targets, found.reward) == ((), 1.0)
+    said = refused(tmp_path, row | {"targets": [{"at": 1}, {"at": 2, "value": 1}]}, None)
+    assert "targets[0]: an object with at, value" in said
+
+
+def test_without_a_reward_the_target_furthest_on_is_it(tmp_path: Path) -> None:
+    for targets in (TARGETS, TARGETS[::-1]):
+        (found,) = read(tmp_path, WITH_TARGETS | {"targets": targets}, None)
+        assert found.reward == 0.0
+        assert {target.at for target in found.targets} == {5, 11}
+    tokens = [{"at": k, "unit": "token", "value": k / 9} for k in (3, 9, 6)]
+    (found,) = read(tmp_path, WITH_TARGETS | {"targets": tokens}, None)
+    assert found.reward == 1.0
+
+
+@pytest.mark.parametrize("reward", [None, -100, math.nan, ...])
+def test_beside_targets_a_row_needs_no_reward(tmp_path: Path, reward: Any) -> None:
+    row = WITH_TARGETS | ({} if reward is ... else {"reward": reward})
+    for rewards in (True, "optional"):
+        (found,) = read(tmp_path, row, None, rewards=rewards)
+        assert (found.reward, len(found.targets), found.odd_label) == (0.0, 2, None)
+
+
+@pytest.mark.parametrize("reward", ["yes", 7, [1], {"score": 1}, -99])
+def test_beside_targets_an_odd_reward_is_refused_as_without(tmp_path: Path, reward: Any) -> None:
+    bare = {key: value for key, value in WITH_TARGETS.items() if key != "targets"}
+    said = refused(tmp_path, bare | {"reward": reward}, None)
+    assert refused(tmp_path, WITH_TARGETS | {"reward": reward}, None) == said
+    (found,) = read(tmp_path, WITH_TARGETS | {"reward": reward}, None, rewards="optional")
+    assert math.isnan(found.reward)
+    assert (found.odd_label, len(found.targets)) == (said, 2)
+
+
 @pytest.mark.parametrize(("reward", "value"), [(1, 0.0), (2.5, 0.375), (5, 1.0), (True, 1.0)])
 def test_rewards_of_another_range(tmp_path: Path, reward: float, value: float) -> None:
     row = {"prompt": "p", "response": "r", "reward": reward}
@@ -218,8 +378,9 @@ def test_minus_100_is_no_label_and_words_are_refused_by_name(tmp_path: Path) -> 
     assert found.odd_label is None
     said = "field 'reward' must be a number or true/false, not 'yes'"
     assert refused(tmp_path, row | {"reward": "yes"}, None) == said
-    (found,) = read(tmp_path, row, None, reward_range=(-200, 0))
-    assert found.reward == 0.5
+    for rewards in (True, "optional"):
+        (found,) = read(tmp_path, row, None, reward_range=(-200, 0), rewards=rewards)
+        assert found.reward == 0.5
 
 
 def test_lists_of_a_parquet_file_are_read_as_those_of_json(tmp_path: Path) -> None:
