@@ -6,8 +6,8 @@
 Rows, problems and solutions, labels by row and by length, lengths, and the first rows. With a
 configuration all that as its trunk will see it: its fields, template and tokens, where the response
 begins and where targets lie, rows that are too long, and the problems that its validation data has
-too. Rows that job.train would refuse are named with their reasons. Prints text, and writes a page
-with --page; ends with 78 where a training would have no row.
+too, or that these are its files. Rows that job.train would refuse are named with their reasons.
+Prints text, and writes a page with --page; ends with 78 where a training would have no row.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ def _data(options: argparse.Namespace) -> tuple[DataConfig, Tokenizer | None]:
     both = {"fields": fields, "reward_range": span}
     given = {key: value for key, value in both.items() if value is not None}
     if options.config is None:
-        return DataConfig(train=files, validation=files, **given), None
+        return DataConfig(train=files, validation=None, **given), None
     own = [f"data.{key}={json.dumps(value)}" for key, value in given.items()]
     train = f"data.train={json.dumps(files)}"
     config = merge_config(CriticConfig, options.config, [*options.override, *own, train])
     _refuse_impossible(config.data.fields, config.data.reward_range)
     if config.data.validation == EMBEDDED:
-        config.data.validation = files
+        config.data.validation = None
     tokenizer = load_tokenizer(config.tokenizer.path or config.model.path)
     return config.data, tokenizer
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from job.common.data_file import data_files
 from job.common.progress import progress
 from job.common.schema import DataConfig
 from job.common.signals import stop_if_asked
@@ -61,7 +62,9 @@ class Survey:
     truncated: int = 0
     overlong: int = 0
     first: list[ShownRow] = field(default_factory=list)
-    shared: int | None = None  # problems that validation data has too
+    is_validation: bool = False  # whether these are the files of the validation data
+    shared_files: int = 0  # that validation data has too
+    shared: int | None = None  # problems that it has too
 
     @property
     def solutions(self) -> dict[int, int]:
@@ -121,14 +124,21 @@ def survey(data: DataConfig, tokenizer: Tokenizer | None, shown: int = SHOWN) ->
             places += _unlabelled(chunk)[: max(_BAD - len(places), 0)]
             advance(found.rows + found.n_bad, f"{found.n_bad} bad" if found.n_bad else "")
     found.unlabelled = _refusals(data, places)
-    if isinstance(data.validation, str | list) and data.validation != data.train:
-        other = {
-            row.problem_id
-            for _, row in _rows(data, data.validation, "optional")
-            if isinstance(row, Row)
-        }
-        found.shared = len(other & found.problems.keys())
+    if isinstance(data.validation, str | list):
+        _compare(found, data)
     return found
+
+
+def _compare(found: Survey, data: DataConfig) -> None:
+    """Count what `data.validation` has too: files, however they are named, and problems."""
+    own, other = ({f.resolve() for f in data_files(s)} for s in (data.train, data.validation))
+    if own == other:
+        found.is_validation = True
+        return
+    found.shared_files = len(own & other)
+    rows = _rows(data, data.validation, "optional")
+    problems = {row.problem_id for _, row in rows if isinstance(row, Row)}
+    found.shared = len(problems & found.problems.keys())
 
 
 def _rows(data: DataConfig, source: str | list[str], rewards: Rewards) -> Iterator[Placed]:

@@ -61,6 +61,10 @@ def facts(found: Survey) -> Iterator[tuple[str, str]]:
             yield name, f"{count:,} rows"
     if len(found.parts) > 1:
         yield "parts", ", ".join(f"{part or 'none'} {n:,}" for part, n in found.parts.items())
+    if found.is_validation:
+        yield "validation", "these very files"
+    if found.shared_files:
+        yield "files that validation has too", f"{found.shared_files:,}"
     if found.shared is not None:
         yield "problems that validation has too", f"{found.shared:,}"
 

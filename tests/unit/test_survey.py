@@ -48,7 +48,7 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 def looked_at(folder: Path, rows: list[dict[str, Any]], **keys: Any) -> Survey:
     tokenizer = keys.pop("tokenizer", None)
     file = write(folder / "a.jsonl", rows)
-    return survey(DataConfig(**{"train": file, "validation": file, **keys}), tokenizer)
+    return survey(DataConfig(**{"train": file, "validation": None, **keys}), tokenizer)
 
 
 def test_counts_are_those_of_the_file(tmp_path: Path) -> None:
@@ -89,6 +89,23 @@ def test_problems_of_validation_are_told(tmp_path: Path) -> None:
     assert looked_at(tmp_path, ROWS, validation=0.5).shared is None
 
 
+@pytest.mark.parametrize("spelling", ["{}/a.jsonl", "{}/./a.jsonl", "{}/link.jsonl", "{}/a.*l"])
+def test_the_validation_data_itself_is_known_however_it_is_named(
+    tmp_path: Path, spelling: str
+) -> None:
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    named = spelling.format(tmp_path)
+    found = looked_at(tmp_path, ROWS, validation=named)
+    assert dict(facts(found))["validation"] == "these very files"
+    other = write(tmp_path / "v.jsonl", ROWS[2:3])
+    said = dict(facts(looked_at(tmp_path, ROWS, validation=[other, named])))
+    assert (said["files that validation has too"], "validation" in said) == ("1", False)
+    assert said["problems that validation has too"] == "3"
+    assert "files that validation has too" not in dict(
+        facts(looked_at(tmp_path, ROWS, validation=other))
+    )
+
+
 def test_rows_are_shown_as_the_model_sees_them(tmp_path: Path, tokenizer: Tokenizer) -> None:
     found = looked_at(tmp_path, STEPS, fields="stepwise", tokenizer=tokenizer)
     (shown,) = found.first
@@ -119,6 +136,16 @@ def test_a_target_behind_the_last_token_makes_a_row_bad(
     (bad,) = found.bad
     assert bad.line == 2
     assert "token 1000 of" in bad.reason
+
+
+def test_targets_are_marked_on_the_page_where_they_lie(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    found = looked_at(tmp_path, STEPS, fields="stepwise", tokenizer=tokenizer)
+    html = write_data_page("a", found, tmp_path / "page.html").read_text()
+    assert '<span class="response">;<sup>0.75</sup></span>' in html
+    assert '<span class="response">3<sup>0</sup></span>' in html
+    assert html.count("<sup>") == 3
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
@@ -158,6 +185,31 @@ def test_the_command_prints_and_writes_a_page(
         '<span class="response">2</span>',
     ):
         assert said in html
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_the_range_of_rewards_is_that_of_the_command_line(
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    configured: bool,
+) -> None:
+    file = write(tmp_path / "a.jsonl", [ROWS[0] | {"reward": 3}])
+    config = tmp_path / "critic.yaml"
+    config.write_text(
+        f"run: {{name: r, dir: r}}\nmodel: {{path: {tokenizer.folder}}}\n"
+        f"data: {{train: none.jsonl, validation: ./a.jsonl, reward_range: [0, 3]}}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    given = ("--config", config) if configured else ()
+    run(monkeypatch, file, "--reward-range", "0", "4", *given)
+    out = capsys.readouterr().out
+    assert "reward 0.75\n" in out
+    assert ("these very files" in out) == configured
+    fields = ("--fields", "processbench")
+    with pytest.raises(InputError, match="the preset processbench has no rewards of a range"):
+        run(monkeypatch, file, *fields, *(given or ("--reward-range", "0", "4")))
 
 
 LABELS = ("2", "-1", '"yes"', '"0"', "[0]", "NaN", "Infinity", "1e400", '"2024-01-01T00:00:00"')
