@@ -332,13 +332,21 @@ def _unknown_keys(tree: dict[Any, Any], schema: type, prefix: str = "") -> Itera
             yield f"{prefix}{key}: unknown key ({hint}valid here: {', '.join(valid)})"
         elif key in sections:
             yield from _unknown_in_section(value, sections[key], f"{prefix}{key}")
-        elif key in listed and isinstance(value, list):
-            for i, one in enumerate(value):
-                yield from _unknown_in_section(one, listed[key], f"{prefix}{key}[{i}]")
+        elif key in listed:
+            yield from _unknown_in_list(value, listed[key], f"{prefix}{key}")
         elif isinstance(value, dict) and not str(types[key]).startswith(("Any", "dict")):
             yield f"{prefix}{key}: a single value, not the section {quoted(value)}"
         elif types[key] == "bool" and type(value) in (int, float):  # else 2 would be true
             yield f"{prefix}{key}: true or false, not {value}"
+
+
+def _unknown_in_list(value: Any, schema: type, name: str) -> Iterator[str]:
+    if isinstance(value, list):
+        for i, one in enumerate(value):
+            yield from _unknown_in_section(one, schema, f"{name}[{i}]")
+    elif not isinstance(value, str) or "${" not in value:  # which may stand for a list
+        inside = ", ".join(f.name for f in dataclasses.fields(schema))
+        yield f"{name}: a list of sections with {inside}; not {quoted(value)}"
 
 
 def _unknown_in_section(value: Any, schema: type, name: str) -> Iterator[str]:

@@ -112,7 +112,7 @@ def impossible_values(config: Any) -> Iterator[str]:
         if high is not None and value > high:
             yield f"{key}: {value} is above {high:g}, the largest possible value"
     betas = config.training.betas
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    if not _are_two(betas) or not all(0 <= beta < 1 for beta in betas):
         yield f"training.betas: {betas} must be two numbers in [0, 1)"
     yield from _impossible_sources("data.train", config.data.train)
     yield from _impossible_data(config)
@@ -189,10 +189,15 @@ def impossible_range(span: list[float] | None, fields: Any = None) -> Iterator[s
     """What is wrong with `data.reward_range`, beside `data.fields`."""
     if span is None:
         return
-    if len(span) != 2 or not -math.inf < span[0] < span[1] < math.inf:
+    if not _are_two(span) or not -math.inf < span[0] < span[1] < math.inf:
         yield f"data.reward_range: {span} must be two finite numbers, the lower one first"
     if (preset := preset_of(fields)) in UNSCALED:
         yield f"data.reward_range: the preset {preset} has no rewards of a range; leave it out"
+
+
+def _are_two(numbers: list[float]) -> bool:
+    """Whether a list is of two numbers; OmegaConf takes lists and sections for some as well."""
+    return len(numbers) == 2 and all(isinstance(one, int | float) for one in numbers)
 
 
 def _impossible_template(data: DataConfig) -> Iterator[str]:

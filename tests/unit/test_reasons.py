@@ -111,6 +111,19 @@ def test_keys_of_stages_are_named_whole(tmp_path: Path) -> None:
     assert "training.stages[0].steps: " in refusal(tmp_path, content=content)
 
 
+@pytest.mark.parametrize("value", ["3", "foo", "null", "true", "2.5", "{steps: 3}", '"x"'])
+def test_what_is_no_list_of_stages_is_named(tmp_path: Path, value: str) -> None:
+    said = "training.stages: a list of sections with num_unfrozen_layers, steps, learning_rate, "
+    assert said in refusal(tmp_path, f"training.stages={value}")
+    assert said in refusal(tmp_path, content=f"training: {{stages: {value}}}\n")
+
+
+@pytest.mark.parametrize("key", ["training.betas", "data.reward_range"])
+@pytest.mark.parametrize("value", ["3", "foo", "[[0.5], [0.75]]", "[0.5, {a: 1}]", "[0.5, x]"])
+def test_what_are_no_two_numbers_are_named(tmp_path: Path, key: str, value: str) -> None:
+    assert f"{key}" in refusal(tmp_path, f"{key}={value}").replace(f"{key}={value}", "")
+
+
 def ended(main: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> str:
     monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
     with pytest.raises(InputError) as refused:
