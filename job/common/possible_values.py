@@ -121,12 +121,47 @@ def impossible_values(config: Any) -> Iterator[str]:
 
 
 def impossible_in_new(config: Any) -> Iterator[str]:
-    """`impossible_values`, and names of which no new run may be, though an old one may go on."""
+    """`impossible_values`, and what no new run may have, though an old one may go on with it."""
     flat = flatten(to_dict(config))
     for key in _NAMES:
         if _CONTROL.search(str(flat.get(key, ""))):
             yield f"{key}: {short(flat[key])!r} has a line end or another control sign in it"
+    yield from _without_effect(config)
     yield from impossible_values(config)
+
+
+def _without_effect(config: CriticConfig | PretrainConfig) -> Iterator[str]:
+    """Values that change nothing, because of others."""
+    data = config.data
+    if EMBEDDED in (data.train, getattr(data, "validation", None)):
+        for key in ("fields", "reward_range"):
+            if getattr(data, key, None) is not None:
+                yield f"data.{key}: the embedded data has a form of its own; leave it out"
+    if isinstance(config, CriticConfig):
+        yield from _bins_without_effect(config.objective)
+        yield from _rates_without_effect(config.training)
+
+
+def _bins_without_effect(objective: ObjectiveConfig) -> Iterator[str]:
+    if objective.loss is Loss.hl_gauss:
+        return
+    for key in ("bins", "sigma"):
+        value, loss = getattr(objective, key), objective.loss.name
+        if value != getattr(ObjectiveConfig, key):
+            yield f"objective.{key}: {value:g} is of hl_gauss; objective.loss is {loss}"
+
+
+def _rates_without_effect(training: TrainingConfig) -> Iterator[str]:
+    """A stage's rate of the trunk, where only the head learns and has a rate of its own."""
+    head = training.value_head.learning_rate
+    for i, stage in enumerate(training.stages):
+        heads_alone = stage.num_unfrozen_layers == 0 and stage.head_learning_rate is None
+        if heads_alone and head is not None and stage.learning_rate is not None:
+            yield (
+                f"training.stages[{i}].learning_rate: {stage.learning_rate:g} is the trunk's, of "
+                f"which nothing learns there; the head's is training.value_head.learning_rate: "
+                f"{head:g}, or the stage's head_learning_rate"
+            )
 
 
 def _impossible_data(config: CriticConfig | PretrainConfig) -> Iterator[str]:

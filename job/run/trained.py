@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from job.common.config import load_stored_config
 from job.common.errors import InputError, file_error, listing
 from job.common.nested import difference, refuse_differences, to_dict
-from job.common.schema import CriticConfig
+from job.common.schema import CriticConfig, Loss, ObjectiveConfig
 from job.distributed.world import World
 from job.model.architecture import TransformerConfig
 from job.model.architecture_file import read_architecture
@@ -247,12 +247,15 @@ def _whole(folder: Path, config: CriticConfig) -> list[str]:
     return [f"{k}={start / path}" for k, path in named.items() if path and (start / path).exists()]
 
 
-def find_weights(source: Path, critic: nn.Module, identity: dict[str, Any]) -> Path:
+def find_weights(
+    source: Path, critic: nn.Module, identity: dict[str, Any], objective: ObjectiveConfig
+) -> Path:
     """The folder whose weights a new run can begin with: `source` is a run, checkpoint or delta.
 
     Raises:
-        InputError: nothing there to load, another trunk, a head with a bias there and none here or
-            the other way round, or it trained blocks that are frozen here.
+        InputError: nothing there to load, another trunk, a head whose outputs mean something else,
+            with a bias there and none here or the other way round, or it trained blocks that are
+            frozen here.
     """
     folder = newest_intact(source)
     stored = read_facts(folder)["identity"]
@@ -266,6 +269,8 @@ def find_weights(source: Path, critic: nn.Module, identity: dict[str, Any]) -> P
             f"{folder}: outputs of the head (objective.loss, objective.bins): "
             f"{outputs[0]} -> {outputs[1]} (there -> here)"
         )
+    if objective.loss is Loss.hl_gauss:
+        _check_centres(folder, objective.sigma)
     trained, trainable = shapes.keys(), wanted.keys()
     if (_BIAS in trained) != (_BIAS in trainable):
         change = " -> ".join(str(_BIAS in names).lower() for names in (trained, trainable))
@@ -276,6 +281,15 @@ def find_weights(source: Path, critic: nn.Module, identity: dict[str, Any]) -> P
             "raise training.num_unfrozen_layers" + listing(frozen, 3)
         )
     return folder
+
+
+def _check_centres(folder: Path, sigma: float) -> None:
+    """Raise InputError where as many bins have other centres, which sigma decides."""
+    there = load_stored_config(CriticConfig, folder / "config.yaml").objective.sigma
+    if there != sigma:
+        raise InputError(
+            f"{folder}: bins of the head (objective.sigma): {there:g} -> {sigma:g} (there -> here)"
+        )
 
 
 def load_weights(critic: nn.Module, folder: Path, world: World) -> None:

@@ -137,7 +137,8 @@ def _identity(config: CriticConfig, data: CriticData, verify: bool) -> dict[str,
 def _first_state(config: CriticConfig, learner: Learner, identity: dict[str, Any]) -> TrainingState:
     if config.model.init_from is not None:
         source, critic, world = Path(config.model.init_from), learner.critic, learner.world
-        folder = world.main_decides(lambda: find_weights(source, critic, identity))
+        objective = config.objective
+        folder = world.main_decides(lambda: find_weights(source, critic, identity, objective))
         load_weights(critic, folder, world)
     patience = config.evaluation.alarm_evaluations
     return TrainingState(ConstantPredictorAlarm(patience, config.training.warmup_steps))

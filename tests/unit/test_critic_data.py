@@ -101,6 +101,36 @@ def test_training_sets_weigh_as_configured(workplace: Path) -> None:
     assert weights[right].sum() == pytest.approx(weights[~right].sum().item(), rel=1e-5)
 
 
+def write_rows(file: Path, problems: str) -> str:
+    """A file of a solution for each letter, which names its problem."""
+    texts = (
+        {"prompt": "1+2?", "response": f"1+2={k % 10};A3", "reward": k % 2, "problem_id": problem}
+        for k, problem in enumerate(problems)
+    )
+    file.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    return str(file)
+
+
+def test_solutions_of_one_problem_share_its_weight(workplace: Path, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", "aaab")
+    files = (f"data.train={file}", f"data.validation={file}")
+    batch = loaded(workplace, *files, "objective.weighting=problem").train.assemble(single_units(4))
+    sums = [float(part.sum()) for part in batch.weights.split(batch.lengths.tolist())]
+    assert sums == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1])
+
+
+def test_the_seed_of_a_training_says_which_problems_are_held_out(
+    workplace: Path, tmp_path: Path
+) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", "abcdefghijklmnopqrst")
+    share = (f"data.train={file}", "data.validation=0.5")
+    held_out = [
+        set(loaded(workplace, *share, f"training.seed={seed}").validation.data.problems.tolist())
+        for seed in (1, 1, 2)
+    ]
+    assert held_out[0] == held_out[1] != held_out[2]
+
+
 def test_solutions_are_grouped_by_problem_where_that_is_asked_for(workplace: Path) -> None:
     changes = "training.batch_size=16", "training.micro_batch_tokens=1024"
     together = {}

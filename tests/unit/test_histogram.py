@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 from micro_critic import MicroCritics, write_rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from job.common.errors import InputError
 from job.common.schema import Loss, ObjectiveConfig, TermsConfig
 from job.data.packing import Batch
 from job.export.formats import export
 from job.model.transformer import PackedLayout
-from job.run.trained import TrainedCritic
+from job.run.manifest import FACTS, FileSum, Manifest
+from job.run.trained import TENSORS, TrainedCritic, find_weights
 from job.training.histogram import Histogram
 from job.training.objective import Counts, Objective
 from job.training.scoring import score
@@ -114,6 +115,29 @@ def test_the_first_bias_predicts_the_mean_reward(mean: float) -> None:
 ROWS = [
     {"prompt": f"{a}+{b}?", "response": f"{a}+{b}={a + b};A{a + b}"} for a, b in ((1, 2), (4, 5))
 ]
+
+
+def delta(folder: Path, head: torch.Tensor, settings: str) -> Path:
+    """A delta of nothing but a head."""
+    folder.mkdir()
+    save_file({"value_head.weight": head}, folder / TENSORS)
+    needed = "run: {name: r, dir: r}\nmodel: {path: m}\ndata: {train: t, validation: v}\n"
+    (folder / "config.yaml").write_text(f"{needed}objective: {{loss: hl_gauss, {settings}}}\n")
+    (folder / FACTS).write_text(json.dumps({"identity": {"base": "b"}}))
+    names = (TENSORS, "config.yaml", FACTS)
+    Manifest(1, 1, {name: FileSum.of(folder / name) for name in names}).write(folder)
+    return folder
+
+
+def test_a_head_of_as_many_bins_at_other_places_is_no_beginning(tmp_path: Path) -> None:
+    critic = torch.nn.ModuleDict({"value_head": torch.nn.Linear(4, 21, bias=False)})
+    given = delta(tmp_path / "delta", torch.zeros(21, 4), "bins: 21, sigma: 1.5")
+    identity = {"architecture": None, "base": "b"}
+    here = ObjectiveConfig(loss=Loss.hl_gauss, bins=21, sigma=1.5)
+    assert find_weights(given, critic, identity, here) == given
+    here.sigma = 0.75
+    with pytest.raises(InputError, match=r"objective.sigma\): 1.5 -> 0.75 \(there -> here\)"):
+        find_weights(given, critic, identity, here)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from disturbed_runs import (
 
 import job.train
 from job.common.errors import Exit, InputError, exit_code
+from job.common.schema import ObjectiveConfig
 from job.run.directory import RunDirectory
 from job.run.fence import Fence
 from job.run.trained import find_weights
@@ -114,7 +115,7 @@ def test_weights_of_blocks_that_would_be_frozen_are_refused() -> None:
 def test_beginning_with_nothing_is_refused(tmp_path: Path, place: str) -> None:
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
     with pytest.raises(InputError, match=f"{place}: no intact checkpoint here"):
-        find_weights(tmp_path / place, torch.nn.Module(), {})
+        find_weights(tmp_path / place, torch.nn.Module(), {}, ObjectiveConfig())
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 import job.data.__main__ as data
 import job.memory.__main__ as memory
 from job import cache
-from job.common.config import load_config
+from job.common.config import load_config, load_stored_config
 from job.common.data_file import check_readable
 from job.common.errors import InputError
 from job.common.schema import CriticConfig, DataConfig, ObjectiveConfig
@@ -122,6 +122,60 @@ def test_what_is_no_list_of_stages_is_named(tmp_path: Path, value: str) -> None:
 @pytest.mark.parametrize("value", ["3", "foo", "[[0.5], [0.75]]", "[0.5, {a: 1}]", "[0.5, x]"])
 def test_what_are_no_two_numbers_are_named(tmp_path: Path, key: str, value: str) -> None:
     assert f"{key}" in refusal(tmp_path, f"{key}={value}").replace(f"{key}={value}", "")
+
+
+HEAD_FIRST = "training: {stages: [{num_unfrozen_layers: 0, steps: 600, learning_rate: 0.01}, "
+HEAD_FIRST += "{num_unfrozen_layers: 4, steps: 400}], value_head: {learning_rate: 0.001}}\n"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "content", "said"),
+    [
+        (("objective.bins=21",), "", "objective.bins: 21 is of hl_gauss; objective.loss is mse"),
+        (
+            ("objective.sigma=2", "objective.loss=bce"),
+            "",
+            "objective.sigma: 2 is of hl_gauss; objective.loss is bce",
+        ),
+        (
+            ("data.fields=attempts", "data.train=embedded", "data.validation=embedded"),
+            "",
+            "data.fields: the embedded data has a form of its own; leave it out",
+        ),
+        (
+            ("data.reward_range=[0, 4]", "data.train=embedded", "data.validation=embedded"),
+            "",
+            "data.reward_range: the embedded data has a form of its own; leave it out",
+        ),
+        (
+            (),
+            HEAD_FIRST,
+            "training.stages[0].learning_rate: 0.01 is the trunk's, of which nothing learns there; "
+            "the head's is training.value_head.learning_rate: 0.001, or the stage's head_learning_",
+        ),
+    ],
+)
+def test_what_would_change_nothing_is_refused_in_new_runs_alone(
+    tmp_path: Path, overrides: tuple[str, ...], content: str, said: str
+) -> None:
+    assert f"\n  {said}" in refusal(tmp_path, *overrides, content=content)
+    load_stored_config(CriticConfig, tmp_path / "critic.yaml", [*NEEDED, *overrides])
+
+
+def test_a_stage_s_rate_is_the_head_s_too_where_that_has_none(tmp_path: Path) -> None:
+    file = tmp_path / "critic.yaml"
+    file.write_text(HEAD_FIRST)
+    load_config(CriticConfig, file, [*NEEDED, "training.value_head.learning_rate=null"])
+    load_config(
+        CriticConfig,
+        file,
+        [
+            *NEEDED,
+            "objective.loss=hl_gauss",
+            "objective.bins=21",
+            "training.value_head.learning_rate=null",
+        ],
+    )
 
 
 def ended(main: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> str:

@@ -260,6 +260,13 @@ def test_sequences_that_weigh_alike_do_so_by_their_targets(folder: Path) -> None
     assert sums == pytest.approx([1, 1, 1])
 
 
+def test_sequences_weigh_alike_by_what_their_targets_are_spread_to(folder: Path) -> None:
+    _, data = loaded("objective.weighting=sequence", "objective.spread=next")
+    batch = whole(data)
+    sums = [float(part.sum()) for part in batch.weights.split(batch.lengths.tolist())]
+    assert sums == pytest.approx([1, 1, 1])
+
+
 def test_metrics_of_tokens_are_of_rewards_and_those_of_targets_apart(folder: Path) -> None:
     config, data = loaded()
     batch, metrics = data.validation.assemble(data.validation.units), ValueMetrics()
