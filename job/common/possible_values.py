@@ -225,7 +225,7 @@ def impossible_range(span: list[float] | None, fields: Any = None) -> Iterator[s
     if span is None:
         return
     if not _are_two(span) or not -math.inf < span[0] < span[1] < math.inf:
-        yield f"data.reward_range: {span} must be two finite numbers, the lower one first"
+        yield f"data.reward_range: {span} must be two numbers, the lower one first, and finite"
     if (preset := preset_of(fields)) in UNSCALED:
         yield f"data.reward_range: the preset {preset} has no rewards of a range; leave it out"
 

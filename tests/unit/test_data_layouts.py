@@ -105,7 +105,9 @@ def test_a_reward_range_is_refused_where_it_changes_nothing(
 @pytest.mark.parametrize("span", [[0, math.inf], [-math.inf, 1], [0, math.nan], [1, 1], [1], []])
 def test_a_reward_range_is_two_finite_numbers(span: list[float]) -> None:
     (problem,) = impossible_range(span)
-    assert problem == f"data.reward_range: {span} must be two finite numbers, the lower one first"
+    assert (
+        problem == f"data.reward_range: {span} must be two numbers, the lower one first, and finite"
+    )
 
 
 def test_attempts_are_rows_of_one_problem_on_one_line(tmp_path: Path) -> None:
