@@ -91,7 +91,7 @@ def _checked(options: argparse.Namespace) -> argparse.Namespace:
     if wrong := [error for error in options.error if not 0 <= error < 1]:
         raise InputError(f"--error {wrong[0]:g}: a share from 0 to 1")
     options.fields = _fields(options.fields)
-    if wrong_range := list(impossible_range(options.reward_range)):
+    if wrong_range := list(impossible_range(options.reward_range, options.fields)):
         raise InputError("; ".join(wrong_range))
     options.answer = _pattern(options.answer)
     options.data = options.data and one_or_all(options.data)

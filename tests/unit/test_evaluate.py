@@ -353,6 +353,10 @@ def test_values_that_only_rank_have_chances_by_the_sigmoid(
         (["--critic", "run", "--data", "d", "--reward-range", "4", "0"], "the lower one first"),
         (["--critic", "run", "--data", "d", "--reward-range", "nan", "1"], "reward_range: "),
         (["--critic", "run", "--data", "d", "--reward-range", "0", "inf"], "reward_range: "),
+        (
+            ["--critic", "run", "--data", "d", "--fields", "prm800k", "--reward-range", "0", "4"],
+            "the preset prm800k has no rewards of a range",
+        ),
         (["--values", "values.parquet", "--data", "none.jsonl"], "none.jsonl: cannot read"),
         (["--critic", "run", "--data", "embedded"], "--data embedded: an evaluation takes files"),
         (["--values", "values.parquet", "--tune-on", "math"], "--tune-on: it is about the data"),
