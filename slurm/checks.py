@@ -26,6 +26,7 @@ from job.model.parameters import (
     count_parameters,
     run_bytes,
 )
+from job.run.committed import still_to_come
 from job.run.reader import StoredRun
 from slurm import scheduler
 from slurm.plan import VARIABLES, Plan, Run, inputs
@@ -267,12 +268,13 @@ def _needed(found: Fit) -> str:
 
 def _disk(run: Run, counts: ParameterCounts) -> Check:
     """Free space where checkpoints go, against what they take."""
-    kept = run.config.checkpoint.at_once(run.config.training.max_steps)
-    needed, free = run_bytes(counts, kept), free_bytes(run.folder)
+    config = run.config
+    come = still_to_come(run.folder, config.checkpoint, config.training.max_steps)
+    needed, free = run_bytes(counts, come), free_bytes(run.folder)
     one, trained = checkpoint_bytes(counts) / 1e9, run_bytes(counts, 0) / 1e9
     text = (
-        f"{free / 1e9:,.0f} GB free at {run.folder.parent}; {kept} checkpoints of {one:.1f} GB, "
-        f"critic.safetensors of {trained:.1f} GB"
+        f"{free / 1e9:,.0f} GB free at {run.folder.parent}; {come} checkpoints to come of "
+        f"{one:.1f} GB, critic.safetensors of {trained:.1f} GB"
     )
     state: Literal["ok", "error"] = "ok" if free > needed else "error"
     return Check(f"disk N={run.config.training.num_unfrozen_layers}", state, text)

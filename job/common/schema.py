@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -308,7 +309,8 @@ class CheckpointConfig:
 
     def at_once(self, steps: int) -> int:
         """How many checkpoints a training of so many steps has on the disk, at most."""
-        milestones = 0 if self.keep_every is None else steps // self.keep_every
+        every = self.keep_every and math.lcm(self.keep_every, self.every_steps)
+        milestones = steps // every if every else 0
         return self.keep_last + 1 + (self.keep_best is not None) + milestones
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from job.common.schema import CheckpointConfig
 from job.run.fence import Fence
 from job.run.manifest import DamagedError, Manifest
 from job.run.names import checkpoint_steps
@@ -13,6 +14,14 @@ def committed(run: Path) -> list[Path]:
     """The committed checkpoints of a run, oldest first, without those that came too late."""
     fence = Fence(run / "attempts", 0)
     return [folder for folder in folders(run / "checkpoints") if _is_in_time(folder, fence)]
+
+
+def still_to_come(run: Path, config: CheckpointConfig, steps: int) -> int:
+    """How many checkpoints a training of so many steps puts beside those of its run, at most.
+
+    One is written before any is removed.
+    """
+    return max(1, config.at_once(steps) - len(folders(run / "checkpoints")))
 
 
 def folders(checkpoints: Path) -> list[Path]:

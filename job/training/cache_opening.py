@@ -19,6 +19,7 @@ from job.data.state_shards import Shards, Stored, Writer, remove_leftovers
 from job.distributed.world import World
 from job.model.architecture_file import read_architecture
 from job.model.parameters import count_parameters, run_bytes
+from job.run.committed import still_to_come
 from job.run.directory import RunDirectory
 from job.training.cache_boundary import Boundary, wanted
 from job.training.cache_folders import touch, used_bytes, useless_bytes
@@ -152,6 +153,8 @@ class Opening:
         root = Path(self.config.prefix_cache_folder)
         text = f"there is room for {room / 1e9:,.3f} GB "
         text += "(training.prefix_cache_dir, training.prefix_cache_gb)"
+        if reserve := self.reserve():
+            text += f", beside {reserve / 1e9:,.3f} GB that are left to checkpoints"
         if useless := useless_bytes(root):
             text += (
                 f"; {useless / 1e9:,.3f} GB there are damaged, or were not committed by who began "
@@ -171,7 +174,8 @@ class Opening:
             head_bias=training.value_head.bias,
             head_outputs=config.objective.head_outputs,
         )
-        return run_bytes(counts, config.checkpoint.at_once(training.max_steps))
+        come = still_to_come(Path(config.run.dir), config.checkpoint, training.max_steps)
+        return run_bytes(counts, come)
 
 
 def _settle(opening: Opening, boundary: Boundary, run: RunDirectory) -> Record:

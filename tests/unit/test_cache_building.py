@@ -182,12 +182,13 @@ def test_what_a_killed_build_has_left_is_named_where_it_takes_the_room(states: P
     left.parent.mkdir(parents=True)
     left.write_bytes(bytes(2_000_000))
     words = (
-        "room for 0.000 GB (training.prefix_cache_dir, training.prefix_cache_gb); 0.002 GB there "
-        "are damaged, or were not committed by who began to write them: `python -m job.cache prune "
-        f"--dir {states} --keep-gb GB` removes"
+        "0.002 GB there are damaged, or were not committed by who began to write them: "
+        f"`python -m job.cache prune --dir {states} --keep-gb GB` removes"
     )
     with pytest.raises(InputError) as refused:
         build(_config(states, "training.prefix_cache_gb=0.001"))
+    assert "room for 0.000 GB" in str(refused.value)
+    assert " GB that are left to checkpoints; " in str(refused.value)
     assert words in str(refused.value)
     assert useless_bytes(states) == 2_000_000
 

@@ -311,12 +311,12 @@ def test_checkpoints_need_a_place(plan: Planner, monkeypatch: pytest.MonkeyPatch
     found = _named(plan(), "disk N=4")
     assert found.state == "error"
     assert "42 GB free" in found.text
-    assert found.text.endswith("4 checkpoints of 9.7 GB, critic.safetensors of 3.2 GB")
+    assert found.text.endswith("4 checkpoints to come of 9.7 GB, critic.safetensors of 3.2 GB")
     _free(monkeypatch, kept + 1)
     assert _named(plan(), "disk N=4").state == "ok"
     assert _named(plan("checkpoint.keep_last=3"), "disk N=4").state == "error"
     without_best = _named(plan("checkpoint.keep_best=null"), "disk N=4")
-    assert "3 checkpoints of 9.7 GB" in without_best.text
+    assert "3 checkpoints to come of 9.7 GB" in without_best.text
 
 
 def test_tokens_that_are_kept_need_a_place(

@@ -26,6 +26,7 @@ from disturbed_runs import (
 
 from job.common.schema import CheckpointConfig
 from job.run.checkpoint_store import best, retained
+from job.run.committed import still_to_come
 from job.run.directory import RunDirectory
 from job.run.manifest import DamagedError
 from job.training import checkpoint as checkpoint_module
@@ -51,9 +52,22 @@ def test_the_last_few_are_kept(tmp_path: Path) -> None:
 
 
 def test_at_once_are_those_that_stay_and_one_that_is_written() -> None:
-    config = CheckpointConfig(keep_last=2, keep_best="validation/value/mse", keep_every=100)
+    config = CheckpointConfig(
+        every_steps=50, keep_last=2, keep_best="validation/value/mse", keep_every=100
+    )
     assert CheckpointConfig(keep_last=1).at_once(10_000) == 2
     assert config.at_once(250) == 2 + 1 + 1 + 2
+    config.every_steps = 150  # of which every other one is a multiple of 100
+    assert config.at_once(650) == 2 + 1 + 1 + 2
+
+
+def test_those_that_are_there_are_not_still_to_come(tmp_path: Path) -> None:
+    config = CheckpointConfig(every_steps=10, keep_last=1, keep_every=10)
+    assert still_to_come(tmp_path, config, 50) == 7
+    for step in range(10, 50, 10):
+        (tmp_path / f"checkpoints/step-{step:08}").mkdir(parents=True)
+    assert still_to_come(tmp_path, config, 50) == 3
+    assert still_to_come(tmp_path, CheckpointConfig(keep_last=1), 50) == 1
 
 
 def test_multiples_of_keep_every_are_kept(tmp_path: Path) -> None:
