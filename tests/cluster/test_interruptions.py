@@ -211,19 +211,23 @@ def test_preempted_runs_come_back_where_they_were(
         assert ("SIGUSR2" in " ".join(signals)) == user_signal, name
 
 
-def test_signals_from_the_first_moment_on_end_nothing(job: ClusterJob, alone: MicroRun) -> None:
-    run = job.submit("--gpus", "1")
+def test_signals_from_the_first_moment_on_end_nothing(
+    job: ClusterJob, alone: MicroRun, tmp_path: Path
+) -> None:
+    begins, sent = tmp_path / "begins", 0  # once the first signal is sent, however slowly
+    run = job.submit("--gpus", "1", setup=[f"until test -e {begins}; do sleep 0.1; done"])
     job.lab.wait_until(lambda: run.queue.startswith("RUNNING"), "a running job")
-    sent = 0
 
     def trains() -> bool:
         nonlocal sent
         job.lab.run("scancel", "-s", "USR2", run.job_id, check=False)
         sent += 1
-        return bool(run.trainers())
+        there = bool(run.trainers())
+        begins.touch()
+        return there
 
     run.wait_until(trains, "a trainer", poll=0)
-    assert sent > 1, "one at least before there was a trainer"
+    assert sent > 1
     run.wait_for("finished")
     run.results.assert_equals(alone)
 
