@@ -364,6 +364,14 @@ def draw(jobs: Sequence[dict[str, Any]]) -> bytes:
         return png(figure)
 
 
+def recorded(job: dict[str, Any]) -> dict[str, Any]:
+    """A job as it is written down: the rest can be computed again (--rounds 0)."""
+    ways = job["ways"]
+    efficiency = {way["strategy"]: round(way["efficiency"], 4) for way in ways if way["fits"]}
+    kept = {name: value for name, value in job.items() if name != "ways"}
+    return kept | {"gpus": ways[0]["gpus"], "efficiency": efficiency}
+
+
 def main() -> None:
     parser = command_line(__doc__)
     add = parser.add_argument
@@ -389,7 +397,7 @@ def main() -> None:
         results["measured"] = measured(options)
         print(show_measured(results["measured"]), end="\n\n")
     print(show_paper(jobs))
-    results["model"] = jobs
+    results["model"] = [recorded(job) for job in jobs]
     if options.out:
         write_record(options.out, results, seed=options.seed, packages=["numpy"])
         options.out.with_suffix(".png").write_bytes(draw(jobs))

@@ -169,6 +169,10 @@ def test_the_fastest_that_fits_is_best(scaling: ModuleType) -> None:
     ]
     assert scaling.best(ways)["strategy"] == "FULL_SHARD"
     assert scaling.best(ways[:1]) is None
+    ways = [way | {"gpus": 8, "efficiency": 0.5} for way in ways]
+    kept = scaling.recorded({"shape": "7b", "ways": ways})
+    assert kept.keys() == {"shape", "gpus", "efficiency"}
+    assert list(kept["efficiency"]) == [way["strategy"] for way in ways if way["fits"]]
 
 
 def test_a_70b_does_not_fit_whole_and_frozen_blocks_in_a_cache_are_not_there(
