@@ -23,7 +23,7 @@ from job.model.architecture_file import check_window, read_architecture
 from job.model.parameters import (
     ParameterCounts,
     checkpoint_bytes,
-    count_parameters,
+    count_configured,
     run_bytes,
 )
 from job.run.committed import still_to_come
@@ -169,13 +169,7 @@ def _model(plan: Plan, run: Run, partition: Partition | None) -> Iterator[Check]
     except Ending as error:
         yield Check("model", "error", str(error))
         return
-    training = config.training
-    counts = count_parameters(
-        architecture,
-        training.num_unfrozen_layers,
-        head_bias=training.value_head.bias,
-        head_outputs=config.objective.head_outputs,
-    )
+    counts = count_configured(config, architecture)
     yield _memory(plan, config, architecture, counts)
     yield _disk(run, counts)
     yield from _interruptions(plan, run, partition, counts)

@@ -222,7 +222,7 @@ class Shards:
 
         A shard that is damaged is none from then on, for everybody.
         """
-        one, states = self._entries[entry], self._path(entry)
+        one = self._entries[entry]
         offset = int(one["offset"])
         try:
             with self._opened(int(one["shard"])) as file:
@@ -230,40 +230,42 @@ class Shards:
                 if self._gives_up_pages:
                     os.posix_fadvise(file, offset, len(into), os.POSIX_FADV_DONTNEED)
         except OSError as error:  # of the machine, but for a disk that has lost what it held
-            _log.warning("%s: %s", states, error.strerror)
-            if error.errno == errno.EIO:
-                _set_aside(states.with_suffix(INDEX))
+            self._tell(entry, error.strerror, is_damaged=error.errno == errno.EIO)
             return False
         if done == len(into) and zlib.crc32(into) == one["sum"]:
             return True
-        _log.warning("%s: states are not as they were written", states)
-        _set_aside(states.with_suffix(INDEX))
+        self._tell(entry, "states are not as they were written", is_damaged=True)
         return False
+
+    def _tell(self, entry: int, why: str | None, *, is_damaged: bool) -> None:
+        states = self._states(int(self._entries[entry]["shard"]))
+        _log.warning("%s: %s", states, why)
+        if is_damaged:
+            _set_aside(states.with_suffix(INDEX))
 
     def close(self) -> None:
         for file in self._files.values():
             os.close(file)
         self._files.clear()
 
-    def _path(self, entry: int) -> Path:
-        return list(self._shards.values())[int(self._entries[entry]["shard"])].states
+    def _states(self, shard: int) -> Path:
+        return list(self._shards.values())[shard].states
 
     @contextmanager
     def _opened(self, shard: int) -> Iterator[int]:
         """A descriptor of its file; the first few shards' stay open."""
         with self._lock:
-            file = self._files.get(shard)
-            if stays := file is not None or len(self._files) < _STAY_OPEN:
-                file = self._files[shard] = self._open(shard) if file is None else file
-        file = self._open(shard) if file is None else file
+            if shard not in self._files and len(self._files) < _STAY_OPEN:
+                self._files[shard] = os.open(self._states(shard), os.O_RDONLY)
+            kept = self._files.get(shard)
+        if kept is not None:
+            yield kept
+            return
+        file = os.open(self._states(shard), os.O_RDONLY)
         try:
             yield file
         finally:
-            if not stays:
-                os.close(file)
-
-    def _open(self, shard: int) -> int:
-        return os.open(list(self._shards.values())[shard].states, os.O_RDONLY)
+            os.close(file)
 
 
 def _read_whole(file: int, into: memoryview, offset: int) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from job.common.errors import InputError
+from job.common.schema import CriticConfig
 from job.model.architecture import TransformerConfig
 
 # Bytes per parameter, as job.distributed.fsdp and AdamW keep them.
@@ -132,6 +133,17 @@ def bytes_text(count: float) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count:.0f} B"
+
+
+def count_configured(config: CriticConfig, architecture: TransformerConfig) -> ParameterCounts:
+    """`count_parameters` of the critic of a configuration; with stages, in the one of most."""
+    training = config.training
+    return count_parameters(
+        architecture,
+        training.num_unfrozen_layers,
+        head_bias=training.value_head.bias,
+        head_outputs=config.objective.head_outputs,
+    )
 
 
 def checkpoint_bytes(counts: ParameterCounts) -> int:

@@ -18,7 +18,7 @@ from job.data.packing import Packer
 from job.data.state_shards import Shards, Stored, Writer, remove_leftovers
 from job.distributed.world import World
 from job.model.architecture_file import read_architecture
-from job.model.parameters import count_parameters, run_bytes
+from job.model.parameters import count_configured, run_bytes
 from job.run.committed import still_to_come
 from job.run.directory import RunDirectory
 from job.training.cache_boundary import Boundary, wanted
@@ -165,16 +165,11 @@ class Opening:
 
     def reserve(self) -> int:
         """Bytes of the caches' disk that are the checkpoints', where these lie there too."""
-        config, training = self.config, self.config.training
+        config = self.config
         if not on_one_disk(Path(config.prefix_cache_folder), Path(config.run.dir)):
             return 0
-        counts = count_parameters(
-            read_architecture(config.model.path),
-            max(stage.num_unfrozen_layers for stage in training.all_stages),
-            head_bias=training.value_head.bias,
-            head_outputs=config.objective.head_outputs,
-        )
-        come = still_to_come(Path(config.run.dir), config.checkpoint, training.max_steps)
+        counts = count_configured(config, read_architecture(config.model.path))
+        come = still_to_come(Path(config.run.dir), config.checkpoint, config.training.max_steps)
         return run_bytes(counts, come)
 
 

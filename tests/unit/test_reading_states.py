@@ -13,7 +13,7 @@ import torch
 from waiting import wait_for
 
 from job.data import state_shards
-from job.data.state_shards import EVALUATION, Piece, Stored, Writer, any_step
+from job.data.state_shards import EVALUATION, Piece, Shards, Stored, Writer, any_step
 from job.distributed.world import World
 from job.training.cache_boundary import Boundary
 from job.training.read_ahead import AHEAD, Known, ReadAhead
@@ -25,6 +25,17 @@ BOUNDARY = Boundary(2, 4, 8, torch.float32)
 
 def _stored(key: int, rows: int) -> Stored:
     return Stored(np.array([[key, key]], np.uint64), np.array([rows]))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Shards:
+    """One entry of three rows, which its reader is still to take in."""
+    shards = BOUNDARY.shards(tmp_path, "a", CPU)
+    writer = Writer(shards.folder, "w", BOUNDARY.facts("a", CPU), may_take=1e9)
+    piece = Piece(np.array([1, 1], np.uint64), 0, 3)
+    writer.put([piece], np.ones((3, BOUNDARY.row_bytes), np.uint8), EVALUATION, lambda: None)
+    writer.close()
+    return shards
 
 
 def test_states_are_of_a_dtype_a_kind_of_attention_and_a_version_of_torch(
@@ -46,12 +57,7 @@ def test_states_are_of_a_dtype_a_kind_of_attention_and_a_version_of_torch(
     assert folder() == same
 
 
-def test_an_entry_of_other_rows_is_no_sequence_s(tmp_path: Path) -> None:
-    shards = BOUNDARY.shards(tmp_path, "a", CPU)
-    writer = Writer(shards.folder, "w", BOUNDARY.facts("a", CPU), may_take=1e9)
-    piece = Piece(np.array([1, 1], np.uint64), 0, 3)
-    writer.put([piece], np.ones((3, BOUNDARY.row_bytes), np.uint8), EVALUATION, lambda: None)
-    writer.close()
+def test_an_entry_of_other_rows_is_no_sequence_s(shards: Shards) -> None:
     shards.refresh()
     reader = StateReader(BOUNDARY, shards, World())
     assert reader.find(_stored(1, 3), any_step).tolist() == [0]
@@ -61,14 +67,9 @@ def test_an_entry_of_other_rows_is_no_sequence_s(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("memory", [1, 1 << 40])
 def test_a_cache_of_half_the_memory_gives_its_pages_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
+    shards: Shards, monkeypatch: pytest.MonkeyPatch, memory: int
 ) -> None:
     given_back: list[tuple[int, int]] = []
-    shards = BOUNDARY.shards(tmp_path, "a", CPU)
-    writer = Writer(shards.folder, "w", BOUNDARY.facts("a", CPU), may_take=1e9)
-    piece = Piece(np.array([1, 1], np.uint64), 0, 3)
-    writer.put([piece], np.ones((3, BOUNDARY.row_bytes), np.uint8), EVALUATION, lambda: None)
-    writer.close()
     monkeypatch.setattr(state_shards, "_host_bytes", lambda: memory)
     monkeypatch.setattr(
         os, "posix_fadvise", lambda file, at, size, advice: given_back.append((at, size))
