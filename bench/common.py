@@ -130,6 +130,11 @@ def _ticks(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
+def cell_text(value: float | str | None) -> str:
+    """A figure as it stands in a table."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as their widest cell, all but the first aligned right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]

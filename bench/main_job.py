@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import ROOT, OtherLoad, command_line, say, table, write_record
+from common import ROOT, OtherLoad, cell_text, command_line, say, table, write_record
 
 from job.common.errors import run_command
 from job.run.comparison import summarise
@@ -49,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     seeds = range(options.seed, options.seed + SEEDS)
     cells = kept() if options.kept else measured(options.instructions, seeds)
-    print(table(_SHOWN, [[_text(found[name]) for name in _SHOWN] for found in cells]))
+    print(table(_SHOWN, [[cell_text(found[name]) for name in _SHOWN] for found in cells]))
     if options.out is None:
         say("not written; --out FILE.json keeps the record")
     else:
@@ -136,10 +136,6 @@ def summary(cells: Sequence[Cell]) -> dict[str, Any]:
         "mse": {"worst": max(found["mse"] for found in cells)},
         "seconds": {"median": median(found["seconds"] for found in cells)},
     }
-
-
-def _text(value: float | str) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common import command_line, say, table, write_record
+from common import cell_text, command_line, say, table, write_record
 from objectives import CONFIGS, is_there
 
 from job.common.errors import run_command
@@ -40,7 +40,7 @@ def main() -> None:
         for row in trained(data, cache, options.seed)
     ]
     header = ("data", "prefix_cache", *_SHOWN)
-    print(table(header, [[_text(row[name]) for name in header] for row in rows]))
+    print(table(header, [[cell_text(row[name]) for name in header] for row in rows]))
     if options.out is None:
         say("not written; --out FILE.json keeps the record")
     else:
@@ -59,10 +59,6 @@ def trained(data: str, cache: str, seed: int) -> list[dict[str, Any]]:
     ]
     runs = compare(CONFIGS[data], overrides, UNFREEZE[data])
     return [{"data": data, "prefix_cache": cache, **summarise(StoredRun(run))} for run in runs]
-
-
-def _text(value: float | str | None) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":
