@@ -46,7 +46,6 @@ from job.model.parameters import (
 _FLOAT = 4
 _HISTOGRAMS = 4  # of a position in the loss, at most at once
 _TOKEN = 8  # of an index
-_SPAN_TOKENS = 128  # of job.model.transformer, which shorter sequences share under one mask
 
 STATE = ("frozen_weights", "masters", "gradients", "optimizer", "value_head")
 COMPONENTS = (
@@ -327,14 +326,10 @@ class _Step:
 
     def saved_attention(self, queries: int) -> int:
         """Queries, keys, values, the result of attention and its log-sum-exp."""
-        if self.varlen:
-            keys = self.q if self.setting.repeats_keys else self.k
-            saved = 2 * self.c * (queries * self.q + self.n_keys * keys)
-            saved += _FLOAT * self.h * queries
-        else:  # with a query for each token; and once more the spans' results put together
-            keys = self.q if self.setting.cuda else self.k  # CUDA's kernel has them repeated
-            masked = _SPAN_TOKENS * (2 * self.setting.sequence_tokens <= _SPAN_TOKENS)
-            saved = self.n_keys * (2 * self.c * (self.q + keys) + _FLOAT * (self.h + masked))
+        repeats = self.setting.repeats_keys if self.varlen else self.setting.cuda
+        keys = self.q if repeats else self.k
+        saved = 2 * self.c * (queries * self.q + self.n_keys * keys) + _FLOAT * self.h * queries
+        if not self.varlen:  # the spans' results, put together
             saved += self.c * self.q * queries
         if self.setting.architecture.qk_norm:
             saved += self._saved_head_norms(queries)
@@ -406,16 +401,14 @@ class _Step:
         """Queries, keys, values, and either what makes them or what is made of them.
 
         First the norm's result, and the rotation of queries or keys, in float32; then keys and
-        values as sequences share them, and twice the result and, in the last block, a query for
-        each token.
+        values as sequences share them, and twice the result.
         """
         normed = self.hidden(self.t) + last * self.hidden(queries)
         results = 2 * self.c * self._shared_keys * self.k
         if self.varlen:
             results += self.c * queries * self.q * (self._shared_keys > 0)
         else:
-            every = last or self._shared_keys > 0
-            results += self.n_keys * (self.c * (2 + every) * self.q + _FLOAT * self.h)
+            results += queries * (2 * self.c * self.q + _FLOAT * self.h)
         return self._qkv(queries) + max(normed + self._rotation(queries), results)
 
     def _qkv(self, queries: int) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,8 @@ from job.model.architecture import (
 )
 from job.model.prefix import Prefix
 
-SPAN_TOKENS = 128  # on CPU, sequences share one masked attention call up to this many tokens
+SPAN_TOKENS = 128  # on CPU a call of attention has so many queries, of one sequence or of several
+_CALLS = 8  # of one sequence at most; then they have more queries
 GROUPS_HEADS = torch.__version__ >= "2.12"  # whether varlen_attn takes fewer heads of keys
 BACKEND = "inductor"  # of torch.compile
 _MOST_GRAPHS = 32  # of one function; there are about ten, by what needs gradients
@@ -95,22 +96,17 @@ class PackedLayout:
         # as varlen kernels take them
         self.boundaries = to_device(self.ends.to(torch.int32), self.device)  # [b + 1]
         self.max_length = max(self.lengths)
+        self._spans: dict[torch.dtype, list[Span]] = {}
 
     def reads(self, at: Tensor) -> Reads:
         """What the last block must compute for outputs at positions `at` (int64 [n], host)."""
         return Reads(self, at)
 
-    @functools.cached_property
-    def spans(self) -> tuple[list[int], list[Tensor | None]]:
-        """Token counts and masks of runs of whole sequences; a lone sequence needs no mask."""
-        runs = _group_sequences((self.keys or self).lengths, SPAN_TOKENS)
-        masks = [None if len(run) == 1 else self._span_mask(run) for run in runs]
-        return [sum(run) for run in runs], masks
-
-    def _span_mask(self, run: list[int]) -> Tensor:
-        """Block-diagonal and causal, bool [span, span]."""
-        ids = torch.repeat_interleave(torch.arange(len(run)), torch.tensor(run))
-        return (ids[:, None] == ids[None, :]).tril().to(self.device)
+    def spans(self, dtype: torch.dtype) -> list[Span]:
+        """How attention goes over the stream where there is no kernel for packed sequences."""
+        if dtype not in self._spans:
+            self._spans[dtype] = list(_spans(self, self.lengths, dtype))
+        return self._spans[dtype]
 
 
 class Keys:
@@ -159,7 +155,7 @@ class Reads:
     """
 
     def __init__(self, layout: PackedLayout, at: Tensor) -> None:
-        at = at.cpu()
+        self._layout, at = layout, at.cpu()
         ends = layout.ends[1:]
         sequence = torch.searchsorted(ends, at, right=True)
         first = ends.scatter_reduce(0, sequence, at, "amin")
@@ -177,6 +173,65 @@ class Reads:
         boundaries = torch.cat((before, torch.tensor([n_rows]))).to(torch.int32)
         self.boundaries = to_device(boundaries, layout.device)
         self.max_length = int(counts.max())
+        self._counts: list[int] = counts.tolist()
+        self._spans: dict[torch.dtype, list[Span]] = {}
+
+    def spans(self, dtype: torch.dtype) -> list[Span]:
+        """As of the layout, with queries of these rows alone."""
+        if dtype not in self._spans:
+            self._spans[dtype] = list(_spans(self._layout, self._counts, dtype))
+        return self._spans[dtype]
+
+
+class Span(NamedTuple):
+    """Whole sequences, one after the other, and the calls of attention for their queries.
+
+    Attributes:
+        keys: tokens of the sequences.
+        queries: of each call; the last ones of each sequence.
+        masks: of each call, [queries, keys], added to the scores, where keys may end with the last
+            that any query sees; None: as many queries as keys, causal.
+    """
+
+    keys: int
+    queries: list[int]
+    masks: Sequence[Tensor | None]
+
+
+def _spans(layout: PackedLayout, queries: Sequence[int], dtype: torch.dtype) -> Iterator[Span]:
+    """Those of a layout whose sequences have so many queries."""
+    lengths, first = (layout.keys or layout).lengths, 0
+    for run in _group_sequences(lengths, SPAN_TOKENS):
+        last = first + len(run)
+        yield _span(run, queries[first:last], layout, dtype)
+        first = last
+
+
+def _span(
+    lengths: list[int], queries: Sequence[int], layout: PackedLayout, dtype: torch.dtype
+) -> Span:
+    """A causal kernel computes much of what a mask hides: calls of few queries spare more of it.
+
+    Not where one has keys by the thousand, nor on a GPU, where a call costs more than that.
+    """
+    keys, wanted = sum(lengths), sum(queries)
+    rows = wanted if layout.varlen else max(SPAN_TOKENS, keys // _CALLS)
+    if len(lengths) == 1 and wanted == keys and (layout.varlen or rows != SPAN_TOKENS):
+        return Span(keys, [keys], [None])
+    counts, ends = torch.tensor(queries), torch.tensor(lengths).cumsum(0)
+    starts = (ends - torch.tensor(lengths)).repeat_interleave(counts)
+    shift = (ends - counts.cumsum(0)).repeat_interleave(counts)
+    places = torch.arange(wanted) + shift  # of the queries among the keys
+    calls = list(zip(starts.split(rows), places.split(rows), strict=True)) if wanted else []
+    masks = [to_device(_mask(start, place).to(dtype), layout.device) for start, place in calls]
+    return Span(keys, [len(mask) for mask in masks], masks)
+
+
+def _mask(starts: Tensor, places: Tensor) -> Tensor:
+    """Of queries at those places, of sequences that start there."""
+    key = torch.arange(int(places[-1]) + 1)
+    seen = (starts[:, None] <= key) & (key <= places[:, None])
+    return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
 
 
 def _group_sequences(lengths: list[int], budget: int) -> list[list[int]]:
@@ -276,19 +331,7 @@ def attend(
         k, v = k.index_select(0, layout.keys.rows), v.index_select(0, layout.keys.rows)
     if layout.varlen and _fits_flash_attention(q):
         return _attend_varlen(q, k, v, layout, reads)
-    places = _places(layout, reads)
-    if places is None:
-        return _attend_spans(q, k, v, layout)
-    # with queries for all keys, since only then a kernel may know which keys come too late
-    everywhere = q.new_zeros(len(k), *q.shape[1:]).index_put((places,), q)
-    return _attend_spans(everywhere, k, v, layout).index_select(0, places)
-
-
-def _places(layout: PackedLayout, reads: Reads | None) -> Tensor | None:
-    """Where among the keys the queries are, int64 [r]; None if there is one for each, in order."""
-    if reads is None:
-        return None if layout.keys is None else layout.keys.places
-    return reads.rows if layout.keys is None else layout.keys.places.index_select(0, reads.rows)
+    return _attend_spans(q, k, v, layout, reads)
 
 
 def _fits_flash_attention(q: Tensor) -> bool:
@@ -322,23 +365,35 @@ def _attend_varlen(
     return mixed
 
 
-def _attend_spans(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+def _attend_spans(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, reads: Reads | None = None
+) -> Tensor:
     # one call for each run of short sequences: a mask over the whole stream would be t x t, and a
     # call for each sequence would cost more than what it computes
     if layout.varlen:  # CUDA's kernels for masks and float32 know no groups: it would be many small
         group = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
-    grouped = q.shape[1] != k.shape[1]
-    sizes, masks = layout.spans
+    spans = (reads or layout).spans(q.dtype)
+    queries, keys = [sum(span.queries) for span in spans], [span.keys for span in spans]
     # split, not slices: the gradient of a split is one concatenation
-    qs, ks, vs = (x.transpose(0, 1)[None].split(sizes, 2) for x in (q, k, v))  # [1, heads, span, e]
-    outputs = [
-        F.scaled_dot_product_attention(
+    parts = (
+        x.transpose(0, 1)[None].split(sizes, 2)  # [1, heads, span, e]
+        for x, sizes in ((q, queries), (k, keys), (v, keys))
+    )
+    calls = (_attend_span(*each) for each in zip(spans, *parts, strict=True))
+    return torch.cat([outputs for call in calls for outputs in call], 2)[0].transpose(0, 1)
+
+
+def _attend_span(span: Span, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
+    """Attention's results of each call, [1, h, queries, e]."""
+    grouped = q.shape[1] != k.shape[1]
+    parts = q.split(span.queries, 2) if span.queries else ()
+    for query, mask in zip(parts, span.masks, strict=True):
+        seen = span.keys if mask is None else mask.shape[1]
+        key, value = k[:, :, :seen], v[:, :, :seen]
+        yield F.scaled_dot_product_attention(
             query, key, value, mask, is_causal=mask is None, enable_gqa=grouped
         )
-        for query, key, value, mask in zip(qs, ks, vs, masks, strict=True)
-    ]
-    return torch.cat(outputs, 2)[0].transpose(0, 1)
 
 
 class FeedForward(nn.Module):

@@ -97,14 +97,21 @@ def _layout(setting: Setting) -> PackedLayout:
     whole, rest = divmod(setting.micro_batch_tokens, length)
     layout = PackedLayout([length] * whole + [rest] * bool(rest))
     layout.varlen = setting.cuda
-    _ = layout.spans  # masks depend on content, which there is none of later
+    _ = layout.spans(_dtype(setting))  # masks depend on content, which there is none of later
     return layout
+
+
+def _dtype(setting: Setting) -> torch.dtype:
+    """What blocks compute in."""
+    return torch.bfloat16 if setting.fsdp.mixed_precision else torch.float32
 
 
 def _reads(setting: Setting, layout: PackedLayout) -> Reads:
     """The last n tokens, of whole sequences and one more at most; closed form knows them alone."""
     n, t = setting.read_tokens, setting.micro_batch_tokens
-    return layout.reads(torch.arange(t - n, t))
+    reads = layout.reads(torch.arange(t - n, t))
+    _ = reads.spans(_dtype(setting))
+    return reads
 
 
 class _Simulation:
@@ -126,7 +133,7 @@ class _Simulation:
         self._inputs.append(reads.boundaries)
         self._states: Tensor | None = None
         if setting.has_cache:
-            dtype = torch.bfloat16 if setting.fsdp.mixed_precision else torch.float32
+            dtype = _dtype(setting)
             is_last = _left_out(setting) == setting.architecture.n_trunk_layers
             rows = n if is_last else t
             self._states = torch.empty(rows, setting.architecture.dim, dtype=dtype)

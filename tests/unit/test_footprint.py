@@ -20,7 +20,6 @@ from job.common.schema import FsdpConfig, ShardingStrategy
 from job.distributed.fsdp import shard
 from job.distributed.world import World
 from job.memory.footprint import (
-    _SPAN_TOKENS,
     COMPONENTS,
     STATE,
     Moment,
@@ -32,7 +31,6 @@ from job.memory.settings import SHAPES
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
 from job.model.shards import local_shard
-from job.model.transformer import SPAN_TOKENS
 
 # In a block 64 x (2 x 64 + 2 x 32) + 3 x 64 x 160 + 2 x 64 = 43,136 parameters.
 SMALL = TransformerConfig(
@@ -329,10 +327,6 @@ def test_one_process_in_full_precision_gathers_and_reduces_nothing() -> None:
     for moment in footprint(_small(2, 1, mixed_precision=False)).moments:
         assert moment.components["gathered_weights"] == 0
         assert moment.components["gradient_buffers"] == 0
-
-
-def test_short_sequences_share_masks_of_the_models_size() -> None:
-    assert _SPAN_TOKENS == SPAN_TOKENS
 
 
 # Evaluation

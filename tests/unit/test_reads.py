@@ -10,7 +10,7 @@ from torch import Tensor
 
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.model.transformer import PackedLayout, attend
+from job.model.transformer import PackedLayout
 
 CONFIG = TransformerConfig(
     dim=32, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=40, qk_norm=True, norm_eps=1e-6
@@ -107,13 +107,3 @@ def test_the_last_block_multiplies_only_rows_that_are_read() -> None:
     assert of_keys == {"wk": t, "wv": t}
     assert set(rows.values()) == {n}
     assert len(rows) == 5
-
-
-def test_attention_of_some_queries_is_a_part_of_attention_of_all() -> None:
-    torch.manual_seed(0)
-    layout = PackedLayout(LENGTHS)
-    q, k, v = (torch.randn(sum(LENGTHS), heads, 8) for heads in (4, 2, 2))
-    reads = layout.reads(torch.tensor(RESPONSES))
-    torch.testing.assert_close(
-        attend(q[reads.rows], k, v, layout, reads), attend(q, k, v, layout)[reads.rows]
-    )
