@@ -24,8 +24,9 @@ from job.distributed.fsdp import shard
 from job.distributed.world import World, joined_world
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
+from job.model.packed_layout import PackedLayout
 from job.model.shards import full_tensor, local_shard
-from job.model.transformer import PackedLayout, attend
+from job.model.transformer import attend
 from job.run.value_metrics import ValueMetrics
 from job.training.learner import Learner
 from job.training.objective import Objective

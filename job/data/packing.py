@@ -23,7 +23,7 @@ from job.data.shared_prompts import Groups, SharedPrompts
 from job.data.state_shards import Stored
 from job.data.token_cache import TokenizedSet
 from job.data.weights import Weights
-from job.model.transformer import PackedLayout, Shared, to_device
+from job.model.packed_layout import PackedLayout, Shared, to_device
 
 Indices = NDArray[np.int64]
 Costs = NDArray[np.float64]

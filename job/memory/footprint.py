@@ -278,7 +278,7 @@ class _Step:
 
     @property
     def _shared_keys(self) -> int:
-        """Keys that are put together anew, if there are any; see `job.model.transformer.Keys`."""
+        """Keys that are put together anew, if there are any; see `job.model.packed_layout.Keys`."""
         return self.n_keys if self.n_keys > self.t else 0
 
     def rotations(self, tokens: int) -> int:

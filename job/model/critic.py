@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from job.model.architecture import TransformerConfig
+from job.model.packed_layout import PackedLayout, Reads
 from job.model.parameters import Count, ParameterCounts, bytes_text, select_trainable
 from job.model.prefix import Prefix
 from job.model.shards import fill, full_tensor
-from job.model.transformer import PackedLayout, Reads, Trunk
+from job.model.transformer import Trunk
 
 _log = logging.getLogger(__name__)
 

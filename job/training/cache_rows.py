@@ -12,7 +12,7 @@ from torch import Tensor
 
 from job.data.packing import Batch
 from job.data.state_shards import Piece, Stored, Writer
-from job.model.transformer import Reads
+from job.model.packed_layout import Reads
 
 
 @dataclass(frozen=True)

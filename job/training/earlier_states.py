@@ -12,8 +12,8 @@ from dataclasses import replace
 from job.data.packing import Batch
 from job.data.state_shards import Shards, Stored, any_step
 from job.distributed.world import World
+from job.model.packed_layout import Reads
 from job.model.prefix import Prefix
-from job.model.transformer import Reads
 from job.training.cache_boundary import Boundary
 from job.training.read_ahead import ReadAhead
 from job.training.state_reader import StateReader

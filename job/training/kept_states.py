@@ -11,8 +11,8 @@ from job.common.schema import PrefixCacheMode
 from job.data.packing import Batch, Indices, Packer
 from job.data.state_shards import Shards, Stored, any_step
 from job.distributed.world import World
+from job.model.packed_layout import Reads
 from job.model.prefix import Prefix
-from job.model.transformer import Reads
 from job.run.trained import TrainedCritic
 from job.training.agreement import Mask, seen_by_all
 from job.training.cache_boundary import Boundary

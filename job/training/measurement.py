@@ -18,7 +18,7 @@ from job.memory.recorder import Recorder
 from job.model.architecture import TransformerConfig
 from job.model.architecture_file import read_architecture
 from job.model.critic import Critic
-from job.model.transformer import PackedLayout
+from job.model.packed_layout import PackedLayout
 from job.run.directory import RunDirectory
 from job.run.value_metrics import ValueMetrics
 from job.training.compilation import choose_compilation

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from job.common.schema import Loss, ObjectiveConfig
 from job.data.packing import Batch
-from job.model.transformer import to_device
+from job.model.packed_layout import to_device
 from job.run.value_metrics import ValueMetrics
 from job.training.histogram import Histogram, histogram_loss
 

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from job.data.packing import Batch, Packer
 from job.data.state_shards import EVALUATION, GIVEN, Seen, Shards, Stored, Writer
 from job.distributed.world import World
+from job.model.packed_layout import Reads
 from job.model.prefix import Prefix
-from job.model.transformer import Reads
 from job.run.directory import RunDirectory
 from job.training.cache_boundary import Boundary, wanted
 from job.training.cache_choice import (

@@ -32,10 +32,10 @@ from job.distributed.fsdp import lay_out
 from job.distributed.world import World
 from job.memory.footprint import Footprint, Moment, Setting
 from job.model.critic import Critic, unfreeze_last_blocks
+from job.model.packed_layout import PackedLayout, Reads
 from job.model.parameters import count_frozen
 from job.model.prefix import Prefix
 from job.model.shards import local_shard
-from job.model.transformer import PackedLayout, Reads
 from job.training.histogram import Histogram, histogram_loss
 from job.training.optimizer import build_optimizer
 

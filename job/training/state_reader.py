@@ -11,8 +11,8 @@ from job.common.errors import StorageError
 from job.data.packing import Batch
 from job.data.state_shards import Seen, Shards, Stored, any_step
 from job.distributed.world import World
+from job.model.packed_layout import Reads, to_device
 from job.model.prefix import Prefix
-from job.model.transformer import Reads, to_device
 from job.training.cache_boundary import Boundary
 from job.training.cache_rows import Rows
 from job.training.read_ahead import Known

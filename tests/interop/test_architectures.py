@@ -17,8 +17,9 @@ from job.model.architecture_file import read_architecture
 from job.model.critic import Critic
 from job.model.fingerprint import fingerprint
 from job.model.layout import meta_name, to_meta
+from job.model.packed_layout import PackedLayout
 from job.model.parameters import count_parameters
-from job.model.transformer import PackedLayout, Trunk
+from job.model.transformer import Trunk
 from job.model.weights import check_trunk, load_trunk
 
 pytestmark = pytest.mark.slow

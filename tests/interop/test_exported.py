@@ -26,7 +26,7 @@ from job.export import whole_critic
 from job.export.formats import export
 from job.model.architecture_file import read_architecture
 from job.model.critic import Critic
-from job.model.transformer import PackedLayout
+from job.model.packed_layout import PackedLayout
 from job.run.trained import TrainedCritic
 from job.training.scoring import score
 

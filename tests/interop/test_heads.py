@@ -19,8 +19,8 @@ from job.export.formats import export
 from job.model.architecture_file import read_architecture
 from job.model.critic import Critic
 from job.model.fingerprint import fingerprint
+from job.model.packed_layout import PackedLayout
 from job.model.stored_head import head_names, read_head
-from job.model.transformer import PackedLayout
 from job.model.weights import check_trunk, load_trunk
 from job.run.trained import TrainedCritic
 from job.training.preparation import prepare_inputs

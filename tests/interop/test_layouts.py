@@ -17,7 +17,8 @@ from job.common.schema import PretrainConfig
 from job.model.architecture import LinearScaling, RopeScaling, TransformerConfig
 from job.model.architecture_file import read_architecture
 from job.model.layout import to_hugging_face, to_meta
-from job.model.transformer import PackedLayout, Transformer, Trunk
+from job.model.packed_layout import PackedLayout
+from job.model.transformer import Transformer, Trunk
 from job.model.weights import check_trunk
 from job.training.pretraining import make_trunk
 

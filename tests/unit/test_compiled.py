@@ -17,7 +17,8 @@ from job.distributed.world import World
 from job.model import transformer
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.model.transformer import PackedLayout, rotate
+from job.model.packed_layout import PackedLayout
+from job.model.transformer import rotate
 from job.training import compilation
 from job.training.compilation import choose_compilation, missing
 

@@ -9,7 +9,8 @@ import torch
 
 from job.memory.recorder import Recorder
 from job.model.architecture import TransformerConfig
-from job.model.transformer import PackedLayout, Trunk, _attend_spans, attend
+from job.model.packed_layout import PackedLayout
+from job.model.transformer import Trunk, _attend_spans, attend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 

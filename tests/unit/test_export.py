@@ -29,7 +29,7 @@ from job.data.tokenizer_files import padding
 from job.export import whole_critic
 from job.export.formats import HEAD, export
 from job.model.critic import Critic
-from job.model.transformer import PackedLayout
+from job.model.packed_layout import PackedLayout
 from job.model.weights import load_trunk, read_architecture
 from job.run.manifest import FileSum, Manifest
 from job.run.trained import TrainedCritic

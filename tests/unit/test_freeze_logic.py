@@ -12,7 +12,7 @@ from job.data.packing import Batch
 from job.distributed.world import World
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, ParameterReport, parameter_report, unfreeze_last_blocks
-from job.model.transformer import PackedLayout
+from job.model.packed_layout import PackedLayout
 from job.run.value_metrics import ValueMetrics
 from job.training.learner import Learner
 from job.training.objective import Objective

@@ -15,7 +15,7 @@ from job.distributed.fsdp import shard
 from job.distributed.world import World
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.model.transformer import PackedLayout
+from job.model.packed_layout import PackedLayout
 
 SMALL = TransformerConfig(dim=16, n_layers=4, n_heads=2, vocab_size=32, multiple_of=8)
 

@@ -15,7 +15,8 @@ from job.common.errors import Exit, UnfitNode
 from job.common.schema import CriticConfig, FsdpConfig
 from job.memory.footprint import Setting, _Step
 from job.model.architecture import TransformerConfig
-from job.model.transformer import PackedLayout, attend
+from job.model.packed_layout import PackedLayout
+from job.model.transformer import attend
 from job.training import fitness
 from job.training.gpu import check_gpu
 

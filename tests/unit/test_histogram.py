@@ -18,7 +18,7 @@ from job.common.errors import InputError
 from job.common.schema import Loss, ObjectiveConfig, TermsConfig
 from job.data.packing import Batch
 from job.export.formats import export
-from job.model.transformer import PackedLayout
+from job.model.packed_layout import PackedLayout
 from job.run.manifest import FACTS, FileSum, Manifest
 from job.run.trained import TENSORS, TrainedCritic, find_weights
 from job.training.histogram import Histogram

@@ -13,8 +13,8 @@ from torch import nn
 from job.model.architecture import TransformerConfig
 from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
+from job.model.packed_layout import PackedLayout
 from job.model.parameters import count_parameters
-from job.model.transformer import PackedLayout
 from job.model.weights import load_trunk
 
 SMALL = TransformerConfig(dim=16, n_layers=32, n_heads=2, vocab_size=11, multiple_of=8)

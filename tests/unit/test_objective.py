@@ -11,7 +11,7 @@ import torch
 
 from job.common.schema import Loss, ObjectiveConfig, Target, TermsConfig
 from job.data.packing import Batch
-from job.model.transformer import PackedLayout
+from job.model.packed_layout import PackedLayout
 from job.run.value_metrics import ValueMetrics
 from job.training.objective import Counts, Objective, lambda_return
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.model.transformer import PackedLayout
+from job.model.packed_layout import PackedLayout
 
 CONFIG = TransformerConfig(
     dim=32, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=40, qk_norm=True, norm_eps=1e-6

@@ -30,7 +30,7 @@ from job.data.packing import Indices
 from job.data.token_cache import TokenizedSet
 from job.data.tokenizer import load_tokenizer
 from job.evaluation.reading import Data, read_solutions
-from job.model.transformer import PackedLayout
+from job.model.packed_layout import PackedLayout
 from job.run.evaluations import evaluation_folder
 from job.run.manifest import FileSum, Manifest
 from job.run.report_page import write_report

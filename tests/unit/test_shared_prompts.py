@@ -19,7 +19,7 @@ from job.data.token_cache import TokenizedSet
 from job.distributed.world import World
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.model.transformer import PackedLayout, Shared
+from job.model.packed_layout import PackedLayout, Shared
 from job.training.data import together
 from job.training.learner import Learner
 from job.training.objective import Objective

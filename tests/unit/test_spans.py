@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from job.model.transformer import PackedLayout, Shared, Span, attend
+from job.model.packed_layout import PackedLayout, Shared, Span
+from job.model.transformer import attend
 
 H, E = 4, 8
 # lengths in the stream, of which sequence they share first tokens, how many, and what is read

@@ -19,7 +19,7 @@ from job.data.packing import Batch
 from job.distributed.world import World
 from job.model.architecture import TransformerConfig
 from job.model.critic import Critic, unfreeze_last_blocks
-from job.model.transformer import PackedLayout
+from job.model.packed_layout import PackedLayout
 from job.run.directory import RunDirectory
 from job.run.metrics_log import Tracker
 from job.run.value_metrics import ValueMetrics

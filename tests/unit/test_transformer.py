@@ -7,16 +7,10 @@ import math
 import pytest
 import torch
 
-from job.model import transformer
+from job.model import packed_layout, transformer
 from job.model.architecture import RopeScaling, TransformerConfig
-from job.model.transformer import (
-    PackedLayout,
-    Transformer,
-    Trunk,
-    rope_frequencies,
-    rope_table,
-    rotate,
-)
+from job.model.packed_layout import PackedLayout
+from job.model.transformer import Transformer, Trunk, rope_frequencies, rope_table, rotate
 
 PLAIN = TransformerConfig(dim=32, n_layers=3, n_heads=4, vocab_size=40, multiple_of=8)
 GROUPED = TransformerConfig(
@@ -57,7 +51,7 @@ def test_how_sequences_share_attention_calls_changes_nothing(
     trunk, lengths = _trunk(PLAIN), [3, 2, 6, 1]
     tokens = torch.arange(12)
     expected = trunk(tokens, PackedLayout(lengths))
-    monkeypatch.setattr(transformer, "SPAN_TOKENS", span)
+    monkeypatch.setattr(packed_layout, "SPAN_TOKENS", span)
     torch.testing.assert_close(trunk(tokens, PackedLayout(lengths)), expected)
 
 

@@ -19,8 +19,9 @@ from job.distributed.world import World, joined_world
 from job.model.architecture import RopeScaling, TransformerConfig
 from job.model.architecture_file import read_architecture
 from job.model.critic import Critic, unfreeze_last_blocks
+from job.model.packed_layout import PackedLayout
 from job.model.shards import full_tensor
-from job.model.transformer import PackedLayout, Transformer, Trunk, rope_frequencies
+from job.model.transformer import Transformer, Trunk, rope_frequencies
 from job.model.weights import load_trunk, save_transformer
 
 TINY = TransformerConfig(dim=16, n_layers=4, n_heads=4, vocab_size=11, multiple_of=8)
