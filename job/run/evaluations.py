@@ -93,10 +93,11 @@ def evaluations(run: Path) -> list[Evaluation]:
 def evaluation_section(evaluation: Evaluation) -> Html:
     """Curves and tables of an evaluation."""
     figures = evaluation.figures
-    each = figures.get("solutions_per_problem")
-    size = f"{figures['solutions']:,} solutions of {figures['problems']:,} problems" + (
-        f", {each[0]} to {each[1]} labelled solutions each" if each else ""
-    )
+    size = f"{figures['solutions']:,} solutions of {figures['problems']:,} problems"
+    if "solutions_per_problem" in figures:
+        fewest, most = figures["solutions_per_problem"]
+        each = f"{fewest} to {most}" if fewest < most else str(most)
+        size += f", {each} labelled solutions each"
     shown = [build(figures[key]) for key, build in _TABLES.items() if key in figures]
     return section(
         f"Evaluation: {evaluation.name}",

@@ -232,7 +232,9 @@ def test_the_command_writes_beside_the_values(
     assert "Accuracy of the last value read, on 1 pairs" in " ".join(said.split())
     assert str(folder / "evaluation.html") in said
     assert "critic" in said
-    assert "<h2>Evaluation: values.parquet</h2>" in (folder / "evaluation.html").read_text()
+    page = (folder / "evaluation.html").read_text()
+    assert "<h2>Evaluation: values.parquet</h2>" in page
+    assert "2 solutions of 1 problems, 2 labelled solutions each" in page
 
 
 @pytest.mark.parametrize(
