@@ -17,7 +17,7 @@ COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || tru
 # and have processes beyond one for each core (see tests/conftest.py).
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder
 
-.PHONY: help run test test-fast test-all soak lint clean
+.PHONY: help run test test-fast test-all soak format lint clean
 
 help:
 	@echo "make run        train the local critics (N=0 and N=2) and compare them: no GPU, minutes"
@@ -25,6 +25,8 @@ help:
 	@echo "make test-fast  the fast tests only"
 	@echo "make test-all   all variants and large grids too, then the soak: 100 minutes"
 	@echo "make soak       40 kills in one run, 25 interruptions on Slurm in another, a second image"
+	@echo "make format     let ruff mend and format what it can"
+	@echo "make lint       ruff, mypy, import rules, Dockerfile and shell scripts"
 	@echo "make clean      remove the virtual environment; runs/ stays"
 
 run: $(RUN_SET_UP)

@@ -10,12 +10,12 @@ the main job through the training loop; the 7B critic again with other N, batche
 
 Each section is a process of its own with a time it may take. What it has found is in the file as
 soon as it is there, and one that fails takes none of the others with it. On one GPU; needs
-torch >= 2.11, numpy, omegaconf, safetensors and nvidia-ml-py, and the main job tokenizers
-(bench/README.md says how to bring them along). Without a GPU,
+torch >= 2.11 and few packages besides (bench/README.md says which, and how to bring them along).
+Without a GPU,
 
-    python bench/gpu.py --device cpu --shape micro --out FILE
+    python bench/gpu.py --device cpu --shape micro --budget 3000 --out FILE
 
-runs the same in a minute or two, and says nothing about GPUs.
+runs the same, and says nothing about GPUs.
 """
 
 from __future__ import annotations

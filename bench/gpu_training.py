@@ -213,7 +213,6 @@ class GpuTraining:
             response_tokens=len(self.batches[0].positions),
             accumulates=MICRO_BATCHES > 1,
             cuda=self.on_gpu,
-            sequence_tokens=self.case.sequence,
             compiled=self.case.compiled,
         )
 

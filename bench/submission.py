@@ -44,7 +44,8 @@ def prepare(folder: Path) -> None:
         file.chmod(0o755)
     (folder / "trunk").mkdir()
     (folder / "trunk" / "params.json").write_text(json.dumps(_SEVEN_B))
-    (folder / "data.jsonl").write_text("{}\n")
+    row = {"prompt": "2+3?", "response": "5", "reward": 1}
+    (folder / "data.jsonl").write_text(json.dumps(row) + "\n")
 
 
 def seconds(command: Sequence[str], folder: Path) -> float:

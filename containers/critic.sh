@@ -10,8 +10,10 @@ configs=/opt/critic/configs
 scratch=${TMPDIR:-/tmp}
 
 commands=
-for name in train pretrain compare report preflight score memory export nightly; do
-  if [ -f "$package/$name.py" ] || [ -f "$package/$name/__main__.py" ]; then commands="$commands $name"; fi
+for file in "$package"/[a-z]*.py "$package"/*/__main__.py; do
+  name=${file#"$package"/}
+  name=${name%/__main__.py}
+  commands="$commands ${name%.py}"
 done
 
 # Apptainer hands the caller's environment on, and a path of the host's Python has no place here.

@@ -82,7 +82,7 @@ class Setting:
         repeats_keys: whether CUDA's attention wants as many heads of keys as of queries, as before
             torch 2.12.
         segments_grow: whether segments of torch's CUDA allocator grow, which leaves fewer gaps.
-        sequence_tokens: of a typical sequence; on a CPU, short ones need masks.
+        sequence_tokens: of a sequence; only a simulation needs to know.
         keys_per_token: tokens of all sequences over those of the micro-batch: more than 1 where
             sequences share prompts, whose keys each of them has.
         evaluation_tokens: of a micro-batch of an evaluation; 0 for none.
@@ -327,13 +327,17 @@ class _Step:
     def saved_attention(self, queries: int) -> int:
         """Queries, keys, values, the result of attention and its log-sum-exp."""
         repeats = self.setting.repeats_keys if self.varlen else self.setting.cuda
-        keys = self.q if repeats else self.k
-        saved = 2 * self.c * (queries * self.q + self.n_keys * keys) + _FLOAT * self.h * queries
+        keys, attended = self.q if repeats else self.k, self._attended(queries)
+        saved = 2 * self.c * (attended * self.q + self.n_keys * keys) + _FLOAT * self.h * attended
         if not self.varlen:  # the spans' results, put together
             saved += self.c * self.q * queries
         if self.setting.architecture.qk_norm:
             saved += self._saved_head_norms(queries)
         return saved
+
+    def _attended(self, queries: int) -> int:
+        """Queries of attention's kernels: a GPU's that know no packed sequences take all keys'."""
+        return self.n_keys if self.setting.cuda and not self.varlen else queries
 
     def _saved_head_norms(self, queries: int) -> int:
         """As of other norms, and no output: rotations do not need it."""
@@ -401,14 +405,16 @@ class _Step:
         """Queries, keys, values, and either what makes them or what is made of them.
 
         First the norm's result, and the rotation of queries or keys, in float32; then keys and
-        values as sequences share them, and twice the result.
+        values as sequences share them, and twice the result, on a GPU also queries for all keys.
         """
         normed = self.hidden(self.t) + last * self.hidden(queries)
         results = 2 * self.c * self._shared_keys * self.k
         if self.varlen:
             results += self.c * queries * self.q * (self._shared_keys > 0)
         else:
-            results += queries * (2 * self.c * self.q + _FLOAT * self.h)
+            attended = self._attended(queries)
+            every = self.setting.cuda and (last or self._shared_keys > 0)
+            results += attended * (self.c * (2 + every) * self.q + _FLOAT * self.h)
         return self._qkv(queries) + max(normed + self._rotation(queries), results)
 
     def _qkv(self, queries: int) -> int:

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SPAN_TOKENS = 128  # on CPU a call of attention has so many queries, of one sequence or of several
-_CALLS = 8  # of one sequence at most; then they have more queries
+SPAN_TOKENS = 128  # short sequences share a call of attention up to so many tokens
+CALL_QUERIES = 128  # of a sequence in a call on a CPU, twice as many if it is long
+LONG = 1024  # tokens
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -86,9 +87,13 @@ class PackedLayout:
         return Reads(self, at)
 
     def spans(self, dtype: torch.dtype) -> list[Span]:
-        """How attention goes over the stream where there is no kernel for packed sequences."""
+        """How attention goes over the stream where there is no kernel for packed sequences.
+
+        Its queries are the stream's tokens, on a GPU all keys'; masks have that type.
+        """
         if dtype not in self._spans:
-            self._spans[dtype] = list(_spans(self, self.lengths, dtype))
+            tokens = (self.keys or self) if self.varlen else self
+            self._spans[dtype] = list(_spans(self, tokens.lengths, dtype))
         return self._spans[dtype]
 
 
@@ -160,61 +165,91 @@ class Reads:
         self._spans: dict[torch.dtype, list[Span]] = {}
 
     def spans(self, dtype: torch.dtype) -> list[Span]:
-        """As of the layout, with queries of these rows alone."""
+        """As the layout's on a CPU, with queries of these rows alone."""
         if dtype not in self._spans:
             self._spans[dtype] = list(_spans(self._layout, self._counts, dtype))
         return self._spans[dtype]
 
 
-class Span(NamedTuple):
-    """Whole sequences, one after the other, and the calls of attention for their queries.
+class Call(NamedTuple):
+    """One call of attention.
 
     Attributes:
-        keys: tokens of the sequences.
-        queries: of each call; the last ones of each sequence.
-        masks: of each call, [queries, keys], added to the scores, where keys may end with the last
-            that any query sees; None: as many queries as keys, causal.
+        queries: how many.
+        mask: [queries, keys], added to the scores, for as many of the span's first keys as it has;
+            None: causal, of as many queries as keys.
     """
 
+    queries: int
+    mask: Tensor | None
+
+
+class Span(NamedTuple):
+    """A sequence or short ones in a row: how many keys, and the calls of their queries in order."""
+
     keys: int
-    queries: list[int]
-    masks: Sequence[Tensor | None]
+    calls: list[Call]
 
 
 def _spans(layout: PackedLayout, queries: Sequence[int], dtype: torch.dtype) -> Iterator[Span]:
-    """Those of a layout whose sequences have so many queries."""
-    lengths, first = (layout.keys or layout).lengths, 0
-    for run in _group_sequences(lengths, SPAN_TOKENS):
-        last = first + len(run)
-        yield _span(run, queries[first:last], layout, dtype)
-        first = last
+    """Those of all sequences; of each the last so many tokens are queries."""
+    runs, first = _group_sequences((layout.keys or layout).lengths, SPAN_TOKENS), 0
+    strip = _strip(layout, max((run[0] for run in runs if len(run) == 1), default=0), dtype)
+    for run in runs:
+        wanted, first = queries[first : first + len(run)], first + len(run)
+        if len(run) > 1:
+            calls = _joint_call(layout, run, wanted, dtype)
+        else:
+            calls = _calls(run[0], wanted[0], strip)
+        yield Span(sum(run), list(calls))
 
 
-def _span(
-    lengths: list[int], queries: Sequence[int], layout: PackedLayout, dtype: torch.dtype
-) -> Span:
-    """A causal kernel computes much of what a mask hides: calls of few queries spare more of it.
-
-    Not where one has keys by the thousand, nor on a GPU, where a call costs more than that.
-    """
-    keys, wanted = sum(lengths), sum(queries)
-    rows = wanted if layout.varlen else max(SPAN_TOKENS, keys // _CALLS)
-    if len(lengths) == 1 and wanted == keys and (layout.varlen or rows != SPAN_TOKENS):
-        return Span(keys, [keys], [None])
+def _joint_call(
+    layout: PackedLayout, lengths: list[int], queries: Sequence[int], dtype: torch.dtype
+) -> Iterator[Call]:
+    """One for several sequences, if they have any queries."""
     counts, ends = torch.tensor(queries), torch.tensor(lengths).cumsum(0)
-    starts = (ends - torch.tensor(lengths)).repeat_interleave(counts)
+    starts = (ends - torch.tensor(lengths)).repeat_interleave(counts)[:, None]
     shift = (ends - counts.cumsum(0)).repeat_interleave(counts)
-    places = torch.arange(wanted) + shift  # of the queries among the keys
-    calls = list(zip(starts.split(rows), places.split(rows), strict=True)) if wanted else []
-    masks = [to_device(_mask(start, place).to(dtype), layout.device) for start, place in calls]
-    return Span(keys, [len(mask) for mask in masks], masks)
+    places = (torch.arange(sum(queries)) + shift)[:, None]  # of the queries among the keys
+    keys = torch.arange(sum(lengths))
+    if len(places):
+        hidden = (keys < starts) | (places < keys)
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
+        yield Call(len(mask), to_device(mask, layout.device))
 
 
-def _mask(starts: Tensor, places: Tensor) -> Tensor:
-    """Of queries at those places, of sequences that start there."""
-    key = torch.arange(int(places[-1]) + 1)
-    seen = (starts[:, None] <= key) & (key <= places[:, None])
-    return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+def _calls(keys: int, queries: int, strip: Tensor | None) -> Iterator[Call]:
+    """Those of one sequence, under views of a strip; without one it is a single causal one.
+
+    A kernel that is causal by itself computes part of what it hides, calls of few queries less.
+    Over thousands of keys it is as good, and short sequences are one call anyway.
+    """
+    if strip is None or (queries == keys and not CALL_QUERIES < keys <= LONG):
+        yield Call(queries, None)
+        return
+    before = keys - queries
+    while before < keys:
+        count = min(_call_queries(keys), keys - before)
+        shift = strip.shape[1] - strip.shape[0] - before
+        yield Call(count, strip[:count, shift : shift + before + count])
+        before += count
+
+
+def _call_queries(keys: int) -> int:
+    return CALL_QUERIES * (2 if keys > LONG else 1)
+
+
+def _strip(layout: PackedLayout, keys: int, dtype: torch.dtype) -> Tensor | None:
+    """Masks of all calls of sequences of at most so many keys; a GPU has no use for them.
+
+    [m, keys + m]: columns from `keys` - x on are the mask of queries that follow x keys.
+    """
+    if layout.varlen:  # where a call costs more than what it spares
+        return None
+    rows = _call_queries(keys)
+    hidden = torch.full((rows, rows), -torch.inf, dtype=dtype).triu(1)
+    return torch.cat((hidden.new_zeros(rows, keys), hidden), 1)
 
 
 def _group_sequences(lengths: list[int], budget: int) -> list[list[int]]:

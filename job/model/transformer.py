@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -120,9 +120,11 @@ def attend(
     """
     if layout.keys is not None:  # little beside the products of a block's linear layers
         k, v = k.index_select(0, layout.keys.rows), v.index_select(0, layout.keys.rows)
-    if layout.varlen and _fits_flash_attention(q):
+    if not layout.varlen:
+        return _attend_spans(q, k, v, (reads or layout).spans(q.dtype))
+    if _fits_flash_attention(q):
         return _attend_varlen(q, k, v, layout, reads)
-    return _attend_spans(q, k, v, layout, reads)
+    return _attend_everywhere(q, k, v, layout, reads)
 
 
 def _fits_flash_attention(q: Tensor) -> bool:
@@ -156,35 +158,55 @@ def _attend_varlen(
     return mixed
 
 
-def _attend_spans(
-    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, reads: Reads | None = None
+def _attend_everywhere(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, reads: Reads | None
 ) -> Tensor:
-    # one call for each run of short sequences: a mask over the whole stream would be t x t, and a
-    # call for each sequence would cost more than what it computes
-    if layout.varlen:  # CUDA's kernels for masks and float32 know no groups: it would be many small
-        group = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
-    spans = (reads or layout).spans(q.dtype)
-    queries, keys = [sum(span.queries) for span in spans], [span.keys for span in spans]
+    # with queries for all keys, since only then CUDA's kernels know which keys come too late; those
+    # for masks and float32 know no groups: it would be many small ones
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
+    spans, places = layout.spans(q.dtype), _places(layout, reads)
+    if places is None:
+        return _attend_spans(q, k, v, spans)
+    everywhere = q.new_zeros(len(k), *q.shape[1:]).index_put((places,), q)
+    return _attend_spans(everywhere, k, v, spans).index_select(0, places)
+
+
+def _places(layout: PackedLayout, reads: Reads | None) -> Tensor | None:
+    """Where among the keys the queries are, int64 [r]; None if there is one for each, in order."""
+    if reads is None:
+        return None if layout.keys is None else layout.keys.places
+    return reads.rows if layout.keys is None else layout.keys.places.index_select(0, reads.rows)
+
+
+def _attend_spans(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span]) -> Tensor:
+    # a mask over the whole stream would be t x t, and a call for each short sequence would cost
+    # more than what it computes
+    queries = [sum(call.queries for call in span.calls) for span in spans]
+    keys = [span.keys for span in spans]
     # split, not slices: the gradient of a split is one concatenation
     parts = (
         x.transpose(0, 1)[None].split(sizes, 2)  # [1, heads, span, e]
         for x, sizes in ((q, queries), (k, keys), (v, keys))
     )
-    calls = (_attend_span(*each) for each in zip(spans, *parts, strict=True))
-    return torch.cat([outputs for call in calls for outputs in call], 2)[0].transpose(0, 1)
+    outputs = [_attend_span(*each) for each in zip(spans, *parts, strict=True)]
+    return torch.cat([one for each in outputs for one in each], 2)[0].transpose(0, 1)
 
 
-def _attend_span(span: Span, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
+def _attend_span(span: Span, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """Attention's results of each call, [1, h, queries, e]."""
     grouped = q.shape[1] != k.shape[1]
-    parts = q.split(span.queries, 2) if span.queries else ()
-    for query, mask in zip(parts, span.masks, strict=True):
+    parts = q.split([call.queries for call in span.calls], 2) if span.calls else ()
+    outputs = []
+    for query, (_, mask) in zip(parts, span.calls, strict=True):
         seen = span.keys if mask is None else mask.shape[1]
         key, value = k[:, :, :seen], v[:, :, :seen]
-        yield F.scaled_dot_product_attention(
-            query, key, value, mask, is_causal=mask is None, enable_gqa=grouped
+        outputs.append(
+            F.scaled_dot_product_attention(
+                query, key, value, mask, is_causal=mask is None, enable_gqa=grouped
+            )
         )
+    return outputs
 
 
 class FeedForward(nn.Module):

@@ -139,7 +139,6 @@ def heaviest(config: CriticConfig, data: CriticData, world: World, left_out: int
         keys_per_token=max(k for _, _, k, _ in gathered),
         accumulates=any(a for *_, a in gathered),
         evaluation_tokens=max(e for _, e, _, _ in gathered),
-        sequence_tokens=int(data.train.data.lengths.mean()),
     )
 
 

@@ -102,7 +102,6 @@ class Case:
             keys_per_token=self.tokens / (self.tokens - shared),
             response_tokens=sum(length - length // 2 for length in self.lengths),
             accumulates=self.micro_batches > 1,
-            sequence_tokens=self.sequence,
             compiled=self.compiled,
             repeats_keys=self.repeats_keys or not GROUPS_HEADS,
             world_size=self.world,

@@ -10,7 +10,7 @@ import torch
 from job.memory.recorder import Recorder
 from job.model.architecture import TransformerConfig
 from job.model.packed_layout import PackedLayout
-from job.model.transformer import Trunk, _attend_spans, attend
+from job.model.transformer import Trunk, _attend_everywhere, attend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
@@ -23,7 +23,7 @@ def test_flash_attention_on_packed_sequences_equals_masked_attention(kv_heads: i
     flash = [torch.randn(199, h, 64, device="cuda", requires_grad=True) for h in heads]
     exact = [x.detach().clone().requires_grad_() for x in flash]
     mixed = attend(*(x.bfloat16() for x in flash), layout).float()
-    expected = _attend_spans(*exact, layout)
+    expected = _attend_everywhere(*exact, layout, None)
     torch.testing.assert_close(mixed, expected, rtol=0.02, atol=0.02)
     mixed.square().sum().backward()
     expected.square().sum().backward()

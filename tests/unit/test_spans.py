@@ -87,8 +87,11 @@ def test_results_and_gradients_are_those_of_one_masked_matrix(
 
 def _sizes(span: Span) -> list[tuple[int, int]]:
     """Queries and keys of each call."""
-    keys = [span.keys if mask is None else mask.shape[1] for mask in span.masks]
-    return list(zip(span.queries, keys, strict=True))
+    return [(count, span.keys if mask is None else mask.shape[1]) for count, mask in span.calls]
+
+
+def _masks(spans: list[Span]) -> list[Tensor]:
+    return [mask for span in spans for _, mask in span.calls if mask is not None]
 
 
 def test_a_call_has_few_queries_and_the_keys_up_to_its_last() -> None:
@@ -110,30 +113,38 @@ def test_what_is_not_read_has_no_queries_either() -> None:
     assert [span.keys for span in spans] == [300, 200, 9]
 
 
-def test_of_thousands_of_keys_the_kernel_itself_is_causal() -> None:
-    whole, _ = PackedLayout([1040, 1]).spans(torch.float32)
-    assert whole.masks == [None]
-    masked = PackedLayout([1030]).spans(torch.float32)[0]
-    assert [len(mask) for mask in masked.masks if mask is not None] == [128] * 8 + [6]
+@pytest.mark.parametrize(("length", "calls"), [(100, 1), (128, 1), (129, 2), (1024, 8), (1025, 1)])
+def test_short_and_very_long_sequences_are_one_causal_call(length: int, calls: int) -> None:
+    (span,) = PackedLayout([length]).spans(torch.float32)
+    assert len(span.calls) == calls
+    assert len(_masks([span])) == (calls if calls > 1 else 0)
 
 
-def test_a_gpu_has_one_call_for_a_sequence() -> None:
-    layout = PackedLayout([300, 600])
+def test_of_a_very_long_sequence_calls_have_twice_as_many_queries() -> None:
+    (span,) = PackedLayout([1500]).reads(torch.tensor([1000])).spans(torch.float32)
+    assert _sizes(span) == [(256, 1256), (244, 1500)]
+
+
+def test_sequences_that_stand_alone_have_one_strip_of_masks() -> None:
+    masks = _masks(PackedLayout([500, 1000, 700]).spans(torch.float32))
+    assert len(masks) == 4 + 8 + 6
+    assert {mask.untyped_storage().data_ptr() for mask in masks} == {
+        masks[0].untyped_storage().data_ptr()
+    }
+    assert masks[0].untyped_storage().nbytes() == 4 * 128 * (1000 + 128)
+
+
+def test_a_gpu_has_one_call_for_a_sequence_and_queries_for_all_keys() -> None:
+    shared = Shared(torch.tensor([0, 0]), torch.tensor([0, 200]))
+    layout = PackedLayout([300, 600], shared=shared)
     layout.varlen = True
-    assert [span.masks for span in layout.spans(torch.float32)] == [[None], [None]]
-    assert [_sizes(s) for s in layout.reads(torch.tensor([10, 500])).spans(torch.float32)] == [
-        [(290, 300)],
-        [(400, 600)],
-    ]
+    assert layout.spans(torch.float32) == [(300, [(300, None)]), (800, [(800, None)])]
 
 
 def test_masks_are_made_once_for_each_type_of_numbers() -> None:
-    layout = PackedLayout([3, 4])
-    for spans in (layout.spans, layout.reads(torch.tensor([2, 5])).spans):
-        (single,), (half,) = spans(torch.float32), spans(torch.bfloat16)
-        assert spans(torch.float32)[0] is single
-        (mask,), (rounded,) = single.masks, half.masks
-        assert mask is not None
-        assert rounded is not None
-        assert rounded.dtype == torch.bfloat16
-        assert torch.equal(mask, rounded.float())
+    layout = PackedLayout([3, 4, 200])
+    for spans in (layout.spans, layout.reads(torch.tensor([2, 5, 20])).spans):
+        assert spans(torch.float32)[0] is spans(torch.float32)[0]
+        single, half = (_masks(spans(dtype)) for dtype in (torch.float32, torch.bfloat16))
+        assert {mask.dtype for mask in half} == {torch.bfloat16}
+        assert all(map(torch.equal, single, (mask.float() for mask in half)))

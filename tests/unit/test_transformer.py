@@ -52,6 +52,7 @@ def test_how_sequences_share_attention_calls_changes_nothing(
     tokens = torch.arange(12)
     expected = trunk(tokens, PackedLayout(lengths))
     monkeypatch.setattr(packed_layout, "SPAN_TOKENS", span)
+    monkeypatch.setattr(packed_layout, "CALL_QUERIES", span)
     torch.testing.assert_close(trunk(tokens, PackedLayout(lengths)), expected)
 
 
