@@ -284,11 +284,10 @@ def cancelled(job: ClusterJob) -> dict[str, Cancelled]:
             run.freeze_when(run.results.saving, "a checkpoint that is being written")
         else:
             run.freeze_at(20)
-    for run in (run for case, run in runs.items() if "waits" in case):
-        _user_signal(job.lab, run.job_id)
-        run.send(signal.SIGCONT)
     for case, run in runs.items():
-        if "waits" in case:
+        if "waits" in case:  # for some seconds only: then Slurm starts it again
+            _user_signal(job.lab, run.job_id)
+            run.send(signal.SIGCONT)
             run.wait_until(lambda: run.queue.startswith("PENDING"), "a requeue")  # noqa: B023
         if "submit.py" in case:
             assert run.command("cancel").returncode == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from launch import MicroJob, running
-from micro_job import MicroRun
+from micro_job import MicroRun, assert_alike
 
 from job.training.cache_folders import folders
 
@@ -55,7 +55,7 @@ def test_ranks_read_what_others_have_written(job: MicroJob, undisturbed: MicroRu
     plain = job.finish("plain", "training.prefix_cache=none")
     assert _shares(undisturbed)[-1] == 1.0
     for ours, theirs in zip(undisturbed.records, plain.records, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4), theirs["step"]
+        assert_alike(ours, theirs, 1e-4)
 
 
 def test_ranks_that_train_fewer_blocks_begin_with_the_states_of_more(job: MicroJob) -> None:
@@ -69,7 +69,7 @@ def test_ranks_that_train_fewer_blocks_begin_with_the_states_of_more(job: MicroJ
     assert first == 0.5  # one of two blocks
     assert last > 0.8  # but for what was seen in the step that two epochs share
     for ours, theirs in zip(fewer.records, plain.records, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4), theirs["step"]
+        assert_alike(ours, theirs, 1e-4)
 
 
 def test_kills_while_states_are_written_and_read_leave_no_trace(
