@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 from omegaconf import OmegaConf
 
 from job.common.config import load_config
@@ -77,15 +76,6 @@ def _write(file: Path, text: str, changes: Sequence[str]) -> None:
     OmegaConf.save(
         OmegaConf.merge(OmegaConf.create(text), OmegaConf.from_dotlist([*changes])), file
     )
-
-
-def assert_alike(ours: Mapping[str, Any], theirs: Mapping[str, Any], tolerance: float) -> None:
-    """One step's figures agree; those of an order by what a few pairs make that rounding swaps."""
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        order = "auc" in name or "accuracy" in name
-        bar = pytest.approx(value, rel=tolerance, abs=0.01 if order else tolerance)
-        assert ours[name] == bar, (theirs["step"], name)
 
 
 @dataclass(frozen=True)
