@@ -58,18 +58,15 @@ def any_step(steps: NDArray[np.int64]) -> NDArray[np.bool_]:
     return np.ones(len(steps), np.bool_)
 
 
-def sequence_keys(
-    tokens: NDArray[np.uint32], offsets: NDArray[np.int64], first_rows: NDArray[np.int64]
-) -> Keys:
-    """A key for each sequence tokens[offsets[i]:offsets[i + 1]], of which rows from the given on
-    are kept: by its tokens and that row, and by how many of them are the same before it.
+def sequence_keys(sequences: Iterable[NDArray[np.uint32]], first_rows: NDArray[np.int64]) -> Keys:
+    """A key for each sequence of tokens, of which rows from the given on are kept: by its tokens
+    and that row, and by how many of them are the same before it.
 
     Each has states of its own, since they differ in their last bits with the packing.
     """
     digests = bytearray(16 * len(first_rows))
-    ends = zip(offsets[:-1], offsets[1:], first_rows, strict=True)
-    for at, (a, b, r) in enumerate(ends):
-        digest = hashlib.blake2b(tokens[a:b].tobytes(), digest_size=16, salt=int(r).to_bytes(8))
+    for at, (tokens, row) in enumerate(zip(sequences, first_rows, strict=True)):
+        digest = hashlib.blake2b(tokens.tobytes(), digest_size=16, salt=int(row).to_bytes(8))
         digests[16 * at : 16 * at + 16] = digest.digest()
     keys = np.frombuffer(digests, np.uint64).reshape(-1, 2)
     order = np.lexsort((keys[:, 1], keys[:, 0]))
@@ -354,7 +351,7 @@ class _Open:
     scratch: Path
     file: int
     size: int = 0
-    entries: list[NDArray[Any]] = field(default_factory=list)
+    entries: bytearray = field(default_factory=bytearray)  # each an ENTRY
 
 
 class Writer:
@@ -450,7 +447,7 @@ class Writer:
             _write_whole(shard.file, content, shard.size)
             entry = np.zeros(1, ENTRY)
             entry[0] = (piece.key, step, shard.size, piece.stop - piece.start, zlib.crc32(content))
-            shard.entries.append(entry)
+            shard.entries += entry.tobytes()
             shard.size += on_disk(len(content))
 
     def _room_for(self, size: int) -> _Open:
@@ -489,7 +486,7 @@ class Writer:
             shard.scratch.unlink(missing_ok=True)
 
     def _write_index(self, shard: _Open) -> None:
-        content = np.concatenate(shard.entries).tobytes()
+        content = bytes(shard.entries)
         digest = hashlib.sha256(content).hexdigest()
         head = {"sha256": digest, "bytes": shard.size, "facts": self._facts}
         scratch = self._folder / f".{shard.name}{INDEX}"

@@ -7,6 +7,7 @@ into place wins. A set that is not whole any more is built anew.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import zipfile
 import zlib
@@ -121,6 +122,18 @@ class TokenizedSet:
         with (self.folder / "tokens.bin").open("rb") as stream:
             while len(chunk := np.fromfile(stream, np.uint32, _AT_ONCE)):
                 yield chunk
+
+    def sequences(self) -> Iterator[NDArray[np.uint32]]:
+        """The tokens of each example, in order; few are in memory, as with `token_chunks`."""
+        begin = 0
+        with (self.folder / "tokens.bin").open("rb") as stream:
+            while begin < len(self):
+                limit = self.offsets[begin] + _AT_ONCE
+                end = max(begin + 1, int(np.searchsorted(self.offsets, limit, "right")) - 1)
+                ends = self.offsets[begin : end + 1] - self.offsets[begin]
+                chunk = np.fromfile(stream, np.uint32, int(ends[-1]))
+                yield from (chunk[a:b] for a, b in itertools.pairwise(ends.tolist()))
+                begin = end
 
     @property
     def lengths(self) -> NDArray[np.int64]:

@@ -84,8 +84,7 @@ class Boundary:
         first = np.zeros(len(data), np.int64)
         if self.of_read_rows:
             first = first_valued(data, np.arange(len(data)), packer.prompt_value)
-        tokens = np.asarray(data.tokens)
-        return Stored(sequence_keys(tokens, data.offsets, first), data.lengths - first)
+        return Stored(sequence_keys(data.sequences(), first), data.lengths - first)
 
 
 def chosen_rows(packer: Packer) -> Indices:

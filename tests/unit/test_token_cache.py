@@ -260,6 +260,19 @@ def test_all_tokens_come_a_few_at_a_time(
     assert {len(chunk) for chunk in chunks[:-1]} == {700}
 
 
+@pytest.mark.parametrize("at_once", [1, 700, 1 << 22])
+def test_examples_come_one_by_one_from_a_few_in_memory(
+    tmp_path: Path, characters: Tokenizer, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    found = load_split(embedded(tmp_path), "validation", characters)
+    monkeypatch.setattr(token_cache, "_AT_ONCE", at_once)
+    examples = list(found.sequences())
+    assert [len(example) for example in examples] == found.lengths.tolist()
+    np.testing.assert_array_equal(np.concatenate(examples), found.tokens)
+    longest = int(found.lengths.max())
+    assert all(len(example.base) <= max(at_once, longest) for example in examples)
+
+
 def test_embedded_training_and_validation_share_no_problem_id(
     tmp_path: Path, characters: Tokenizer
 ) -> None:
