@@ -26,6 +26,7 @@ from job.data import token_cache
 from job.data.arithmetic import ALPHABET, Chain, chains
 from job.data.packing import Packer, single_units
 from job.data.rows import in_chunks, text_key
+from job.data.state_shards import sequence_keys
 from job.data.token_cache import (
     TokenizedSet,
     count_shared_problems,
@@ -38,6 +39,7 @@ from job.data.tokenizer import (
     write_bpe_tokenizer,
     write_character_tokenizer,
 )
+from job.training.cache_boundary import Boundary
 
 pytestmark = pytest.mark.slow
 
@@ -271,6 +273,17 @@ def test_examples_come_one_by_one_from_a_few_in_memory(
     np.testing.assert_array_equal(np.concatenate(examples), found.tokens)
     longest = int(found.lengths.max())
     assert all(len(example.base) <= max(at_once, longest) for example in examples)
+
+
+def test_the_prefix_cache_s_keys_do_not_map_all_tokens(
+    tmp_path: Path, characters: Tokenizer
+) -> None:
+    found = load_split(embedded(tmp_path), "validation", characters)
+    packer = Packer(found, single_units(len(found)), dim=8, budget=4096, device=torch.device("cpu"))
+    tokens, found.tokens = found.tokens, None  # type: ignore[assignment]
+    keys = Boundary(2, 4, 8, torch.float32).stored(packer).keys
+    examples = np.split(np.asarray(tokens), found.offsets[1:-1])
+    assert (keys == sequence_keys(examples, np.zeros(len(found), np.int64))).all()
 
 
 def test_embedded_training_and_validation_share_no_problem_id(
