@@ -136,7 +136,9 @@ def _named(value: Any, name: str) -> str:
 def optional_name(row: RawRow, name: str | None) -> str | None:
     """A text or number that rows may have."""
     value = field(row, name) if name else None
-    return None if value is None or value != value else _named(value, str(name))
+    if value is None or value != value:
+        return None
+    return as_text(_named(value, str(name)), str(name))
 
 
 def truncated(row: RawRow, name: str | None) -> bool:

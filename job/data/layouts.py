@@ -72,7 +72,27 @@ def layout_parser(
     layout = PRESETS[preset] if preset else Layout(_rows)
     low, high = reward_range or layout.span
     options = _Options({**layout.names, **given}, rewards, (low, high))
-    return functools.partial(layout.parse, options)
+    return functools.partial(layout.parse if fields else _plain, options)
+
+
+def _plain(options: _Options, row: RawRow) -> Iterator[Row | RowError]:
+    """A row where no layout is named; an error names those that would read it."""
+    try:
+        yield from _rows(options, row)
+    except RowError as error:
+        readers = [name for name in PRESETS if _reads(name, options, row)]
+        if readers and not {"prompt", "response", "reward"} <= row.keys():
+            raise RowError(f"{error} (data.fields={' or '.join(readers)} reads it)") from None
+        raise
+
+
+def _reads(preset: str, options: _Options, row: RawRow) -> bool:
+    layout = PRESETS[preset]
+    own = _Options(layout.names, options.rewards, layout.span)
+    try:
+        return not any(isinstance(made, RowError) for made in layout.parse(own, row))
+    except RowError:
+        return False
 
 
 def _about(options: _Options, row: RawRow, made: Row) -> Row:
@@ -204,7 +224,9 @@ def _prompt(turns: Sequence[Message]) -> tuple[str, tuple[Message, ...]]:
 
 def _asked(value: Any, name: str) -> tuple[str, tuple[Message, ...]]:
     """A prompt that is a text or messages."""
-    return (value, ()) if isinstance(value, str) else _prompt(_turns(value, name))
+    if isinstance(value, str):
+        return read.as_text(value, name), ()
+    return _prompt(_turns(value, name))
 
 
 def _answered(turns: Sequence[Message], name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,43 @@ def test_a_layout_reads_just_the_names_that_it_may_be_given(
         changed = _all(tmp_path, row | {"elsewhere": 7}, fields) != expected
         assert changed == (name in (PRESET_FIELDS[preset] if preset else PLAIN_FIELDS)), name
         assert bool(list(impossible_fields(fields))) != changed
+
+
+@pytest.mark.parametrize("preset", [name for name in EACH_LAYOUT if name is not None])
+def test_an_error_names_the_layouts_that_would_read_the_row(tmp_path: Path, preset: str) -> None:
+    said = refused(tmp_path, EACH_LAYOUT[preset], None)
+    assert said.startswith("field ")
+    assert preset in said.partition("(data.fields=")[2].removesuffix(" reads it)").split(" or ")
+
+
+def _spoiled(value: Any) -> Iterator[Any]:
+    """The value with half of a surrogate pair behind one of its texts, for each of them."""
+    if isinstance(value, str):
+        yield value + "\ud800"
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            yield from (value | {key: changed} for changed in _spoiled(one))
+    elif isinstance(value, list):
+        for k, one in enumerate(value):
+            yield from ([*value[:k], changed, *value[k + 1 :]] for changed in _spoiled(one))
+
+
+@pytest.mark.parametrize("preset", EACH_LAYOUT)
+def test_no_layout_takes_half_of_a_surrogate_pair_for_a_text(
+    tmp_path: Path, preset: str | None
+) -> None:
+    fields = {"part": "part"} | ({"preset": preset} if preset else {})
+    file = tmp_path / "a.jsonl"
+    for row in _spoiled(EACH_LAYOUT[preset] | {"part": "a"}):
+        file.write_text(json.dumps(row) + "\n")
+        assert any(isinstance(found, BadRow) for _, found in read_rows(file, fields)), row
+
+
+def test_an_error_names_no_layout_where_none_reads_the_row_or_one_is_named(tmp_path: Path) -> None:
+    assert "data.fields" not in refused(tmp_path, {"prompt": "q", "reward": 1}, None)
+    row = EACH_LAYOUT["preference"]
+    assert "data.fields" not in refused(tmp_path, row, {"prompt": "prompt"})
+    assert "data.fields" not in refused(tmp_path, row, "messages")
 
 
 @pytest.mark.parametrize(
