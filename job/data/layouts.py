@@ -69,10 +69,10 @@ def layout_parser(
     """What makes rows of a raw row, by `data.fields` and `data.reward_range`."""
     preset = preset_of(fields)
     given = {k: v for k, v in fields.items() if k != "preset"} if isinstance(fields, dict) else {}
-    layout = PRESETS[preset] if preset else Layout(_rows)
+    layout = PRESETS[preset] if preset else Layout(_rows if fields else _plain)
     low, high = reward_range or layout.span
     options = _Options({**layout.names, **given}, rewards, (low, high))
-    return functools.partial(layout.parse if fields else _plain, options)
+    return functools.partial(layout.parse, options)
 
 
 def _plain(options: _Options, row: RawRow) -> Iterator[Row | RowError]:
@@ -80,17 +80,16 @@ def _plain(options: _Options, row: RawRow) -> Iterator[Row | RowError]:
     try:
         yield from _rows(options, row)
     except RowError as error:
-        readers = [name for name in PRESETS if _reads(name, options, row)]
-        if readers and not {"prompt", "response", "reward"} <= row.keys():
+        if {"prompt", "response", "reward"} <= row.keys():  # it is a plain one
+            raise
+        if readers := [name for name in PRESETS if _reads(name, options.rewards, row)]:
             raise RowError(f"{error} (data.fields={' or '.join(readers)} reads it)") from None
         raise
 
 
-def _reads(preset: str, options: _Options, row: RawRow) -> bool:
-    layout = PRESETS[preset]
-    own = _Options(layout.names, options.rewards, layout.span)
+def _reads(preset: str, rewards: Rewards, row: RawRow) -> bool:
     try:
-        return not any(isinstance(made, RowError) for made in layout.parse(own, row))
+        return not any(isinstance(made, RowError) for made in layout_parser(preset, rewards)(row))
     except RowError:
         return False
 
