@@ -77,6 +77,19 @@ class World:
         if self.lifeline is not None and not (isinstance(error, Ending) and error.of_all_ranks):
             self.lifeline.fail(error)
 
+    @contextmanager
+    def failures_reported(self) -> Iterator[None]:
+        """Report how the body fails, before anything else is made of it.
+
+        A failure that follows from another rank's ends the process here, and so takes the place of
+        that one nowhere.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self.report_failure(error)
+            raise
+
     def main_decides(self, work: Callable[[], Result]) -> Result:
         """What `work` returns on rank 0, on every rank, however long it takes.
 

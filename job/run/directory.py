@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,6 +78,7 @@ class RunDirectory(StoredRun):
         self._is_main = is_main
         self.fence: Fence | None = None
         self._status: dict[str, Any] | None = None  # as this process has set it
+        self._setting = threading.Lock()  # what ends a process is another thread
         self._asked: dict[str, Any] | None = None  # of an attempt that goes on
 
     @property
@@ -160,8 +162,9 @@ class RunDirectory(StoredRun):
     def set_status(self, **changes: Any) -> None:
         """Change some entries of status.json, leaving the rest."""
         if self.writes:
-            self._change_status(changes)
-            self.write_json("status.json", self._status)
+            with self._setting:
+                self._change_status(changes)
+                self.write_json("status.json", self._status)
 
     def finish(self, **changes: Any) -> None:
         """Record the end of the run, without which it would not be known.
@@ -170,8 +173,9 @@ class RunDirectory(StoredRun):
             OSError: the file system refuses.
         """
         if self.writes:
-            self._change_status({"state": "finished", **changes})
-            self.replace("status.json", _as_json(self._status))
+            with self._setting:
+                self._change_status({"state": "finished", **changes})
+                self.replace("status.json", _as_json(self._status))
 
     def _change_status(self, changes: dict[str, Any]) -> None:
         known = self.status() if self._status is None else self._status

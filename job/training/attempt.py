@@ -115,7 +115,7 @@ def _recorded(
         log = fence.folder / f"rank-{world.rank:05}.log"
     facts: dict[str, Any] = {"attempt": fence.number, "max_steps": config.training.max_steps}
     facts |= {"checkpoint_error": None, "stop_file": False}
-    with log_file(log), _failures_reported(world), run.recorded(**facts):
+    with log_file(log), run.recorded(**facts), _failures_logged(), world.failures_reported():
         _log.info("attempt %d of %s, %d process(es)", fence.number, run.path, world.size)
         try:
             yield
@@ -127,12 +127,11 @@ def _recorded(
 
 
 @contextmanager
-def _failures_reported(world: World) -> Iterator[None]:
-    """Tell the others of an error, and log it, while the log's file is open."""
+def _failures_logged() -> Iterator[None]:
+    """Log an error while the log's file is open."""
     try:
         yield
     except BaseException as error:
-        world.report_failure(error)
         if not isinstance(error, Stopped | Superseded):
             keep_in_files(first_line(error, named=True))  # on stderr the command ends with it
         raise
@@ -140,7 +139,7 @@ def _failures_reported(world: World) -> Iterator[None]:
 
 def _agreement(config: CriticConfig, run: RunDirectory, fence: Fence, world: World) -> Agreement:
     def hangs(error: NoProgress) -> None:
-        run.set_status(state="failed", error=str(error))
         world.report_failure(error)
+        run.set_status(state="failed", error=str(error))
 
     return Agreement(world, fence, run.path, config.distributed.timeout_seconds, hangs)

@@ -104,7 +104,7 @@ def _train_from_checkpoint(
             checkpoints.reserve(learner)
         _go_on_from(state, attempt, checkpoints)
         _report_parameters(critic, run, world)
-        with Tracker(run) as tracker, run.recorded():
+        with Tracker(run) as tracker, run.recorded(), world.failures_reported():
             began = time.monotonic()
             Training(attempt, learner, data, state, tracker, checkpoints).run()
             tracker.telemetry(config.training.max_steps, memory.close())
