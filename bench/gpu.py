@@ -44,6 +44,7 @@ sys.path.insert(0, str(ROOT))
 import gpu_parity
 from gpu_training import ALL_SHAPES, Case, measure
 
+from job.common.errors import run_and_leave
 from job.common.schema import ShardingStrategy
 from job.memory.validation import MALLOC, Measured, markdown, outside
 from job.training.allocator import set_up_allocator
@@ -126,8 +127,7 @@ def main() -> None:
     if options.section is not None:
         (one,) = (s for s in sections(options.shape) if s.name == options.section)
         set_up_allocator()  # as every command of the job does
-        print(json.dumps(one.answer(options)))
-        return
+        run_and_leave(lambda: print(json.dumps(one.answer(options))))
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU here; --device cpu --shape micro runs the same without one")
     record = _run(options)

@@ -15,7 +15,7 @@ if __name__ == "__main__":  # a signal during the imports must not kill the proc
     install_handlers()
 
 from job.common.config import add_verify, command_line, load_config
-from job.common.errors import run_command
+from job.common.errors import run_and_leave
 from job.common.progress import set_up_logging
 from job.common.schema import PretrainConfig
 from job.training.pretraining import make_trunk
@@ -31,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_and_leave(main)

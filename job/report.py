@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from job.common.errors import InputError, run_command
+from job.common.errors import InputError, run_and_leave
 from job.run.report_page import is_run, write_report
 
 
@@ -71,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_and_leave(main)

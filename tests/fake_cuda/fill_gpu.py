@@ -5,8 +5,6 @@ python fill_gpu.py '[{"trunk": "7b", "n": 4}, ...]'
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -82,5 +80,4 @@ def lengths(rng: np.random.Generator, budget: int) -> Iterator[int]:
 
 
 if __name__ == "__main__":
-    training.prepare()
-    print(json.dumps([fill(Case(**given)) for given in json.loads(sys.argv[1])]))
+    training.answer(fill)

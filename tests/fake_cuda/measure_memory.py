@@ -6,8 +6,6 @@ python measure_memory.py '[{"trunk": "7b", "n": 4}, ...]'
 from __future__ import annotations
 
 import gc
-import json
-import sys
 from typing import Any
 
 import torch
@@ -49,5 +47,4 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    training.prepare()
-    print(json.dumps([measure(Case(**given)) for given in json.loads(sys.argv[1])]))
+    training.answer(measure)

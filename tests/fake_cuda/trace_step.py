@@ -5,8 +5,6 @@ python trace_step.py '[{"trunk": "small", "n": 2}, ...]'
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import Counter
 from typing import Any
 
@@ -44,5 +42,4 @@ def trace(case: Case) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    training.prepare()
-    print(json.dumps([trace(Case(**given)) for given in json.loads(sys.argv[1])]))
+    training.answer(trace)

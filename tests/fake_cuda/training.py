@@ -6,8 +6,10 @@ For scripts that run under torch's CUDA wheel (see runtime.py).
 from __future__ import annotations
 
 import gc
+import json
 import logging
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from job.common.errors import run_and_leave
 from job.common.schema import (
     CriticConfig,
     FsdpConfig,
@@ -152,8 +155,10 @@ def batch(lengths: list[int], solutions: int = 1) -> Batch:
     return assemble(data, np.arange(n), None, DEVICE, prompts=prompts)
 
 
-def prepare() -> None:
-    """As the job begins, and what comes with the first use of CUDA."""
+def answer(question: Callable[[Case], Any]) -> None:
+    """Print as JSON what is found of each case in a script's argument, and end."""
     set_up_torch(CriticConfig())
-    warm_up(DEVICE)
+    warm_up(DEVICE)  # with what comes with the first use of CUDA
     torch.cuda.empty_cache()
+    cases = [Case(**given) for given in json.loads(sys.argv[1])]
+    run_and_leave(lambda: print(json.dumps([question(case) for case in cases])))

@@ -1,4 +1,4 @@
-"""Ctrl-C in a process: the first sets the flag, the second ends it, whatever it is doing."""
+"""How a process ends: at the first Ctrl-C and the second, whatever it is doing, and by itself."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import signal
 import subprocess
 import sys
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 from python_process import python_process
 
+ROOT = Path(__file__).parents[2]
+COMMANDS = sorted(
+    {*ROOT.glob("job/*.py"), *ROOT.glob("job/*/__main__.py")} - {ROOT / "job/__init__.py"}
+)
 HEARS = """
 import signal, sys, time
 signal.signal(signal.SIGINT, {before})
@@ -72,3 +77,23 @@ def test_a_command_that_saves_nothing_ends_in_one_line(run: str) -> None:
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=60)[1] == "ended by Ctrl-C\n"
         assert process.returncode == 128 + signal.SIGINT
+
+
+@pytest.mark.parametrize("file", COMMANDS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_command_leaves_without_taking_the_interpreter_down(file: Path) -> None:
+    """Which a thread in torch's native code may abort (pytorch/pytorch#190489)."""
+    assert file.read_text().endswith("    run_and_leave(main)\n")
+
+
+@pytest.mark.slow
+def test_a_thread_in_native_code_changes_no_exit_code() -> None:
+    """Taking the interpreter down would end a thread that comes back from C++, by an abort."""
+    code = (
+        "import threading, torch; from job.common.errors import run_and_leave\n"
+        "def compute():\n"
+        "    while True: (torch.ones(300, 300) @ torch.ones(300, 300)).sum().item()\n"
+        "threading.Thread(target=compute, daemon=True).start()\n"
+        "run_and_leave(lambda: print('done'))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
