@@ -4,10 +4,11 @@
     python -m job.cache status --config configs/critic/critic_1gpu.yaml
     python -m job.cache prune  --dir runs/cache/prefix --keep-gb 200
 
-`build` computes what a training of this configuration would read (`training.prefix_cache`), with
-forward passes alone, as one process or as several (torchrun, srun). `status` lists what is in the
-configuration's folder, or in --dir. `prune` removes what was not used for longest, until no more
-than --keep-gb are left, and what was damaged or left by writers that were killed.
+`build` computes what a training of this configuration would read (`training.prefix_cache`; with
+`auto` all that it could), with forward passes alone, as one process or as several (torchrun, srun).
+`status` lists what is in the configuration's folder, or in --dir. `prune` removes what was damaged
+or left by writers that were killed, and then what was not used for longest, until no more than
+--keep-gb are left.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if __name__ == "__main__":  # a signal during the imports must not kill the proc
     install_handlers()
 
 import argparse
+import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -29,6 +31,8 @@ from job.common.errors import InputError, run_and_leave
 from job.common.progress import set_up_logging
 from job.common.schema import CriticConfig
 from job.training.cache_folders import CacheFolder, folders, may_hold_caches, prune
+
+_WIDTH = 140  # of a table that goes to a file, so that no name is cut
 
 
 def main() -> None:
@@ -48,7 +52,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dir", type=Path, help="the folder of caches, without a configuration")
     parser.add_argument("--keep-gb", type=at_least(0), metavar="GB", help="of prune")
     add_verify(parser)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.keep_gb is not None and options.verb != "prune":
+        raise InputError(f"--keep-gb: it is about prune, not {options.verb}")
+    return options
 
 
 def _config(options: argparse.Namespace) -> CriticConfig:
@@ -81,7 +88,7 @@ def _show(folder: Path) -> None:
     found = folders(folder)
     for one in found:
         table.add_row(*_row(one))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else _WIDTH).print(table)
     print(f"{sum(one.bytes for one in found) / 1e9:,.3f} GB in {folder}")
 
 

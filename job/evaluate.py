@@ -40,8 +40,14 @@ from job.common.errors import InputError, file_error, run_and_leave
 from job.common.files import check_place, write_atomic
 from job.common.possible_values import impossible_fields, impossible_range
 from job.common.progress import set_up_logging
-from job.common.schema import EMBEDDED, BadRows
-from job.evaluation.reading import Data, answers_found, read_solutions
+from job.common.schema import EMBEDDED, BadRows, DataConfig
+from job.evaluation.reading import (
+    Data,
+    answers_found,
+    first_bad,
+    named_parts,
+    read_solutions,
+)
 from job.evaluation.steps import parts_with_steps
 from job.evaluation.summary import ERRORS, Summary, summarise, tables
 from job.run.evaluations import (
@@ -165,11 +171,33 @@ def _scored(options: argparse.Namespace) -> tuple[Path, Data, bool] | None:
         return TrainedCritic.find(options.critic, options.trunk, [*options.override, *own])
 
     values = options.out / _VALUES
-    if not score(lambda: _of_tokens(find()), options.data, values, verify=options.verify):
+
+    def checked() -> TrainedCritic:
+        trained = find()
+        kept = _of_tokens(trained)
+        _check_rows(options, trained.config.data, kept.config.data)
+        return kept
+
+    if not score(checked, options.data, values, verify=options.verify):
         return None
     config = find().config
     data = Data(options.data, config.data.fields, config.data.reward_range, options.answer)
     return values, data, config.objective.ranks_only
+
+
+def _check_rows(options: argparse.Namespace, data: DataConfig, kept: DataConfig) -> None:
+    """Refuse, before anything is scored, names of the evaluation's own that are not there.
+
+    Args:
+        kept: `data` without those names.
+    """
+    if data is not kept and first_bad(options.data, kept) is None:
+        wrong = first_bad(options.data, data)
+        if wrong is not None:
+            place, row = wrong
+            raise InputError(f"--fields: {place.file}:{place.line}: {row.reason}")
+    if options.tune_on is not None:
+        _check_part(options.tune_on, named_parts(options.data, data))
 
 
 def _of_tokens(trained: TrainedCritic) -> TrainedCritic:

@@ -91,7 +91,8 @@ def _claim(config: CriticConfig, run: RunDirectory, resume: bool) -> int | None:
     asked = to_dict(config)
     run.claim(asked)
     if run.is_finished(config.training.max_steps):
-        _log.info("%s is finished already: %s", run.path, run.file("report.html"))
+        page = run.file("report.html")
+        _log.info("%s is finished already%s", run.path, f": {page}" if page.exists() else "")
         if ignored := differences(run.config(), asked):
             text = "it stays as it was trained; what is asked for otherwise changes nothing%s"
             _log.warning(text, listing(ignored))

@@ -18,7 +18,7 @@ from torch import nn
 
 from job.common.errors import InputError, StorageError
 from job.common.progress import only_warnings, progress
-from job.common.schema import CriticConfig
+from job.common.schema import CriticConfig, PrefixCacheMode
 from job.data.packing import Batch, Indices, Packer
 from job.data.state_shards import EVALUATION, Writer
 from job.distributed.world import World, joined_world
@@ -31,7 +31,7 @@ from job.run.directory import RunDirectory
 from job.training.agreement import seen_by_all, stop_together
 from job.training.cache_boundary import Boundary, chosen_rows, wanted
 from job.training.cache_folders import touch
-from job.training.cache_opening import Opening
+from job.training.cache_opening import Opening, refuse_unwritable
 from job.training.cache_rows import Rows, put_states
 from job.training.data import load_critic_data
 from job.training.gpu import check_gpu
@@ -43,14 +43,17 @@ _log = logging.getLogger("job.cache")
 
 
 def build(config: CriticConfig, *, verify: bool = False) -> Path:
-    """Keep the states of a configuration's training and validation data; the cache's folder.
+    """Keep the states that a configuration's training would read; the cache's folder.
 
-    What is there already is not computed again.
+    With `training.prefix_cache=validation` those of evaluations alone. What is there already is not
+    computed again.
 
     Raises:
         InputError: something in the input is wrong, or there is no room.
         Stopped: asked to stop; what is computed is kept.
     """
+    if config.training.prefix_cache is PrefixCacheMode.none:
+        raise InputError("training.prefix_cache=none: such a training reads no states")
     set_up_torch(config)
     with joined_world(config.distributed) as world:
         if not world.is_main:
@@ -86,6 +89,8 @@ class _Building:
     def _find_lacking(self) -> dict[str, Indices]:
         """Each set's sequences whose states some rank does not see; on every rank the same."""
         packers = self._opening.packers
+        if self._opening.config.training.prefix_cache is PrefixCacheMode.validation:
+            packers = {"validation": packers["validation"]}
         masks = {name: self._shards.find(wanted(p).keys) >= 0 for name, p in packers.items()}
         there = seen_by_all(self._world, masks)
         return {name: chosen_rows(packer)[~there[name]] for name, packer in packers.items()}
@@ -96,6 +101,8 @@ class _Building:
                 f"{self._shards.folder}: the states that are not there yet take "
                 f"{self._bytes / 1e9:,.3f} GB, and {self._opening.told(room)}"
             )
+        if self._bytes:
+            refuse_unwritable(self._shards.folder)
 
     def run(self) -> Path:
         touch(self._shards.folder)
@@ -138,8 +145,8 @@ class _Building:
 
     def _plan(self) -> Iterator[tuple[Packer, Indices]]:
         """This rank's micro-batches of sequences whose states are not there."""
-        for name, packer in self._opening.packers.items():
-            left = self._lacking[name]
+        for name, left in self._lacking.items():
+            packer = self._opening.packers[name]
             if packer.prompts is not None:  # else parts would come between solutions of a problem
                 left = left[np.argsort(packer.prompts.problems[left], kind="stable")]
             for part in packer.parts(left[:, None], _PART):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from job.common.errors import InputError
-from job.common.places import free_bytes, on_one_disk
+from job.common.errors import InputError, file_error
+from job.common.places import free_bytes, on_one_disk, write_problem
 from job.common.schema import CriticConfig, PrefixCacheMode
 from job.data.packing import Packer
 from job.data.state_shards import Shards, Stored, Writer, remove_leftovers
@@ -49,7 +49,8 @@ def opened_cache(
         base: the fingerprint of the trunk.
 
     Raises:
-        InputError: it is to keep more than its disk or `training.prefix_cache_gb` takes.
+        InputError: it is to keep more than its disk or `training.prefix_cache_gb` takes, or its
+            folder takes nothing.
     """
     boundary = Boundary.of(config, read_architecture(config.model.path))
     if config.training.prefix_cache is PrefixCacheMode.none or boundary.block == 0:
@@ -225,23 +226,34 @@ def _keep_what_fits(
     """Hold each set's states against the room that those before it leave; evaluations come first.
 
     Args:
-        or_raise: whether the run is new, and its user may be told to make room.
+        or_raise: whether the run is new, and its user may be told to make room. `auto` goes on.
     """
     mode, room = opening.config.training.prefix_cache, opening.room()
+    or_raise = or_raise and mode is not PrefixCacheMode.auto
     for name, size in opening.missing_bytes(boundary, record).items():
         if getattr(record, name) is False:
             continue
         if size <= room:
+            if size and or_raise:
+                refuse_unwritable(opening.shards(boundary).folder)
             room -= size
             continue
         text = (
             f"the states of the {name} data take {size / 1e9:,.3f} GB in "
             f"{opening.shards(boundary).folder}, and {opening.told(room)}"
         )
-        if or_raise and mode is not PrefixCacheMode.auto:
+        if or_raise:
             raise InputError(f"training.prefix_cache={mode.value}: {text}")
         _log.info("prefix cache: not kept: %s", text)
         setattr(record, name, False)
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raise InputError if a cache's folder, made where it is missing, takes no file."""
+    if error := write_problem(folder):
+        raise file_error(
+            error, f"training.prefix_cache_dir: cannot write {folder}: {error.strerror}"
+        )
 
 
 def _missing_bytes(packer: Packer, boundary: Boundary, shards: Shards) -> int:

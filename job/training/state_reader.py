@@ -82,7 +82,7 @@ class StateReader:
         if not is_whole and (self.left_out or (not compute and self._world.size > 1)):
             raise StorageError(
                 f"{self._shards.folder}: states that are relied on cannot be read, as the lines "
-                "above say; the next attempt computes what is damaged"
+                "above say; the next attempt computes what could be set aside"
             )
         if known is None:
             return prefix

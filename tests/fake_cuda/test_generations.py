@@ -51,7 +51,7 @@ def test_it_trains(cuda: FakeCuda, folder: Path, capability: int, precision: str
 def test_bf16_is_refused_before_capability_8(
     cuda: FakeCuda, folder: Path, command: Sequence[str]
 ) -> None:
-    command = [*command, "run.name=too-old", BF16]
+    command = [*command, "run.name=too-old", BF16, "training.prefix_cache=all"]
     done = cuda.run(command, Gpu(75), cwd=folder, timeout=300)
     assert done.returncode == UNFIT_NODE, done.stderr[-4000:]
     assert "compute capability 7.5" in done.stderr

@@ -50,7 +50,8 @@ def states(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def _config(states: Path, *settings: str) -> CriticConfig:
-    given = ("run.name=none", f"training.prefix_cache_dir={states}", *settings)
+    there = f"training.prefix_cache_dir={states}"
+    given = ("run.name=none", "training.prefix_cache=all", there, *settings)
     return load_config(CriticConfig, "critic.yaml", given)
 
 

@@ -154,7 +154,7 @@ def test_damaged_states_are_computed_by_the_next_command(
         content[5] ^= 1
         file.write_bytes(content)
     given = f"training.prefix_cache_dir={copy}"
-    with pytest.raises(StorageError, match="the next attempt computes what is damaged"):
+    with pytest.raises(StorageError, match="the next attempt computes what could be set aside"):
         _score(run, tmp_path / "again.parquet", given)
     _same(_score(run, tmp_path / "again.parquet", given), plain)
     assert "were read" not in caplog.text

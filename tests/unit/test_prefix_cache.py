@@ -49,6 +49,7 @@ SETTINGS = (
     "training.min_lr_ratio=1.0",  # so that a longer run begins as a shorter one
     "checkpoint.every_steps=5",
 )
+ALL = "training.prefix_cache=all"
 pytestmark = pytest.mark.slow
 VARIANT = pytest.mark.all
 
@@ -411,7 +412,7 @@ def test_a_flipped_bit_is_never_used(
         path.write_bytes(content)
     name = f"second-{there}"
     if there == "whole":  # by the index all is there, and so frozen blocks are not loaded
-        with pytest.raises(StorageError, match="the next attempt computes what is damaged"):
+        with pytest.raises(StorageError, match="the next attempt computes what could be set aside"):
             job(name, "all", cache=cache)
     second = job(name, "all", cache=cache)
     assert "states are not as they were written" in caplog.text
@@ -436,6 +437,20 @@ def test_a_cache_that_does_not_fit_is_refused(job: Job) -> None:
     with pytest.raises(InputError, match=words):
         job("large", "all", "training.prefix_cache_gb=0.0005")
     assert not job.shards("states-large")
+
+
+def test_a_cache_whose_folder_takes_nothing_is_refused_before_it_trains(job: Job) -> None:
+    Path("a-file").write_text("")
+    Path("a-file-too").write_text("")
+    for mode in ("validation", "all"):
+        with pytest.raises(InputError, match=r"training\.prefix_cache_dir: cannot write .*a-file/"):
+            job("no-folder", mode, cache="a-file")
+    there = f"training.prefix_cache_dir={job.folder / 'a-file'}"
+    config = load_config(CriticConfig, "critic.yaml", ("run.name=none", ALL, there))
+    with pytest.raises(InputError, match=r"training\.prefix_cache_dir: cannot write .*a-file/"):
+        build(config)
+    run = job("no-folder-auto", "auto", "training.max_steps=3", cache="a-file-too")
+    assert run.status()["state"] == "finished"
 
 
 def _bytes(job: Job, cache: str) -> int:
@@ -582,7 +597,7 @@ def test_a_cache_that_was_built_is_all_that_a_training_reads(
     job: Job, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = (f"training.num_unfrozen_layers={n}", f"training.prefix_cache_dir=built{n}")
-    config = load_config(CriticConfig, "critic.yaml", ("run.name=none", *given))
+    config = load_config(CriticConfig, "critic.yaml", ("run.name=none", ALL, *given))
     folder = build(config)
     assert folder.parent == Path(f"built{n}")
     before = job.shards(f"built{n}")
@@ -628,6 +643,7 @@ def test_caches_are_listed_and_the_longest_unused_removed(
         ),
         (["status", "--dir", "nowhere"], "nowhere: there is no cache here"),
         (["prune", "--dir", "."], "prune needs --keep-gb GB"),
+        (["status", "--dir", ".", "--keep-gb", "1"], "--keep-gb: it is about prune, not status"),
     ],
 )
 def test_what_the_command_lacks_is_said(
@@ -638,7 +654,17 @@ def test_what_the_command_lacks_is_said(
         job_cache.main()
 
 
+def test_what_is_built_is_what_such_a_training_reads(job: Job) -> None:
+    there = ("run.name=none", f"training.prefix_cache_dir={job.folder / 'built-part'}")
+    for mode, sequences in (("validation", 30), ("all", 30 + 173)):
+        given = (*there, f"training.prefix_cache={mode}")
+        build(load_config(CriticConfig, "critic.yaml", given))
+        assert folders(job.folder / "built-part")[0].sequences == sequences
+    with pytest.raises(InputError, match="prefix_cache=none: such a training reads no"):
+        build(load_config(CriticConfig, "critic.yaml", (*there, "training.prefix_cache=none")))
+
+
 def test_nothing_is_built_where_no_block_is_frozen(job: Job) -> None:
-    given = ("run.name=none", "training.num_unfrozen_layers=3")
+    given = ("run.name=none", ALL, "training.num_unfrozen_layers=3")
     with pytest.raises(InputError, match="no block stays frozen"):
         build(load_config(CriticConfig, "critic.yaml", given))

@@ -433,6 +433,28 @@ def test_the_first_errors_of_an_evaluation_are_at_the_ends_of_its_steps(
     assert (out / "evaluation.json").read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (["--fields", "{answer: nothere}"], r"--fields: .*\.jsonl:1: field 'nothere' is missing"),
+        (["--fields", "{part: nothere}"], r"--fields: .*\.jsonl:1: field 'nothere' is missing"),
+        (["--tune-on", "math"], "--tune-on math: no solution has labelled steps"),
+    ],
+)
+def test_names_that_the_data_lacks_are_refused_before_anything_is_scored(
+    run: MicroRun,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: list[str],
+    problem: str,
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match=problem):
+        _evaluate(monkeypatch, "--critic", run.path, "--data", data, "--out", out, *given)
+    assert not out.exists()
+
+
 def _command(run: MicroRun, data: Path, out: str) -> list[str]:
     script = (
         "import job.training.scoring as s, job.score; s.MICRO_BATCHES = 1; "
