@@ -69,6 +69,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
     return _Places(config, log)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str) -> None:
+    """End where a process dies: the others would wait for good for what it has not run."""
+    pytest.exit(f"a process of tests died while it ran {crashitem}", 1)
+
+
 class _Places(LoadFileScheduling):
     """Side by side run files, but in one place what shares the image.
 
@@ -88,6 +94,12 @@ class _Places(LoadFileScheduling):
         first = next(node for node in collected if _computes(node.gateway.id))
         self.registered_collections = {first: collected[first], **collected}
         return all(set(own) <= set(collected[first]) for own in collected.values())
+
+    def schedule(self) -> None:
+        super().schedule()
+        # else what is done is a share of what the last process to collect has collected
+        session: Any = self.config.pluginmanager.get_plugin("session")
+        session.testscollected = max(map(len, self.registered_collections.values()))
 
     def _assign_work_unit(self, node: WorkerController) -> None:
         place = next(self._takes(node), None)

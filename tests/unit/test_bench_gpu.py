@@ -153,7 +153,9 @@ def test_sections_have_the_workspaces_of_a_training(
     look = gpu.Section("look", lambda _: os.environ.get(workspace), 60)
     monkeypatch.setattr(gpu, "sections", lambda shape: [look])
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--section", "look"])
-    gpu.main()
+    monkeypatch.setattr(gpu, "run_and_leave", lambda answer: sys.exit(answer()))
+    with pytest.raises(SystemExit):
+        gpu.main()
     assert capsys.readouterr().out == '":4096:8"\n'
 
 
