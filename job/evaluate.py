@@ -173,31 +173,31 @@ def _scored(options: argparse.Namespace) -> tuple[Path, Data, bool] | None:
     values = options.out / _VALUES
 
     def checked() -> TrainedCritic:
-        trained = find()
-        kept = _of_tokens(trained)
-        _check_rows(options, trained.config.data, kept.config.data)
+        kept, data = _of_tokens(find()), _data(options, find().config.data)
+        _check_names(data, _data(options, kept.config.data))
+        if options.tune_on is not None:
+            _check_part(options.tune_on, named_parts(data))
         return kept
 
     if not score(checked, options.data, values, verify=options.verify):
         return None
     config = find().config
-    data = Data(options.data, config.data.fields, config.data.reward_range, options.answer)
-    return values, data, config.objective.ranks_only
+    return values, _data(options, config.data), config.objective.ranks_only
 
 
-def _check_rows(options: argparse.Namespace, data: DataConfig, kept: DataConfig) -> None:
+def _data(options: argparse.Namespace, config: DataConfig) -> Data:
+    return Data(options.data, config.fields, config.reward_range, options.answer)
+
+
+def _check_names(data: Data, kept: Data) -> None:
     """Refuse, before anything is scored, names of the evaluation's own that are not there.
 
     Args:
         kept: `data` without those names.
     """
-    if data is not kept and first_bad(options.data, kept) is None:
-        wrong = first_bad(options.data, data)
-        if wrong is not None:
-            place, row = wrong
-            raise InputError(f"--fields: {place.file}:{place.line}: {row.reason}")
-    if options.tune_on is not None:
-        _check_part(options.tune_on, named_parts(options.data, data))
+    if data != kept and first_bad(kept) is None and (wrong := first_bad(data)) is not None:
+        place, row = wrong
+        raise InputError(f"--fields: {place.file}:{place.line}: {row.reason}")
 
 
 def _of_tokens(trained: TrainedCritic) -> TrainedCritic:

@@ -18,7 +18,6 @@ import numpy as np
 
 from job.common.data_file import Source
 from job.common.errors import InputError, quoted
-from job.common.schema import DataConfig
 from job.data.rows import BadRow, Place, Row, read_source, text_key
 from job.data.values_text import stored_rows
 from job.evaluation.solutions import Solution, problems_of
@@ -63,32 +62,25 @@ def read_solutions(values: Path, data: Data | None) -> list[Solution]:
         return [
             _solution(row, None, None) for row in _named_problems(stored, values) if row["values"]
         ]
-    rows = _rows(data.source, data.fields, data.reward_range)
-    paired = _labels_compared(_checked(itertools.zip_longest(stored, rows), values))
+    paired = _labels_compared(_checked(itertools.zip_longest(stored, _rows(data)), values))
     return [_solution(row, found, data.answer) for row, found in paired if row["values"]]
 
 
-def first_bad(source: Source, config: DataConfig) -> tuple[Place, BadRow] | None:
+def first_bad(data: Data) -> tuple[Place, BadRow] | None:
     """The first row of data, if it cannot be read so."""
-    for place, row in _rows(source, config.fields, config.reward_range):
-        return (place, row) if isinstance(row, BadRow) else None
-    return None
+    first = itertools.islice(_rows(data), 1)
+    return next(((place, row) for place, row in first if isinstance(row, BadRow)), None)
 
 
-def named_parts(source: Source, config: DataConfig) -> set[str]:
+def named_parts(data: Data) -> set[str]:
     """The parts of data that have solutions with labelled steps."""
-    rows = (row for _, row in _rows(source, config.fields, config.reward_range))
-    return {
-        row.part
-        for row in rows
-        if isinstance(row, Row) and row.step_ends and row.first_error is not None
-    }
+    rows = (row for _, row in _rows(data) if isinstance(row, Row))
+    return {row.part for row in rows if row.step_ends and row.first_error is not None}
 
 
-def _rows(
-    source: Source, fields: Any, reward_range: list[float] | None
-) -> Iterator[tuple[Place, Row | BadRow]]:
-    return read_source(source, fields, rewards="optional", reward_range=reward_range)
+def _rows(data: Data) -> Iterator[tuple[Place, Row | BadRow]]:
+    options = {"rewards": "optional", "reward_range": data.reward_range}
+    return read_source(data.source, data.fields, **options)
 
 
 def answers_found(solutions: Sequence[Solution], data: Data) -> str:
